@@ -1,0 +1,142 @@
+"""Which subjects are there? Paths, patterns and tables become cases; no file is opened but a table."""
+
+import csv
+import glob
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from voxquilt.errors import ConfigError
+
+SUFFIXES = (".nii.gz", ".nii", ".hdr.gz", ".img.gz", ".hdr", ".img")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A subject before anything is read: its id and the file of each image, in the order of the network's channels."""
+
+    subject: str
+    images: Mapping[str, Path]
+
+
+def find_cases(inputs: object, images: Mapping[str, str] | None = None) -> list[Case]:
+    """The cases that `data.inputs` and `data.images` name, in the order of their ids.
+
+    Args:
+        inputs: A NIfTI file, a folder, a glob, a .csv (a column per image, an optional column `subject`), or a list of
+            these. With `images`, the folder that their patterns start from, or None for the working folder.
+        images: name -> pattern with `{subject}`, one per image of a subject.
+
+    Raises:
+        ConfigError: nothing found, a path that is not there, two subjects with one id, entries that are no strings.
+    """
+    if images:
+        cases = _from_patterns(inputs, images)
+    elif inputs is None:
+        raise ConfigError("data.inputs is missing: name a NIfTI file, a folder, a glob, or a .csv; or set data.images.")
+    else:
+        entries = inputs if isinstance(inputs, Iterable) and not isinstance(inputs, str) else [inputs]
+        cases = [case for entry in entries for case in _from_entry(entry)]
+    if not cases:
+        raise ConfigError("data.inputs names no image: the list is empty.")
+    seen: dict[str, Case] = {}
+    for case in cases:
+        if case.subject in seen:
+            raise ConfigError(
+                f"two subjects have the id {case.subject!r}: {_files(seen[case.subject])} and {_files(case)}. "
+                f"Outputs would overwrite each other; rename a file, or give ids in the `subject` column of a .csv."
+            )
+        seen[case.subject] = case
+    return sorted(cases, key=lambda case: case.subject)
+
+
+def stem(path: Path | str) -> str:
+    """A subject's id: the file's name without its extension.
+
+    >>> stem("scans/ch2.nii.gz")
+    'ch2'
+    """
+    name = Path(path).name
+    return next((name[: -len(s)] for s in SUFFIXES if name.lower().endswith(s)), name)
+
+
+def is_image(path: Path) -> bool:
+    """A name that NIfTI files have; hidden files, such as a running job's temporary ones, are left alone."""
+    return path.name.lower().endswith(SUFFIXES) and not path.name.startswith(".")
+
+
+def _from_entry(entry: object) -> list[Case]:
+    if not isinstance(entry, str | Path):
+        raise ConfigError(f"data.inputs: {entry!r} is {type(entry).__name__}, not a path; quote it: '\"{entry}\"'.")
+    path = Path(entry).expanduser()
+    if path.is_dir():
+        found = sorted(p for p in path.iterdir() if is_image(p) and p.is_file())
+        problem = f"the folder {path} has no NIfTI file ({', '.join(SUFFIXES)})"
+    elif path.is_file():
+        return _from_table(path) if path.suffix.lower() == ".csv" else _one_image([path])
+    elif glob.has_magic(str(path)):
+        found = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if is_image(p) and p.is_file())
+        problem = f"no NIfTI file matches {path}"
+    else:
+        found, problem = [], f"there is no file or folder {path}"
+    if not found:
+        raise ConfigError(f"data.inputs: {problem} (looked from {Path.cwd()}).")
+    return _one_image(found)
+
+
+def _one_image(paths: Iterable[Path]) -> list[Case]:
+    paths = list(paths)
+    # A .hdr and its .img are one volume; the header stands for both.
+    headers = {p.with_name(stem(p)) for p in paths if p.name.lower().endswith((".hdr", ".hdr.gz"))}
+    single = [
+        p for p in paths if not (p.name.lower().endswith((".img", ".img.gz")) and p.with_name(stem(p)) in headers)
+    ]
+    return [Case(stem(path), {"image": path}) for path in single]
+
+
+def _from_table(table: Path) -> list[Case]:
+    with open(table, newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, skipinitialspace=True)
+        rows = list(reader)
+        columns = [name for name in reader.fieldnames or [] if name != "subject"]
+    if not columns or not rows:
+        raise ConfigError(f"{table}: a table needs a header, a column per image and a row per subject.")
+    return [_from_row(table, line, row, columns) for line, row in enumerate(rows, start=2)]
+
+
+def _from_row(table: Path, line: int, row: dict[str, str | None], columns: list[str]) -> Case:
+    if None in row or any(not (row[name] or "").strip() for name in row):
+        raise ConfigError(f"{table}, line {line}: {len(columns)} image path(s) are wanted, columns {columns}.")
+    # Paths in a table are meant from where the table lies.
+    images = {name: table.parent / Path(str(row[name]).strip()).expanduser() for name in columns}
+    return Case((row.get("subject") or stem(images[columns[0]])).strip(), images)
+
+
+def _from_patterns(inputs: object, images: Mapping[str, str]) -> list[Case]:
+    if not isinstance(inputs, str | Path | None) or not Path(inputs or ".").expanduser().is_dir():
+        raise ConfigError(f"with data.images, data.inputs is the folder that they lie in, or null; it is {inputs!r}.")
+    root = Path(inputs or ".").expanduser()
+    found: set[str] = set()
+    for name, pattern in images.items():
+        if not isinstance(pattern, str) or "{subject}" not in pattern:
+            raise ConfigError(f"data.images.{name} needs {{subject}} where subjects' names differ; it is {pattern!r}.")
+        found |= _subjects(str(root / Path(pattern).expanduser()))
+    if not found:
+        raise ConfigError(f"data.images: no file matches {dict(images)} from {root.resolve()}.")
+    # A subject that lacks one image is found by its others, and fails alone.
+    return [
+        Case(subject, {n: root / Path(p.replace("{subject}", subject)).expanduser() for n, p in images.items()})
+        for subject in sorted(found)
+    ]
+
+
+def _subjects(pattern: str) -> set[str]:
+    first, second, *others = (re.escape(part) for part in pattern.split("{subject}"))
+    regex = re.compile(first + "(?P<subject>[^/]+?)" + second + "".join("(?P=subject)" + part for part in others))
+    files = glob.glob("*".join(glob.escape(part) for part in pattern.split("{subject}")))
+    return {match["subject"] for match in map(regex.fullmatch, files) if match}
+
+
+def _files(case: Case) -> str:
+    return ", ".join(map(str, case.images.values()))

@@ -1,0 +1,113 @@
+"""Where is a voxel, in its array and in the world? Shapes, locations and frames: integers and affines."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import permutations
+
+import numpy as np
+
+from voxquilt.errors import ConfigError, GridError, InputError
+
+Triple = tuple[int, int, int]
+Location = tuple[int, int, int, int, int, int]
+AXES = "ijk"
+_CODES = ("LR", "PA", "IS")
+
+
+def to_triple(value: int | Iterable[int], name: str, *, minimum: int = 0) -> Triple:
+    """One size for all axes, or three of them.
+
+    Raises:
+        GridError: not an integer or three, or one is below `minimum`.
+
+    >>> to_triple(4, "patch_overlap")
+    (4, 4, 4)
+    """
+    values = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,) * 3
+    integers = all(isinstance(v, (int, np.integer)) and not isinstance(v, bool) for v in values)
+    if len(values) != 3 or not integers:
+        raise GridError(f"{name} must be an integer or three of them, in voxels along i, j, k; it is {value!r}.")
+    i, j, k = (int(v) for v in values)  # type: ignore[arg-type]
+    for axis, size in zip(AXES, (i, j, k), strict=True):
+        if size < minimum:
+            raise GridError(f"{name} must be at least {minimum} along axis {axis}; it is {size}.")
+    return i, j, k
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A volume's geometry alone: the number of voxels along i, j, k and the affine from voxel indices to mm in RAS.
+
+    Raises:
+        InputError: the affine is degenerate (a zero, infinite or missing voxel size, or axes in one plane).
+    """
+
+    shape: Triple
+    affine: np.ndarray
+
+    def __post_init__(self) -> None:
+        affine = np.asarray(self.affine, dtype=np.float64)
+        if affine.shape != (4, 4) or not np.isfinite(affine).all():
+            raise InputError(f"the affine must be a finite 4 x 4 matrix; it is\n{affine}")
+        sizes = np.linalg.norm(affine[:3, :3], axis=0)
+        # The volume of the unit parallelepiped: 1 for orthogonal axes, 0 for axes in one plane.
+        if sizes.min() <= 0 or abs(np.linalg.det(affine[:3, :3] / sizes)) < 1e-4:
+            raise InputError(f"the affine is degenerate: it does not span three dimensions:\n{affine}")
+        object.__setattr__(self, "shape", to_triple(self.shape, "a volume's shape", minimum=1))
+        object.__setattr__(self, "affine", affine)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Frame) and self.shape == other.shape and np.array_equal(self.affine, other.affine)
+
+    def matches(self, other: "Frame") -> bool:
+        """Equal shapes, and no corner of the volume further apart than 1 % of a voxel, plus float32 rounding."""
+        if self.shape != other.shape:
+            return False
+        corners = np.array(np.meshgrid(*[(0, n - 1) for n in self.shape], [1], indexing="ij")).reshape(4, -1)
+        ours, theirs = self.affine @ corners, other.affine @ corners
+        limit = 0.01 * min(self.spacing) + 1e-6 * np.abs(ours).max()
+        return bool(np.abs(ours - theirs).max() <= limit)
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Voxel sizes along i, j, k in mm."""
+        i, j, k = np.linalg.norm(self.affine[:3, :3], axis=0)
+        return float(i), float(j), float(k)
+
+    @property
+    def axcodes(self) -> str:
+        """The anatomical direction nearest to each voxel axis, for example 'RAS'.
+
+        >>> Frame((2, 2, 2), np.diag([-1, 1, 1, 1])).axcodes
+        'LAS'
+        """
+        world, signs = closest_axes(self.affine)
+        return "".join(_CODES[w][int(s > 0)] for w, s in zip(world, signs, strict=True))
+
+
+def closest_axes(affine: np.ndarray) -> tuple[Triple, Triple]:
+    """Which world axis each voxel axis runs along, and in which direction (1 or -1).
+
+    The affine's rotation is separated from its shears by the polar decomposition, then the permutation that keeps the
+    most of it is taken.
+    """
+    u, _, vt = np.linalg.svd(affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0))
+    rotation = u @ vt
+    # Rounding before comparing: at exactly 45 degrees two permutations tie, and noise must not choose between them.
+    world = max(permutations(range(3)), key=lambda p: round(sum(rotation[p[n], n] ** 2 for n in range(3)), 9))
+    signs = tuple(1 if rotation[world[n], n] > 0 else -1 for n in range(3))
+    return (world[0], world[1], world[2]), (signs[0], signs[1], signs[2])
+
+
+def parse_axcodes(codes: str) -> tuple[Triple, Triple]:
+    """The world axis and direction of each letter of an orientation such as 'RAS' or 'PIR'.
+
+    Raises:
+        ConfigError: not three letters, one of each pair L/R, P/A, I/S.
+    """
+    letters = str(codes).upper()
+    pairs = [next((n for n, pair in enumerate(_CODES) if letter in pair), -1) for letter in letters]
+    if sorted(pairs) != [0, 1, 2]:
+        raise ConfigError(f"an orientation has one letter of each pair L/R, A/P, S/I, such as RAS; it is {codes!r}.")
+    signs = [1 if letter == _CODES[n][1] else -1 for letter, n in zip(letters, pairs, strict=True)]
+    return (pairs[0], pairs[1], pairs[2]), (signs[0], signs[1], signs[2])

@@ -1,0 +1,188 @@
+"""How do volumes come out of NIfTI files and go back into them? Headers are kept, and writing is all or nothing."""
+
+import contextlib
+import gzip
+import json
+import os
+import warnings
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from nibabel.filebasedimages import ImageFileError
+from nibabel.nifti1 import Nifti1Extension, Nifti1Header, Nifti1Image, Nifti1Pair
+from nibabel.nifti2 import Nifti2Header, Nifti2Image
+from nibabel.spatialimages import HeaderDataError
+from torch import Tensor
+
+from voxquilt.errors import InputError, OutputError
+from voxquilt.geometry import Frame
+
+# torch computes on few unsigned types, so the others are widened; the file's own type is kept by the header.
+_WIDER = {"u2": np.int32, "u4": np.int64, "f2": np.float32, "f16": np.float64, "f12": np.float64}
+_READ_ERRORS = (ImageFileError, OSError, EOFError, zlib.error, ValueError, KeyError, HeaderDataError)
+
+
+@dataclass(frozen=True)
+class NiftiFile:
+    """What a file says of its volume before a voxel is read.
+
+    Args:
+        path: The file.
+        channels: Volumes along the 4th axis, 1 for a 3-D file.
+        frame: Native shape and affine.
+        header: nibabel's header, from which outputs take qform, sform, their codes and units.
+    """
+
+    path: Path
+    channels: int
+    frame: Frame
+    header: Nifti1Header
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(C, I, J, K)."""
+        return (self.channels, *self.frame.shape)
+
+    def read(self) -> Tensor:
+        """(C, I, J, K) in the stored type; float32 if the header scales, the next wider type if torch lacks the stored.
+
+        Raises:
+            InputError: the file is truncated, damaged or gone, or holds unsigned integers beyond int64.
+        """
+        with _named(self.path, "reading its voxels failed; the file may be truncated or damaged"):
+            proxy = _load(self.path).dataobj
+            scaled = (proxy.slope, proxy.inter) != (1.0, 0.0)  # type: ignore[union-attr]
+            array = proxy.get_scaled(np.float32) if scaled else proxy.get_unscaled()  # type: ignore[union-attr]
+            return _to_tensor(np.asarray(array))
+
+
+def read_header(path: Path | str) -> NiftiFile:
+    """Read a header and check that voxquilt can use the volume.
+
+    Raises:
+        InputError: no such file, not NIfTI, not 3-D or 4-D, an empty axis, complex or RGB voxels, a degenerate affine.
+    """
+    path = Path(path)
+    with _named(path, "it is not a NIfTI file that can be read"):
+        if not path.is_file():
+            raise InputError("there is no such file.")
+        if not path.stat().st_size:
+            raise InputError("the file is empty.")
+        image = _load(path)
+        shape, dtype = image.shape, np.dtype(image.get_data_dtype())
+        if len(shape) not in (3, 4):
+            raise InputError(f"the data is {len(shape)}-D, {shape}; voxquilt takes 3-D, or 4-D with channels last.")
+        if 0 in shape:
+            raise InputError(f"the data has an axis without voxels: {shape}.")
+        if dtype.kind not in "iuf":
+            kind = "complex" if dtype.kind == "c" else "RGB"
+            raise InputError(f"the voxels are {kind} ({dtype}); convert the file to real numbers, one per channel.")
+        i, j, k = (int(n) for n in shape[:3])
+        frame = Frame((i, j, k), np.asarray(image.affine))
+        return NiftiFile(path, int(shape[3]) if len(shape) == 4 else 1, frame, image.header)
+
+
+def write(
+    path: Path,
+    data: np.ndarray,
+    frame: Frame,
+    *,
+    header: Nifti1Header | None = None,
+    class_names: list[str] | None = None,
+) -> None:
+    """Write a volume beside its input: complete under its final name, or not at all.
+
+    Args:
+        path: A name that ends in .nii or .nii.gz; its folder must exist.
+        data: (C, I, J, K); one channel is written as 3-D, several as 4-D with channels last. Never scaled.
+        frame: The geometry, used when there is no header.
+        header: The input's header: affine, qform, sform, codes and units are taken from it as they are.
+        class_names: Names of labels 0, 1, ..., put into a header extension as JSON.
+
+    Raises:
+        OutputError: the file cannot be written; no partial file is left.
+    """
+    array = data[0] if len(data) == 1 else np.moveaxis(data, 0, 3)
+    new = _new_header(array, frame, header)
+    if class_names:
+        names = {"labels": {str(n): name for n, name in enumerate(class_names)}}
+        new.extensions.append(Nifti1Extension(6, json.dumps(names, ensure_ascii=False).encode()))
+    image = (Nifti2Image if isinstance(new, Nifti2Header) else Nifti1Image)(array, None, new)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            if path.name.endswith(".gz"):
+                # Without a name and a time inside, equal volumes are equal files. Level 1: labels compress well anyhow.
+                with gzip.GzipFile(filename="", fileobj=file, mode="wb", compresslevel=1, mtime=0) as packed:
+                    image.to_stream(packed)
+            else:
+                image.to_stream(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OutputError(f"{path}: writing failed: {error.strerror or error}. No partial file is left.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _new_header(array: np.ndarray, frame: Frame, source: Nifti1Header | None) -> Nifti1Header:
+    # NIfTI-1 counts voxels in 16 bits.
+    kind = Nifti2Header if isinstance(source, Nifti2Header) or max(array.shape) > 32767 else Nifti1Header
+    new = kind()
+    if source is None:
+        new.set_data_shape(array.shape[:3])
+        new.set_sform(frame.affine, code="aligned")
+        # A sheared affine does not fit a qform; then the sform stands alone.
+        with contextlib.suppress(HeaderDataError):
+            new.set_qform(frame.affine, code="aligned", strip_shears=False)
+        new.set_xyzt_units("mm")
+    else:
+        for key in ("pixdim", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "xyzt_units"):
+            new[key] = source[key]
+        for key in ("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z", "descrip", "aux_file"):
+            new[key] = source[key]
+    new.set_data_shape(array.shape)
+    new.set_data_dtype(array.dtype)
+    new["pixdim"][4:] = 1 if array.ndim == 4 else 0
+    return new
+
+
+def _load(path: Path) -> Nifti1Pair:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nibabel's remarks on sloppy headers; what matters is checked here
+        image = nib.load(path)
+    if not isinstance(image, Nifti1Pair):  # base of Nifti1Image, Nifti2Pair and Nifti2Image
+        raise InputError(f"it is {type(image).__name__}, not NIfTI; convert it, since its orientation is not certain.")
+    return image
+
+
+@contextlib.contextmanager
+def _named(path: Path, problem: str) -> Iterator[None]:
+    """Errors while reading become one InputError that names the file."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except _READ_ERRORS as error:
+        detail = str(error).split("\n")[0] or type(error).__name__
+        raise InputError(f"{path}: {problem} ({detail}).") from error
+
+
+def _to_tensor(array: np.ndarray) -> Tensor:
+    dtype = array.dtype
+    wider = _WIDER.get(f"{dtype.kind}{dtype.itemsize}")
+    if dtype == np.dtype("u8"):
+        if array.max() > np.iinfo(np.int64).max:
+            raise InputError("its uint64 voxels do not fit int64.")
+        wider = np.int64
+    array = array.astype(wider or dtype.newbyteorder("="), copy=False)
+    tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
+    return tensor[None] if tensor.ndim == 3 else tensor.movedim(3, 0)
+

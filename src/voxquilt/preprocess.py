@@ -1,0 +1,104 @@
+"""What does the network see of a subject? Its images in model space, with their intensities changed."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from voxquilt.errors import ConfigError, InputError
+from voxquilt.geometry import parse_axcodes
+from voxquilt.space import Space, inverse, make_space, resample, to_spacing
+from voxquilt.subject import Image, LabelMap, ScalarImage, Subject
+
+Transform = Callable[[Tensor], Tensor]
+
+
+class Prepared(NamedTuple):
+    """A subject in model space, and the way back."""
+
+    subject: Subject
+    space: Space
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Takes subjects to model space.
+
+    Args:
+        orientation: Axis codes such as 'RAS'; None keeps the file's axes.
+        spacing: mm, one number or three along the model's axes, None where the file's are kept. Images are interpolated
+            linearly, label maps by nearest neighbour.
+        intensity: Callables on a (C, I, J, K) float32 tensor, applied in turn to each image by itself; or a mapping
+            from image name to such a list. MONAI's array transforms are such callables.
+        nonfinite: What to do with NaN and infinite voxels: 'error' or 'zero'.
+
+    Raises:
+        ConfigError: one of these is wrong.
+    """
+
+    orientation: str | None = "RAS"
+    spacing: float | Iterable[float | None] | None = None
+    intensity: Sequence[Transform] | Mapping[str, Sequence[Transform]] = field(default=())
+    nonfinite: str = "error"
+
+    def __post_init__(self) -> None:
+        if self.orientation is not None:
+            parse_axcodes(self.orientation)
+        object.__setattr__(self, "spacing", to_spacing(self.spacing))
+        if self.nonfinite not in ("error", "zero"):
+            raise ConfigError(f"nonfinite must be 'error' or 'zero'; it is {self.nonfinite!r}.")
+
+    def space(self, subject: Subject) -> Space:
+        """The mapping between a subject's native frame and model space; reads headers only.
+
+        Raises:
+            InputError: images on different grids.
+        """
+        return make_space(subject.frame, self.orientation, self.spacing)
+
+    def __call__(self, subject: Subject) -> Prepared:
+        """Read a subject and take it to model space; the subject itself keeps nothing.
+
+        Raises:
+            InputError: a file that cannot be read, images on different grids, or voxels that are not finite.
+        """
+        space = self.space(subject)
+        maps = inverse(space.maps, space.model.shape)
+        images: dict[str, Image] = {}
+        for name, image in subject.images.items():
+            stored = self._finite(image.stored(), f"image {name!r} ({image.path or 'a tensor'})")
+            if isinstance(image, LabelMap):
+                images[name] = LabelMap(tensor=resample(stored, maps, linear=False), affine=space.model.affine)
+                continue
+            data = resample(stored, maps).to(torch.float32, memory_format=torch.contiguous_format)
+            # A copy where nothing had to change, since transforms may work in place and the subject's tensor is the
+            # caller's.
+            data = data.clone() if data.data_ptr() == stored.data_ptr() and image.path is None else data
+            images[name] = ScalarImage(tensor=self._transformed(name, data), affine=space.model.affine)
+        return Prepared(Subject(dict(images)), space)
+
+    def _finite(self, data: Tensor, what: str) -> Tensor:
+        # The sum is finite if all are, and needs no memory; if it is not, look closer (sums can overflow).
+        if not data.is_floating_point() or data.sum(dtype=torch.float64).isfinite():
+            return data
+        count = int((~data.isfinite()).sum())
+        if count and self.nonfinite == "error":
+            raise InputError(
+                f"{what} has {count} voxels that are NaN or infinite; set data.nonfinite=zero to read them as 0."
+            )
+        return data.nan_to_num(0, 0, 0) if count else data
+
+    def _transformed(self, name: str, data: Tensor) -> Tensor:
+        transforms = self.intensity.get(name, ()) if isinstance(self.intensity, Mapping) else self.intensity
+        for transform in transforms:
+            # MONAI returns its MetaTensor, numpy functions an array.
+            new = torch.as_tensor(transform(data)).as_subclass(Tensor)
+            if new.shape[1:] != data.shape[1:]:
+                raise InputError(
+                    f"intensity transform {transform!r} turned image {name!r} from shape {tuple(data.shape)} into "
+                    f"{tuple(new.shape)}; transforms may not change the grid."
+                )
+            data = new.float()
+        return data

@@ -1,0 +1,151 @@
+"""What is written of a subject? Labels, probabilities, logits or an image, each computed from a slab of scores."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from voxquilt.errors import ConfigError, OutputError
+from voxquilt.space import AxisMaps, restore, streaming_axis
+
+Slab = Shaped[Tensor, "c i j k"]
+Activation = Callable[[Tensor], Tensor]
+
+ACTIVATIONS: dict[str, Activation] = {
+    "softmax": lambda scores: scores.float().softmax(0),
+    "sigmoid": lambda scores: scores.float().sigmoid(),
+    "none": lambda scores: scores,
+}
+PRODUCTS = ("labels", "probabilities", "logits", "image")
+
+
+class Product(Protocol):
+    """A function of scores, voxel by voxel."""
+
+    def form(self, channels: int) -> tuple[int, np.dtype]:
+        """How many channels it has and of which type, given the scores' channels."""
+        ...
+
+    def __call__(self, scores: Slab) -> Slab: ...
+
+
+@dataclass(frozen=True)
+class ArgMax:
+    """The class with the highest score, in the smallest unsigned type that holds all classes."""
+
+    def form(self, channels: int) -> tuple[int, np.dtype]:
+        return 1, np.min_scalar_type(channels - 1)
+
+    def __call__(self, scores: Slab) -> Slab:
+        # Measured on a CPU: `max` over the leading axis is 5 to 10 times faster than `argmax`.
+        best = scores[1] > scores[0] if len(scores) == 2 else scores.max(0).indices
+        return best[None]
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """1 where an activated score is above a threshold, for each channel by itself."""
+
+    activation: Activation
+    threshold: float
+
+    def form(self, channels: int) -> tuple[int, np.dtype]:
+        return channels, np.dtype(np.uint8)
+
+    def __call__(self, scores: Slab) -> Slab:
+        return self.activation(scores) > self.threshold
+
+
+@dataclass(frozen=True)
+class Activated:
+    """Activated scores as float32: probabilities; or, activated by nothing, logits and images."""
+
+    activation: Activation
+
+    def form(self, channels: int) -> tuple[int, np.dtype]:
+        return channels, np.dtype(np.float32)
+
+    def __call__(self, scores: Slab) -> Slab:
+        return self.activation(scores)
+
+
+def make_products(
+    names: Sequence[str] | None, channels: int, activation: str | None = None, threshold: float | None = None
+) -> dict[str, Product]:
+    """The products of a network output.
+
+    Args:
+        names: Some of 'labels', 'probabilities', 'logits', 'image'. None gives labels for several channels and for one
+            with a threshold, else the image.
+        channels: Of the output.
+        activation: What turns scores into probabilities: 'softmax', 'sigmoid', 'none' (they are probabilities), or
+            'applied' (they were made probabilities before they were averaged). None is softmax for several channels and
+            'none' for one.
+        threshold: For labels of one channel, or of several with sigmoid (each by itself; 0.5 if None).
+
+    Raises:
+        OutputError: a product that such an output does not have.
+    """
+    activation = activation or ("softmax" if channels > 1 else "none")
+    names = names or (["labels"] if channels > 1 or threshold is not None else ["image"])
+    return {name: _make_product(name, channels, activation, threshold) for name in names}
+
+
+def _make_product(name: str, channels: int, activation: str, threshold: float | None) -> Product:
+    activate = ACTIVATIONS["none" if activation == "applied" else activation]
+    single = channels == 1
+    if single and activation == "softmax" and name != "image":
+        raise OutputError(f"{name} by soft-max of one channel would be 1 everywhere; set model.activation=sigmoid.")
+    if name == "labels" and (single or activation == "sigmoid"):
+        if threshold is None and single:
+            raise OutputError("labels of a network with one output channel need stitch.threshold, such as 0.5.")
+        return Threshold(activate, 0.5 if threshold is None else threshold)
+    if name == "labels" and threshold is not None:
+        raise OutputError(
+            f"stitch.threshold={threshold} goes with one output channel or with model.activation=sigmoid (several "
+            f"labels per voxel); this output has {channels} channels and {activation}, so its labels are the arg-max."
+        )
+    if name == "logits" and activation == "applied":
+        raise OutputError("there are no logits when model.average=probabilities; ask for probabilities.")
+    return {"labels": ArgMax(), "probabilities": Activated(activate)}.get(name, Activated(ACTIVATIONS["none"]))
+
+
+def check_names(names: Sequence[str] | None, key: str = "stitch.products") -> None:
+    """Raises ConfigError for a product that voxquilt does not know."""
+    for name in names or ():
+        if name not in PRODUCTS:
+            raise ConfigError(f"{key}: {name!r} is not a product; there are {', '.join(PRODUCTS)}.")
+
+
+def compute(
+    scores: Shaped[Tensor, "c si sj sk"], maps: AxisMaps, products: Mapping[str, Product]
+) -> dict[str, np.ndarray]:
+    """Products in native space, computed a few planes at a time; scores at native resolution never exist as a whole.
+
+    Args:
+        scores: A network's output in model space.
+        maps: From native voxels into the scores.
+        products: By name.
+
+    Returns:
+        For each product (C, I, J, K), laid out in memory as NIfTI wants it.
+
+    Raises:
+        OutputError: scores that are NaN or infinite.
+    """
+    axis = streaming_axis(maps)
+    i, j, k = (m.size for m in maps)
+    volumes: dict[str, np.ndarray] = {}
+    for name, product in products.items():
+        channels, dtype = product.form(len(scores))
+        volumes[name] = np.empty((channels, k, j, i), dtype).transpose(0, 3, 2, 1)
+    for where, slab in restore(scores, maps):
+        if not torch.stack(torch.aminmax(slab)).isfinite().all():
+            raise OutputError("the network's output is NaN or infinite in places; nothing was written.")
+        for name, product in products.items():
+            volumes[name][(slice(None),) * (axis + 1) + (where,)] = product(slab).numpy(force=True)
+    return volumes

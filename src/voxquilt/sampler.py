@@ -1,0 +1,148 @@
+"""A volume as a Dataset of patches: what does patch n of a subject hold?"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from voxquilt.errors import PaddingModeError
+from voxquilt.geometry import Triple, to_triple
+from voxquilt.grid import make_grid
+from voxquilt.subject import AFFINE, DATA, LOCATION, Image, Subject
+
+PADDING_MODES = (
+    "constant", "edge", "linear_ramp", "maximum", "mean", "median", "minimum", "reflect", "symmetric", "wrap", "empty",
+)  # fmt: skip
+Padding = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+NO_PADDING: Padding = ((0, 0), (0, 0), (0, 0))
+
+
+class GridSampler(Dataset[dict[str, Any]]):
+    """A map-style Dataset of the overlapping patches of one subject; the interface is TorchIO 1.x's.
+
+    Patch n is `{name: {'data': (C, pi, pj, pk), 'affine': (4, 4)}, ..., 'location': (6,)}` plus the subject's values
+    that a DataLoader can collate. The subject is not changed.
+
+    Args:
+        subject: Images on one grid.
+        patch_size: Voxels, an integer or three.
+        patch_overlap: Voxels that neighbours share, even, an integer or three.
+        padding_mode: None, or how half of the overlap is added on every side: a mode of `numpy.pad` (its statistics,
+            such as 'mean', are per line of voxels) or a number. Locations are then those of the padded volume.
+        fit: Pad volumes that are smaller than a patch (with `padding_mode`, or zeros), for networks that need it.
+        divisible_by: With `fit`, pad to a multiple of so many voxels, an integer or three.
+
+    Raises:
+        GridError: (a ValueError) sizes that make no grid.
+        PaddingModeError: (a ValueError and KeyError) an unknown padding mode.
+        InputError: images on different grids, or a file that cannot be read.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        patch_size: int | Iterable[int],
+        patch_overlap: int | Iterable[int] = 0,
+        padding_mode: str | float | None = None,
+        *,
+        fit: bool = False,
+        divisible_by: int | Iterable[int] = 1,
+    ) -> None:
+        self.subject = subject
+        patch_size = to_triple(patch_size, "patch_size", minimum=1)
+        patch_overlap = to_triple(patch_overlap, "patch_overlap")
+        shape = subject.spatial_shape
+        border = to_triple([o // 2 for o in patch_overlap], "border") if padding_mode is not None else (0, 0, 0)
+        multiple = to_triple(divisible_by, "divisible_by", minimum=1)
+        i, j, k = (
+            _pad_axis(*sizes) if fit else (b, b)
+            for b, *sizes in zip(border, shape, border, patch_size, multiple, strict=True)
+        )
+        self.padding: Padding = (i, j, k)
+        self._pad = to_padding(0 if padding_mode is None else padding_mode)
+        padded = [n + before + after for n, (before, after) in zip(shape, self.padding, strict=True)]
+        self.grid = make_grid(padded, patch_size, patch_overlap)
+        self._volumes: dict[str, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.grid)
+
+    @property
+    def locations(self) -> np.ndarray:
+        """(n, 6) int64: i0, j0, k0, i1, j1, k1 of every patch, end exclusive."""
+        return self.grid.locations
+
+    @property
+    def patch_size(self) -> Triple:
+        """Voxels of a patch."""
+        return self.grid.patch_size
+
+    def volume(self, name: str) -> Shaped[Tensor, "c i j k"]:
+        """An image's voxels with the padding, made once."""
+        if name not in self._volumes:
+            data = self.subject.images[name].data
+            self._volumes[name] = self._pad(data, self.padding) if self.padding != NO_PADDING else data
+        return self._volumes[name]
+
+    def cut(self, name: str, index: int) -> Shaped[Tensor, "c pi pj pk"]:
+        """One image's patch, a view of its volume."""
+        i0, j0, k0, i1, j1, k1 = self.grid.location(index)
+        return self.volume(name)[:, i0:i1, j0:j1, k0:k1]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"patch {index} of {len(self)}")
+        index %= len(self)
+        location = torch.tensor(self.grid.location(index))
+        # Copies, so that changing a patch in place changes neither the volume nor its neighbours.
+        patches = {
+            name: {DATA: self.cut(name, index).clone(memory_format=torch.contiguous_format),
+                   AFFINE: self._patch_affine(image, location)}
+            for name, image in self.subject.images.items()
+        }  # fmt: skip
+        others = {k: v for k, v in self.subject.items() if isinstance(v, (bool, int, float, str, Tensor, np.ndarray))}
+        return {**others, **patches, LOCATION: location}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[index] for index in range(len(self)))
+
+    def sampler(self) -> Iterator[dict[str, Any]]:
+        """Every patch in grid order, the name that TorchIO gives to iterating."""
+        return iter(self)
+
+    def _patch_affine(self, image: Image, location: Tensor) -> np.ndarray:
+        affine = image.affine.copy()
+        first = location[:3].numpy() - np.array([before for before, _ in self.padding])
+        affine[:3, 3] += affine[:3, :3] @ first
+        return affine
+
+
+def to_padding(mode: str | float) -> Callable[[Tensor, Padding], Tensor]:
+    """A function that pads a (C, I, J, K) tensor, from a mode of numpy.pad or a number.
+
+    Raises:
+        PaddingModeError: anything else.
+    """
+    if isinstance(mode, (int, float)) and not isinstance(mode, bool):
+        return lambda tensor, padding: _numpy_pad(tensor, padding, mode="constant", constant_values=mode)
+    if mode not in PADDING_MODES:
+        raise PaddingModeError(f"padding_mode must be a number or one of {', '.join(PADDING_MODES)}; it is {mode!r}.")
+    return lambda tensor, padding: _numpy_pad(tensor, padding, mode=mode)
+
+
+def _numpy_pad(tensor: Tensor, padding: Padding, **options: Any) -> Tensor:
+    if tensor.dtype == torch.bfloat16:  # numpy has no such type
+        return _numpy_pad(tensor.float(), padding, **options).bfloat16()
+    return torch.from_numpy(np.pad(tensor.numpy(force=True), ((0, 0), *padding), **options))
+
+
+def _pad_axis(size: int, border: int, patch: int, multiple: int) -> tuple[int, int]:
+    """Voxels to add before and after, so that the axis holds a patch and is a multiple, the volume in the middle."""
+    wanted = max(size + 2 * border, patch)
+    wanted += -wanted % multiple
+    before = (wanted - size) // 2
+    return before, wanted - size - before

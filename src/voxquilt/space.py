@@ -1,0 +1,197 @@
+"""From native to model space, and back: which model coordinate does each native voxel have?
+
+The two frames differ by axis permutation, flips, a spacing per axis and padding. All of these act on one axis at a
+time: the mapping is three lines  x_model = scale * x_native + offset,  and interpolating is three 1-D interpolations.
+
+    native axis   |   0   |   1   |   2   |   3   |   4   |   5   |     0.8 mm, six voxels
+    model axis    |     0     |     1     |     2     |                 1.6 mm, three voxels on the same centre
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from voxquilt.errors import ConfigError
+from voxquilt.geometry import Frame, Triple, closest_axes, parse_axcodes, to_triple
+
+
+@dataclass(frozen=True)
+class AxisMap:
+    """Target voxel x lies at `scale * x + offset` on axis `axis` of the source.
+
+    Args:
+        axis: The source's axis.
+        size: Voxels along the target's axis.
+        scale, offset: In source voxels.
+    """
+
+    axis: int
+    size: int
+    scale: float
+    offset: float
+
+    def neighbours(self, source_size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """For each target voxel the two source voxels around it, and the share of the second (0 on a source voxel).
+
+        Beyond the centres of the outermost voxels their values are repeated.
+        """
+        x = torch.arange(self.size, dtype=torch.float64) * self.scale + self.offset
+        # Coordinates that are whole but for rounding must copy, not interpolate.
+        x = torch.where((x - x.round()).abs() < 1e-6, x.round(), x).clamp(0, source_size - 1)
+        below = x.floor().long()
+        return below, (below + 1).clamp(max=source_size - 1), (x - below).float()
+
+
+AxisMaps = tuple[AxisMap, AxisMap, AxisMap]
+
+
+@dataclass(frozen=True)
+class Space:
+    """A native frame, the model frame beside it, and for each native axis its map into model voxels."""
+
+    native: Frame
+    model: Frame
+    maps: AxisMaps
+
+    def in_scores(self, padding: Iterable[tuple[int, int]], factor: Triple) -> "AxisMaps":
+        """The maps into a network's output: shifted by the sampler's padding, shrunk by a downsampling factor.
+
+        A voxel of the output lies in the middle of the `factor` voxels it was made of.
+        """
+        pads = [before for before, _ in padding]
+        i, j, k = (
+            replace(m, scale=m.scale / f, offset=(m.offset + pads[m.axis] - (f - 1) / 2) / f)
+            for m in self.maps
+            for f in [factor[m.axis]]
+        )
+        return i, j, k
+
+
+def make_space(native: Frame, orientation: str | None, spacing: float | Iterable[float | None] | None) -> Space:
+    """The model frame of a native frame.
+
+    Axes are permuted and flipped to the nearest anatomical direction, never rotated: an oblique affine stays oblique.
+    With a spacing, the model grid has whole voxels of exactly that size on the centre of the native field of view.
+
+    Args:
+        native: The file's frame.
+        orientation: Three letters such as 'RAS' (see nibabel's axcodes), or None to keep the file's axes.
+        spacing: mm, one number or three along the model's axes; None keeps the file's.
+
+    Raises:
+        ConfigError: an orientation or a spacing that is none.
+    """
+    world, signs = closest_axes(native.affine)
+    wanted, directions = (world, signs) if orientation is None else parse_axcodes(orientation)
+    order = [world.index(w) for w in wanted]  # the native axis of each model axis
+    maps: dict[int, AxisMap] = {}
+    affine, shape = np.eye(4), []
+    affine[:3, 3] = native.affine[:3, 3]
+    for axis, (n, mm) in enumerate(zip(order, to_spacing(spacing), strict=True)):
+        ratio = 1.0 if mm is None else mm / native.spacing[n]
+        # Rounding before comparing sizes: 0.9999999 mm of a float32 header is not another spacing than 1 mm.
+        ratio = 1.0 if abs(ratio - 1) < 1e-4 else ratio
+        size = max(1, round(native.shape[n] / ratio))
+        flip = directions[axis] * signs[n]
+        step = native.affine[:3, n] * ratio * flip
+        # native = (model - (size - 1) / 2) * ratio * flip + (native size - 1) / 2
+        affine[:3, axis] = step
+        affine[:3, 3] += native.affine[:3, n] * (native.shape[n] - 1) / 2 - step * (size - 1) / 2
+        scale = flip / ratio
+        maps[n] = AxisMap(axis, native.shape[n], scale, (size - 1) / 2 - scale * (native.shape[n] - 1) / 2)
+        shape.append(size)
+    return Space(native, Frame(to_triple(shape, "model shape"), affine), (maps[0], maps[1], maps[2]))
+
+
+def to_spacing(spacing: float | Iterable[float | None] | None) -> tuple[float | None, float | None, float | None]:
+    """mm along the three model axes, None where the file's are kept.
+
+    Raises:
+        ConfigError: not a positive number or three.
+    """
+    values = tuple(spacing) if isinstance(spacing, Iterable) and not isinstance(spacing, str) else (spacing,) * 3
+    good = [v is None or (isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v < np.inf) for v in values]
+    if len(values) != 3 or not all(good):
+        raise ConfigError(f"spacing must be null, a positive number of mm, or three along i, j, k; it is {spacing!r}.")
+    i, j, k = (None if v is None else float(v) for v in values)
+    return i, j, k
+
+
+def inverse(maps: AxisMaps, shape: Triple) -> AxisMaps:
+    """Maps the other way, from model voxels of a volume of `shape` into native voxels."""
+    back: dict[int, AxisMap] = {
+        m.axis: AxisMap(axis, shape[m.axis], 1 / m.scale, -m.offset / m.scale) for axis, m in enumerate(maps)
+    }
+    return back[0], back[1], back[2]
+
+
+def resample(
+    source: Shaped[Tensor, "c si sj sk"], maps: AxisMaps, *, linear: bool = True
+) -> Shaped[Tensor, "c ti tj tk"]:
+    """The source at the target's voxels.
+
+    Where maps only permute, flip and crop, values are copied in their own type. Otherwise linear interpolation gives
+    float32, and `linear=False` takes the nearest voxel.
+    """
+    for m in sorted(maps, key=lambda m: m.size / source.shape[m.axis + 1]):  # the one that shrinks most comes first
+        source = _along(source, m, linear=linear)
+    i, j, k = (m.axis + 1 for m in maps)
+    return source.permute(0, i, j, k)
+
+
+def _along(source: Tensor, m: AxisMap, *, linear: bool) -> Tensor:
+    size = source.shape[m.axis + 1]
+    below, above, share = (t.to(source.device) for t in m.neighbours(size))
+    if not linear:
+        below, share = torch.where(share > 0.5, above, below), torch.zeros_like(share)
+    if not share.any():
+        return _pick(source, m, below)
+    shares = share.reshape([-1 if axis == m.axis + 1 else 1 for axis in range(4)])
+    source = source if source.dtype == torch.float64 else source.float()
+    return torch.lerp(source.index_select(m.axis + 1, below), source.index_select(m.axis + 1, above), shares.to(source))
+
+
+def _pick(source: Tensor, m: AxisMap, index: Tensor) -> Tensor:
+    first, count = int(index[0]), len(index)
+    if torch.equal(index, torch.arange(first, first + count, device=index.device)):
+        return source.narrow(m.axis + 1, first, count)
+    return source.index_select(m.axis + 1, index)
+
+
+def restore(
+    scores: Shaped[Tensor, "c si sj sk"], maps: AxisMaps, *, voxels: int = 2**22
+) -> Iterator[tuple[slice, Shaped[Tensor, "c ti tj tk"]]]:
+    """Scores at native resolution, a few native planes at a time, so that the whole never exists.
+
+    Args:
+        scores: The network's output in model space.
+        maps: From native voxels into `scores` (`Space.in_scores`).
+        voxels: About how many values a slab may hold.
+
+    Yields:
+        (where, slab): `where` are the planes along the native axis that runs along the model's first, see
+        `streaming_axis`; the slab is the scores of these planes.
+    """
+    axis = streaming_axis(maps)
+    sizes = [m.size for m in maps]
+    step = max(1, voxels * sizes[axis] // (len(scores) * int(np.prod(sizes))))
+    for start in range(0, sizes[axis], step):
+        where = slice(start, min(start + step, sizes[axis]))
+        yield where, resample(scores, _planes(maps, axis, where, scores.shape[1]))
+
+
+def streaming_axis(maps: AxisMaps) -> int:
+    """The native axis that runs along the model's first."""
+    return [m.axis for m in maps].index(0)
+
+
+def _planes(maps: AxisMaps, axis: int, where: slice, source_size: int) -> AxisMaps:
+    m = maps[axis]
+    part = replace(m, size=where.stop - where.start, offset=m.offset + m.scale * where.start)
+    i, j, k = (part if n == axis else other for n, other in enumerate(maps))
+    return i, j, k
+

@@ -1,0 +1,138 @@
+"""From a subject's patches to its finished volumes: an aggregator per network output, then products in native space."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from voxquilt.aggregator import GridAggregator, Placed
+from voxquilt.blend import Blend, to_blend
+from voxquilt.errors import ConfigError, OutputError, PatchShapeError
+from voxquilt.geometry import Triple
+from voxquilt.products import ACTIVATIONS, check_names, compute, make_products
+from voxquilt.space import Space
+
+Outputs = Mapping[str, Tensor]
+"""What a network gives for a batch: (B, C, ...) by output name; a network with one output names it ''."""
+
+
+@dataclass(frozen=True)
+class Stitch:
+    """How patches become volumes.
+
+    Args:
+        overlap_mode: 'crop', 'average', 'hann', 'gaussian', or a Blend.
+        products: Names for every output, or output name -> names; None is the default of `make_products`.
+        activation: See `make_products`.
+        threshold: See `make_products`.
+        class_names: Of labels 0, 1, ...; written into the header of label files.
+        postprocess: Callables on a (C, I, J, K) label tensor in native space, applied in turn. MONAI's array transforms
+            such as KeepLargestConnectedComponent and FillHoles are such callables.
+
+    Raises:
+        ConfigError: one of these is wrong.
+    """
+
+    overlap_mode: str | Blend = "gaussian"
+    products: Sequence[str] | Mapping[str, Sequence[str]] | None = None
+    activation: str | None = None
+    threshold: float | None = None
+    class_names: Sequence[str] | None = None
+    postprocess: Sequence[Callable[[Tensor], Tensor]] = field(default=())
+
+    def __post_init__(self) -> None:
+        to_blend(self.overlap_mode)
+        each = self.products.values() if isinstance(self.products, Mapping) else [self.products]
+        for names in each:
+            check_names(names)
+        if self.activation not in (None, "applied", *ACTIVATIONS):
+            raise ConfigError(f"activation must be null or one of {', '.join(ACTIVATIONS)}; it is {self.activation!r}.")
+
+    def products_of(self, output: str) -> Sequence[str] | None:
+        """The products that are wanted of an output."""
+        return self.products.get(output) if isinstance(self.products, Mapping) else self.products
+
+
+class Quilt:
+    """One subject's outputs while its patches come in.
+
+    Args:
+        stitch: How patches become volumes.
+        placed: The subject's GridSampler, or its grid and padding.
+        space: The way back to native space.
+        device: Where sums are kept.
+    """
+
+    def __init__(self, stitch: Stitch, placed: Placed, space: Space, device: torch.device | str = "cpu") -> None:
+        self.stitch = stitch
+        self._placed = placed
+        self._space = space
+        self._device = device
+        self._aggregators: dict[str, GridAggregator] = {}
+
+    def add(self, outputs: Outputs, locations: np.ndarray) -> None:
+        """Add a network's outputs for patches at locations (B, 6).
+
+        Raises:
+            PatchShapeError: an output of another shape than the grid wants, or other outputs than before.
+            LedgerError: a patch came twice.
+        """
+        if not self._aggregators:
+            self._aggregators = {name: self._open(name, patches) for name, patches in outputs.items()}
+        if outputs.keys() != self._aggregators.keys():
+            raise PatchShapeError(f"the network's outputs are {list(outputs)} after {list(self._aggregators)}.")
+        for name, patches in outputs.items():
+            self._aggregators[name].add_batch(patches, locations)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every patch is in."""
+        return bool(self._aggregators) and all(a.ledger.missing == 0 for a in self._aggregators.values())
+
+    def volumes(self) -> dict[str, np.ndarray]:
+        """The finished products in native space, (C, I, J, K), by '<product>' or '<output>_<product>'.
+
+        Raises:
+            LedgerError: a patch is missing.
+            OutputError: scores are not finite, or a product that an output does not have.
+        """
+        finished: dict[str, np.ndarray] = {}
+        for output in list(self._aggregators):
+            aggregator = self._aggregators[output]
+            scores = aggregator.scores()
+            stitch = self.stitch
+            products = make_products(stitch.products_of(output), len(scores), stitch.activation, stitch.threshold)
+            maps = self._space.in_scores(aggregator.padding, aggregator.factor)
+            for product, volume in compute(scores, maps, products).items():
+                finished["_".join(filter(None, (output, product)))] = (
+                    self._postprocessed(volume) if product == "labels" else volume
+                )
+            del self._aggregators[output], aggregator, scores  # the sums go before the next output's products are made
+        return finished
+
+    def _open(self, name: str, patches: Tensor) -> GridAggregator:
+        factor = _factor(name, tuple(patches.shape), self._placed.grid.patch_size)
+        return GridAggregator(self._placed, self.stitch.overlap_mode, downsampling_factor=factor, device=self._device)
+
+    def _postprocessed(self, labels: np.ndarray) -> np.ndarray:
+        if not self.stitch.postprocess:
+            return labels
+        data = torch.from_numpy(labels.astype(np.int64))
+        for transform in self.stitch.postprocess:
+            data = torch.as_tensor(transform(data)).as_subclass(Tensor)
+            if tuple(data.shape) != labels.shape:
+                raise OutputError(f"post-processing {transform!r} turned {labels.shape} into {tuple(data.shape)}.")
+        return data.numpy().astype(labels.dtype)
+
+
+def _factor(name: str, shape: tuple[int, ...], patch: Triple) -> Triple:
+    """How many times smaller than its input an output is, along each axis."""
+    if len(shape) != 5 or 0 in shape or any(p % n for p, n in zip(patch, shape[2:], strict=True)):
+        raise PatchShapeError(
+            f"the network's output {name!r} has shape {shape} for patches of {patch} voxels; wanted is (B, C, I, J, K) "
+            f"with as many voxels, or fewer by a whole factor."
+        )
+    i, j, k = (p // n for p, n in zip(patch, shape[2:], strict=True))
+    return i, j, k
