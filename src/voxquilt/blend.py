@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from voxquilt.errors import ConfigError
 from voxquilt.grid import Grid
+from voxquilt.names import OVERLAP_MODES, check_name
 
 AxisWeights = Float64[Tensor, "n p"]
 
@@ -105,6 +105,4 @@ def to_blend(overlap_mode: str | Blend) -> Blend:
     """
     if not isinstance(overlap_mode, str):
         return overlap_mode
-    if overlap_mode not in BLENDS:
-        raise ConfigError(f"overlap_mode must be one of {', '.join(BLENDS)}; it is {overlap_mode!r}.")
-    return BLENDS[overlap_mode]
+    return BLENDS[check_name(overlap_mode, OVERLAP_MODES, "overlap_mode")]

@@ -111,3 +111,17 @@ def parse_axcodes(codes: str) -> tuple[Triple, Triple]:
         raise ConfigError(f"an orientation has one letter of each pair L/R, A/P, S/I, such as RAS; it is {codes!r}.")
     signs = [1 if letter == _CODES[n][1] else -1 for letter, n in zip(letters, pairs, strict=True)]
     return (pairs[0], pairs[1], pairs[2]), (signs[0], signs[1], signs[2])
+
+
+def to_spacing(spacing: float | Iterable[float | None] | None) -> tuple[float | None, float | None, float | None]:
+    """mm along the three model axes, None where the file's are kept.
+
+    Raises:
+        ConfigError: not a positive number or three.
+    """
+    values = tuple(spacing) if isinstance(spacing, Iterable) and not isinstance(spacing, str) else (spacing,) * 3
+    good = [v is None or (isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v < np.inf) for v in values]
+    if len(values) != 3 or not all(good):
+        raise ConfigError(f"spacing must be null, a positive number of mm, or three along i, j, k; it is {spacing!r}.")
+    i, j, k = (None if v is None else float(v) for v in values)
+    return i, j, k

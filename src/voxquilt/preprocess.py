@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from voxquilt.errors import ConfigError, InputError
-from voxquilt.geometry import parse_axcodes
-from voxquilt.space import Space, inverse, make_space, resample, to_spacing
+from voxquilt.errors import InputError
+from voxquilt.geometry import parse_axcodes, to_spacing
+from voxquilt.names import NONFINITE, check_name
+from voxquilt.space import Space, inverse, make_space, resample
 from voxquilt.subject import Image, LabelMap, ScalarImage, Subject
 
 Transform = Callable[[Tensor], Tensor]
@@ -47,8 +48,7 @@ class Preprocess:
         if self.orientation is not None:
             parse_axcodes(self.orientation)
         object.__setattr__(self, "spacing", to_spacing(self.spacing))
-        if self.nonfinite not in ("error", "zero"):
-            raise ConfigError(f"nonfinite must be 'error' or 'zero'; it is {self.nonfinite!r}.")
+        check_name(self.nonfinite, NONFINITE, "nonfinite")
 
     def space(self, subject: Subject) -> Space:
         """The mapping between a subject's native frame and model space; reads headers only.

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from voxquilt.errors import ConfigError, OutputError
+from voxquilt.errors import OutputError
 from voxquilt.space import AxisMaps, restore, streaming_axis
 
 Slab = Shaped[Tensor, "c i j k"]
@@ -20,7 +20,6 @@ ACTIVATIONS: dict[str, Activation] = {
     "sigmoid": lambda scores: scores.float().sigmoid(),
     "none": lambda scores: scores,
 }
-PRODUCTS = ("labels", "probabilities", "logits", "image")
 
 
 class Product(Protocol):
@@ -112,13 +111,6 @@ def _make_product(name: str, channels: int, activation: str, threshold: float | 
     if name == "logits" and activation == "applied":
         raise OutputError("there are no logits when model.average=probabilities; ask for probabilities.")
     return {"labels": ArgMax(), "probabilities": Activated(activate)}.get(name, Activated(ACTIVATIONS["none"]))
-
-
-def check_names(names: Sequence[str] | None, key: str = "stitch.products") -> None:
-    """Raises ConfigError for a product that voxquilt does not know."""
-    for name in names or ():
-        if name not in PRODUCTS:
-            raise ConfigError(f"{key}: {name!r} is not a product; there are {', '.join(PRODUCTS)}.")
 
 
 def compute(

@@ -12,11 +12,9 @@ from torch.utils.data import Dataset
 from voxquilt.errors import PaddingModeError
 from voxquilt.geometry import Triple, to_triple
 from voxquilt.grid import make_grid
+from voxquilt.names import PADDING_MODES
 from voxquilt.subject import AFFINE, DATA, LOCATION, Image, Subject
 
-PADDING_MODES = (
-    "constant", "edge", "linear_ramp", "maximum", "mean", "median", "minimum", "reflect", "symmetric", "wrap", "empty",
-)  # fmt: skip
 Padding = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 NO_PADDING: Padding = ((0, 0), (0, 0), (0, 0))
 

@@ -15,8 +15,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from voxquilt.errors import ConfigError
-from voxquilt.geometry import Frame, Triple, closest_axes, parse_axcodes, to_triple
+from voxquilt.geometry import Frame, Triple, closest_axes, parse_axcodes, to_spacing, to_triple
 
 
 @dataclass(frozen=True)
@@ -105,20 +104,6 @@ def make_space(native: Frame, orientation: str | None, spacing: float | Iterable
         maps[n] = AxisMap(axis, native.shape[n], scale, (size - 1) / 2 - scale * (native.shape[n] - 1) / 2)
         shape.append(size)
     return Space(native, Frame(to_triple(shape, "model shape"), affine), (maps[0], maps[1], maps[2]))
-
-
-def to_spacing(spacing: float | Iterable[float | None] | None) -> tuple[float | None, float | None, float | None]:
-    """mm along the three model axes, None where the file's are kept.
-
-    Raises:
-        ConfigError: not a positive number or three.
-    """
-    values = tuple(spacing) if isinstance(spacing, Iterable) and not isinstance(spacing, str) else (spacing,) * 3
-    good = [v is None or (isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v < np.inf) for v in values]
-    if len(values) != 3 or not all(good):
-        raise ConfigError(f"spacing must be null, a positive number of mm, or three along i, j, k; it is {spacing!r}.")
-    i, j, k = (None if v is None else float(v) for v in values)
-    return i, j, k
 
 
 def inverse(maps: AxisMaps, shape: Triple) -> AxisMaps:

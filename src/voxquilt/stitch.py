@@ -9,9 +9,10 @@ from torch import Tensor
 
 from voxquilt.aggregator import GridAggregator, Placed
 from voxquilt.blend import Blend, to_blend
-from voxquilt.errors import ConfigError, OutputError, PatchShapeError
+from voxquilt.errors import OutputError, PatchShapeError
 from voxquilt.geometry import Triple
-from voxquilt.products import ACTIVATIONS, check_names, compute, make_products
+from voxquilt.names import ACTIVATIONS, PRODUCTS, check_name
+from voxquilt.products import compute, make_products
 from voxquilt.space import Space
 
 Outputs = Mapping[str, Tensor]
@@ -46,9 +47,9 @@ class Stitch:
         to_blend(self.overlap_mode)
         each = self.products.values() if isinstance(self.products, Mapping) else [self.products]
         for names in each:
-            check_names(names)
-        if self.activation not in (None, "applied", *ACTIVATIONS):
-            raise ConfigError(f"activation must be null or one of {', '.join(ACTIVATIONS)}; it is {self.activation!r}.")
+            for name in names or ():
+                check_name(name, PRODUCTS, "products")
+        check_name(self.activation or "none", (*ACTIVATIONS, "applied"), "activation")
 
     def products_of(self, output: str) -> Sequence[str] | None:
         """The products that are wanted of an output."""

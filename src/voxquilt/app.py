@@ -1,0 +1,145 @@
+"""The command line: compose the configuration, check it, build, run, and say how it ended.
+
+Heavy imports stand inside functions, so that a wrong configuration is answered in a second.
+"""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import hydra
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from voxquilt.config import check_predict
+from voxquilt.errors import ConfigError, VoxquiltError
+from voxquilt.fetch import fetch
+from voxquilt.manifest import write_json
+
+DONE, FAILED, NOT_STARTED = 0, 1, 2
+
+
+def conf_dir() -> Path:
+    """The configuration's folder: inside the package in a wheel, at the top of a checkout."""
+    inside = Path(__file__).parent / "conf"
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "conf"
+
+
+def predict() -> None:
+    """`voxquilt-predict`, `python predict.py`: exits 0 if every subject is done, 1 if some failed, 2 if none began."""
+    _main("predict", run_predict)
+
+
+def _main(name: str, task: Callable[[DictConfig], int]) -> None:
+    OmegaConf.register_new_resolver("example", lambda name: str(fetch(name)), replace=True, use_cache=True)
+    OmegaConf.register_new_resolver("if_averaged", _scores_activation, replace=True)
+    statuses: list[int] = []
+
+    def guarded(cfg: DictConfig) -> None:
+        statuses.append(NOT_STARTED)
+        statuses[-1] = _guarded(task, cfg)
+
+    try:
+        hydra.main(config_path=str(conf_dir()), config_name=name, version_base="1.3")(guarded)()
+    except SystemExit as error:
+        # Hydra prints what it cannot compose and exits with 1, which means 'some subject failed' here.
+        sys.exit(NOT_STARTED if error.code not in (0, None) and not statuses else error.code)
+    sys.exit(max(statuses, default=0))  # none after --help or --cfg
+
+
+def _guarded(task: Callable[[DictConfig], int], cfg: DictConfig) -> int:
+    try:
+        return task(cfg)
+    except VoxquiltError as error:
+        print(f"voxquilt: {error}", file=sys.stderr)
+        return NOT_STARTED
+
+
+def _scores_activation(average: str | None, activation: str | None) -> str | None:
+    """What turns scores into probabilities, unless the network averaged probabilities: then they are that already."""
+    return "applied" if average == "probabilities" else activation
+
+
+def run_predict(cfg: DictConfig) -> int:
+    """Check, build, predict; the exit status.
+
+    Raises:
+        VoxquiltError: the configuration is wrong, and nothing was started.
+    """
+    plain = check_predict(cfg)
+    _quiet()
+    if plain["run"]["seed"] is not None:
+        from lightning.pytorch import seed_everything
+
+        seed_everything(plain["run"]["seed"], verbose=False)
+    data = build(plain["data"], "data", preprocess=build(plain["preprocess"], "preprocess"))
+    model = build(plain["model"], "model")
+    stitch = build(plain["stitch"], "stitch")
+    writer = build(plain["callbacks"]["writer"], "callbacks.writer", stitch=stitch)
+    others = {name: node for name, node in plain["callbacks"].items() if node and name != "writer"}
+    callbacks = [writer, *(build(node, f"callbacks.{name}") for name, node in others.items())]
+    trainer = build(plain["trainer"], "trainer", callbacks=callbacks, logger=False)
+    return _predict(plain, trainer, model, data, writer)
+
+
+def _predict(plain: Mapping[str, Any], trainer: Any, model: Any, data: Any, writer: Any) -> int:
+    from voxquilt.report import print_table, run_record
+
+    started = perf_counter()
+    try:
+        trainer.predict(model, datamodule=data, return_predictions=False)
+    except VoxquiltError as error:
+        print(f"voxquilt: {error}", file=sys.stderr)
+        return FAILED
+    finally:
+        record = run_record(plain, writer.rows, len(data.cases), perf_counter() - started)
+        write_json(writer.output_dir / "run.json", record)
+    print_table(writer.rows, writer.output_dir)
+    return FAILED if any(row.status == "failed" for row in writer.rows) else DONE
+
+
+def build(node: Mapping[str, Any], key: str, **objects: Any) -> Any:
+    """The object that a configuration node describes: the one place that calls Hydra's instantiate.
+
+    Args:
+        node: A constructor call; nodes inside with a _target_ are built first.
+        key: Where it stands, for messages.
+        objects: Further arguments, built before.
+
+    Raises:
+        ConfigError: a target that cannot be imported or called so; HYDRA_FULL_ERROR=1 shows the whole traceback.
+    """
+    try:
+        return instantiate(OmegaConf.create(dict(node)), _convert_="all", _partial_=True)(**objects)
+    except Exception as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        causes = list(_causes(error))
+        ours = next((cause for cause in causes if isinstance(cause, VoxquiltError)), None)
+        if ours is not None:
+            raise ConfigError(str(ours)) from error
+        cause = causes[-1]
+        raise ConfigError(
+            f"{key} cannot be built from {node.get('_target_')}: {type(cause).__name__}: {cause}\n"
+            f"  (set HYDRA_FULL_ERROR=1 for the traceback)"
+        ) from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _quiet() -> None:
+    """Lightning's advertisements and remarks on a loop that is not a DataLoader tell users nothing."""
+    import lightning.pytorch  # which sets its logger's level when it is imported
+
+    logging.getLogger(lightning.pytorch.__name__).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning.*")
+    warnings.filterwarnings("ignore", category=DeprecationWarning)

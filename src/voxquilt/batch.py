@@ -1,0 +1,118 @@
+"""A batch of patches, which may come from several subjects, and whose they are."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from voxquilt.cases import Case
+from voxquilt.grid import Grid
+from voxquilt.nifti import NiftiFile
+from voxquilt.sampler import GridSampler, Padding
+from voxquilt.space import Space
+
+
+@dataclass(eq=False)
+class Work:
+    """A subject on its way through a run; compared and hashed by identity.
+
+    Args:
+        case: The subject's id and files.
+        file: The first image's file, whose header outputs take over.
+        grid, padding: Where its patches lie.
+        space: The way back to native space.
+        started: When loading began, by time.perf_counter.
+        failed: Set once; what is left of the subject is then skipped.
+    """
+
+    case: Case
+    file: NiftiFile
+    grid: Grid
+    padding: Padding
+    space: Space
+    started: float = field(default_factory=perf_counter)
+    failed: bool = False
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A subject whose volumes are in memory."""
+
+    work: Work
+    sampler: GridSampler
+
+
+@dataclass(frozen=True)
+class Run:
+    """Patches `first`, `first + 1`, ... of one subject, at rows [start, stop) of a batch."""
+
+    work: Work
+    first: int
+    start: int
+    stop: int
+
+    @property
+    def locations(self) -> np.ndarray:
+        """(stop - start, 6)."""
+        return np.array([self.work.grid.location(self.first + n) for n in range(self.stop - self.start)])
+
+
+class PatchBatch:
+    """A (B, C, I, J, K) float32 tensor and the runs of subjects in it.
+
+    A plain class: Lightning rebuilds dataclasses and converts the floats in them, here it only calls `to`.
+    """
+
+    def __init__(self, data: Tensor, runs: list[Run]) -> None:
+        self.data = data
+        self.runs = runs
+
+    def to(self, device: torch.device) -> "PatchBatch":
+        """The batch on another device."""
+        return PatchBatch(self.data.to(device), self.runs)
+
+    def pin_memory(self) -> "PatchBatch":
+        """The batch in pinned memory."""
+        return PatchBatch(self.data.pin_memory(), self.runs)
+
+
+def batches(subjects: Iterable[Loaded], batch_size: int) -> Iterator[PatchBatch]:
+    """Cut subjects into batches that are full but for the last, and where the number of channels changes.
+
+    Two buffers take turns, since first use of memory is dear: a batch is valid until the next but one is asked for.
+    """
+    buffers: list[Tensor] = []
+    runs: list[Run] = []
+    filled = count = 0
+    for loaded in subjects:
+        work, sampler = loaded.work, loaded.sampler
+        shape = (batch_size, sum(len(sampler.volume(name)) for name in sampler.subject.images), *sampler.patch_size)
+        if filled and buffers[0].shape != shape:
+            yield PatchBatch(buffers[count % 2][:filled], runs)
+            runs, filled, count = [], 0, count + 1
+        if not buffers or buffers[0].shape != shape:
+            buffers = [torch.empty(shape), torch.empty(shape)]
+        first, total = 0, len(sampler)
+        while first < total and not work.failed:
+            take = min(batch_size - filled, total - first)
+            for n in range(take):
+                _cut(sampler, first + n, buffers[count % 2][filled + n])
+            runs.append(Run(work, first, filled, filled + take))
+            first, filled = first + take, filled + take
+            if filled == batch_size:
+                yield PatchBatch(buffers[count % 2], runs)
+                runs, filled, count = [], 0, count + 1
+        del loaded, sampler  # the volume goes before the next one is waited for
+    if filled:
+        yield PatchBatch(buffers[count % 2][:filled], runs)
+
+
+def _cut(sampler: GridSampler, index: int, out: Tensor) -> None:
+    channel = 0
+    for name in sampler.subject.images:
+        patch = sampler.cut(name, index)
+        out[channel : channel + len(patch)].copy_(patch)
+        channel += len(patch)

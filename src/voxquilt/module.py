@@ -1,0 +1,79 @@
+"""The LightningModule that predicts: it carries a PatchNetwork and knows nothing of subjects."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict, Unpack
+
+from lightning.pytorch import LightningModule
+from torch import nn
+
+from voxquilt.batch import PatchBatch
+from voxquilt.errors import OutputError
+from voxquilt.network import Named, PatchNetwork
+from voxquilt.weights import Paths, read_lightning, read_state_dict, read_torchscript
+
+
+class Options(TypedDict, total=False):
+    """The options of PatchNetwork, which every source of weights shares."""
+
+    outputs: Sequence[str | None] | None
+    flips: Sequence[int]
+    average: str
+    activation: str | None
+    squeeze_axis: int | None
+
+
+class PatchPredictor(LightningModule):
+    """Predicts patch batches.
+
+    Args:
+        networks: A network, or the members of an ensemble.
+        options: See PatchNetwork.
+    """
+
+    def __init__(self, networks: nn.Module | Sequence[nn.Module], **options: Unpack[Options]) -> None:
+        super().__init__()
+        self.network = PatchNetwork([networks] if isinstance(networks, nn.Module) else networks, **options)
+
+    def forward(self, patches: Any) -> Named:
+        """Outputs by name for a (B, C, I, J, K) batch."""
+        return self.network(patches)
+
+    def predict_step(self, batch: PatchBatch, batch_idx: int) -> Named | Exception:
+        """Outputs by name; an error of the network is returned, so that it costs these subjects and not the run."""
+        try:
+            return self(batch.data.to(self.dtype))
+        except StopIteration:
+            return OutputError("the network raised StopIteration.")  # raised on, it would end the run without an error
+        except Exception as error:
+            return error
+
+
+def from_torchscript(ckpt_path: Paths, **options: Unpack[Options]) -> PatchPredictor:
+    """A predictor from TorchScript archives; see `voxquilt.weights.read_torchscript`."""
+    return PatchPredictor(read_torchscript(ckpt_path), **options)
+
+
+def from_state_dict(
+    net: nn.Module,
+    ckpt_path: Paths | None,
+    *,
+    prefix: str | None = None,
+    strict: bool = True,
+    trust_checkpoint: bool = False,
+    **options: Unpack[Options],
+) -> PatchPredictor:
+    """A predictor from a network and its weights; see `voxquilt.weights.read_state_dict`."""
+    members = read_state_dict(net, ckpt_path, prefix=prefix, strict=strict, trust=trust_checkpoint)
+    return PatchPredictor(members, **options)
+
+
+def from_lightning(
+    module_class: str,
+    ckpt_path: Paths,
+    module_args: Mapping[str, Any] | None = None,
+    *,
+    trust_checkpoint: bool = False,
+    **options: Unpack[Options],
+) -> PatchPredictor:
+    """A predictor from a LightningModule and its checkpoint; see `voxquilt.weights.read_lightning`."""
+    return PatchPredictor(read_lightning(module_class, ckpt_path, module_args, trust=trust_checkpoint), **options)

@@ -1,0 +1,30 @@
+"""Which words may a configuration use? Kept apart from what they mean, so that checking them imports nothing heavy."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from voxquilt.errors import ConfigError
+
+OVERLAP_MODES = ("crop", "average", "hann", "gaussian")
+PRODUCTS = ("labels", "probabilities", "logits", "image")
+ACTIVATIONS = ("softmax", "sigmoid", "none")
+AVERAGES = ("logits", "probabilities")
+NONFINITE = ("error", "zero")
+ON_ERROR = ("skip", "raise")
+PADDING_MODES = (
+    "constant", "edge", "linear_ramp", "maximum", "mean", "median", "minimum", "reflect", "symmetric", "wrap", "empty",
+)  # fmt: skip
+
+
+def check_name(value: object, allowed: Iterable[str], key: str) -> str:
+    """One of the allowed words.
+
+    Raises:
+        ConfigError: (a ValueError) it is not; the nearest one is suggested.
+    """
+    allowed = list(allowed)
+    if value in allowed:
+        return str(value)
+    near = get_close_matches(str(value), allowed, 1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise ConfigError(f"{key} must be one of {', '.join(allowed)}; it is {value!r}.{hint}")

@@ -1,0 +1,135 @@
+"""One network out of several: members of an ensemble, flips of the patch, named outputs, 2-D networks."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, combinations
+
+from jaxtyping import Shaped
+from torch import Tensor, nn
+
+from voxquilt.errors import ConfigError, OutputError
+from voxquilt.geometry import AXES
+from voxquilt.names import ACTIVATIONS, AVERAGES, check_name
+
+Named = dict[str, Tensor]
+
+
+class PatchNetwork(nn.Module):
+    """Runs networks on a patch batch and averages their outputs, in float32.
+
+    Args:
+        networks: The members, each (B, C, I, J, K) to a tensor, a tuple of tensors, or tensors by name.
+        outputs: Names for a tuple's outputs, None for one that is dropped; for a mapping, the ones to keep. By default
+            all are kept and a tuple's are called out0, out1, ...
+        flips: Axes (0, 1, 2 of the model's i, j, k) along which patches are also predicted flipped, in every
+            combination: test-time augmentation.
+        average: 'logits' averages outputs as they are, 'probabilities' after the activation.
+        activation: With average='probabilities': 'softmax', 'sigmoid', 'none'; None is soft-max over several channels.
+        squeeze_axis: The axis of one voxel that a 2-D network does not have: it sees (B, C, I, J) for axis 2.
+
+    Raises:
+        ConfigError: one of these is wrong.
+    """
+
+    def __init__(
+        self,
+        networks: Sequence[nn.Module],
+        *,
+        outputs: Sequence[str | None] | None = None,
+        flips: Sequence[int] = (),
+        average: str = "logits",
+        activation: str | None = None,
+        squeeze_axis: int | None = None,
+    ) -> None:
+        super().__init__()
+        if any(axis not in (0, 1, 2) for axis in flips) or len(set(flips)) != len(flips):
+            raise ConfigError(f"flips must be different axes out of 0, 1, 2; they are {list(flips)}.")
+        if squeeze_axis not in (None, 0, 1, 2):
+            raise ConfigError(f"squeeze_axis must be null, 0, 1 or 2; it is {squeeze_axis!r}.")
+        self.networks = nn.ModuleList(networks)
+        self._outputs = outputs
+        self._flips = list(chain.from_iterable(combinations(flips, n) for n in range(len(flips) + 1)))
+        self._squeeze = None if squeeze_axis is None else squeeze_axis + 2
+        check_name(activation or "none", ACTIVATIONS, "activation")
+        probabilities = check_name(average, AVERAGES, "average") == "probabilities"
+        self._activate = to_activation(activation) if probabilities else _as_it_is
+
+    def forward(self, patches: Shaped[Tensor, "b c i j k"]) -> Named:
+        """Outputs (B, C', ...) by name; the only output of a network is named ''.
+
+        Raises:
+            OutputError: a network that gives no tensors, or another number of them than there are names.
+        """
+        runs = self._runs(patches)
+        total = next(runs)
+        count = len(self.networks) * len(self._flips)
+        if count == 1:
+            return total
+        for outputs in runs:
+            if outputs.keys() != total.keys():
+                raise OutputError(f"members of the ensemble give outputs {list(total)} and {list(outputs)}.")
+            total = {name: total[name].float() + outputs[name] for name in total}
+        return {name: tensor / count for name, tensor in total.items()}
+
+    def _runs(self, patches: Tensor) -> Iterator[Named]:
+        for network in self.networks:
+            for axes in self._flips:
+                spatial = [axis + 2 for axis in axes]
+                flipped = patches.flip(spatial)
+                outputs = self._named(network(self._squeezed(flipped)))
+                unsqueezed = {name: self._unsqueezed(name, output) for name, output in outputs.items()}
+                yield {name: self._activate(output.flip(spatial)) for name, output in unsqueezed.items()}
+
+    def _squeezed(self, patches: Tensor) -> Tensor:
+        if self._squeeze is None:
+            return patches
+        if patches.shape[self._squeeze] != 1:
+            axis = AXES[self._squeeze - 2]
+            raise OutputError(
+                f"model.squeeze_axis={self._squeeze - 2} needs patches of one voxel along {axis}; they have "
+                f"{patches.shape[self._squeeze]}. Set data.patch_size to 1 there."
+            )
+        return patches.squeeze(self._squeeze)
+
+    def _unsqueezed(self, name: str, output: Tensor) -> Tensor:
+        output = output if self._squeeze is None else output.unsqueeze(self._squeeze)
+        if output.ndim != 5:
+            wanted = "(B, C, I, J, K)" if self._squeeze is None else "two spatial axes"
+            raise OutputError(f"the network's output {name!r} has shape {tuple(output.shape)}; wanted is {wanted}.")
+        return output
+
+    def _named(self, output: object) -> Named:
+        if isinstance(output, Tensor):
+            return {"": output}
+        if isinstance(output, Mapping):
+            named = {str(name): tensor for name, tensor in output.items()}
+            unknown = set(self._outputs or ()) - named.keys()
+            if unknown:
+                raise OutputError(f"model.outputs names {sorted(map(str, unknown))}; the network gives {list(named)}.")
+        elif isinstance(output, (tuple, list)):
+            names = self._outputs or [f"out{n}" for n in range(len(output))]
+            if len(names) != len(output):
+                raise OutputError(
+                    f"model.outputs has {len(names)} names and the network {len(output)} outputs; name each, null for "
+                    f"one to drop."
+                )
+            named = {name: tensor for name, tensor in zip(names, output, strict=True) if name is not None}
+        else:
+            raise OutputError(f"the network gave {type(output).__name__}; wanted are a tensor, or several of them.")
+        kept = {name: tensor for name, tensor in named.items() if self._outputs is None or name in self._outputs}
+        bad = [name for name, tensor in kept.items() if not isinstance(tensor, Tensor)]
+        if bad or not kept:
+            raise OutputError(f"the network's outputs {bad or list(named)} are no tensors; choose by model.outputs.")
+        return kept
+
+
+def to_activation(name: str | None) -> Callable[[Tensor], Tensor]:
+    """A function on (B, C, ...) batches; None is soft-max for several channels and nothing for one."""
+    if name is None:
+        return lambda batch: batch.float().softmax(1) if batch.shape[1] > 1 else batch
+    functions = {"softmax": lambda batch: batch.float().softmax(1), "sigmoid": lambda batch: batch.float().sigmoid()}
+    return functions.get(name, _as_it_is)
+
+
+def _as_it_is(batch: Tensor) -> Tensor:
+    return batch
+

@@ -1,0 +1,211 @@
+"""From a predict loop to files: an aggregator set per open subject, a thread behind that makes and writes products."""
+
+import logging
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from threading import BoundedSemaphore
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from voxquilt.batch import PatchBatch, Run, Work
+from voxquilt.datamodule import GridDataModule
+from voxquilt.errors import ConfigError, OutputError, VoxquiltError
+from voxquilt.manifest import Manifest, Row
+from voxquilt.names import ON_ERROR, check_name
+from voxquilt.nifti import read_header, write
+from voxquilt.overlay import overlay_png
+from voxquilt.stitch import Quilt, Stitch
+
+log = logging.getLogger("voxquilt")
+
+
+class VolumeWriter(Callback):
+    """Quilts each subject's outputs and writes its products as `<subject>_<product>.nii.gz`, with a manifest beside.
+
+    A subject that fails becomes a row of the manifest, and the run goes on.
+
+    Args:
+        output_dir: Made if it is missing.
+        stitch: Blend and products; gaussian and labels (an image for one channel) by default.
+        on_error: 'skip' goes on after a failed subject, 'raise' stops at the first.
+        overlay: Also write `<subject>_overlay.png`: three planes with the labels' outlines.
+        compress: .nii.gz, else .nii.
+
+    Raises:
+        ConfigError: on_error is unknown.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        stitch: Stitch | None = None,
+        *,
+        on_error: str = "skip",
+        overlay: bool = False,
+        compress: bool = True,
+    ) -> None:
+        self.output_dir = Path(output_dir).expanduser().resolve()
+        self.stitch = stitch or Stitch()
+        self.overlay = overlay
+        self.suffix = ".nii.gz" if compress else ".nii"
+        self.rows: list[Row] = []
+        """What became of each subject of the last run."""
+        self._raise = check_name(on_error, ON_ERROR, "on_error") == "raise"
+        self._run: _WriterRun | None = None
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the manifest and start the writer thread."""
+        data = getattr(trainer, "datamodule", None)
+        if not isinstance(data, GridDataModule):
+            raise ConfigError(f"VolumeWriter needs a GridDataModule at predict; the trainer has {type(data).__name__}.")
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self._run = _WriterRun(self, data, Manifest(self.output_dir / "manifest.csv"))
+        self.rows = self._run.manifest.rows
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Feed a batch's outputs to its subjects; hand over those that are complete."""
+        run = self._running()
+        run.take(outputs, batch)
+        self._check(run)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Wait until everything is written."""
+        run = self._running()
+        run.close()
+        self._run = None
+        self._check(run)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Finish what is complete; subjects that are not are left out of the manifest, since they did not fail."""
+        if self._run is not None:
+            self._run.close(complete=False)
+            self._run = None
+
+    def _running(self) -> "_WriterRun":
+        assert self._run is not None, "Lightning calls on_predict_start first"
+        return self._run
+
+    def _check(self, run: "_WriterRun") -> None:
+        if self._raise and run.manifest.failed:
+            row = run.manifest.failed[0]
+            raise OutputError(f"{row.subject}: {row.error} (run.on_error=raise stops here.)")
+
+
+class _WriterRun:
+    """The state of one predict run: open subjects, the manifest, the writer thread."""
+
+    def __init__(self, writer: VolumeWriter, data: GridDataModule, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self._writer = writer
+        self._data = data
+        self._inputs = {path.resolve() for case in data.cases for path in case.images.values()}
+        self._open: dict[Work, Quilt] = {}
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="voxquilt-writer")
+        # One subject being written and one waiting; the loop waits for the thread beyond that, so memory is bounded.
+        self._room = BoundedSemaphore(2)
+        self._pending: list[Future[None]] = []
+
+    def take(self, outputs: Any, batch: PatchBatch) -> None:
+        self._drain()
+        for run in batch.runs:
+            if not run.work.failed:
+                try:
+                    self._add(outputs, run)
+                except Exception as error:
+                    self._fail(run.work, error)
+
+    def close(self, *, complete: bool = True) -> None:
+        if complete:
+            for work in list(self._open):  # cannot happen while the stream and the ledger are right
+                self._fail(work, OutputError("its patches ended before the volume was complete."))
+        self._open.clear()
+        self._pool.shutdown(wait=True)
+        self._drain()
+
+    def _add(self, outputs: Any, run: Run) -> None:
+        if isinstance(outputs, Exception):
+            raise outputs
+        named = outputs if isinstance(outputs, Mapping) else {"": outputs}
+        work = run.work
+        if work not in self._open:
+            self._open[work] = Quilt(self._writer.stitch, work, work.space)
+        quilt = self._open[work]
+        quilt.add({name: output[run.start : run.stop] for name, output in named.items()}, run.locations)
+        if quilt.complete:
+            del self._open[work]
+            self._room.acquire()
+            self._pending.append(self._pool.submit(self._finish, work, quilt))
+
+    def _drain(self) -> None:
+        """Rows for subjects that failed to load; errors of the writer thread itself, such as a full disk's manifest."""
+        while not self._data.failures.empty():
+            failure = self._data.failures.get()
+            self._record_failure(failure.case.subject, failure.error, failure.seconds)
+        for future in [f for f in self._pending if f.done()]:
+            self._pending.remove(future)
+            future.result()
+
+    def _fail(self, work: Work, error: Exception) -> None:
+        work.failed = True
+        self._open.pop(work, None)
+        self._record_failure(work.case.subject, error, perf_counter() - work.started)
+
+    def _record_failure(self, subject: str, error: Exception, seconds: float) -> None:
+        reason = str(error) if isinstance(error, VoxquiltError) else f"{type(error).__name__}: {error}"
+        log.error("%s: failed: %s", subject, reason)
+        self.manifest.add(Row(subject, "failed", seconds=seconds, error=reason))
+
+    def _finish(self, work: Work, quilt: Quilt) -> None:
+        try:
+            with torch.inference_mode():
+                volumes = quilt.volumes()
+            row = self._write(work, volumes)
+        except Exception as error:
+            self._fail(work, error)
+            return
+        finally:
+            self._room.release()
+        self.manifest.add(row)
+        log.info("%s: done: %d patches, %.1f s: %s", row.subject, row.patches, row.seconds, ", ".join(row.outputs))
+
+    def _write(self, work: Work, volumes: dict[str, np.ndarray]) -> Row:
+        subject, stitch, folder = work.case.subject, self._writer.stitch, self._writer.output_dir
+        outputs = []
+        for product, data in volumes.items():
+            path = self._checked(folder / f"{subject}_{product}{self._writer.suffix}")
+            names = list(stitch.class_names) if stitch.class_names and _is_labels(product) else None
+            write(path, data, work.space.native, header=work.file.header, class_names=names)
+            outputs.append(path.name)
+        labels = next((data for product, data in volumes.items() if _is_labels(product)), None)
+        if labels is not None and self._writer.overlay:
+            path = self._checked(folder / f"{subject}_overlay.png")
+            image = read_header(work.file.path).read()[0].numpy()
+            overlay_png(image, labels[0], work.space.native.affine, path)
+            outputs.append(path.name)
+        volume = None
+        if labels is not None:
+            volume = int(np.count_nonzero(labels.any(axis=0))) * float(np.prod(work.space.native.spacing)) / 1000
+        seconds = perf_counter() - work.started
+        return Row(subject, "done", tuple(outputs), len(work.grid), seconds, volume_ml=volume)
+
+    def _checked(self, path: Path) -> Path:
+        if path.resolve() in self._inputs:
+            raise OutputError(f"{path} is an input of this run and is not overwritten; choose another output_dir.")
+        return path
+
+
+def _is_labels(product: str) -> bool:
+    return product == "labels" or product.endswith("_labels")

@@ -1,0 +1,268 @@
+"""Laws of fetching. pip really runs, on tiny wheels in a folder; the few real files that are needed are cached."""
+
+import subprocess
+import sys
+import zipfile
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from voxquilt import fetch as fetching
+from voxquilt.datasets import Colin27, head_mask
+from voxquilt.errors import ConfigError, VoxquiltError
+from voxquilt.fetch import SOURCES, DebianPackage, FetchError, Source, Wheel, cache_dir, fetch
+
+CONTENTS = {"one": b"first file", "two": b"second file"}
+
+
+def write_tiny_wheel(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / "tiny-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        for name, content in CONTENTS.items():
+            wheel.writestr(f"tiny/{name}.bin", content)
+        wheel.writestr("tiny-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n")
+        wheel.writestr("tiny-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("tiny-1.0.dist-info/RECORD", "")
+    return path
+
+
+def tiny_source(name: str, package: Wheel | DebianPackage, content: bytes | None = None) -> Source:
+    return Source(f"{name}.bin", package, f"tiny/{name}.bin", sha256(content or CONTENTS[name]).hexdigest())
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, and a pip that knows no index: only the wheels in tmp_path / 'wheels'."""
+    (tmp_path / "wheels").mkdir()
+    monkeypatch.setenv("VOXQUILT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    for name in CONTENTS:
+        monkeypatch.setitem(SOURCES, name, tiny_source(name, Wheel("tiny==1.0")))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def wheel(cache: Path) -> Path:
+    """The tiny wheel, where pip finds it."""
+    return write_tiny_wheel(cache.parent / "wheels")
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def test_a_file_is_fetched_once(cache: Path, wheel: Path) -> None:
+    """The second call is answered by the cache that VOXQUILT_CACHE names, without the package."""
+    first = fetch("one")
+    wheel.unlink()
+    assert first == fetch("one") == cache / "one.bin"
+    assert first.read_bytes() == b"first file"
+
+
+def test_one_download_fills_all_names_of_its_package(cache: Path, wheel: Path) -> None:
+    """Fetching one file lands its siblings, and nothing else: no wheel, no log, no temporary folder."""
+    fetch("one")
+    wheel.unlink()
+    assert fetch("two").read_bytes() == b"second file"
+    assert names_in(cache) == ["one.bin", "two.bin"]
+
+
+@pytest.mark.usefixtures("wheel")
+def test_a_wrong_checksum_never_lands(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What came and is not what was wanted is an error that gives both checksums, and does not enter the cache."""
+    monkeypatch.setitem(SOURCES, "one", tiny_source("one", Wheel("tiny==1.0"), b"other content"))
+    with pytest.raises(FetchError, match="another checksum") as raised:
+        fetch("one")
+    assert sha256(b"first file").hexdigest() in str(raised.value)
+    assert sha256(b"other content").hexdigest() in str(raised.value)
+    assert "one.bin" not in names_in(cache)
+
+
+@pytest.mark.usefixtures("wheel")
+def test_a_corrupt_cached_file_is_fetched_again(cache: Path) -> None:
+    """A file in the cache counts only with its checksum."""
+    fetch("one").write_bytes(b"first fil")
+    assert fetch("one").read_bytes() == b"first file"
+    assert names_in(cache) == ["one.bin", "two.bin"]
+
+
+@pytest.mark.usefixtures("wheel")
+def test_a_good_sibling_is_left_alone() -> None:
+    """Fetching one file again does not touch the others of its package."""
+    other = fetch("two")
+    before = other.stat()
+    fetch("one").unlink()
+    fetch("one")
+    assert (other.stat().st_ino, other.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_a_member_that_the_package_lacks_is_an_error(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package without the file is told from one with another file."""
+    monkeypatch.setitem(SOURCES, "three", tiny_source("three", Wheel("tiny==1.0"), b"third"))
+    with pytest.raises(FetchError, match=r"tiny/three\.bin from the wheel tiny==1\.0 failed: .* \(no such file\)"):
+        fetch("three")
+    assert wheel.exists()
+
+
+def test_without_network_and_cache_there_is_one_clear_message(cache: Path) -> None:
+    """It names what was wanted, the package, pip's last line, the path in the cache and the checksum, in one line."""
+    with pytest.raises(FetchError) as raised:
+        fetch("brain_extraction")
+    message = str(raised.value)
+    assert isinstance(raised.value, VoxquiltError)
+    assert message.startswith(f"brain_extraction: {cache / 'brain_extraction.pt'} is not there")
+    assert "data/models/bbox_model.pt from the wheel deepbet==1.0.2" in message
+    assert "pip says: ERROR: No matching distribution found for deepbet==1.0.2." in message
+    assert SOURCES["brain_extraction"].sha256 in message
+    assert "set VOXQUILT_CACHE" in message
+    assert "\n" not in message
+    assert names_in(cache) == []
+
+
+def test_a_file_put_into_the_cache_by_hand_is_used(cache: Path) -> None:
+    """The message's way out works: the right file at that path needs no package."""
+    cache.mkdir()
+    (cache / "one.bin").write_bytes(b"first file")
+    assert fetch("one") == cache / "one.bin"
+
+
+def test_a_wrong_file_put_into_the_cache_by_hand_is_named(cache: Path) -> None:
+    """Someone who put the wrong file there is told so, and keeps it."""
+    cache.mkdir()
+    (cache / "one.bin").write_bytes(b"something")
+    with pytest.raises(FetchError, match=r"one\.bin is not the file that was wanted \(wrong checksum\)"):
+        fetch("one")
+    assert (cache / "one.bin").read_bytes() == b"something"
+
+
+@pytest.mark.usefixtures("wheel")
+def test_a_tool_that_takes_too_long_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pip that hangs is an error after the timeout."""
+    monkeypatch.setattr(fetching, "TIMEOUT", 0.01)
+    with pytest.raises(FetchError, match=r"pip took longer than 0\.01 s"):
+        fetch("one")
+
+
+def test_a_cache_that_cannot_be_written_is_a_fetch_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file where the folder should be is the same kind of error as no network."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("VOXQUILT_CACHE", str(tmp_path / "file"))
+    with pytest.raises(FetchError, match="VOXQUILT_CACHE"):
+        fetch("brain_extraction")
+
+
+def test_a_system_without_apt_is_told_so(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On other systems than Debian's the message says what is missing."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setitem(SOURCES, "one", tiny_source("one", DebianPackage("tiny", root=tmp_path / "nowhere")))
+    with pytest.raises(FetchError, match="from the Debian package tiny failed: apt-get is not on this system"):
+        fetch("one")
+    assert names_in(cache) == []
+
+
+@pytest.mark.parametrize(("user", "calls"), [(0, "download update download"), (1000, "download")])
+def test_package_lists_are_updated_once_and_only_by_root(
+    user: int, calls: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An apt-get that lacks its lists gets one update where that is allowed, and its last line is reported."""
+    apt, log = cache.parent / "apt-get", cache.parent / "calls"
+    apt.write_text(f'#!/bin/sh\necho $1 >> {log}\necho "E: Unable to locate" >&2\n[ $1 = update ]\n')
+    apt.chmod(0o755)
+    monkeypatch.setenv("PATH", str(apt.parent))
+    monkeypatch.setattr("os.geteuid", lambda: user)
+    monkeypatch.setitem(SOURCES, "one", tiny_source("one", DebianPackage("tiny", root=apt.parent)))
+    with pytest.raises(FetchError, match="apt-get says: E: Unable to locate"):
+        fetch("one")
+    assert log.read_text().split() == calls.split()
+
+
+def test_an_installed_debian_package_is_not_downloaded(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of an installed package are copied from where they lie."""
+    root = cache.parent / "root"
+    (root / "tiny").mkdir(parents=True)
+    (root / "tiny" / "one.bin").write_bytes(b"first file")
+    monkeypatch.setenv("PATH", str(root))
+    monkeypatch.setitem(SOURCES, "one", tiny_source("one", DebianPackage("tiny", root=root)))
+    assert fetch("one").read_bytes() == b"first file"
+    assert (root / "tiny" / "one.bin").exists()
+
+
+def test_two_processes_may_fetch_at_once(cache: Path, wheel: Path) -> None:
+    """Both get the whole file, and no temporary file is left."""
+    source = tiny_source("one", Wheel("tiny==1.0"))
+    code = (
+        "from voxquilt.fetch import SOURCES, Source, Wheel, fetch\n"
+        f"SOURCES['one'] = Source({source.filename!r}, Wheel('tiny==1.0'), {source.member!r}, {source.sha256!r})\n"
+        "print(fetch('one').read_text())"
+    )
+    command = [sys.executable, "-c", code]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [process.communicate()[0] for process in both] == ["first file\n"] * 2
+    assert names_in(cache) == ["one.bin"]
+    assert wheel.exists()
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    """A typing error is answered with all the names there are."""
+    with pytest.raises(ConfigError, match=r"'colin'.*brain_extraction, mean_head, mni152_t1.*colin27_large"):
+        fetch("colin")
+
+
+def test_asking_for_a_path_imports_nothing_heavy() -> None:
+    """`import voxquilt.fetch` needs the standard library only."""
+    code = (
+        "import sys, voxquilt.fetch\n"
+        "print([name for name in ('torch', 'nibabel', 'numpy', 'scipy', 'PIL') if name in sys.modules])"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout == "[]\n"
+
+
+def test_the_cache_is_in_the_home_folder_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without VOXQUILT_CACHE, or with an empty one, it is ~/.cache/voxquilt."""
+    monkeypatch.delenv("VOXQUILT_CACHE", raising=False)
+    assert cache_dir() == Path.home() / ".cache" / "voxquilt"
+    monkeypatch.setenv("VOXQUILT_CACHE", "")
+    assert cache_dir() == Path.home() / ".cache" / "voxquilt"
+
+
+def test_a_published_wheel_still_has_the_file() -> None:
+    """The real thing, once: what PyPI gives has the checksum in the table."""
+    path = fetch("mni152_wm")
+    assert sha256(path.read_bytes()).hexdigest() == SOURCES["mni152_wm"].sha256
+    assert path.parent == cache_dir()
+
+
+def test_colin27_is_a_head_with_a_brain_in_it() -> None:
+    """One grid for all, binary masks, at least 97 % of the brain within the head, and a head of a plausible volume."""
+    subject = Colin27()
+    head, brain = (subject[name].data for name in ("head", "brain"))
+    assert repr(subject) == "Colin27(Keys: ('t1', 'head', 'brain'); images: 3)"
+    assert {subject[name].shape for name in subject} == {(1, 181, 217, 181)}
+    for name in subject:
+        np.testing.assert_array_equal(subject[name].affine, subject["t1"].affine)
+    assert head.unique().tolist() == brain.unique().tolist() == [0, 1]
+    assert (head & brain).sum() >= 0.97 * brain.sum()
+    assert int(brain.sum()) == 1_737_193  # mm3
+    assert 4.0e6 < int(head.sum()) < 4.3e6  # mm3
+
+
+def test_a_head_is_its_largest_part_without_holes() -> None:
+    """Specks go; holes are filled in each slice, even where they reach the volume's last slice; a bay stays open."""
+    t1 = np.zeros((9, 9, 4), dtype=np.uint8)
+    t1[1:7, 1:7] = 50
+    expected = (t1 > 0).astype(np.uint8)
+    t1[3, 3, :] = 0  # a hole in every slice, open at both ends of the volume
+    t1[8, 8, 0] = 90  # a speck
+    t1[1:3, 5, :] = expected[1:3, 5, :] = 0  # a bay
+    np.testing.assert_array_equal(head_mask(t1), expected)
+    assert head_mask(t1).dtype == np.uint8
+
+
+def test_an_empty_image_has_no_head() -> None:
+    """Nothing above 0 is no head, not a head everywhere."""
+    assert not head_mask(np.zeros((3, 3, 3))).any()
