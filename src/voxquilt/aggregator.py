@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from voxquilt.grid import Grid
 from voxquilt.sampler import Padding
 
 
+@runtime_checkable
 class Placed(Protocol):
     """Where patches lie: what a GridAggregator needs to know of a GridSampler."""
 

@@ -7,7 +7,7 @@ product and a patch's weight is the product of its three u, so over all patches 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float64
@@ -19,6 +19,7 @@ from voxquilt.names import OVERLAP_MODES, check_name
 AxisWeights = Float64[Tensor, "n p"]
 
 
+@runtime_checkable
 class Blend(Protocol):
     """The share that each patch has in each voxel."""
 

@@ -1,10 +1,12 @@
 """Where do patches lie? A grid is the Cartesian product of its starts along each axis.
 
-    volume   |-------------------------|     N = 13
-    patches  [---------]                     P = 5, overlap 2: a patch every 3 voxels,
-                   [---------]               and the last one moved back to end with the volume.
-                         [---------]
-                             [---------]
+Along one axis of N = 13 voxels, patches of 5 that share 2:
+
+    volume   |-------------------------|
+    patches  |---------|                   a patch every 3 voxels
+                   |---------|
+                         |---------|
+                             |---------|   the last one moved back to end with the volume
 """
 
 from collections.abc import Iterable
@@ -29,9 +31,7 @@ def axis_starts(size: int, patch: int, overlap: int) -> tuple[int, ...]:
     return tuple(starts)
 
 
-def make_grid(
-    shape: Iterable[int], patch_size: int | Iterable[int], patch_overlap: int | Iterable[int] = 0
-) -> "Grid":
+def make_grid(shape: Iterable[int], patch_size: int | Iterable[int], patch_overlap: int | Iterable[int] = 0) -> "Grid":
     """Overlapping patches of one size that cover a volume, placed as TorchIO 1.x places them.
 
     Args:

@@ -132,4 +132,3 @@ def to_activation(name: str | None) -> Callable[[Tensor], Tensor]:
 
 def _as_it_is(batch: Tensor) -> Tensor:
     return batch
-

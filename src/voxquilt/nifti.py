@@ -185,4 +185,3 @@ def _to_tensor(array: np.ndarray) -> Tensor:
     array = array.astype(wider or dtype.newbyteorder("="), copy=False)
     tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
     return tensor[None] if tensor.ndim == 3 else tensor.movedim(3, 0)
-

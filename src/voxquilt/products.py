@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from voxquilt.errors import OutputError
 from voxquilt.space import AxisMaps, restore, streaming_axis
 
 Slab = Shaped[Tensor, "c i j k"]
+Made = Shaped[Tensor, "d i j k"]
 Activation = Callable[[Tensor], Tensor]
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -22,6 +23,7 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
+@runtime_checkable
 class Product(Protocol):
     """A function of scores, voxel by voxel."""
 
@@ -29,7 +31,7 @@ class Product(Protocol):
         """How many channels it has and of which type, given the scores' channels."""
         ...
 
-    def __call__(self, scores: Slab) -> Slab: ...
+    def __call__(self, scores: Slab) -> Made: ...
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class ArgMax:
     def form(self, channels: int) -> tuple[int, np.dtype]:
         return 1, np.min_scalar_type(channels - 1)
 
-    def __call__(self, scores: Slab) -> Slab:
+    def __call__(self, scores: Slab) -> Made:
         # Measured on a CPU: `max` over the leading axis is 5 to 10 times faster than `argmax`.
         best = scores[1] > scores[0] if len(scores) == 2 else scores.max(0).indices
         return best[None]
@@ -55,7 +57,7 @@ class Threshold:
     def form(self, channels: int) -> tuple[int, np.dtype]:
         return channels, np.dtype(np.uint8)
 
-    def __call__(self, scores: Slab) -> Slab:
+    def __call__(self, scores: Slab) -> Made:
         return self.activation(scores) > self.threshold
 
 
@@ -68,7 +70,7 @@ class Activated:
     def form(self, channels: int) -> tuple[int, np.dtype]:
         return channels, np.dtype(np.float32)
 
-    def __call__(self, scores: Slab) -> Slab:
+    def __call__(self, scores: Slab) -> Made:
         return self.activation(scores)
 
 

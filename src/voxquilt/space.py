@@ -179,4 +179,3 @@ def _planes(maps: AxisMaps, axis: int, where: slice, source_size: int) -> AxisMa
     part = replace(m, size=where.stop - where.start, offset=m.offset + m.scale * where.start)
     i, j, k = (part if n == axis else other for n, other in enumerate(maps))
     return i, j, k
-
