@@ -5,9 +5,10 @@ Heavy imports stand inside functions, so that a wrong configuration is answered 
 
 import logging
 import os
+import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -16,7 +17,7 @@ import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from voxquilt.config import check_predict
+from voxquilt.config import check_predict, check_train
 from voxquilt.errors import ConfigError, VoxquiltError
 from voxquilt.fetch import fetch
 from voxquilt.manifest import write_json
@@ -35,10 +36,16 @@ def predict() -> None:
     _main("predict", run_predict)
 
 
+def train() -> None:
+    """`voxquilt-train` and `python train.py`: exits 0 if training ended, 2 if it did not begin."""
+    _main("train", run_train)
+
+
 def _main(name: str, task: Callable[[DictConfig], int]) -> None:
     OmegaConf.register_new_resolver("example", lambda name: str(fetch(name)), replace=True, use_cache=True)
     OmegaConf.register_new_resolver("if_averaged", _scores_activation, replace=True)
     statuses: list[int] = []
+    sys.argv[1:] = quote_patterns(sys.argv[1:])
 
     def guarded(cfg: DictConfig) -> None:
         statuses.append(NOT_STARTED)
@@ -50,6 +57,15 @@ def _main(name: str, task: Callable[[DictConfig], int]) -> None:
         # Hydra prints what it cannot compose and exits with 1, which means 'some subject failed' here.
         sys.exit(NOT_STARTED if error.code not in (0, None) and not statuses else error.code)
     sys.exit(max(statuses, default=0))  # none after --help or --cfg
+
+
+def quote_patterns(arguments: Sequence[str]) -> list[str]:
+    """Put quotes around values with {subject}, whose braces Hydra would take for a dictionary.
+
+    >>> quote_patterns(["data.labels=labels/{subject}.nii.gz", "data.batch_size=2"])
+    ['data.labels="labels/{subject}.nii.gz"', 'data.batch_size=2']
+    """
+    return [re.sub(r"""^([\w.+~]+=)([^'"{\[$][^'"]*\{subject\}[^'"]*)$""", r'\1"\2"', text) for text in arguments]
 
 
 def _guarded(task: Callable[[DictConfig], int], cfg: DictConfig) -> int:
@@ -101,6 +117,29 @@ def _predict(plain: Mapping[str, Any], trainer: Any, model: Any, data: Any, writ
         write_json(writer.output_dir / "run.json", record)
     print_table(writer.rows, writer.output_dir)
     return FAILED if any(row.status == "failed" for row in writer.rows) else DONE
+
+
+def run_train(cfg: DictConfig) -> int:
+    """Check, build, train; the exit status.
+
+    Raises:
+        VoxquiltError: the configuration is wrong, and nothing was started.
+    """
+    plain = check_train(cfg)
+    _quiet()
+    from lightning.pytorch import seed_everything
+
+    seed_everything(plain["run"]["seed"], verbose=False)
+    data = build(plain["data"], "data", preprocess=build(plain["preprocess"], "preprocess"))
+    model = build(plain["model"], "model")
+    callbacks = [build(node, f"callbacks.{name}") for name, node in plain["callbacks"].items() if node]
+    logger = build(plain["logger"], "logger") if plain["logger"] else False
+    trainer = build(plain["trainer"], "trainer", callbacks=callbacks, logger=logger)
+    trainer.fit(model, datamodule=data, ckpt_path=plain["ckpt_path"])
+    best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    if best:
+        print(f"voxquilt: best checkpoint: {best}")
+    return DONE
 
 
 def build(node: Mapping[str, Any], key: str, **objects: Any) -> Any:

@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from voxquilt.cases import find_cases
 from voxquilt.errors import ConfigError, VoxquiltError
-from voxquilt.geometry import parse_axcodes, to_spacing
+from voxquilt.geometry import parse_axcodes, to_spacing, to_triple
 from voxquilt.grid import make_grid
 from voxquilt.names import (
     ACTIVATIONS,
@@ -27,7 +27,8 @@ from voxquilt.names import (
 _HINTS = {
     "ckpt_path": "the file that holds the network's weights; null for a network as it is built",
     "model": "model=torchscript, model=state_dict or model=lightning",
-    "model.net": "the network, such as model.net._target_=monai.networks.nets.UNet and its arguments",
+    "data.labels": "the label map of each subject, such as labels/{subject}.nii.gz",
+    "model.net": "the network: model/net=unet, or model.net._target_=monai.networks.nets.UNet and its arguments",
     "model.module_class": "the LightningModule's class, such as my_package.MyModule",
     "data.inputs": "a NIfTI file, a folder, a glob, a list of those, or a .csv",
     "data.patch_size": "voxels in model space, an integer or three, such as 96 or [128,128,64]",
@@ -51,10 +52,7 @@ def check_predict(cfg: DictConfig) -> dict[str, Any]:
     plain = to_plain(cfg)
     _check_keys(plain)
     _check_data(plain["data"])
-    parse = plain["preprocess"].get("orientation")
-    if parse is not None:
-        parse_axcodes(parse)
-    to_spacing(plain["preprocess"].get("spacing"))
+    _check_preprocess(plain["preprocess"])
     _check_stitch(plain["stitch"])
     check_name(plain["run"]["on_error"], ON_ERROR, "run.on_error")
     _check_model(plain["model"])
@@ -62,6 +60,21 @@ def check_predict(cfg: DictConfig) -> dict[str, Any]:
     _check_trainer(plain["trainer"])
     _check_targets(plain, plain["run"].get("allowed_targets"))
     _check_output(plain)
+    return plain
+
+
+def check_train(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration of a training as plain values, once it is complete and its files are there.
+
+    Raises:
+        ConfigError: (or another VoxquiltError) what is wrong, by its key, and what would be right.
+    """
+    plain = to_plain(cfg)
+    to_triple(plain["data"]["patch_size"], "data.patch_size", minimum=1)
+    _check_preprocess(plain["preprocess"])
+    if "{subject}" not in str(plain["data"]["labels"]):
+        raise ConfigError(f"data.labels needs {{subject}} in its path; it is {plain['data']['labels']!r}.")
+    _check_files(plain)
     return plain
 
 
@@ -111,6 +124,12 @@ def _check_data(data: Mapping[str, Any]) -> None:
     if mode is not None and (isinstance(mode, bool) or not isinstance(mode, (int, float))):
         check_name(mode, PADDING_MODES, "data.padding_mode (null, a number, or a mode of numpy.pad)")
     check_name(data["nonfinite"], NONFINITE, "data.nonfinite")
+
+
+def _check_preprocess(preprocess: Mapping[str, Any]) -> None:
+    if preprocess.get("orientation") is not None:
+        parse_axcodes(preprocess["orientation"])
+    to_spacing(preprocess.get("spacing"))
 
 
 def _check_stitch(stitch: Mapping[str, Any]) -> None:

@@ -72,11 +72,8 @@ class Preprocess:
             if isinstance(image, LabelMap):
                 images[name] = LabelMap(tensor=resample(stored, maps, linear=False), affine=space.model.affine)
                 continue
-            data = resample(stored, maps).to(torch.float32, memory_format=torch.contiguous_format)
-            # A copy where nothing had to change, since transforms may work in place and the subject's tensor is the
-            # caller's.
-            data = data.clone() if data.data_ptr() == stored.data_ptr() and image.path is None else data
-            images[name] = ScalarImage(tensor=self._transformed(name, data), affine=space.model.affine)
+            data = self._transformed(name, resample(stored, maps).contiguous())
+            images[name] = ScalarImage(tensor=data, affine=space.model.affine)
         return Prepared(Subject(dict(images)), space)
 
     def _finite(self, data: Tensor, what: str) -> Tensor:
@@ -92,6 +89,10 @@ class Preprocess:
 
     def _transformed(self, name: str, data: Tensor) -> Tensor:
         transforms = self.intensity.get(name, ()) if isinstance(self.intensity, Mapping) else self.intensity
+        if not transforms:
+            return data  # in the file's type, which is small; patches become float32 when they are cut
+        # A copy in any case: transforms may work in place, and the subject's tensor is the caller's.
+        data = data.to(torch.float32, copy=True)
         for transform in transforms:
             # MONAI returns its MetaTensor, numpy functions an array.
             new = torch.as_tensor(transform(data)).as_subclass(Tensor)

@@ -126,10 +126,16 @@ def to_padding(mode: str | float) -> Callable[[Tensor, Padding], Tensor]:
         PaddingModeError: anything else.
     """
     if isinstance(mode, (int, float)) and not isinstance(mode, bool):
-        return lambda tensor, padding: _numpy_pad(tensor, padding, mode="constant", constant_values=mode)
+        return lambda tensor, padding: _pad_with(tensor, padding, mode)
     if mode not in PADDING_MODES:
         raise PaddingModeError(f"padding_mode must be a number or one of {', '.join(PADDING_MODES)}; it is {mode!r}.")
     return lambda tensor, padding: _numpy_pad(tensor, padding, mode=mode)
+
+
+def _pad_with(tensor: Tensor, padding: Padding, value: float) -> Tensor:
+    if not tensor.is_floating_point() and torch.tensor(value).to(tensor.dtype).item() != value:
+        tensor = tensor.float()  # -1024 does not fit unsigned voxels, and 0.5 no integers
+    return _numpy_pad(tensor, padding, mode="constant", constant_values=value)
 
 
 def _numpy_pad(tensor: Tensor, padding: Padding, **options: Any) -> Tensor:

@@ -1,0 +1,202 @@
+"""Laws of the grid: where patches lie, that they cover everything, and which sizes make no grid."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from voxquilt.errors import GridError, PatchShapeError
+from voxquilt.geometry import AXES, to_triple
+from voxquilt.grid import axis_starts, make_grid
+
+
+@st.composite
+def axis_sizes(draw: st.DrawFn, largest: int = 12) -> tuple[int, int, int]:
+    """(voxels, patch, overlap) of one axis that make a grid."""
+    patch = draw(st.integers(1, max(1, largest // 2)))
+    overlap = draw(st.integers(0, (patch - 1) // 2)) * 2
+    return draw(st.integers(patch, largest)), patch, overlap
+
+
+def torchio_starts(size: int, patch: int, overlap: int) -> list[int]:
+    """TorchIO 1.2.1's formula, grid.py lines 198 to 203."""
+    indices = list(range(0, size + 1 - patch, patch - overlap))
+    if indices[-1] != size - patch:
+        indices.append(size - patch)
+    return indices
+
+
+def torchio_locations(sizes: tuple[tuple[int, int, int], ...]) -> np.ndarray:
+    """TorchIO 1.2.1's locations, grid.py lines 204 to 209."""
+    indices = [torchio_starts(*axis) for axis in sizes]
+    first = np.unique(np.array(np.meshgrid(*indices)).reshape(3, -1).T, axis=0)
+    return np.array(sorted(np.hstack((first, first + np.array([patch for _, patch, _ in sizes]))).tolist()))
+
+
+@given(axis_sizes(largest=400))
+@settings(deadline=None, max_examples=200)
+def test_the_starts_of_an_axis_are_those_of_torchio(sizes: tuple[int, int, int]) -> None:
+    """A patch every `patch - overlap` voxels, and one at the end if the last does not end there."""
+    assert list(axis_starts(*sizes)) == torchio_starts(*sizes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "starts"),
+    [
+        ((13, 5, 2), (0, 3, 6, 8)),
+        ((5, 5, 4), (0,)),
+        ((1, 1, 0), (0,)),
+        ((6, 5, 0), (0, 1)),
+        ((10, 7, 6), (0, 1, 2, 3)),
+        ((4, 1, 0), (0, 1, 2, 3)),
+    ],
+)
+def test_the_starts_of_known_axes(sizes: tuple[int, int, int], starts: tuple[int, ...]) -> None:
+    """Examples that were counted by hand."""
+    assert axis_starts(*sizes) == starts
+
+
+@given(st.tuples(axis_sizes(), axis_sizes(), axis_sizes()))
+@settings(deadline=None, max_examples=100)
+def test_locations_are_those_of_torchio_in_their_order(sizes: tuple[tuple[int, int, int], ...]) -> None:
+    """All combinations of starts, i outermost, as (i0, j0, k0, i1, j1, k1) int64."""
+    grid = make_grid(*zip(*sizes, strict=True))
+    assert grid.locations.dtype == np.int64
+    np.testing.assert_array_equal(grid.locations, torchio_locations(sizes))
+    assert len(grid) == len(grid.locations)
+
+
+@given(st.tuples(axis_sizes(), axis_sizes(), axis_sizes()))
+@settings(deadline=None, max_examples=100)
+def test_patches_cover_every_voxel_and_none_outside(sizes: tuple[tuple[int, int, int], ...]) -> None:
+    """Painting every patch paints the volume; neighbours share at least the overlap."""
+    grid = make_grid(*zip(*sizes, strict=True))
+    painted = np.zeros(grid.shape, dtype=int)
+    for i0, j0, k0, i1, j1, k1 in grid.locations:
+        assert min(i0, j0, k0) >= 0
+        assert (i1 <= grid.shape[0], j1 <= grid.shape[1], k1 <= grid.shape[2]) == (True, True, True)
+        painted[i0:i1, j0:j1, k0:k1] += 1
+    assert painted.min() >= 1
+    for starts, (_, patch, overlap) in zip(grid.starts, sizes, strict=True):
+        assert all(a + patch - b >= overlap for a, b in zip(starts, starts[1:], strict=False))
+
+
+@given(st.tuples(axis_sizes(), axis_sizes(), axis_sizes()))
+@settings(deadline=None, max_examples=60)
+def test_find_is_the_inverse_of_location(sizes: tuple[tuple[int, int, int], ...]) -> None:
+    """A location leads back to its patch, from a tuple of ints as from a row of `locations`."""
+    grid = make_grid(*zip(*sizes, strict=True))
+    for index, row in enumerate(grid.locations):
+        assert grid.location(index) == tuple(row)
+        assert grid.find(grid.location(index)) == grid.find(row) == grid.place(index)
+
+
+@given(st.tuples(axis_sizes(), axis_sizes(), axis_sizes()), st.data())
+@settings(deadline=None, max_examples=100)
+def test_find_refuses_what_is_no_location_of_the_grid(
+    sizes: tuple[tuple[int, int, int], ...], data: st.DataObject
+) -> None:
+    """A location that is shifted or of another size is a PatchShapeError that names it."""
+    grid = make_grid(*zip(*sizes, strict=True))
+    location = list(grid.location(data.draw(st.integers(0, len(grid) - 1))))
+    location[data.draw(st.integers(0, 5))] += data.draw(st.sampled_from([-1, 1, 2, 1000]))
+    with pytest.raises(PatchShapeError) as error:
+        grid.find(location)
+    assert str(tuple(location)) in str(error.value)
+    assert str(grid.patch_size) in str(error.value)
+
+
+def test_an_axis_may_have_more_voxels_than_16_bits_count() -> None:
+    """70,000 voxels, where TorchIO's locations overflow."""
+    grid = make_grid((70_000, 1, 1), (64, 1, 1), (32, 0, 0))
+    assert grid.location(len(grid) - 1) == (69_936, 0, 0, 70_000, 1, 1)
+    assert grid.locations[-1].tolist() == [69_936, 0, 0, 70_000, 1, 1]
+    assert grid.find((69_936, 0, 0, 70_000, 1, 1)) == (len(grid) - 1, 0, 0)
+
+
+def test_a_grid_that_is_larger_than_memory_can_be_counted() -> None:
+    """`len` and `location` make no table."""
+    grid = make_grid(1_000_000, 1)
+    assert grid.counts == (1_000_000, 1_000_000, 1_000_000)
+    assert grid.location(10**18 - 1) == (999_999, 999_999, 999_999, 1_000_000, 1_000_000, 1_000_000)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("what", "value", "message"),
+    [
+        ("patch", 21, "axis {}: has 20 voxels but the patch needs 21"),
+        ("patch", 0, "patch_size must be at least 1 along axis {}; it is 0"),
+        ("patch", -3, "patch_size must be at least 1 along axis {}; it is -3"),
+        ("overlap", 10, "axis {}: patch_overlap 10 must be smaller than patch size 10"),
+        ("overlap", 12, "axis {}: patch_overlap 12 must be smaller than patch size 10"),
+        ("overlap", 3, "axis {}: patch_overlap must be even, half for each neighbour; it is 3"),
+        ("overlap", -4, "patch_overlap must be at least 0 along axis {}; it is -4"),
+        ("shape", 0, "a volume's shape must be at least 1 along axis {}; it is 0"),
+    ],
+)
+def test_sizes_that_make_no_grid_are_named_with_their_axis(axis: int, what: str, value: int, message: str) -> None:
+    """A GridError, which is a ValueError, says which axis, what came and what was wanted."""
+    sizes = {"shape": [20, 20, 20], "patch": [10, 10, 10], "overlap": [4, 4, 4]}
+    sizes[what][axis] = value
+    with pytest.raises(GridError) as error:
+        make_grid(sizes["shape"], sizes["patch"], sizes["overlap"])
+    assert isinstance(error.value, ValueError)
+    assert message.format(AXES[axis]).replace(": has", " has") in str(error.value)
+
+
+@pytest.mark.parametrize("value", [10.0, "10", (1, 2), (1, 2, 3, 4), (1, 2, 3.0), True, None, (), [1, "2", 3]])
+def test_a_size_is_an_integer_or_three(value: object) -> None:
+    """Anything else is a GridError that names the argument and shows what came."""
+    with pytest.raises(GridError) as error:
+        to_triple(value, "patch_size", minimum=1)  # type: ignore[arg-type]
+    assert str(error.value) == (
+        f"patch_size must be an integer or three of them, in voxels along i, j, k; it is {value!r}."
+    )
+
+
+@pytest.mark.parametrize("value", [4, (4, 4, 4), [4, 4, 4], np.int32(4), np.array([4, 4, 4]), range(4, 7, 1)])
+def test_sizes_may_be_any_kind_of_integers(value: object) -> None:
+    """Python's or numpy's, in any iterable, become a tuple of ints."""
+    triple = to_triple(value, "patch_size")  # type: ignore[arg-type]
+    assert triple == ((4, 5, 6) if isinstance(value, range) else (4, 4, 4))
+    assert all(type(size) is int for size in triple)
+
+
+@given(
+    st.tuples(axis_sizes(6), axis_sizes(6), axis_sizes(6)),
+    st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4)),
+)
+@settings(deadline=None, max_examples=100)
+def test_a_downsampled_grid_is_the_grid_divided(
+    sizes: tuple[tuple[int, int, int], ...], factor: tuple[int, int, int]
+) -> None:
+    """Volume, patches and every start shrink by the factor, and still cover the volume."""
+    shape, patch, overlap = zip(*sizes, strict=True)
+    grid = make_grid(
+        np.multiply(shape, factor),
+        np.multiply(patch, factor),
+        # An even overlap stays even when it is multiplied.
+        np.multiply(overlap, factor),
+    )
+    small = grid.downsampled(factor)
+    assert small.shape == shape
+    assert small.patch_size == patch
+    np.testing.assert_array_equal(small.locations * np.tile(factor, 2), grid.locations)
+    np.testing.assert_array_equal(small.locations, make_grid(shape, patch, overlap).locations)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("shape", "patch", "overlap", "what"),
+    [(30, 20, 8, "volume 30"), (40, 18, 2, "patch size 18"), (40, 20, 6, "patch start 14")],
+)
+def test_a_geometry_that_does_not_divide_cannot_be_downsampled(
+    axis: int, shape: int, patch: int, overlap: int, what: str
+) -> None:
+    """Volume, patch size and starts must be multiples, or output patches would not line up; the axis is named."""
+    sizes = np.full((3, 3), [[40], [20], [8]])
+    sizes[:, axis] = shape, patch, overlap
+    with pytest.raises(GridError) as error:
+        make_grid(*sizes).downsampled((4, 4, 4))
+    assert f"axis {AXES[axis]}: {what} is not a multiple of downsampling_factor 4" in str(error.value)
