@@ -5,15 +5,15 @@ Heavy imports stand inside functions, so that a wrong configuration is answered 
 
 import logging
 import os
-import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import hydra
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -21,6 +21,7 @@ from voxquilt.config import check_predict, check_train
 from voxquilt.errors import ConfigError, VoxquiltError
 from voxquilt.fetch import fetch
 from voxquilt.manifest import write_json
+from voxquilt.overrides import to_overrides
 
 DONE, FAILED, NOT_STARTED = 0, 1, 2
 
@@ -41,31 +42,30 @@ def train() -> None:
     _main("train", run_train)
 
 
-def _main(name: str, task: Callable[[DictConfig], int]) -> None:
+def register_resolvers() -> None:
+    """What conf/ uses in interpolations: `${example:name}` is the path of an example file, fetched once."""
     OmegaConf.register_new_resolver("example", lambda name: str(fetch(name)), replace=True, use_cache=True)
     OmegaConf.register_new_resolver("if_averaged", _scores_activation, replace=True)
+
+
+def _main(name: str, task: Callable[[DictConfig], int]) -> None:
+    register_resolvers()
     statuses: list[int] = []
-    sys.argv[1:] = quote_patterns(sys.argv[1:])
 
     def guarded(cfg: DictConfig) -> None:
         statuses.append(NOT_STARTED)
         statuses[-1] = _guarded(task, cfg)
 
     try:
+        sys.argv[1:] = to_overrides(sys.argv[1:])
         hydra.main(config_path=str(conf_dir()), config_name=name, version_base="1.3")(guarded)()
+    except ConfigError as error:
+        print(f"voxquilt: {error}", file=sys.stderr)
+        sys.exit(NOT_STARTED)
     except SystemExit as error:
         # Hydra prints what it cannot compose and exits with 1, which means 'some subject failed' here.
         sys.exit(NOT_STARTED if error.code not in (0, None) and not statuses else error.code)
     sys.exit(max(statuses, default=0))  # none after --help or --cfg
-
-
-def quote_patterns(arguments: Sequence[str]) -> list[str]:
-    """Put quotes around values with {subject}, whose braces Hydra would take for a dictionary.
-
-    >>> quote_patterns(["data.labels=labels/{subject}.nii.gz", "data.batch_size=2"])
-    ['data.labels="labels/{subject}.nii.gz"', 'data.batch_size=2']
-    """
-    return [re.sub(r"""^([\w.+~]+=)([^'"{\[$][^'"]*\{subject\}[^'"]*)$""", r'\1"\2"', text) for text in arguments]
 
 
 def _guarded(task: Callable[[DictConfig], int], cfg: DictConfig) -> int:
@@ -89,7 +89,7 @@ def run_predict(cfg: DictConfig) -> int:
     """
     plain = check_predict(cfg)
     _quiet()
-    if plain["run"]["seed"] is not None:
+    if plain["run"].get("seed") is not None:
         from lightning.pytorch import seed_everything
 
         seed_everything(plain["run"]["seed"], verbose=False)
@@ -162,7 +162,8 @@ def build(node: Mapping[str, Any], key: str, **objects: Any) -> Any:
         ours = next((cause for cause in causes if isinstance(cause, VoxquiltError)), None)
         if ours is not None:
             raise ConfigError(str(ours)) from error
-        cause = causes[-1]
+        # Hydra's own words say less than what it wraps: what the class raised, or what could not be imported.
+        cause = next((cause for cause in causes if not isinstance(cause, InstantiationException)), error)
         raise ConfigError(
             f"{key} cannot be built from {node.get('_target_')}: {type(cause).__name__}: {cause}\n"
             f"  (set HYDRA_FULL_ERROR=1 for the traceback)"

@@ -1,0 +1,63 @@
+"""What an installed voxquilt holds: the wheel alone must predict and train."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel's files, in a folder that goes on PYTHONPATH before the checkout."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder / "dist"), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = (folder / "dist").glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(folder / "site")
+    return folder / "site"
+
+
+def run(installed: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The console script as pip makes it, away from the checkout."""
+    code = f"import sys; sys.argv[0] = 'voxquilt-{script}'; from voxquilt.app import {script}; {script}()"
+    environment = os.environ | {"PYTHONPATH": str(installed)}
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=installed, check=False)
+
+
+def test_the_wheel_holds_the_whole_configuration(installed: Path) -> None:
+    """Every file under conf/ is in the wheel, at voxquilt/conf/."""
+    wanted = {path.relative_to(ROOT / "conf") for path in (ROOT / "conf").rglob("*.yaml")}
+    assert wanted
+    assert {
+        path.relative_to(installed / "voxquilt/conf") for path in (installed / "voxquilt/conf").rglob("*")
+    } >= wanted
+
+
+@pytest.mark.parametrize("script", ["predict", "train"])
+def test_a_console_script_of_the_wheel_explains_itself(installed: Path, script: str) -> None:
+    """--help exits with 0 and names the keys, from the installed configuration."""
+    result = run(installed, script, "--help")
+    assert (result.returncode, "data.patch_size" in result.stdout) == (0, True), result.stderr
+
+
+def test_a_console_script_of_the_wheel_checks_its_configuration(installed: Path) -> None:
+    """What is missing is named, by the wheel's own code, and the status is 2."""
+    result = run(installed, "predict", "data.inputs=nowhere")
+    assert result.returncode == 2
+    assert "ckpt_path" in result.stderr
+    assert "data.patch_size" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_the_wheel_names_both_console_scripts(installed: Path) -> None:
+    """entry_points.txt points at functions that exist."""
+    (points,) = installed.glob("voxquilt-*.dist-info/entry_points.txt")
+    text = points.read_text()
+    assert "voxquilt-predict = voxquilt.app:predict" in text
+    assert "voxquilt-train = voxquilt.app:train" in text
