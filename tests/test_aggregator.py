@@ -1,7 +1,6 @@
 """Laws of the quilt: what was cut comes back, however it was cut, in whatever order; and a hole is an error."""
 
 import gc
-import inspect
 import warnings
 import weakref
 from typing import NamedTuple
@@ -11,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_grid import axis_sizes
+from test_grid import axis_sizes, bare
 from torch import Tensor
 
 from voxquilt.aggregator import GridAggregator
@@ -56,7 +55,9 @@ def sampler_of(volume: Tensor, patch: object, overlap: object = 0, padding_mode:
     return GridSampler(Subject(image=ScalarImage(tensor=volume)), patch, overlap, padding_mode)  # type: ignore[arg-type]
 
 
-def quilt(aggregator: GridAggregator, patches: list[Tensor], locations: np.ndarray, order: list[int], size: int) -> None:
+def quilt(
+    aggregator: GridAggregator, patches: list[Tensor], locations: np.ndarray, order: list[int], size: int
+) -> None:
     """Add patches in an order, some at a time."""
     for start in range(0, len(order), size):
         some = order[start : start + size]
@@ -80,8 +81,8 @@ def cut_and_quilt(sampler: GridSampler, mode: str, *, seed: int = 0, size: int =
 
 
 def tolerance(volume: Tensor) -> float:
-    """Float32 rounding of the largest value; float64 where the volume is."""
-    return float(volume.double().abs().max()) * (1e-13 if volume.dtype == torch.float64 else 1e-6)
+    """Float32 rounding of a sum of 343 weighted patches, the most in these tests; float64 where the volume is."""
+    return float(volume.double().abs().max()) * (1e-13 if volume.dtype == torch.float64 else 5e-6)
 
 
 GEOMETRIES = st.tuples(axis_sizes(11), axis_sizes(9), axis_sizes(7))
@@ -102,8 +103,8 @@ def test_cut_then_crop_gives_the_volume_back_exactly(
 ) -> None:
     """Law 1: every voxel has one owner, so values and their type are copied, whatever the shape, padding or order."""
     shape, patch, overlap = zip(*sizes, strict=True)
-    if not dtype.is_floating_point and padding == -1.5:
-        padding = 1
+    if not dtype.is_floating_point and padding in (7, -1.5):
+        padding = 1  # which is of any type; others could make the volume float32
     volume = random_volume((channels, *shape), dtype, seed)
     output = cut_and_quilt(sampler_of(volume, patch, overlap, padding), "crop", seed=seed, size=size)
     assert output.dtype == (torch.int32 if dtype == torch.int64 else dtype)
@@ -123,8 +124,8 @@ def test_cut_then_average_gives_the_volume_back(
 ) -> None:
     """Law 1: weights sum to 1, so equal values average to themselves but for rounding, integers too."""
     shape, patch, overlap = zip(*sizes, strict=True)
-    if not dtype.is_floating_point and padding == -1.5:
-        padding = 1
+    if not dtype.is_floating_point and padding in (7, -1.5):
+        padding = 1  # which is of any type; others could make the volume float32
     volume = random_volume((2, *shape), dtype, seed)
     output = cut_and_quilt(sampler_of(volume, patch, overlap, padding), mode, seed=seed, size=size)
     assert output.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -182,7 +183,9 @@ def slow_average(patches: np.ndarray, locations: np.ndarray, shape: tuple[int, .
     return output
 
 
-def slow_crop(patches: np.ndarray, locations: np.ndarray, shape: tuple[int, ...], overlap: tuple[int, ...]) -> np.ndarray:
+def slow_crop(
+    patches: np.ndarray, locations: np.ndarray, shape: tuple[int, ...], overlap: tuple[int, ...]
+) -> np.ndarray:
     """Voxel by voxel: the last patch, in grid order, that holds it after half the overlap was cut off inside."""
     output = np.zeros((patches.shape[1], *shape), patches.dtype)
     for voxel in np.ndindex(*shape):
@@ -200,7 +203,9 @@ def slow_crop(patches: np.ndarray, locations: np.ndarray, shape: tuple[int, ...]
 SMALL = st.tuples(axis_sizes(7), axis_sizes(6), axis_sizes(4))
 
 
-@given(SMALL, st.sampled_from(MODES), st.sampled_from([torch.int16, torch.float16, torch.float32, torch.float64]), SEEDS)
+@given(
+    SMALL, st.sampled_from(MODES), st.sampled_from([torch.int16, torch.float16, torch.float32, torch.float64]), SEEDS
+)
 @settings(deadline=None, max_examples=60)
 def test_patches_that_disagree_are_blended_as_a_slow_reference_does(
     sizes: tuple[tuple[int, int, int], ...], mode: str, dtype: torch.dtype, seed: int
@@ -223,9 +228,7 @@ def test_patches_that_disagree_are_blended_as_a_slow_reference_does(
 @pytest.mark.parametrize("mode", MODES)
 @given(sizes=GEOMETRIES, seed=SEEDS)
 @settings(deadline=None, max_examples=15)
-def test_the_order_of_arrival_does_not_matter(
-    mode: str, sizes: tuple[tuple[int, int, int], ...], seed: int
-) -> None:
+def test_the_order_of_arrival_does_not_matter(mode: str, sizes: tuple[tuple[int, int, int], ...], seed: int) -> None:
     """Patches that disagree give one result in every order: to the bit for crop, to rounding for sums."""
     grid = make_grid(*zip(*sizes, strict=True))
     patches = list(random_volume((len(grid), 1, *grid.patch_size), torch.float32, seed))
@@ -235,7 +238,7 @@ def test_the_order_of_arrival_does_not_matter(
         quilt(aggregator, patches, grid.locations, [int(n) for n in order], 5)
         outputs.append(aggregator.get_output_tensor())
     for other in outputs[1:]:
-        torch.testing.assert_close(other, outputs[0], rtol=0, atol=0 if mode == "crop" else tolerance(outputs[0]) + 1e-3)
+        torch.testing.assert_close(other, outputs[0], rtol=0, atol=0 if mode == "crop" else tolerance(patches[0]))
 
 
 # What is refused, and that nothing happened then.
@@ -276,7 +279,11 @@ REJECTED = {
         LedgerError,
         "came twice: (2, 0, 0, 6, 4, 4)",
     ),
-    "misplaced": (lambda p, x: (p[7:9], x[7:9] + 1), PatchShapeError, "(1, 3, 3, 5, 7, 7)"),
+    "misplaced": (
+        lambda p, x: (p[7:9], x[7:9] + 1),
+        PatchShapeError,
+        "no patch of the grid lies at (1, 5, 3, 5, 9, 7)",
+    ),
     "location of another size": (
         lambda p, x: (p[7:8], x[7:8] - torch.tensor([0, 0, 0, 0, 0, 1])),
         PatchShapeError,
@@ -322,7 +329,7 @@ def test_a_rejected_batch_leaves_the_aggregator_as_it_was(case: str, mode: str) 
     aggregator.add_batch(patches[:2], locations[:2])
     before = aggregator.ledger.arrived.copy()
     # Some of these are caught by the tests' shape checks before the function's own, so these are taken off.
-    add = inspect.unwrap(GridAggregator.add_batch)
+    add = bare(GridAggregator.add_batch)
     with pytest.raises(kind) as error:
         add(aggregator, *choose(patches, locations))
     assert message in str(error.value)
@@ -334,7 +341,9 @@ def test_a_rejected_batch_leaves_the_aggregator_as_it_was(case: str, mode: str) 
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", ["twice in one batch", "misplaced", "location of another size", "misshapen", "complex"])
+@pytest.mark.parametrize(
+    "case", ["twice in one batch", "misplaced", "location of another size", "misshapen", "complex"]
+)
 def test_a_rejected_first_batch_decides_nothing(case: str, mode: str) -> None:
     """Channels and type are those of the first batch that was taken, not of one that was refused."""
     choose, kind, _ = REJECTED[case]
@@ -358,7 +367,7 @@ def test_the_kinds_of_errors_are_the_built_in_ones_of_torchio() -> None:
 def test_an_unknown_overlap_mode_is_named_with_the_nearest_one() -> None:
     """A ConfigError, which is a ValueError."""
     with pytest.raises(ConfigError, match=r"overlap_mode must be one of crop, .* it is 'han'\. Did you mean hann\?"):
-        GridAggregator(Placed(make_grid(4, 2)), "han")
+        GridAggregator(Placed(make_grid((4, 4, 4), 2)), "han")
 
 
 # Numbers.
@@ -368,7 +377,7 @@ def test_an_unknown_overlap_mode_is_named_with_the_nearest_one() -> None:
 def test_integers_do_not_wrap(mode: str) -> None:
     """A constant uint8 200 averages to 200, where sums in uint8 have passed 255 many times."""
     output = cut_and_quilt(sampler_of(torch.full((1, 20, 20, 20), 200, dtype=torch.uint8), 10, 8), mode)
-    torch.testing.assert_close(output, torch.full((1, 20, 20, 20), 200.0), rtol=0, atol=1e-4)
+    torch.testing.assert_close(output, torch.full((1, 20, 20, 20), 200.0), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -379,7 +388,7 @@ def test_half_precision_patches_are_summed_in_float32(mode: str, dtype: torch.dt
     volume[0, 6, 6, 6] = 60000.0
     output = cut_and_quilt(sampler_of(volume, 7, 6), mode)
     assert output.dtype == torch.float32
-    torch.testing.assert_close(output, volume.float(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(output, volume.float(), rtol=5e-6, atol=0)
 
 
 def test_an_average_of_patches_that_disagree_is_theirs_and_not_rounded() -> None:
@@ -415,7 +424,9 @@ def test_labels_that_do_not_fit_int32_stay_int64() -> None:
         assert output.unique().tolist() == [value]
 
 
-@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float16), (torch.float64, torch.float32), (torch.int16, torch.uint8)])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.float16), (torch.float64, torch.float32), (torch.int16, torch.uint8)]
+)
 @pytest.mark.parametrize("mode", MODES)
 def test_a_later_batch_may_have_a_narrower_type(mode: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     """It fits into the first one's type without loss; the other way round is refused."""
@@ -656,6 +667,6 @@ def test_padding_that_the_factor_does_not_divide_is_refused() -> None:
 
 def test_patches_that_were_not_downsampled_are_refused() -> None:
     """The message says which size was wanted after downsampling."""
-    grid = make_grid(8, 4)
+    grid = make_grid((8, 8, 8), 4)
     with pytest.raises(PatchShapeError, match=r"\(2, 2, 2\) after downsampling by \(2, 2, 2\)"):
         GridAggregator(Placed(grid), downsampling_factor=2).add_batch(torch.zeros(1, 1, 4, 4, 4), grid.locations[:1])

@@ -1,5 +1,10 @@
 """Laws of the grid: where patches lie, that they cover everything, and which sizes make no grid."""
 
+import inspect
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,6 +13,11 @@ from hypothesis import strategies as st
 from voxquilt.errors import GridError, PatchShapeError
 from voxquilt.geometry import AXES, to_triple
 from voxquilt.grid import axis_starts, make_grid
+
+
+def bare(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function without the checks of its annotations, as users call it: what it refuses, it must refuse by itself."""
+    return inspect.unwrap(function)
 
 
 @st.composite
@@ -78,7 +88,7 @@ def test_patches_cover_every_voxel_and_none_outside(sizes: tuple[tuple[int, int,
         painted[i0:i1, j0:j1, k0:k1] += 1
     assert painted.min() >= 1
     for starts, (_, patch, overlap) in zip(grid.starts, sizes, strict=True):
-        assert all(a + patch - b >= overlap for a, b in zip(starts, starts[1:], strict=False))
+        assert all(a + patch - b >= overlap for a, b in pairwise(starts))
 
 
 @given(st.tuples(axis_sizes(), axis_sizes(), axis_sizes()))
@@ -88,7 +98,7 @@ def test_find_is_the_inverse_of_location(sizes: tuple[tuple[int, int, int], ...]
     grid = make_grid(*zip(*sizes, strict=True))
     for index, row in enumerate(grid.locations):
         assert grid.location(index) == tuple(row)
-        assert grid.find(grid.location(index)) == grid.find(row) == grid.place(index)
+        assert grid.find(grid.location(index)) == grid.find(row.tolist()) == grid.place(index)
 
 
 @given(st.tuples(axis_sizes(), axis_sizes(), axis_sizes()), st.data())
@@ -116,7 +126,7 @@ def test_an_axis_may_have_more_voxels_than_16_bits_count() -> None:
 
 def test_a_grid_that_is_larger_than_memory_can_be_counted() -> None:
     """`len` and `location` make no table."""
-    grid = make_grid(1_000_000, 1)
+    grid = make_grid((1_000_000,) * 3, 1)
     assert grid.counts == (1_000_000, 1_000_000, 1_000_000)
     assert grid.location(10**18 - 1) == (999_999, 999_999, 999_999, 1_000_000, 1_000_000, 1_000_000)
 
@@ -125,7 +135,7 @@ def test_a_grid_that_is_larger_than_memory_can_be_counted() -> None:
 @pytest.mark.parametrize(
     ("what", "value", "message"),
     [
-        ("patch", 21, "axis {}: has 20 voxels but the patch needs 21"),
+        ("patch", 21, "axis {} has 20 voxels but the patch needs 21"),
         ("patch", 0, "patch_size must be at least 1 along axis {}; it is 0"),
         ("patch", -3, "patch_size must be at least 1 along axis {}; it is -3"),
         ("overlap", 10, "axis {}: patch_overlap 10 must be smaller than patch size 10"),
@@ -142,14 +152,14 @@ def test_sizes_that_make_no_grid_are_named_with_their_axis(axis: int, what: str,
     with pytest.raises(GridError) as error:
         make_grid(sizes["shape"], sizes["patch"], sizes["overlap"])
     assert isinstance(error.value, ValueError)
-    assert message.format(AXES[axis]).replace(": has", " has") in str(error.value)
+    assert message.format(AXES[axis]) in str(error.value)
 
 
 @pytest.mark.parametrize("value", [10.0, "10", (1, 2), (1, 2, 3, 4), (1, 2, 3.0), True, None, (), [1, "2", 3]])
 def test_a_size_is_an_integer_or_three(value: object) -> None:
     """Anything else is a GridError that names the argument and shows what came."""
     with pytest.raises(GridError) as error:
-        to_triple(value, "patch_size", minimum=1)  # type: ignore[arg-type]
+        bare(to_triple)(value, "patch_size", minimum=1)
     assert str(error.value) == (
         f"patch_size must be an integer or three of them, in voxels along i, j, k; it is {value!r}."
     )
@@ -158,7 +168,7 @@ def test_a_size_is_an_integer_or_three(value: object) -> None:
 @pytest.mark.parametrize("value", [4, (4, 4, 4), [4, 4, 4], np.int32(4), np.array([4, 4, 4]), range(4, 7, 1)])
 def test_sizes_may_be_any_kind_of_integers(value: object) -> None:
     """Python's or numpy's, in any iterable, become a tuple of ints."""
-    triple = to_triple(value, "patch_size")  # type: ignore[arg-type]
+    triple = bare(to_triple)(value, "patch_size")
     assert triple == ((4, 5, 6) if isinstance(value, range) else (4, 4, 4))
     assert all(type(size) is int for size in triple)
 
@@ -173,12 +183,7 @@ def test_a_downsampled_grid_is_the_grid_divided(
 ) -> None:
     """Volume, patches and every start shrink by the factor, and still cover the volume."""
     shape, patch, overlap = zip(*sizes, strict=True)
-    grid = make_grid(
-        np.multiply(shape, factor),
-        np.multiply(patch, factor),
-        # An even overlap stays even when it is multiplied.
-        np.multiply(overlap, factor),
-    )
+    grid = make_grid(*(np.multiply(size, factor).tolist() for size in (shape, patch, overlap)))
     small = grid.downsampled(factor)
     assert small.shape == shape
     assert small.patch_size == patch
@@ -195,8 +200,8 @@ def test_a_geometry_that_does_not_divide_cannot_be_downsampled(
     axis: int, shape: int, patch: int, overlap: int, what: str
 ) -> None:
     """Volume, patch size and starts must be multiples, or output patches would not line up; the axis is named."""
-    sizes = np.full((3, 3), [[40], [20], [8]])
+    sizes = np.array([[40] * 3, [20] * 3, [8] * 3])
     sizes[:, axis] = shape, patch, overlap
     with pytest.raises(GridError) as error:
-        make_grid(*sizes).downsampled((4, 4, 4))
+        make_grid(*sizes.tolist()).downsampled((4, 4, 4))
     assert f"axis {AXES[axis]}: {what} is not a multiple of downsampling_factor 4" in str(error.value)

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from voxquilt.blend import Blend, to_blend
 from voxquilt.errors import BatchError, GridError, LedgerError, PatchShapeError
-from voxquilt.geometry import AXES, Triple, to_triple
+from voxquilt.geometry import AXES, Padding, Triple, to_triple
 from voxquilt.grid import Grid
-from voxquilt.sampler import Padding
 
 
 @runtime_checkable
@@ -105,11 +104,13 @@ class GridAggregator:
 
         Raises:
             BatchError: (a ValueError) as many locations as patches are needed.
-            PatchShapeError: (a RuntimeError) wrong shape, channels or place.
+            PatchShapeError: (a RuntimeError) wrong shape, channels or place, or a type that the first's cannot hold.
             LedgerError: (a RuntimeError and AssertionError) a patch came before.
         """
         if batch.ndim != 5:
             raise PatchShapeError(f"a batch is (B, C, I, J, K); this one has {batch.ndim} axes: {tuple(batch.shape)}.")
+        if tuple(locations.shape[1:]) != (6,):
+            raise BatchError(f"locations are (B, 6); these are {tuple(locations.shape)}.")
         if len(batch) != len(locations):
             raise BatchError(f"the batch has {len(batch)} patches but there are {len(locations)} locations.")
         if tuple(batch.shape[2:]) != self.grid.patch_size:
@@ -119,9 +120,14 @@ class GridAggregator:
                 f"location, {self.grid.patch_size}{after}."
             )
         places = [self.ledger.grid.find(location) for location in locations.tolist()]
-        sums = self._open(batch)
+        sums = self._room_for(batch)
         self.ledger.enter(places)
-        for patch, place in zip(batch, places, strict=True):
+        # From here on the batch is taken: a refused one decides neither channels nor type.
+        self._sums = sums
+        if self._blend.averages:
+            self._axes = [weights.to(sums) for weights in self._axes]
+        # Without their history, which would hold every activation of a network that is called without no_grad.
+        for patch, place in zip(batch.detach(), places, strict=True):
             self._add(sums, patch, place)
 
     def scores(self) -> Shaped[Tensor, "c i j k"]:
@@ -153,17 +159,20 @@ class GridAggregator:
         output = output[:, keep[0], keep[1], keep[2]]
         return _without_int64(output) if output.dtype == torch.int64 else output.clone()
 
-    def _open(self, batch: Tensor) -> Tensor:
-        channels = batch.shape[1]
+    def _room_for(self, batch: Tensor) -> Tensor:
+        channels, dtype = batch.shape[1], self._dtype(batch.dtype)
         if self._sums is None:
             # Every voxel is copied into exactly once, or summed up from zero. Not an inference tensor, since those can
             # be changed neither outside inference mode nor in another thread.
             make = torch.zeros if self._blend.averages else torch.empty
             with torch.inference_mode(False):
-                self._sums = make((channels, *self.grid.shape), dtype=self._dtype(batch.dtype), device=self.device)
-                self._axes = [weights.to(self._sums) for weights in self._axes] if self._blend.averages else self._axes
+                return make((channels, *self.grid.shape), dtype=dtype, device=self.device)
         if channels != len(self._sums):
             raise PatchShapeError(f"patches with {channels} channels after patches with {len(self._sums)}.")
+        if dtype != self._sums.dtype and torch.promote_types(dtype, self._sums.dtype) != self._sums.dtype:
+            raise PatchShapeError(
+                f"patches of {batch.dtype} after patches of {self._sums.dtype}, which cannot hold them."
+            )
         return self._sums
 
     def _dtype(self, dtype: torch.dtype) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 import csv
 import glob
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,13 +21,13 @@ class Case:
     images: Mapping[str, Path]
 
 
-def find_cases(inputs: object, images: Mapping[str, str] | None = None) -> list[Case]:
+def find_cases(inputs: object, images: object = None) -> list[Case]:
     """The cases that `data.inputs` and `data.images` name, in the order of their ids.
 
     Args:
         inputs: A NIfTI file, a folder, a glob, a .csv (a column per image, an optional column `subject`), or a list of
             these. With `images`, the folder that their patterns start from, or None for the working folder.
-        images: name -> pattern with `{subject}`, one per image of a subject.
+        images: A mapping, name -> pattern with `{subject}`, one per image of a subject.
 
     Raises:
         ConfigError: nothing found, a path that is not there, two subjects with one id, entries that are no strings.
@@ -42,6 +43,8 @@ def find_cases(inputs: object, images: Mapping[str, str] | None = None) -> list[
         raise ConfigError("data.inputs names no image: the list is empty.")
     seen: dict[str, Case] = {}
     for case in cases:
+        if not case.subject or Path(case.subject).name != case.subject:
+            raise ConfigError(f"{case.subject!r} is no id, since files are to be named by it ({_files(case)}).")
         if case.subject in seen:
             raise ConfigError(
                 f"two subjects have the id {case.subject!r}: {_files(seen[case.subject])} and {_files(case)}. "
@@ -69,7 +72,7 @@ def is_image(path: Path) -> bool:
 def _from_entry(entry: object) -> list[Case]:
     if not isinstance(entry, str | Path):
         raise ConfigError(f"data.inputs: {entry!r} is {type(entry).__name__}, not a path; quote it: '\"{entry}\"'.")
-    path = Path(entry).expanduser()
+    path = _path(entry)
     if path.is_dir():
         found = sorted(p for p in path.iterdir() if is_image(p) and p.is_file())
         problem = f"the folder {path} has no NIfTI file ({', '.join(SUFFIXES)})"
@@ -96,37 +99,43 @@ def _one_image(paths: Iterable[Path]) -> list[Case]:
 
 
 def _from_table(table: Path) -> list[Case]:
-    with open(table, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, skipinitialspace=True)
-        rows = list(reader)
-        columns = [name for name in reader.fieldnames or [] if name != "subject"]
-    if not columns or not rows:
-        raise ConfigError(f"{table}: a table needs a header, a column per image and a row per subject.")
-    return [_from_row(table, line, row, columns) for line, row in enumerate(rows, start=2)]
+    try:
+        with open(table, newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, skipinitialspace=True)
+            rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{table} is not a .csv in UTF-8: {error}.") from error
+    columns = rows[0][1] if rows else []
+    if len(rows) < 2 or not {*columns} - {"subject"} or len({*columns}) < len(columns):
+        raise ConfigError(f"{table}: a table needs a header, a column per image and a row per subject; has {columns}.")
+    return [_from_row(table, line, row, columns) for line, row in rows[1:]]
 
 
-def _from_row(table: Path, line: int, row: dict[str, str | None], columns: list[str]) -> Case:
-    if None in row or any(not (row[name] or "").strip() for name in row):
-        raise ConfigError(f"{table}, line {line}: {len(columns)} image path(s) are wanted, columns {columns}.")
+def _from_row(table: Path, line: int, row: list[str], columns: list[str]) -> Case:
+    if len(row) != len(columns) or not all(row):
+        raise ConfigError(f"{table}, line {line}: a value for each of {', '.join(columns)} is wanted; it has {row}.")
     # Paths in a table are meant from where the table lies.
-    images = {name: table.parent / Path(str(row[name]).strip()).expanduser() for name in columns}
-    return Case((row.get("subject") or stem(images[columns[0]])).strip(), images)
+    images = {name: table.parent / _path(cell) for name, cell in zip(columns, row, strict=True) if name != "subject"}
+    given = dict(zip(columns, row, strict=True)).get("subject")
+    return Case(given or stem(next(iter(images.values()))), images)
 
 
-def _from_patterns(inputs: object, images: Mapping[str, str]) -> list[Case]:
-    if not isinstance(inputs, str | Path | None) or not Path(inputs or ".").expanduser().is_dir():
+def _from_patterns(inputs: object, images: object) -> list[Case]:
+    if not isinstance(images, Mapping):
+        raise ConfigError(f"data.images is a mapping from names to patterns with {{subject}}; it is {images!r}.")
+    if not isinstance(inputs, str | Path | None) or not _path(inputs or ".").is_dir():
         raise ConfigError(f"with data.images, data.inputs is the folder that they lie in, or null; it is {inputs!r}.")
-    root = Path(inputs or ".").expanduser()
+    root = _path(inputs or ".")
     found: set[str] = set()
     for name, pattern in images.items():
         if not isinstance(pattern, str) or "{subject}" not in pattern:
             raise ConfigError(f"data.images.{name} needs {{subject}} where subjects' names differ; it is {pattern!r}.")
-        found |= _subjects(str(root / Path(pattern).expanduser()))
+        found |= _subjects(str(root / _path(pattern)))
     if not found:
         raise ConfigError(f"data.images: no file matches {dict(images)} from {root.resolve()}.")
     # A subject that lacks one image is found by its others, and fails alone.
     return [
-        Case(subject, {n: root / Path(p.replace("{subject}", subject)).expanduser() for n, p in images.items()})
+        Case(subject, {n: Path(str(root / _path(p)).replace("{subject}", subject)) for n, p in images.items()})
         for subject in sorted(found)
     ]
 
@@ -136,6 +145,11 @@ def _subjects(pattern: str) -> set[str]:
     regex = re.compile(first + "(?P<subject>[^/]+?)" + second + "".join("(?P=subject)" + part for part in others))
     files = glob.glob("*".join(glob.escape(part) for part in pattern.split("{subject}")))
     return {match["subject"] for match in map(regex.fullmatch, files) if match}
+
+
+def _path(text: str | Path) -> Path:
+    # Unlike Path.expanduser, this leaves a ~name that is no user's alone: it may be a file's name.
+    return Path(os.path.expanduser(text))
 
 
 def _files(case: Case) -> str:

@@ -1,7 +1,7 @@
 """Is the configuration right? Answered before torch or anything else heavy is imported, one message per problem."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -10,18 +10,19 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from voxquilt.cases import find_cases
-from voxquilt.errors import ConfigError, VoxquiltError
-from voxquilt.geometry import parse_axcodes, to_spacing, to_triple
-from voxquilt.grid import make_grid
-from voxquilt.names import (
-    ACTIVATIONS,
-    AVERAGES,
-    NONFINITE,
-    ON_ERROR,
-    OVERLAP_MODES,
-    PADDING_MODES,
-    PRODUCTS,
-    check_name,
+from voxquilt.errors import ConfigError
+from voxquilt.geometry import to_triple
+from voxquilt.names import ON_ERROR
+from voxquilt.sections import (
+    check_callbacks,
+    check_data,
+    check_image_names,
+    check_list,
+    check_model,
+    check_preprocess,
+    check_stitch,
+    check_trainer,
+    check_word,
 )
 
 _HINTS = {
@@ -41,6 +42,7 @@ _KEYS = {
     "stitch": {"overlap_mode", "products", "activation", "threshold", "class_names", "postprocess"},
     "run": {"on_error", "seed", "allowed_targets"},
 }  # fmt: skip
+_SECTIONS = (*_KEYS, "model", "callbacks", "trainer", "ckpt_path", "output_dir", "experiment")
 
 
 def check_predict(cfg: DictConfig) -> dict[str, Any]:
@@ -51,14 +53,15 @@ def check_predict(cfg: DictConfig) -> dict[str, Any]:
     """
     plain = to_plain(cfg)
     _check_keys(plain)
-    _check_data(plain["data"])
-    _check_preprocess(plain["preprocess"])
-    _check_stitch(plain["stitch"])
-    check_name(plain["run"]["on_error"], ON_ERROR, "run.on_error")
-    _check_model(plain["model"])
+    check_data(plain["data"])
+    check_preprocess(plain["preprocess"])
+    check_stitch(plain["stitch"])
+    check_word(plain["run"], "on_error", ON_ERROR, "run.on_error")
+    check_model(plain["model"])
+    check_callbacks(plain["callbacks"])
     _check_files(plain)
-    _check_trainer(plain["trainer"])
-    _check_targets(plain, plain["run"].get("allowed_targets"))
+    check_trainer(plain["trainer"])
+    _check_targets(plain, _allowed(plain["run"].get("allowed_targets")))
     _check_output(plain)
     return plain
 
@@ -71,7 +74,7 @@ def check_train(cfg: DictConfig) -> dict[str, Any]:
     """
     plain = to_plain(cfg)
     to_triple(plain["data"]["patch_size"], "data.patch_size", minimum=1)
-    _check_preprocess(plain["preprocess"])
+    check_preprocess(plain["preprocess"])
     if "{subject}" not in str(plain["data"]["labels"]):
         raise ConfigError(f"data.labels needs {{subject}} in its path; it is {plain['data']['labels']!r}.")
     _check_files(plain)
@@ -84,11 +87,12 @@ def to_plain(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ConfigError: a value that is still ???, or an interpolation that leads nowhere.
     """
+    # Not OmegaConf.missing_keys, which follows interpolations and then names neither key.
+    missing = sorted(_missing(OmegaConf.to_container(cfg, resolve=False)))
+    if missing:
+        lines = "".join(f"\n  {key}: {_HINTS.get(key, 'needs a value')}" for key in missing)
+        raise ConfigError(f"these keys need a value:{lines}")
     try:
-        missing = sorted(OmegaConf.missing_keys(cfg))
-        if missing:
-            lines = "".join(f"\n  {key}: {_HINTS.get(key, 'needs a value')}" for key in missing)
-            raise ConfigError(f"these keys need a value:{lines}")
         plain = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).split("\n")[0]) from error
@@ -96,7 +100,20 @@ def to_plain(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in plain.items()}
 
 
+def _missing(node: Any, key: str = "") -> Iterator[str]:
+    if node == "???":
+        yield key
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for name, child in children:
+        yield from _missing(child, f"{key}.{name}".lstrip("."))
+
+
 def _check_keys(plain: Mapping[str, Any]) -> None:
+    for key in plain:
+        # Other names are the user's, for interpolations; only what looks like a slip is refused.
+        near = get_close_matches(key, _SECTIONS, 1, cutoff=0.8)
+        if near and key not in _SECTIONS:
+            raise ConfigError(f"there is no key {key}. Did you mean {near[0]}?")
     for section, known in _KEYS.items():
         if not isinstance(plain.get(section), Mapping):
             raise ConfigError(f"{section} must hold keys ({', '.join(sorted(known))}); it is {plain.get(section)!r}.")
@@ -110,66 +127,18 @@ def _check_keys(plain: Mapping[str, Any]) -> None:
                 raise ConfigError(f"there is no key {section}.{key}.{hint}")
 
 
-def _check_data(data: Mapping[str, Any]) -> None:
-    patch = data["patch_size"]
-    try:
-        make_grid(patch if isinstance(patch, list) else [patch] * 3, patch, data["patch_overlap"])
-    except VoxquiltError as error:
-        raise ConfigError(f"data.patch_size={patch}, data.patch_overlap={data['patch_overlap']}: {error}") from error
-    for key, least in (("batch_size", 1), ("num_workers", 0)):
-        value = data[key]
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ConfigError(f"data.{key} must be an integer of at least {least}; it is {value!r}.")
-    mode = data["padding_mode"]
-    if mode is not None and (isinstance(mode, bool) or not isinstance(mode, (int, float))):
-        check_name(mode, PADDING_MODES, "data.padding_mode (null, a number, or a mode of numpy.pad)")
-    check_name(data["nonfinite"], NONFINITE, "data.nonfinite")
-
-
-def _check_preprocess(preprocess: Mapping[str, Any]) -> None:
-    if preprocess.get("orientation") is not None:
-        parse_axcodes(preprocess["orientation"])
-    to_spacing(preprocess.get("spacing"))
-
-
-def _check_stitch(stitch: Mapping[str, Any]) -> None:
-    check_name(stitch["overlap_mode"], OVERLAP_MODES, "stitch.overlap_mode")
-    products = stitch["products"]
-    for names in products.values() if isinstance(products, Mapping) else [products]:
-        if names is not None and not isinstance(names, list):
-            raise ConfigError(f"stitch.products is a list, such as '[labels]'; it is {names!r}.")
-        for name in names or ():
-            check_name(name, PRODUCTS, "stitch.products")
-    threshold = stitch["threshold"]
-    if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, (int, float))):
-        raise ConfigError(f"stitch.threshold must be a number or null; it is {threshold!r}.")
-
-
-def _check_model(model: Any) -> None:
-    if not isinstance(model, Mapping) or "_target_" not in model:
-        raise ConfigError(f"model needs a configuration with a _target_: {_HINTS['model']}; it is {model!r}.")
-    if model.get("activation") is not None:
-        check_name(model["activation"], ACTIVATIONS, "model.activation")
-    if "average" in model:
-        check_name(model["average"], AVERAGES, "model.average")
-
-
 def _check_files(plain: Mapping[str, Any]) -> None:
-    find_cases(plain["data"]["inputs"], plain["data"]["images"])
+    cases = find_cases(plain["data"].get("inputs"), plain["data"].get("images"))
+    check_image_names(plain["preprocess"].get("intensity"), cases)
     paths = plain["ckpt_path"]
     for path in paths if isinstance(paths, list) else [paths]:
-        if path is not None and not Path(str(path)).expanduser().is_file():
+        if path is not None and not os.path.isfile(os.path.expanduser(str(path))):
             raise ConfigError(f"ckpt_path: there is no file {path} (looked from {Path.cwd()}).")
 
 
-def _check_trainer(trainer: Mapping[str, Any]) -> None:
-    devices, nodes = trainer.get("devices", 1), trainer.get("num_nodes", 1)
-    one = devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)
-    if not one or nodes != 1:
-        raise ConfigError(
-            f"trainer.devices={devices}, trainer.num_nodes={nodes}: this version of voxquilt predicts in one process; "
-            f"start one per device, each with its own data.inputs and output_dir."
-        )
+def _allowed(patterns: Any) -> Any:
+    check_list(patterns, "run.allowed_targets", "voxquilt.*,lightning.*,monai.*")
+    return patterns
 
 
 def _check_targets(node: Any, allowed: Any, key: str = "") -> None:
@@ -177,11 +146,12 @@ def _check_targets(node: Any, allowed: Any, key: str = "") -> None:
     if allowed is None:
         return
     if isinstance(node, Mapping):
-        target = node.get("_target_")
-        if target is not None and not any(_matches(str(target), str(pattern)) for pattern in allowed):
-            raise ConfigError(
-                f"{key}._target_={target} is not among run.allowed_targets={list(allowed)}; add it, or 'package.*'."
-            )
+        for name in ("_target_", "module_class"):  # both are imported
+            target = node.get(name)
+            if target is not None and not any(_matches(str(target), str(pattern)) for pattern in allowed):
+                raise ConfigError(
+                    f"{key}.{name}={target} is not among run.allowed_targets={allowed}; add it, or 'package.*'."
+                )
         for name, value in node.items():
             _check_targets(value, allowed, f"{key}.{name}".lstrip("."))
     elif isinstance(node, list):
@@ -194,19 +164,19 @@ def _matches(target: str, pattern: str) -> bool:
 
 
 def _check_output(plain: Mapping[str, Any]) -> None:
-    folder = Path(str(plain["output_dir"])).expanduser().resolve()
-    inputs = plain["data"]["inputs"]
+    name, inputs = plain["output_dir"], plain["data"].get("inputs")
+    if not isinstance(name, str) or not name.strip():
+        raise ConfigError(f"output_dir must be a folder's name, a number in quotes ('\"12\"'); it is {name!r}.")
+    folder = Path(os.path.expanduser(name)).resolve()
     for entry in inputs if isinstance(inputs, list) else [inputs]:
-        path = Path(str(entry)).expanduser()
-        if entry is not None and not plain["data"]["images"] and path.is_dir() and path.resolve() == folder:
+        path = Path(os.path.expanduser(str(entry)))
+        if entry is not None and not plain["data"].get("images") and path.is_dir() and path.resolve() == folder:
             raise ConfigError(
-                f"output_dir={plain['output_dir']} is the folder of data.inputs: outputs would be inputs of the next "
-                f"run. Choose another output_dir."
+                f"output_dir={name} is the folder of data.inputs: outputs would be inputs of the next run. Choose "
+                f"another output_dir."
             )
-    probe = folder / f".voxquilt-{os.getpid()}.tmp"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(f"output_dir={plain['output_dir']} cannot be written: {error.strerror or error}.") from error
+    # Nothing is made yet, since building may still fail.
+    existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        problem = "may not be written" if existing.is_dir() else "is not a folder"
+        raise ConfigError(f"output_dir={name} cannot be written: {existing} {problem}.")

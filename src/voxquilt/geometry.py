@@ -10,6 +10,8 @@ from voxquilt.errors import ConfigError, GridError, InputError
 
 Triple = tuple[int, int, int]
 Location = tuple[int, int, int, int, int, int]
+Padding = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+"""Voxels before and after along i, j, k."""
 AXES = "ijk"
 _CODES = ("LR", "PA", "IS")
 

@@ -12,6 +12,7 @@ Along one axis of N = 13 voxels, patches of 5 that share 2:
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
 import numpy as np
 
@@ -75,7 +76,7 @@ class Grid:
         return i, j, k
 
     def __len__(self) -> int:
-        return int(np.prod(self.counts, dtype=object))
+        return prod(self.counts)
 
     def place(self, index: int) -> Triple:
         """The patch's number along each axis; k runs fastest."""

@@ -71,13 +71,14 @@ class PatchNetwork(nn.Module):
         return {name: tensor / count for name, tensor in total.items()}
 
     def _runs(self, patches: Tensor) -> Iterator[Named]:
+        alone = len(self.networks) * len(self._flips) == 1
         for network in self.networks:
             for axes in self._flips:
                 spatial = [axis + 2 for axis in axes]
-                flipped = patches.flip(spatial)
-                outputs = self._named(network(self._squeezed(flipped)))
+                seen = patches if alone else patches.flip(spatial)  # a copy for each, since networks may work in place
+                outputs = self._named(network(self._squeezed(seen)))
                 unsqueezed = {name: self._unsqueezed(name, output) for name, output in outputs.items()}
-                yield {name: self._activate(output.flip(spatial)) for name, output in unsqueezed.items()}
+                yield {name: self._activate(_flipped(output, spatial)) for name, output in unsqueezed.items()}
 
     def _squeezed(self, patches: Tensor) -> Tensor:
         if self._squeeze is None:
@@ -91,11 +92,10 @@ class PatchNetwork(nn.Module):
         return patches.squeeze(self._squeeze)
 
     def _unsqueezed(self, name: str, output: Tensor) -> Tensor:
-        output = output if self._squeeze is None else output.unsqueeze(self._squeeze)
-        if output.ndim != 5:
-            wanted = "(B, C, I, J, K)" if self._squeeze is None else "two spatial axes"
+        if output.ndim != (5 if self._squeeze is None else 4):
+            wanted = "(B, C, I, J, K)" if self._squeeze is None else "(B, C) and two spatial axes"
             raise OutputError(f"the network's output {name!r} has shape {tuple(output.shape)}; wanted is {wanted}.")
-        return output
+        return output if self._squeeze is None else output.unsqueeze(self._squeeze)
 
     def _named(self, output: object) -> Named:
         if isinstance(output, Tensor):
@@ -128,6 +128,10 @@ def to_activation(name: str | None) -> Callable[[Tensor], Tensor]:
         return lambda batch: batch.float().softmax(1) if batch.shape[1] > 1 else batch
     functions = {"softmax": lambda batch: batch.float().softmax(1), "sigmoid": lambda batch: batch.float().sigmoid()}
     return functions.get(name, _as_it_is)
+
+
+def _flipped(batch: Tensor, dims: list[int]) -> Tensor:
+    return batch.flip(dims) if dims else batch  # flipping along nothing would copy
 
 
 def _as_it_is(batch: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
+from nibabel.arrayproxy import ArrayProxy
 from nibabel.filebasedimages import ImageFileError
 from nibabel.nifti1 import Nifti1Extension, Nifti1Header, Nifti1Image, Nifti1Pair
 from nibabel.nifti2 import Nifti2Header, Nifti2Image
@@ -54,11 +55,11 @@ class NiftiFile:
         Raises:
             InputError: the file is truncated, damaged or gone, or holds unsigned integers beyond int64.
         """
-        with _named(self.path, "reading its voxels failed; the file may be truncated or damaged"):
-            proxy = _load(self.path).dataobj
-            scaled = (proxy.slope, proxy.inter) != (1.0, 0.0)  # type: ignore[union-attr]
-            array = proxy.get_scaled(np.float32) if scaled else proxy.get_unscaled()  # type: ignore[union-attr]
-            return _to_tensor(np.asarray(array))
+        problem = "reading its voxels failed; the file may be truncated or damaged"
+        with _named(self.path, problem), _to_the_end(_load(self.path).dataobj) as proxy:  # type: ignore[arg-type]
+            array = np.asarray(proxy.get_unscaled())
+            scaling = float(proxy.slope), float(proxy.inter)
+            return _to_tensor(array if scaling == (1, 0) else _scaled(array, *scaling))
 
 
 def read_header(path: Path | str) -> NiftiFile:
@@ -139,9 +140,11 @@ def _new_header(array: np.ndarray, frame: Frame, source: Nifti1Header | None) ->
     if source is None:
         new.set_data_shape(array.shape[:3])
         new.set_sform(frame.affine, code="aligned")
-        # A sheared affine does not fit a qform; then the sform stands alone.
-        with contextlib.suppress(HeaderDataError):
+        new["pixdim"][1:4] = frame.spacing
+        try:
             new.set_qform(frame.affine, code="aligned", strip_shears=False)
+        except HeaderDataError:  # a sheared affine does not fit a qform; then the sform stands alone
+            new["qform_code"] = 0
         new.set_xyzt_units("mm")
     else:
         for key in ("pixdim", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "xyzt_units"):
@@ -164,6 +167,18 @@ def _load(path: Path) -> Nifti1Pair:
 
 
 @contextlib.contextmanager
+def _to_the_end(proxy: ArrayProxy) -> Iterator[ArrayProxy]:
+    """The proxy of a file that is read to its end, where gzip keeps a checksum; nibabel stops at the last voxel."""
+    if not str(proxy.file_like).lower().endswith(".gz"):
+        yield proxy
+        return
+    with gzip.open(proxy.file_like) as file:
+        yield ArrayProxy(file, (proxy.shape, proxy.dtype, proxy.offset, proxy.slope, proxy.inter))
+        while file.read(2**20):
+            pass
+
+
+@contextlib.contextmanager
 def _named(path: Path, problem: str) -> Iterator[None]:
     """Errors while reading become one InputError that names the file."""
     try:
@@ -175,10 +190,20 @@ def _named(path: Path, problem: str) -> Iterator[None]:
         raise InputError(f"{path}: {problem} ({detail}).") from error
 
 
+def _scaled(array: np.ndarray, slope: float, inter: float) -> np.ndarray:
+    # Every value of 16 bits is a float32, so there a volume in float64, as nibabel makes it, is not needed.
+    small = array.dtype.itemsize <= 2 or array.dtype == np.float32
+    scaled = array.astype(np.float32 if small else np.float64)
+    scaled *= slope
+    scaled += inter
+    return scaled.astype(np.float32, copy=False)
+
+
 def _to_tensor(array: np.ndarray) -> Tensor:
     dtype = array.dtype
-    wider = _WIDER.get(f"{dtype.kind}{dtype.itemsize}")
-    if dtype == np.dtype("u8"):
+    kind = f"{dtype.kind}{dtype.itemsize}"
+    wider = _WIDER.get(kind)
+    if kind == "u8":
         if array.max() > np.iinfo(np.int64).max:
             raise InputError("its uint64 voxels do not fit int64.")
         wider = np.int64

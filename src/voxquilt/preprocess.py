@@ -1,7 +1,7 @@
 """What does the network see of a subject? Its images in model space, with their intensities changed."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -41,7 +41,7 @@ class Preprocess:
 
     orientation: str | None = "RAS"
     spacing: float | Iterable[float | None] | None = None
-    intensity: Sequence[Transform] | Mapping[str, Sequence[Transform]] = field(default=())
+    intensity: Sequence[Transform] | Mapping[str, Sequence[Transform]] | None = None
     nonfinite: str = "error"
 
     def __post_init__(self) -> None:
@@ -63,8 +63,11 @@ class Preprocess:
 
         Raises:
             InputError: a file that cannot be read, images on different grids, or voxels that are not finite.
+            ConfigError: `intensity` names an image that the subject does not have.
         """
         space = self.space(subject)
+        for name in self.intensity if isinstance(self.intensity, Mapping) else ():
+            check_name(name, subject.images, "a name in preprocess.intensity")
         maps = inverse(space.maps, space.model.shape)
         images: dict[str, Image] = {}
         for name, image in subject.images.items():

@@ -19,7 +19,7 @@ Activation = Callable[[Tensor], Tensor]
 ACTIVATIONS: dict[str, Activation] = {
     "softmax": lambda scores: scores.float().softmax(0),
     "sigmoid": lambda scores: scores.float().sigmoid(),
-    "none": lambda scores: scores,
+    "none": lambda scores: scores.float(),
 }
 
 

@@ -20,7 +20,7 @@ def print_table(rows: Sequence[Row], folder: Path) -> None:
     table = Table(title="voxquilt")
     for heading in ("subject", "status"):
         table.add_column(heading)
-    for heading in ("volume [ml]", "patches", "seconds"):
+    for heading in (escape("volume [ml]"), "patches", "seconds"):
         table.add_column(heading, justify="right")
     for row in rows:
         volume = "" if row.volume_ml is None else f"{row.volume_ml:.1f}"

@@ -10,12 +10,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from voxquilt.errors import PaddingModeError
-from voxquilt.geometry import Triple, to_triple
+from voxquilt.geometry import Padding, Triple, to_triple
 from voxquilt.grid import make_grid
 from voxquilt.names import PADDING_MODES
 from voxquilt.subject import AFFINE, DATA, LOCATION, Image, Subject
 
-Padding = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 NO_PADDING: Padding = ((0, 0), (0, 0), (0, 0))
 
 

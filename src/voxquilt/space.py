@@ -17,6 +17,8 @@ from torch import Tensor
 
 from voxquilt.geometry import Frame, Triple, closest_axes, parse_axcodes, to_spacing, to_triple
 
+Neighbours = tuple[Tensor, Tensor, Tensor]
+
 
 @dataclass(frozen=True)
 class AxisMap:
@@ -33,7 +35,7 @@ class AxisMap:
     scale: float
     offset: float
 
-    def neighbours(self, source_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    def neighbours(self, source_size: int) -> Neighbours:
         """For each target voxel the two source voxels around it, and the share of the second (0 on a source voxel).
 
         Beyond the centres of the outermost voxels their values are repeated.
@@ -122,29 +124,34 @@ def resample(
     Where maps only permute, flip and crop, values are copied in their own type. Otherwise linear interpolation gives
     float32, and `linear=False` takes the nearest voxel.
     """
-    for m in sorted(maps, key=lambda m: m.size / source.shape[m.axis + 1]):  # the one that shrinks most comes first
-        source = _along(source, m, linear=linear)
+    return _interpolated(source, maps, [m.neighbours(source.shape[m.axis + 1]) for m in maps], linear=linear)
+
+
+def _interpolated(source: Tensor, maps: AxisMaps, neighbours: list[Neighbours], *, linear: bool = True) -> Tensor:
+    # The axis that shrinks most comes first. This is asked of scales, not of sizes, so that a slab and the whole are
+    # interpolated in one order and equal each other to the bit.
+    for m, found in sorted(zip(maps, neighbours, strict=True), key=lambda pair: -abs(pair[0].scale)):
+        source = _along(source, m.axis + 1, found, linear=linear)
     i, j, k = (m.axis + 1 for m in maps)
     return source.permute(0, i, j, k)
 
 
-def _along(source: Tensor, m: AxisMap, *, linear: bool) -> Tensor:
-    size = source.shape[m.axis + 1]
-    below, above, share = (t.to(source.device) for t in m.neighbours(size))
+def _along(source: Tensor, dim: int, neighbours: Neighbours, *, linear: bool) -> Tensor:
+    below, above, share = (t.to(source.device) for t in neighbours)
     if not linear:
         below, share = torch.where(share > 0.5, above, below), torch.zeros_like(share)
     if not share.any():
-        return _pick(source, m, below)
-    shares = share.reshape([-1 if axis == m.axis + 1 else 1 for axis in range(4)])
+        return _pick(source, dim, below)
+    shares = share.reshape([-1 if axis == dim else 1 for axis in range(4)])
     source = source if source.dtype == torch.float64 else source.float()
-    return torch.lerp(source.index_select(m.axis + 1, below), source.index_select(m.axis + 1, above), shares.to(source))
+    return torch.lerp(source.index_select(dim, below), source.index_select(dim, above), shares.to(source))
 
 
-def _pick(source: Tensor, m: AxisMap, index: Tensor) -> Tensor:
+def _pick(source: Tensor, dim: int, index: Tensor) -> Tensor:
     first, count = int(index[0]), len(index)
     if torch.equal(index, torch.arange(first, first + count, device=index.device)):
-        return source.narrow(m.axis + 1, first, count)
-    return source.index_select(m.axis + 1, index)
+        return source.narrow(dim, first, count)
+    return source.index_select(dim, index)
 
 
 def restore(
@@ -164,18 +171,15 @@ def restore(
     axis = streaming_axis(maps)
     sizes = [m.size for m in maps]
     step = max(1, voxels * sizes[axis] // (len(scores) * int(np.prod(sizes))))
+    neighbours = [m.neighbours(scores.shape[m.axis + 1]) for m in maps]
     for start in range(0, sizes[axis], step):
         where = slice(start, min(start + step, sizes[axis]))
-        yield where, resample(scores, _planes(maps, axis, where, scores.shape[1]))
+        below, above, share = (t[where] for t in neighbours[axis])
+        first, last = int(below.min()), int(above.max())
+        some = [(below - first, above - first, share) if n == axis else found for n, found in enumerate(neighbours)]
+        yield where, _interpolated(scores.narrow(1, first, last - first + 1), maps, some)
 
 
 def streaming_axis(maps: AxisMaps) -> int:
     """The native axis that runs along the model's first."""
     return [m.axis for m in maps].index(0)
-
-
-def _planes(maps: AxisMaps, axis: int, where: slice, source_size: int) -> AxisMaps:
-    m = maps[axis]
-    part = replace(m, size=where.stop - where.start, offset=m.offset + m.scale * where.start)
-    i, j, k = (part if n == axis else other for n, other in enumerate(maps))
-    return i, j, k

@@ -99,7 +99,10 @@ class Quilt:
             LedgerError: a patch is missing.
             OutputError: scores are not finite, or a product that an output does not have.
         """
-        finished: dict[str, np.ndarray] = {}
+        wanted, finished = self.stitch.products, dict[str, np.ndarray]()
+        unknown = sorted(set(wanted) - self._aggregators.keys()) if isinstance(wanted, Mapping) else []
+        if unknown:
+            raise OutputError(f"stitch.products names {unknown}; the network's outputs are {list(self._aggregators)}.")
         for output in list(self._aggregators):
             aggregator = self._aggregators[output]
             scores = aggregator.scores()

@@ -180,6 +180,10 @@ class Subject(dict[str, Any]):
 
 
 def _four_axes(tensor: Tensor | np.ndarray) -> Tensor:
+    if isinstance(tensor, np.ndarray):
+        # torch takes neither foreign byte orders nor negative strides, and warns of memory that it may not write.
+        array = tensor.astype(tensor.dtype.newbyteorder("="), copy=False)
+        tensor = array if array.flags.writeable and min(array.strides, default=0) >= 0 else array.copy()
     tensor = torch.as_tensor(tensor)
     if tensor.ndim not in (3, 4) or 0 in tensor.shape:
         raise InputError(f"an image is (C, I, J, K) or (I, J, K), no axis empty; this one is {tuple(tensor.shape)}.")

@@ -1,6 +1,7 @@
 """How do weights come out of a checkpoint? Never by running what is pickled in it, unless the user trusts it."""
 
 import importlib
+import inspect
 import pickle
 import warnings
 from collections.abc import Mapping, Sequence
@@ -38,7 +39,7 @@ def read_state_dict(
         ckpt_path: A state dict, or a mapping that holds one as 'state_dict', 'model_state_dict', 'model' or
             'network_weights'. A list makes an ensemble. None leaves the network as it is.
         prefix: Only keys that begin so are used, without it: 'net.' for a LightningModule's self.net.
-        strict: Whether every key must fit.
+        strict: Whether every key must fit; at least one must in any case.
         trust: Unpickle anything the file holds, which can run its code.
 
     Raises:
@@ -73,6 +74,11 @@ def read_lightning(
     found = _import(module_class)
     if not (isinstance(found, type) and issubclass(found, LightningModule)):
         raise ConfigError(f"model.module_class={module_class} is not a LightningModule.")
+    parameters = inspect.signature(found).parameters
+    unknown = sorted(set(module_args or {}) - set(parameters))
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        # Lightning would drop them in silence.
+        raise ConfigError(f"model.module_args names {unknown}; {module_class} takes {list(parameters)}.")
     return [_read_lightning(found, path, module_args or {}, trust=trust) for path in _listed(ckpt_path)]
 
 
@@ -152,6 +158,7 @@ def _check(path: Path, wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]
         for key in wanted
         if key in state and state[key].shape != wanted[key].shape
     ]
+    strict = strict or len(missing) == len(wanted)  # where nothing fits, nothing was loaded
     problems = {"missing": missing * strict, "unexpected": unexpected * strict, "of another shape": shapes}
     if not any(problems.values()):
         return

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from voxquilt.batch import PatchBatch, Run, Work
 from voxquilt.datamodule import GridDataModule
@@ -19,7 +20,7 @@ from voxquilt.manifest import Manifest, Row
 from voxquilt.names import ON_ERROR, check_name
 from voxquilt.nifti import read_header, write
 from voxquilt.overlay import overlay_png
-from voxquilt.stitch import Quilt, Stitch
+from voxquilt.stitch import Outputs, Quilt, Stitch
 
 log = logging.getLogger("voxquilt")
 
@@ -112,6 +113,7 @@ class _WriterRun:
         self._writer = writer
         self._data = data
         self._inputs = {path.resolve() for case in data.cases for path in case.images.values()}
+        self._written: set[Path] = set()
         self._open: dict[Work, Quilt] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="voxquilt-writer")
         # One subject being written and one waiting; the loop waits for the thread beyond that, so memory is bounded.
@@ -123,27 +125,26 @@ class _WriterRun:
         for run in batch.runs:
             if not run.work.failed:
                 try:
-                    self._add(outputs, run)
+                    self._add(_named(outputs, len(batch.data)), run)
                 except Exception as error:
                     self._fail(run.work, error)
 
     def close(self, *, complete: bool = True) -> None:
-        if complete:
-            for work in list(self._open):  # cannot happen while the stream and the ledger are right
-                self._fail(work, OutputError("its patches ended before the volume was complete."))
         self._open.clear()
         self._pool.shutdown(wait=True)
         self._drain()
+        if complete:
+            # As after trainer.limit_predict_batches: a subject without a row would seem to be no part of the run.
+            known = {row.subject for row in self.manifest.rows}
+            for subject in [case.subject for case in self._data.cases if case.subject not in known]:
+                self._record_failure(subject, OutputError("the run ended before all of its patches had come."), 0.0)
 
-    def _add(self, outputs: Any, run: Run) -> None:
-        if isinstance(outputs, Exception):
-            raise outputs
-        named = outputs if isinstance(outputs, Mapping) else {"": outputs}
+    def _add(self, outputs: Outputs, run: Run) -> None:
         work = run.work
         if work not in self._open:
             self._open[work] = Quilt(self._writer.stitch, work, work.space)
         quilt = self._open[work]
-        quilt.add({name: output[run.start : run.stop] for name, output in named.items()}, run.locations)
+        quilt.add({name: output[run.start : run.stop] for name, output in outputs.items()}, run.locations)
         if quilt.complete:
             del self._open[work]
             self._room.acquire()
@@ -204,7 +205,23 @@ class _WriterRun:
     def _checked(self, path: Path) -> Path:
         if path.resolve() in self._inputs:
             raise OutputError(f"{path} is an input of this run and is not overwritten; choose another output_dir.")
+        if path in self._written:  # a's output x_y and a_x's output y
+            raise OutputError(f"{path} is another subject's file of this run; rename an output or a subject.")
+        self._written.add(path)
         return path
+
+
+def _named(outputs: Any, patches: int) -> Outputs:
+    """What predict_step gave, by name, once it is known to belong to the batch."""
+    if isinstance(outputs, Exception):
+        raise outputs
+    named = outputs if isinstance(outputs, Mapping) else {"": outputs}
+    for name, output in named.items():
+        if not isinstance(output, Tensor):
+            raise OutputError(f"predict_step gave {type(output).__name__}; wanted are tensors (B, C, I, J, K).")
+        if output.ndim == 0 or len(output) != patches:
+            raise OutputError(f"output {name!r} has shape {tuple(output.shape)} for a batch of {patches} patches.")
+    return named
 
 
 def _is_labels(product: str) -> bool:

@@ -1,0 +1,51 @@
+"""What users type, as Hydra's grammar wants it: quotes around paths that need them, no + where any key may be right."""
+
+import re
+from collections.abc import Sequence
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from voxquilt.errors import ConfigError
+
+# Their keys are the user's: arguments of a class that only the user knows, names of images.
+_FREE = re.compile(r"(model\.net|model\.module_args|data\.images)\.")
+
+
+def to_overrides(arguments: Sequence[str]) -> list[str]:
+    """Command-line arguments that Hydra understands; options such as --help are left as they are.
+
+    Raises:
+        ConfigError: an override that stays none, with a hint at quoting.
+
+    >>> to_overrides(["data.labels=labels/{subject}.nii.gz", "ckpt_path=epoch=3-step=10.ckpt", "data.batch_size=2"])
+    ['data.labels="labels/{subject}.nii.gz"', 'ckpt_path="epoch=3-step=10.ckpt"', 'data.batch_size=2']
+    >>> to_overrides(["model.net._target_=my.Net", "--cfg", "job"])
+    ['++model.net._target_=my.Net', '--cfg', 'job']
+    """
+    parser = OverridesParser.create()
+    return [_to_override(parser, text) if "=" in text and not text.startswith("-") else text for text in arguments]
+
+
+def _to_override(parser: OverridesParser, text: str) -> str:
+    key, _, value = text.partition("=")
+    key = f"{'++' if _FREE.match(key) else ''}{key}"
+    problem = _problem(parser, f"{key}={value}")
+    if problem is None:
+        return f"{key}={value}"
+    # What Hydra cannot read is a path with a ~, a second =, {subject}, letters that are not ASCII, ... Lists and
+    # dictionaries are left alone: quoted they would be something else.
+    if not re.match(r"""["'\[]|\{(?!subject\})""", value) and _problem(parser, f'{key}="{value}"') is None:
+        return f'{key}="{value}"'
+    raise ConfigError(
+        f"{text}: {problem}. A value with = , {{ }} ( ) [ ] or letters beyond ASCII in it needs quotes inside quotes, "
+        f"such as 'ckpt_path=\"epoch=3.ckpt\"'."
+    )
+
+
+def _problem(parser: OverridesParser, override: str) -> str | None:
+    try:
+        parser.parse_override(override)
+    except HydraException as error:
+        return str(error).split("\n")[0]
+    return None

@@ -1,0 +1,114 @@
+"""What may stand in a section of the configuration? Each function raises ConfigError, or another VoxquiltError.
+
+A key that is not there is left to the constructor's default, or to the user's own class.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from voxquilt.cases import Case
+from voxquilt.errors import ConfigError, VoxquiltError
+from voxquilt.geometry import Triple, parse_axcodes, to_spacing, to_triple
+from voxquilt.grid import make_grid
+from voxquilt.names import ACTIVATIONS, AVERAGES, NONFINITE, OVERLAP_MODES, PADDING_MODES, PRODUCTS, check_name
+
+
+def check_data(data: Mapping[str, Any]) -> None:
+    """Grid and loader."""
+    if "patch_size" in data:
+        _check_grid(to_triple(data["patch_size"], "data.patch_size", minimum=1), data.get("patch_overlap", 0))
+    to_triple(data.get("divisible_by", 1), "data.divisible_by", minimum=1)
+    for key, least in (("batch_size", 1), ("num_workers", 0)):
+        value = data.get(key, least)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ConfigError(f"data.{key} must be an integer of at least {least}; it is {value!r}.")
+    mode = data.get("padding_mode")
+    if mode is not None and (isinstance(mode, bool) or not isinstance(mode, (int, float))):
+        check_name(mode, PADDING_MODES, "data.padding_mode (null, a number, or a mode of numpy.pad)")
+    check_word(data, "nonfinite", NONFINITE, "data.nonfinite")
+
+
+def check_preprocess(preprocess: Mapping[str, Any]) -> None:
+    """Model space and intensities."""
+    if preprocess.get("orientation") is not None:
+        parse_axcodes(preprocess["orientation"])
+    to_spacing(preprocess.get("spacing"))
+    intensity = preprocess.get("intensity") or []
+    for name, nodes in intensity.items() if isinstance(intensity, Mapping) else [("", intensity)]:
+        _check_callables(nodes, f"preprocess.intensity.{name}".rstrip("."))
+
+
+def check_image_names(intensity: Any, cases: Iterable[Case]) -> None:
+    """Intensities by the image's name need images of that name."""
+    names = {name for case in cases for name in case.images}
+    unknown = sorted(set(intensity) - names) if isinstance(intensity, Mapping) else []
+    if unknown:
+        raise ConfigError(f"preprocess.intensity names {unknown}; the images are {sorted(names)}.")
+
+
+def check_stitch(stitch: Mapping[str, Any]) -> None:
+    """Blend and products."""
+    check_word(stitch, "overlap_mode", OVERLAP_MODES, "stitch.overlap_mode")
+    products = stitch.get("products")
+    for names in products.values() if isinstance(products, Mapping) else [products]:
+        check_list(names, "stitch.products", "labels")
+        for name in names or ():
+            check_name(name, PRODUCTS, "stitch.products")
+    threshold = stitch.get("threshold")
+    if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, (int, float))):
+        raise ConfigError(f"stitch.threshold must be a number or null; it is {threshold!r}.")
+    check_list(stitch.get("class_names"), "stitch.class_names", "background,brain")
+    _check_callables(stitch.get("postprocess") or [], "stitch.postprocess")
+
+
+def check_model(model: Any) -> None:
+    """The network's options."""
+    if not isinstance(model, Mapping) or "_target_" not in model:
+        raise ConfigError(f"model must be one with a _target_, such as model=torchscript; it is {model!r}.")
+    if model.get("activation") is not None:
+        check_name(model["activation"], ACTIVATIONS, "model.activation")
+    check_word(model, "average", AVERAGES, "model.average")
+    check_list(model.get("flips"), "model.flips", "0,1")
+    check_list(model.get("outputs"), "model.outputs", "seg,null")
+
+
+def check_callbacks(callbacks: Any) -> None:
+    """There must be a writer."""
+    writer = callbacks.get("writer") if isinstance(callbacks, Mapping) else None
+    if not isinstance(writer, Mapping) or "_target_" not in writer:
+        raise ConfigError(f"callbacks.writer needs a _target_, or nothing would be written; it is {writer!r}.")
+
+
+def check_trainer(trainer: Mapping[str, Any]) -> None:
+    """One process."""
+    devices, nodes = trainer.get("devices", 1), trainer.get("num_nodes", 1)
+    one = devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)
+    if not one or nodes != 1:
+        raise ConfigError(
+            f"trainer.devices={devices}, trainer.num_nodes={nodes}: this version of voxquilt predicts in one process; "
+            f"start one per device, each with its own data.inputs and output_dir."
+        )
+
+
+def _check_grid(patch_size: Triple, patch_overlap: Any) -> None:
+    try:
+        make_grid(patch_size, patch_size, patch_overlap)
+    except VoxquiltError as error:
+        raise ConfigError(f"data.patch_size={list(patch_size)}, data.patch_overlap={patch_overlap}: {error}") from error
+
+
+def _check_callables(nodes: Any, key: str) -> None:
+    if not isinstance(nodes, list) or not all(isinstance(node, Mapping) and "_target_" in node for node in nodes):
+        raise ConfigError(f"{key} must be a list of callables, each with its _target_; it is {nodes!r}.")
+
+
+def check_list(value: Any, key: str, example: str) -> None:
+    """A list or nothing."""
+    if value is not None and not isinstance(value, list):
+        raise ConfigError(f"{key} is a list, such as '[{example}]'; it is {value!r}.")
+
+
+def check_word(section: Mapping[str, Any], key: str, allowed: Iterable[str], full_key: str) -> None:
+    """One of the allowed words, where the key is there."""
+    if key in section:
+        check_name(section[key], allowed, full_key)

@@ -1,0 +1,84 @@
+"""Tiny volumes and networks whose right answer is known; subprocesses import it too, as `synthetic.Over50`."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).parents[1]
+
+
+def save(path: Path, array: np.ndarray, affine: np.ndarray | None = None) -> np.ndarray:
+    """Write a NIfTI file, folders included, and give the array back."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, np.eye(4) if affine is None else affine), path)
+    return array
+
+
+def read(path: Path) -> np.ndarray:
+    """The voxels of a NIfTI file in the stored type."""
+    return np.asarray(nib.load(path).dataobj)
+
+
+def noise(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    """Integers 0 to 99 as int16."""
+    return np.random.default_rng(seed).integers(0, 100, shape).astype(np.int16)
+
+
+class Over50(nn.Conv3d):
+    """A 1x1x1 convolution whose scores are 50 - x and x - 50, so that labels are exactly x > 50."""
+
+    def __init__(self, channels: int = 1) -> None:
+        super().__init__(channels, 2, 1)
+        with torch.no_grad():
+            self.weight.zero_()
+            self.weight[:, 0, 0, 0, 0] = torch.tensor([-1.0, 1.0])
+            self.bias.copy_(torch.tensor([50.0, -50.0]))
+
+
+class Plus(nn.Module):
+    """One channel: the first image plus a number."""
+
+    def __init__(self, number: float = 1.0) -> None:
+        super().__init__()
+        self.number = number
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :1] + self.number
+
+
+class FirstMinusSecond(nn.Module):
+    """One channel: the first image minus the second, which tells their order."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :1] - x[:, 1:2]
+
+
+class Touchy(Over50):
+    """Right, but for patches that hold a voxel of 77 (raises), 88 (gives NaN) or 66 (gives another shape)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = super().forward(x)
+        if (x == 77).any():
+            raise ValueError("there is a 77")
+        if (x == 66).any():
+            return scores[..., :-1]
+        return torch.where((x == 88).flatten(1).any(1).reshape(-1, 1, 1, 1, 1), torch.nan, scores)
+
+
+def run(
+    script: str, *arguments: str, cwd: Path, env: Mapping[str, str] | None = None
+) -> "subprocess.CompletedProcess[str]":
+    """Run predict.py or train.py of the checkout in a folder, with this module importable."""
+    path = os.pathsep.join(filter(None, [(env or {}).get("PYTHONPATH"), str(ROOT / "tests")]))
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *arguments],
+        cwd=cwd, env=os.environ | {"COLUMNS": "200"} | dict(env or {}) | {"PYTHONPATH": path},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip

@@ -1,0 +1,280 @@
+"""Laws of discovery: what a path, a pattern or a table names is found whole, in order, and under one id each."""
+
+from pathlib import Path
+
+import pytest
+
+from voxquilt.cases import Case, find_cases, stem
+from voxquilt.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def touch(*names: str) -> None:
+    for name in names:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+
+
+def found(inputs: object, images: dict[str, str] | None = None) -> dict[str, dict[str, str]]:
+    """Paths by image name by subject, in order."""
+    return {case.subject: {n: str(p) for n, p in case.images.items()} for case in find_cases(inputs, images)}
+
+
+def test_a_file_is_one_subject_named_after_it() -> None:
+    """The id is the file's name without .nii.gz, whatever the case of the extension and the dots before."""
+    touch("scans/sub.01.NII.GZ")
+    assert found("scans/sub.01.NII.GZ") == {"sub.01": {"image": "scans/sub.01.NII.GZ"}}
+    assert find_cases(Path("scans/sub.01.NII.GZ")) == [Case("sub.01", {"image": Path("scans/sub.01.NII.GZ")})]
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".hdr", ".img", ".hdr.gz", ".img.gz"])
+def test_every_nifti_extension_is_known(suffix: str) -> None:
+    """A folder with one file of each kind gives a subject."""
+    touch(f"scans/a{suffix}")
+    assert list(found("scans")) == ["a"]
+    assert stem(f"deep/er/a{suffix}") == "a"
+
+
+def test_a_folder_gives_its_images_in_the_order_of_their_ids() -> None:
+    """Hidden and temporary files, other files and subfolders are left alone, even one that is called like an image."""
+    touch("s/b.nii", "s/a.nii.gz", "s/10.nii", "s/9.nii", "s/.b.nii.gz.123.tmp", "s/.hidden.nii", "s/notes.txt")
+    touch("s/deeper/c.nii", "s/folder.nii/d.nii", "s/a.json", "s/nii")
+    assert list(found("s")) == ["10", "9", "a", "b"]
+
+
+def test_a_pattern_gives_what_it_matches() -> None:
+    """* stays in a folder, ** goes into all, a class is a class; folders and other files are left out."""
+    touch("s/a.nii.gz", "s/b.nii.gz", "s/b.txt", "s/x/c.nii.gz", "s/x/y/d.nii.gz")
+    Path("s/e.nii.gz").mkdir()
+    assert list(found("s/*.nii.gz")) == ["a", "b"]
+    assert list(found("s/*")) == ["a", "b"]
+    assert list(found("s/**/*.nii.gz")) == ["a", "b", "c", "d"]
+    assert list(found("s/[b-c].nii.gz")) == ["b"]
+    assert list(found("s/?/*.nii.gz")) == ["c"]
+
+
+def test_a_path_with_magic_characters_is_a_path_if_it_is_there() -> None:
+    """A folder that is called [1] is that folder, not the pattern of one digit."""
+    touch("[1]/a.nii", "1/b.nii")
+    assert list(found("[1]")) == ["a"]
+    assert list(found("[1]/a.nii")) == ["a"]
+
+
+def test_a_list_gives_the_subjects_of_all_its_entries() -> None:
+    """Files, folders, patterns and tables may be mixed; ids are sorted over all."""
+    touch("z.nii", "folder/y.nii", "glob/x1.nii", "glob/x2.nii", "t/w.nii")
+    Path("t/table.csv").write_text("image\nw.nii\n")
+    assert list(found(["z.nii", "folder", "glob/x*", "t/table.csv"])) == ["w", "x1", "x2", "y", "z"]
+    assert list(found(("z.nii",))) == ["z"]
+
+
+def test_ids_stay_the_strings_that_they_are() -> None:
+    """001 is not 1, 10_1 not 101, 1e3 not 1000; neither from files, tables nor patterns."""
+    ids = ["001", "10_1", "1e3", "1_000", "no", "null"]
+    touch(*[f"s/{name}.nii" for name in ids], *[f"p/{name}/t1.nii" for name in ids])
+    Path("t.csv").write_text("subject,image\n" + "".join(f"{name},s/{name}.nii\n" for name in ids))
+    for got in (found("s"), found("t.csv"), found("p", {"t1": "{subject}/t1.nii"})):
+        assert sorted(got) == sorted(ids)
+
+
+def test_unicode_and_spaces_are_kept() -> None:
+    """Folders, files, ids and patterns may hold any of them."""
+    touch("méd images/Zoë ß 脳.nii.gz")
+    assert found("méd images") == {"Zoë ß 脳": {"image": "méd images/Zoë ß 脳.nii.gz"}}
+    assert found("méd images", {"t1": "{subject} 脳.nii.gz"}) == {"Zoë ß": {"t1": "méd images/Zoë ß 脳.nii.gz"}}
+
+
+def test_a_header_and_its_voxels_are_one_subject() -> None:
+    """a.hdr and a.img are one volume; b.img alone is listed, and its reader will say what is missing."""
+    touch("s/a.hdr", "s/a.img", "s/b.img", "s/c.hdr.gz", "s/c.img.gz")
+    expected = {"a": {"image": "s/a.hdr"}, "b": {"image": "s/b.img"}, "c": {"image": "s/c.hdr.gz"}}
+    assert found("s") == expected == found("s/*")
+    assert found("s/a.img") == {"a": {"image": "s/a.img"}}
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """~ reaches voxquilt where the shell does not replace it; ~name that is no user's is a name."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    touch("home/a.nii", "home/p/b/t1.nii", "~nobody-here/c.nii")
+    Path("t.csv").write_text("image\n~/a.nii\n")
+    a = {"a": {"image": str(tmp_path / "home/a.nii")}}
+    assert found("~/a.nii") == found("~/*.nii") == found("~") == found("t.csv") == a
+    assert found(None, {"t1": "~/p/{subject}/t1.nii"}) == {"b": {"t1": str(tmp_path / "home/p/b/t1.nii")}}
+    assert list(found("~nobody-here")) == ["c"]
+
+
+# Tables
+
+
+def test_paths_in_a_table_start_from_the_table() -> None:
+    """Relative paths are meant from the table's folder, absolute ones are taken as they are; nothing has to exist."""
+    Path("t").mkdir()
+    Path("t/table.csv").write_text("subject,t1,flair\ns1,../x/t1.nii, /abs/flair.nii\n")
+    assert found("t/table.csv") == {"s1": {"t1": "t/../x/t1.nii", "flair": "/abs/flair.nii"}}
+
+
+def test_a_tables_columns_are_images_in_their_order() -> None:
+    """The column `subject` may stand anywhere; the others are the network's channels, in the table's order."""
+    Path("t.csv").write_text("zz,subject,aa\n1.nii,id,2.nii\n")
+    (case,) = find_cases("t.csv")
+    assert case == Case("id", {"zz": Path("1.nii"), "aa": Path("2.nii")})
+    assert list(case.images) == ["zz", "aa"]
+
+
+def test_without_ids_a_tables_subjects_are_named_after_their_first_image() -> None:
+    """The id is the stem of the first image column."""
+    Path("t.csv").write_text("t1,t2\nx/b.nii.gz,x/c.nii.gz\nx/a.nii.gz,x/c.nii.gz\n")
+    assert list(found("t.csv")) == ["a", "b"]
+
+
+def test_a_table_from_a_spreadsheet_is_read() -> None:
+    """A byte order mark, Windows line ends, blank lines, quotes and spaces around cells do not matter."""
+    text = '\ufeffsubject , image\r\n\r\n" s1 ", "my, file.nii"\r\n   001,b.nii  \r\n'
+    Path("t.CSV").write_bytes(text.encode())
+    assert found("t.CSV") == {"001": {"image": "b.nii"}, "s1": {"image": "my, file.nii"}}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("subject,t1,t2\na,1.nii,2.nii\n\nb,3.nii,\n", r"t\.csv, line 4: a value for each of subject, t1, t2"),
+        ("subject,t1,t2\na,1.nii\n", "line 2"),
+        ("subject,t1\n ,1.nii\n", "line 2"),
+        ("t1\n1.nii,2.nii\n", "line 2"),
+        ("t1,t2\n", "a table needs a header"),
+        ("", "a table needs a header"),
+        ("subject\na\n", "a column per image"),
+        ("t1,t1\n1.nii,2.nii\n", "a column per image"),
+    ],
+)
+def test_a_cell_that_is_missing_is_an_error_with_its_line(text: str, message: str) -> None:
+    """No subject is dropped for a hole in a table, and the line is the one that an editor shows."""
+    Path("t.csv").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        find_cases("t.csv")
+
+
+def test_a_table_that_is_not_text_is_an_error() -> None:
+    """Latin-1 is refused, since names would be wrong."""
+    Path("t.csv").write_bytes("image\nZoë.nii\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"t\.csv is not a \.csv in UTF-8"):
+        find_cases("t.csv")
+
+
+# Patterns with {subject}
+
+
+def test_patterns_collect_the_images_of_a_subject() -> None:
+    """Images keep the order of the configuration; what is not called like the pattern is left alone."""
+    touch("raw/s1/t1.nii", "raw/s1/fl.nii", "raw/s2/t1.nii", "raw/s2/fl.nii", "raw/readme", "raw/s3/other.nii")
+    got = found("raw", {"flair": "{subject}/fl.nii", "t1": "{subject}/t1.nii"})
+    assert got == {s: {"flair": f"raw/{s}/fl.nii", "t1": f"raw/{s}/t1.nii"} for s in ("s1", "s2")}
+    assert [list(images) for images in got.values()] == [["flair", "t1"]] * 2
+    assert list(found(None, {"t1": "raw/{subject}/t1.nii"})) == ["s1", "s2"]
+    assert list(found(None, {"t1": "raw/../raw/./{subject}/t1.nii"})) == ["s1", "s2"]
+
+
+def test_a_subject_that_stands_twice_in_a_pattern_is_the_same() -> None:
+    """sub-a/sub-a_t1 matches, sub-a/sub-b_t1 does not; the shortest fit counts where several are possible."""
+    touch("sub-a/sub-a_t1.nii", "sub-c/sub-d_t1.nii", "xx.nii", "xyxy.nii", "xyx.nii")
+    assert found(None, {"t1": "sub-{subject}/sub-{subject}_t1.nii"}) == {"a": {"t1": "sub-a/sub-a_t1.nii"}}
+    assert list(found(None, {"t1": "{subject}{subject}.nii"})) == ["x", "xy"]
+
+
+def test_a_subject_that_lacks_an_image_is_still_there() -> None:
+    """It is found by its other images, and its reader will name the missing file."""
+    touch("a/t1.nii", "b/t2.nii", "c/t1.nii", "c/t2.nii")
+    got = found(None, {"t1": "{subject}/t1.nii", "t2": "{subject}/t2.nii"})
+    assert list(got) == ["a", "b", "c"]
+    assert got["a"] == {"t1": "a/t1.nii", "t2": "a/t2.nii"}
+
+
+def test_magic_characters_in_patterns_are_plain() -> None:
+    """Only {subject} varies; brackets and stars of a folder's name mean themselves, dots no other character."""
+    touch("[x]*/a_t1.nii", "x1/b_t1.nii", "[x]*/c_t1xnii")
+    assert list(found("[x]*", {"t1": "{subject}_t1.nii"})) == ["a"]
+
+
+def test_a_subject_is_one_folder_or_part_of_a_name() -> None:
+    """{subject} does not reach over a slash, and hidden folders are no subjects."""
+    touch("a/x/t1.nii", "b/t1.nii", ".c/t1.nii")
+    assert list(found(None, {"t1": "{subject}/t1.nii"})) == ["b"]
+
+
+# What is wrong
+
+
+def test_two_subjects_with_one_id_are_refused_and_both_files_named() -> None:
+    """Their outputs would overwrite each other."""
+    touch("s/a.nii", "s/a.nii.gz", "x/a.nii")
+    for inputs in ("s", ["s/a.nii", "x/a.nii"], ["x", "x/a.nii"], "*/a.nii"):
+        with pytest.raises(ConfigError, match=r"two subjects have the id 'a': .*a\.nii.* and .*a\.nii"):
+            find_cases(inputs)
+    with pytest.raises(ConfigError, match=r"s/a\.nii and s/a\.nii\.gz"):
+        find_cases("s")
+    Path("t.csv").write_text("subject,image\n7,1.nii\n8,2.nii\n7,3.nii\n")
+    with pytest.raises(ConfigError, match=r"'7': 1\.nii and 3\.nii"):
+        find_cases("t.csv")
+
+
+@pytest.mark.parametrize("name", ["a/b", "../a", "/a"])
+def test_ids_that_would_leave_the_output_folder_are_refused(name: str) -> None:
+    """A table's ids become names of files, not paths."""
+    Path("t.csv").write_text(f"subject,image\n{name},1.nii\n")
+    with pytest.raises(ConfigError, match=f"'{name}' is no id"):
+        find_cases("t.csv")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ("nowhere", "there is no file or folder nowhere"),
+        ("nowhere.nii.gz", "there is no file or folder nowhere.nii.gz"),
+        ("empty", "the folder empty has no NIfTI file"),
+        ("empty/*.nii", r"no NIfTI file matches empty/\*\.nii"),
+        ("*", r"no NIfTI file matches \*"),
+        ([], "the list is empty"),
+        (None, "data.inputs is missing"),
+        (["empty/..", "nowhere"], "no NIfTI file"),
+    ],
+)
+def test_nothing_found_is_an_error_that_says_where_it_looked(inputs: object, message: str, here: Path) -> None:
+    """Every entry must name something, also in a list with good ones."""
+    touch("empty/notes.txt")
+    with pytest.raises(ConfigError, match=message) as caught:
+        find_cases(inputs)
+    assert inputs in (None, []) or str(here) in str(caught.value)
+
+
+@pytest.mark.parametrize("entry", [1000.0, 8, True, {"a": "b"}])
+def test_an_entry_that_is_no_string_is_refused(entry: object) -> None:
+    """Hydra reads 1e3 as a number; the message shows how to quote it."""
+    for inputs in ([entry], entry if not isinstance(entry, dict) else [entry]):
+        with pytest.raises(ConfigError, match=r"is \w+, not a path; quote it"):
+            find_cases(inputs)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "images", "message"),
+    [
+        (None, {"t1": "x/t1.nii"}, r"data\.images\.t1 needs \{subject\}"),
+        (None, {"t1": 3}, r"data\.images\.t1 needs \{subject\}"),
+        (None, "{subject}/t1.nii", "data.images is a mapping"),
+        (None, ["{subject}/t1.nii"], "data.images is a mapping"),
+        (None, {"t1": "{subject}/t1.nii"}, "no file matches"),
+        ("a.nii", {"t1": "{subject}/t1.nii"}, "data.inputs is the folder that they lie in"),
+        (["."], {"t1": "{subject}/t1.nii"}, "data.inputs is the folder that they lie in"),
+        (7, {"t1": "{subject}/t1.nii"}, "data.inputs is the folder that they lie in"),
+    ],
+)
+def test_patterns_that_cannot_work_are_refused(inputs: object, images: object, message: str) -> None:
+    """Patterns need {subject}, a folder to start from, and a match."""
+    touch("a.nii")
+    with pytest.raises(ConfigError, match=message):
+        find_cases(inputs, images)

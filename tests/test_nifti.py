@@ -1,0 +1,478 @@
+"""Laws of files: NIfTI is read as it is meant, outputs overlay their input exactly, and writing is all or nothing."""
+
+import errno
+import gzip
+import json
+import os
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from nibabel.nifti1 import header_dtype, unit_codes
+from nibabel.nifti2 import header_dtype as header_dtype_2
+
+from voxquilt.errors import InputError, OutputError
+from voxquilt.geometry import Frame
+from voxquilt.nifti import read_header, write
+
+OBLIQUE = np.array([[0.9, -0.3, 0.1, -30], [0.4, 1.9, 0.2, 12], [-0.1, 0.1, 3.1, 7], [0, 0, 0, 1]])
+# What a tensor of each stored type is: torch computes on few unsigned types.
+TYPES = {
+    "u1": torch.uint8,
+    "i1": torch.int8,
+    "i2": torch.int16,
+    "u2": torch.int32,
+    "i4": torch.int32,
+    "u4": torch.int64,
+    "i8": torch.int64,
+    "u8": torch.int64,
+    "f4": torch.float32,
+    "f8": torch.float64,
+}
+GEOMETRY = ("qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z")
+GEOMETRY += ("srow_x", "srow_y", "srow_z", "xyzt_units")
+
+
+def full_range(shape: tuple[int, ...], dtype: str, seed: int = 0) -> np.ndarray:
+    """Values up to both ends of a type, or of int64."""
+    random = np.random.default_rng(seed)
+    if dtype[0] == "f":
+        return random.normal(0, 1000, shape).astype(dtype)
+    info = np.iinfo(dtype)
+    high = min(int(info.max), 2**63 - 1)
+    array = random.integers(info.min, high, shape, endpoint=True, dtype=dtype if dtype != "u8" else np.int64)
+    array.flat[0], array.flat[-1] = info.min, high
+    return array.astype(dtype)
+
+
+def save_raw(
+    path: Path,
+    array: np.ndarray,
+    *,
+    scaling: tuple[float, float] | None = None,
+    order: str = "<",
+    kind: int = 1,
+    **fields: Any,
+) -> Path:
+    """A file written byte by byte from a header, so that nibabel neither chooses nor changes a field of it."""
+    pair = path.name.endswith(".img")
+    single, double = (nib.Nifti1Header, nib.nifti1.Nifti1PairHeader), (nib.Nifti2Header, nib.nifti2.Nifti2PairHeader)
+    header = (single if kind == 1 else double)[int(pair)](endianness=order)
+    header.set_data_dtype(array.dtype)
+    header.set_data_shape(array.shape)
+    header.set_sform(OBLIQUE, "scanner")
+    offset = 0 if pair else 352 if kind == 1 else 544
+    header["vox_offset"] = offset
+    header["scl_slope"], header["scl_inter"] = scaling or (0, 0)
+    for key, value in fields.items():
+        header[key] = value
+    voxels = array.astype(array.dtype.newbyteorder(order)).tobytes(order="F")
+    content = header.binaryblock.ljust(offset, b"\0") + voxels
+    if pair:
+        path.write_bytes(voxels)
+        path.with_suffix(".hdr").write_bytes(header.binaryblock + bytes(4))
+    else:
+        path.write_bytes(gzip.compress(content) if path.name.endswith(".gz") else content)
+    return path
+
+
+def raw_header(path: Path) -> np.ndarray:
+    """The header's fields as they are in the file."""
+    content = gzip.decompress(path.read_bytes()) if path.name.endswith(".gz") else path.read_bytes()
+    kind = header_dtype if int.from_bytes(content[:4], "little") == 348 else header_dtype_2
+    return np.frombuffer(content[: kind.itemsize], kind.newbyteorder("<"))[0]
+
+
+# Reading.
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.img", "A B ü.NII.GZ"])
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("kind", [1, 2])
+def test_every_kind_of_file_is_read(tmp_path: Path, name: str, order: str, kind: int) -> None:
+    """Single or pair, packed or not, both byte orders, NIfTI-1 and 2, with 3 and with 4 axes, in every type."""
+    for dtype, shape in product(TYPES, [(2, 3, 4), (4, 3, 2, 5), (3, 1, 2, 1)]):
+        array = full_range(shape, dtype)
+        path = save_raw(tmp_path / name.replace("NII.GZ", "nii.gz"), array, order=order, kind=kind)
+        if name.endswith("GZ"):
+            path = path.rename(tmp_path / name)
+        for named in (path, path.with_suffix(".hdr")) if name == "a.img" else (path,):
+            file = read_header(named)
+            assert file.shape == (shape[3] if len(shape) == 4 else 1, *shape[:3])
+            np.testing.assert_allclose(file.frame.affine, OBLIQUE, rtol=1e-6)
+            data = file.read()
+            assert data.dtype == TYPES[dtype]
+            expected = array[None] if array.ndim == 3 else np.moveaxis(array, 3, 0)
+            np.testing.assert_array_equal(data.numpy(), expected)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("scaling", [(2.5, -3.25), (1.0, -1024.0), (0.01, 0.0), (-1.0, 0.0)])
+def test_scaled_voxels_are_float32(tmp_path: Path, dtype: str, scaling: tuple[float, float], order: str) -> None:
+    """slope * stored + inter, in float32 to float32's rounding, whatever was stored."""
+    slope, inter = np.float32(scaling)
+    for name, shape in (("a.nii", (3, 4, 5)), ("a.nii.gz", (3, 4, 2, 2))):
+        array = full_range(shape, dtype)
+        data = read_header(save_raw(tmp_path / name, array, scaling=scaling, order=order)).read()
+        assert data.dtype == torch.float32
+        expected = array.astype(np.float64) * slope + inter
+        rounding = np.abs(array.astype(np.float64) * slope).max() * 2e-7
+        found = data[0].numpy() if len(shape) == 3 else data.movedim(0, 3).numpy()
+        np.testing.assert_allclose(found, expected, rtol=2e-7, atol=rounding)
+
+
+@pytest.mark.parametrize("scaling", [(0.0, 5.0), (1.0, 0.0), (np.nan, np.nan), (np.nan, 0.0), (0.0, 0.0)])
+def test_scaling_that_is_none_is_none(tmp_path: Path, scaling: tuple[float, float]) -> None:
+    """A slope of 0 or NaN means no scaling, as does 1 with 0: the stored type stays."""
+    array = full_range((3, 4, 5), "i2")
+    data = read_header(save_raw(tmp_path / "a.nii", array, scaling=scaling)).read()
+    assert data.dtype == torch.int16
+    np.testing.assert_array_equal(data[0].numpy(), array)
+
+
+def test_scaling_keeps_what_float32_holds_of_large_integers(tmp_path: Path) -> None:
+    """2^30 + 1 stored with an intercept of -2^30 is 1, though 2^30 + 1 is no float32."""
+    array = np.array([[[2**30 + 1, 2**30 + 7]]], dtype=np.int32)
+    data = read_header(save_raw(tmp_path / "a.nii", array, scaling=(1, -(2.0**30)))).read()
+    assert data.flatten().tolist() == [1, 7]
+
+
+def test_uint64_beyond_int64_is_refused(tmp_path: Path) -> None:
+    """It would become negative."""
+    path = save_raw(tmp_path / "a.nii", np.full((2, 2, 2), 2**63, dtype=np.uint64))
+    with pytest.raises(InputError, match=r"a\.nii: its uint64 voxels do not fit int64"):
+        read_header(path).read()
+
+
+def test_what_is_read_can_be_changed_without_changing_the_file(tmp_path: Path) -> None:
+    """Voxels of an unpacked file may be mapped from it; changing the tensor leaves the file alone."""
+    path = save_raw(tmp_path / "a.nii", full_range((3, 4, 5), "f4"))
+    content = path.read_bytes()
+    read_header(path).read().fill_(7)
+    assert path.read_bytes() == content
+
+
+def test_reading_a_header_reads_no_voxels(tmp_path: Path) -> None:
+    """It works where the voxels are not there; reading them then names the file."""
+    path = save_raw(tmp_path / "a.nii", full_range((3, 4, 5), "i2"))
+    with open(path, "r+b") as file:
+        file.truncate(352)
+    assert read_header(path).shape == (1, 3, 4, 5)
+    with pytest.raises(InputError, match=r"a\.nii: reading its voxels failed; the file may be truncated or damaged"):
+        read_header(path).read()
+
+
+# Writing.
+
+
+@pytest.mark.parametrize("name", ["in.nii", "in.nii.gz", "in.img"])
+@pytest.mark.parametrize("kind", [1, 2])
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize(("qform", "sform"), [*product([0, 1, 2, 4], repeat=2)])
+def test_outputs_keep_the_geometry_of_their_input_to_the_bit(
+    tmp_path: Path, name: str, kind: int, order: str, qform: int, sform: int
+) -> None:
+    """Law 5: qform and sform with their codes, also when the two disagree, voxel sizes and units."""
+    fields = {
+        **{"qform_code": qform, "sform_code": sform, "quatern_b": 0.1, "quatern_c": -0.7, "quatern_d": 0.05},
+        **{"qoffset_x": 1.1, "qoffset_y": -2.2, "qoffset_z": 3.3, "pixdim": [-1, 0.7, 0.8, 0.9, 2.5, 0, 0, 0]},
+        "xyzt_units": unit_codes["mm"] + unit_codes["msec"],
+    }
+    file = read_header(save_raw(tmp_path / name, full_range((3, 4, 5), "i2"), kind=kind, order=order, **fields))
+    for channels, dtype in ((1, np.uint8), (3, np.float32)):
+        data = np.random.default_rng(0).integers(0, 9, (channels, 3, 4, 5)).astype(dtype)
+        path = tmp_path / "out.nii.gz"
+        write(path, data, file.frame, header=file.header)
+        raw = raw_header(path)
+        assert raw["sizeof_hdr"] == {1: 348, 2: 540}[kind]
+        for key in GEOMETRY:
+            np.testing.assert_array_equal(raw[key], file.header[key], err_msg=key)
+        np.testing.assert_array_equal(raw["pixdim"][:4], file.header["pixdim"][:4])
+        np.testing.assert_array_equal(nib.load(path).affine, file.frame.affine)
+        np.testing.assert_array_equal(read_header(path).frame.affine, file.frame.affine)
+        np.testing.assert_array_equal(read_header(path).read().numpy(), data)
+
+
+@given(
+    hnp.arrays(
+        st.sampled_from([np.uint8, np.uint16, np.uint32, np.int16, np.int32, np.float32]),
+        st.tuples(*[st.integers(1, 4)] * 4),
+        elements={"allow_nan": False, "allow_infinity": False},
+    ),
+    st.sampled_from([".nii", ".nii.gz"]),
+)
+@settings(deadline=None, max_examples=60)
+def test_values_come_back_as_they_were_written(
+    tmp_path_factory: pytest.TempPathFactory, data: np.ndarray, suffix: str
+) -> None:
+    """Every value of every type, one channel in 3-D, several in 4-D with channels last; never scaled."""
+    path = tmp_path_factory.mktemp("out") / f"out{suffix}"
+    write(path, data, Frame(data.shape[1:], OBLIQUE))
+    loaded = nib.load(path)
+    expected = data[0] if len(data) == 1 else np.moveaxis(data, 0, 3)
+    assert loaded.shape == expected.shape
+    assert loaded.get_data_dtype() == data.dtype
+    np.testing.assert_array_equal(np.asarray(loaded.dataobj), expected)
+    raw = raw_header(path)
+    assert (raw["scl_slope"], raw["scl_inter"]) == (1, 0)
+    assert raw["dim"][0] == expected.ndim
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("scaling", [None, (2.5, -3.25)])
+def test_the_scaling_of_an_input_does_not_reach_its_outputs(
+    tmp_path: Path, suffix: str, scaling: tuple[float, float] | None
+) -> None:
+    """Label values are exact: the bytes of slope and intercept are 1 and 0, which every viewer reads as no scaling."""
+    file = read_header(save_raw(tmp_path / "in.nii", full_range((2, 2, 2), "i2"), scaling=scaling, cal_max=500))
+    labels = np.arange(8, dtype=np.uint8).reshape(1, 2, 2, 2)
+    path = tmp_path / f"out{suffix}"
+    write(path, labels, file.frame, header=file.header)
+    content = gzip.decompress(path.read_bytes()) if suffix == ".nii.gz" else path.read_bytes()
+    assert np.frombuffer(content, "<f4", 2, 112).tolist() == [1, 0]
+    assert content[352:] == labels[0].tobytes(order="F")
+    assert raw_header(path)["cal_max"] == 0
+    np.testing.assert_array_equal(nib.load(path).get_fdata(), labels[0])
+
+
+def test_without_a_header_the_frame_is_written_as_qform_and_sform(tmp_path: Path) -> None:
+    """For volumes that came from tensors: both forms, mm, and voxel sizes."""
+    affine = nib.affines.from_matvec(np.array([[0, -1.5, 0], [0.6, 0, 0.8 * 3], [0.8, 0, -0.6 * 3]]), [1, 2, 3])
+    frame = Frame((2, 3, 4), affine)
+    write(tmp_path / "out.nii", np.zeros((1, 2, 3, 4), dtype=np.uint8), frame)
+    header = nib.load(tmp_path / "out.nii").header
+    np.testing.assert_allclose(header.get_sform(), affine, atol=1e-6)
+    np.testing.assert_allclose(header.get_qform(), affine, atol=1e-6)
+    assert (header["qform_code"], header["sform_code"]) == (2, 2)
+    np.testing.assert_allclose(header.get_zooms(), frame.spacing, rtol=1e-6)
+    assert header.get_xyzt_units() == ("mm", "unknown")
+
+
+def test_a_sheared_frame_is_written_as_sform_alone(tmp_path: Path) -> None:
+    """A qform cannot hold shears, and a wrong one would be used by some viewers; voxel sizes are right all the same."""
+    frame = Frame((2, 3, 4), OBLIQUE)
+    write(tmp_path / "out.nii", np.zeros((1, 2, 3, 4), dtype=np.uint8), frame)
+    header = nib.load(tmp_path / "out.nii").header
+    np.testing.assert_allclose(header.get_sform(), OBLIQUE, atol=1e-6)
+    assert (header["qform_code"], header["sform_code"]) == (0, 2)
+    np.testing.assert_allclose(header.get_zooms(), frame.spacing, rtol=1e-6)
+
+
+def test_an_axis_that_16_bits_do_not_count_makes_nifti_2(tmp_path: Path) -> None:
+    """40,000 voxels along an axis, or as many channels; with the geometry of a NIfTI-1 input."""
+    source = read_header(save_raw(tmp_path / "in.nii", full_range((2, 2, 2), "u1")))
+    for n, (data, header) in enumerate(
+        [
+            (np.arange(40_000, dtype=np.uint16).reshape(1, 1, 40_000, 1), None),
+            (np.arange(40_000, dtype=np.uint16).reshape(1, 40_000, 1, 1), source.header),
+            (np.arange(40_000, dtype=np.uint16).reshape(40_000, 1, 1, 1), source.header),
+        ]
+    ):
+        path = tmp_path / f"{n}.nii.gz"
+        write(path, data, Frame(data.shape[1:], source.frame.affine), header=header)
+        assert isinstance(nib.load(path), nib.Nifti2Image)
+        np.testing.assert_array_equal(read_header(path).read().numpy(), data)
+        np.testing.assert_allclose(read_header(path).frame.affine, source.frame.affine, rtol=1e-6)
+    write(tmp_path / "largest.nii", np.zeros((1, 32_767, 1, 1), np.uint8), Frame((32_767, 1, 1), np.eye(4)))
+    assert isinstance(nib.load(tmp_path / "largest.nii"), nib.Nifti1Image)
+
+
+@pytest.mark.parametrize("kind", [1, 2])
+def test_class_names_are_in_the_header_extension(tmp_path: Path, kind: int) -> None:
+    """As JSON by label, in any script; the voxels are found behind it."""
+    source = read_header(save_raw(tmp_path / "in.nii", full_range((2, 2, 2), "u1"), kind=kind))
+    names, labels = ["background", "Kleinhirn, größer", "海馬"], np.arange(8, dtype=np.uint8).reshape(1, 2, 2, 2) % 3
+    write(tmp_path / "out.nii.gz", labels, source.frame, header=source.header, class_names=names)
+    loaded = nib.load(tmp_path / "out.nii.gz")
+    (extension,) = loaded.header.extensions
+    content = json.loads(bytes(extension.get_content()).rstrip(b"\0"))
+    assert content == {"labels": {"0": names[0], "1": names[1], "2": names[2]}}
+    np.testing.assert_array_equal(np.asarray(loaded.dataobj), labels[0])
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_equal_volumes_are_equal_files(tmp_path: Path, suffix: str) -> None:
+    """No time and no name inside, so files can be compared by their bytes."""
+    data = full_range((2, 9, 9, 9), "f4")
+    (tmp_path / "other").mkdir()
+    paths = [tmp_path / f"one{suffix}", tmp_path / "other" / f"two{suffix}"]
+    for path in paths:
+        write(path, data, Frame((9, 9, 9), OBLIQUE), class_names=["a"])
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    if suffix == ".nii.gz":
+        assert paths[0].read_bytes()[4:8] == bytes(4)
+
+
+def test_an_output_replaces_an_older_one(tmp_path: Path) -> None:
+    """And leaves nothing else in the folder."""
+    for value in (1, 2):
+        write(tmp_path / "out.nii.gz", np.full((1, 2, 2, 2), value, np.uint8), Frame((2, 2, 2), np.eye(4)))
+        assert set(np.unique(nib.load(tmp_path / "out.nii.gz").dataobj)) == {value}
+    assert [path.name for path in tmp_path.iterdir()] == ["out.nii.gz"]
+
+
+def no_space(*_: Any, **__: Any) -> Any:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def interrupt(*_: Any, **__: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize(
+    ("target", "name", "suffix"),
+    [
+        (gzip.GzipFile, "write", ".nii.gz"),
+        (gzip.GzipFile, "close", ".nii.gz"),
+        (nib.Nifti1Image, "to_stream", ".nii"),
+        (os, "fsync", ".nii"),
+        (os, "fsync", ".nii.gz"),
+        (os, "replace", ".nii.gz"),
+    ],
+)
+@pytest.mark.parametrize("failure", [no_space, interrupt])
+def test_a_write_that_fails_leaves_no_file_and_keeps_an_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: Any, name: str, suffix: str, old: bool, failure: Any
+) -> None:
+    """Law 7: a full disk or Ctrl-C at any step leaves no partial and no temporary file; the error names the path."""
+    path, frame = tmp_path / f"out{suffix}", Frame((8, 8, 8), np.eye(4))
+    if old:
+        write(path, np.ones((1, 8, 8, 8), np.uint8), frame)
+    content = path.read_bytes() if old else b""
+    with monkeypatch.context() as patch:
+        patch.setattr(target, name, failure)
+        with pytest.raises((OutputError, KeyboardInterrupt)) as error:
+            write(path, np.full((1, 8, 8, 8), 2, np.uint8), frame)
+    if failure is no_space:
+        assert str(error.value) == f"{path}: writing failed: No space left on device. No partial file is left."
+    assert [p.name for p in tmp_path.iterdir()] == ([path.name] if old else [])
+    if old:
+        assert path.read_bytes() == content
+
+
+def test_a_folder_that_is_not_there_is_an_output_error(tmp_path: Path) -> None:
+    """The path is named."""
+    with pytest.raises(OutputError, match=r"none/out\.nii: writing failed: No such file or directory"):
+        write(tmp_path / "none" / "out.nii", np.zeros((1, 2, 2, 2), np.uint8), Frame((2, 2, 2), np.eye(4)))
+
+
+# Bad input.
+
+
+def spoil(path: Path, keep: int) -> Path:
+    path.write_bytes(path.read_bytes()[:keep])
+    return path
+
+
+def text_file(path: Path) -> Path:
+    path.write_text("subject,t1\nsub-01,t1.nii.gz\n" * 50)
+    return path
+
+
+def of_dtype(path: Path, dtype: Any) -> Path:
+    nib.save(nib.Nifti1Image(np.zeros((2, 3, 4), dtype), np.eye(4)), path)
+    return path
+
+
+def analyze_pair(folder: Path) -> Path:
+    nib.AnalyzeImage(np.zeros((2, 3, 4), np.int16), np.eye(4)).to_filename(folder / "old.img")
+    return folder / "old.hdr"
+
+
+RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
+VOLUME = full_range((8, 9, 10), "i2")
+NOT_NIFTI = "it is not a NIfTI file that can be read"
+BAD_HEADERS = {
+    "missing": (lambda d: d / "a.nii.gz", "there is no such file"),
+    "folder": (lambda d: d, "there is no such file"),
+    "empty": (lambda d: spoil(save_raw(d / "a.nii", VOLUME), 0), "the file is empty"),
+    "empty gz": (lambda d: spoil(save_raw(d / "a.nii.gz", VOLUME), 0), "the file is empty"),
+    "header cut": (lambda d: spoil(save_raw(d / "a.nii", VOLUME), 200), NOT_NIFTI),
+    "gz header cut": (lambda d: spoil(save_raw(d / "a.nii.gz", VOLUME), 30), NOT_NIFTI),
+    "text": (lambda d: text_file(d / "a.nii"), NOT_NIFTI),
+    "text named gz": (lambda d: text_file(d / "a.nii.gz"), NOT_NIFTI),
+    "2-D": (lambda d: save_raw(d / "a.nii", VOLUME[0]), r"the data is 2-D, \(9, 10\); voxquilt takes 3-D, or 4-D"),
+    "5-D": (lambda d: save_raw(d / "a.nii", VOLUME[..., None, None]), r"the data is 5-D, \(8, 9, 10, 1, 1\)"),
+    "zero-size axis": (
+        lambda d: save_raw(d / "a.nii", VOLUME, dim=[3, 8, 0, 10, 1, 1, 1, 1]),
+        r"the data has an axis without voxels: \(8, 0, 10\)",
+    ),
+    "no channels": (
+        lambda d: save_raw(d / "a.nii", VOLUME, dim=[4, 8, 9, 10, 0, 1, 1, 1]),
+        r"an axis without voxels: \(8, 9, 10, 0\)",
+    ),
+    "negative axis": (
+        lambda d: save_raw(d / "a.nii", VOLUME, dim=[3, 8, -9, 10, 1, 1, 1, 1]),
+        "at least 1 along axis j",
+    ),
+    "complex64": (lambda d: of_dtype(d / "a.nii", np.complex64), "the voxels are complex"),
+    "complex128": (lambda d: of_dtype(d / "a.nii.gz", np.complex128), "the voxels are complex"),
+    "RGB": (lambda d: of_dtype(d / "a.nii", RGB), "the voxels are RGB"),
+    "1-bit": (lambda d: save_raw(d / "a.nii", VOLUME, datatype=1, bitpix=1), NOT_NIFTI),
+    "unknown type": (lambda d: save_raw(d / "a.nii", VOLUME, datatype=999), NOT_NIFTI),
+    "degenerate": (lambda d: save_raw(d / "a.nii", VOLUME, srow_x=[0, 0, 0, 0]), "the affine is degenerate"),
+    "NaN affine": (lambda d: save_raw(d / "a.nii", VOLUME, srow_y=[0, np.nan, 0, 0]), "must be a finite 4 x 4 matrix"),
+    "infinite offset": (lambda d: save_raw(d / "a.nii", VOLUME, srow_y=[0, 1, 0, np.inf]), "must be a finite 4 x 4"),
+    "NaN quaternion": (
+        lambda d: save_raw(d / "a.nii", VOLUME, sform_code=0, qform_code=1, quatern_b=np.nan),
+        f"{NOT_NIFTI}|must be a finite",
+    ),
+    "no quaternion": (
+        lambda d: save_raw(d / "a.nii", VOLUME, sform_code=0, qform_code=1, quatern_b=1, quatern_c=1, quatern_d=1),
+        NOT_NIFTI,
+    ),
+    "slope without intercept": (lambda d: save_raw(d / "a.nii", VOLUME, scaling=(2, np.nan)), NOT_NIFTI),
+    "Analyze": (analyze_pair, "convert it, since its orientation is not certain"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_HEADERS)
+def test_a_file_that_cannot_be_used_is_named_with_the_reason(tmp_path: Path, case: str) -> None:
+    """An InputError from the header alone, which begins with the path."""
+    make, message = BAD_HEADERS[case]
+    path = make(tmp_path)
+    with pytest.raises(InputError, match=message) as error:
+        read_header(path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert "\n\n" not in str(error.value)
+
+
+BAD_VOXELS = {
+    "cut": lambda d: spoil(save_raw(d / "a.nii", VOLUME), 1000),
+    "one byte short": lambda d: spoil(save_raw(d / "a.nii", VOLUME), 352 + VOLUME.nbytes - 1),
+    "cut gz": lambda d: spoil(save_raw(d / "a.nii.gz", VOLUME), 900),
+    "gz without its end": lambda d: spoil(path := save_raw(d / "a.nii.gz", VOLUME), path.stat().st_size - 3),
+    "img missing": lambda d: (save_raw(d / "a.img", VOLUME).unlink(), d / "a.hdr")[1],
+    "img cut": lambda d: spoil(save_raw(d / "a.img", VOLUME), 10),
+    "more voxels than the file": lambda d: save_raw(d / "a.nii.gz", VOLUME, dim=[3, 800, 900, 10, 1, 1, 1, 1]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_VOXELS)
+def test_voxels_that_cannot_be_read_are_named_with_the_reason(tmp_path: Path, case: str) -> None:
+    """The header is fine, the voxels are not: an InputError that begins with the path, never a volume of garbage."""
+    path = BAD_VOXELS[case](tmp_path)
+    with pytest.raises(InputError) as error:
+        read_header(path).read()
+    assert str(error.value).startswith(f"{path}: ")
+
+
+def test_a_flipped_bit_in_a_packed_file_is_found(tmp_path: Path) -> None:
+    """gzip keeps a checksum; voxels that do not match it are an error, wherever the bit is."""
+    path = save_raw(tmp_path / "a.nii.gz", VOLUME)
+    content = path.read_bytes()
+    for place in range(60, len(content), len(content) // 20):
+        spoilt = bytearray(content)
+        spoilt[place] ^= 1
+        path.write_bytes(spoilt)
+        with pytest.raises(InputError, match=r"a\.nii\.gz: "):
+            read_header(path).read()

@@ -1,0 +1,423 @@
+"""Laws of products: what is made of scores, voxel by voxel, after they were brought to native resolution."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import avg_pool3d
+
+from voxquilt import predict_volume
+from voxquilt.errors import ConfigError, GridError, OutputError, PatchShapeError
+from voxquilt.geometry import Frame
+from voxquilt.preprocess import Preprocess
+from voxquilt.products import ArgMax, compute, make_products
+from voxquilt.space import make_space
+from voxquilt.stitch import Stitch
+from voxquilt.subject import LabelMap, ScalarImage, Subject
+
+SEEDS = st.integers(0, 2**32 - 1)
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def same_space(scores: Tensor) -> tuple:
+    return make_space(Frame(tuple(scores.shape[1:]), np.eye(4)), None, None).maps
+
+
+def products_of(scores: Tensor, names: Sequence[str] | None = None, **options: object) -> dict[str, np.ndarray]:
+    """Products in the scores' own space."""
+    return compute(scores, same_space(scores), make_products(names, len(scores), **options))  # type: ignore[arg-type]
+
+
+# Labels.
+
+
+@given(
+    st.integers(2, 9),
+    st.tuples(*[st.integers(1, 5)] * 3),
+    st.sampled_from([torch.uint8, torch.int64, *FLOATS]),
+    st.sampled_from([3, 10_000]),
+    SEEDS,
+)
+@settings(deadline=None, max_examples=80)
+def test_labels_are_the_arg_max(
+    classes: int, shape: tuple[int, int, int], dtype: torch.dtype, values: int, seed: int
+) -> None:
+    """The class with the highest score, the first of those that tie, as numpy has it."""
+    scores = torch.from_numpy(np.random.default_rng(seed).integers(0, values, (classes, *shape))).to(dtype)
+    (labels,) = products_of(scores).values()
+    assert labels.dtype == np.uint8
+    np.testing.assert_array_equal(labels, scores.double().numpy().argmax(0)[None])
+
+
+@pytest.mark.parametrize("classes", [2, 3, 40])
+def test_ties_go_to_the_first_class(classes: int) -> None:
+    """Where all scores are equal the label is 0, the background; where the last two are, it is the first of them."""
+    scores = torch.zeros(classes, 33, 17, 9)
+    assert not products_of(scores)["labels"].any()
+    scores[-2:] = 1
+    assert (products_of(scores)["labels"] == classes - 2).all()
+
+
+@pytest.mark.parametrize(("classes", "dtype"), [(2, np.uint8), (256, np.uint8), (257, np.uint16), (65_537, np.uint32)])
+def test_labels_have_the_smallest_type_that_holds_all_classes(classes: int, dtype: type) -> None:
+    """Of the classes that could be, not of those that are: one type for all subjects of a run. The last one fits."""
+    assert ArgMax().form(classes) == (1, np.dtype(dtype))
+    for best in (0, classes - 1):
+        scores = torch.zeros(classes, 1, 2, 1)
+        scores[best] = 1
+        labels = products_of(scores)["labels"]
+        assert labels.dtype == dtype
+        assert labels.tolist() == [[[[best], [best]]]]
+
+
+@pytest.mark.parametrize(
+    ("activation", "threshold", "limit"), [(None, 0.3, 0.3), ("none", 2.0, 2.0), ("sigmoid", 0.25, np.log(1 / 3))]
+)
+def test_one_channel_is_thresholded(activation: str | None, threshold: float, limit: float) -> None:
+    """1 strictly above the threshold of the activated score."""
+    scores = torch.tensor([-3, limit - 1e-3, limit, limit + 1e-3, 3], dtype=torch.float64).reshape(1, 5, 1, 1)
+    labels = products_of(scores, activation=activation, threshold=threshold)["labels"]
+    assert labels.dtype == np.uint8
+    assert labels[0, [0, 1, 3, 4], 0, 0].tolist() == [0, 0, 1, 1]
+    if activation != "sigmoid":
+        assert labels[0, 2, 0, 0] == 0
+
+
+def test_several_labels_per_voxel_are_a_volume_each() -> None:
+    """With sigmoid each channel is thresholded by itself, at 0.5 unless asked otherwise: (C, I, J, K) of 0 and 1."""
+    scores = torch.from_numpy(np.random.default_rng(0).normal(size=(3, 4, 5, 6)))
+    labels = products_of(scores, activation="sigmoid")["labels"]
+    assert labels.dtype == np.uint8
+    np.testing.assert_array_equal(labels, scores.numpy() > 0)
+    labels = products_of(scores, activation="sigmoid", threshold=0.9)["labels"]
+    np.testing.assert_array_equal(labels, scores.numpy() > np.log(9))
+
+
+# Probabilities, logits, images.
+
+
+@given(st.integers(2, 6), st.sampled_from(FLOATS), SEEDS)
+@settings(deadline=None, max_examples=40)
+def test_probabilities_are_the_soft_max_and_sum_to_1(channels: int, dtype: torch.dtype, seed: int) -> None:
+    """In float32 whatever the scores are, also where exp would overflow."""
+    scores = torch.from_numpy(np.random.default_rng(seed).normal(0, 300, (channels, 4, 3, 2))).to(dtype)
+    probabilities = products_of(scores, ["probabilities"])["probabilities"]
+    assert probabilities.dtype == np.float32
+    assert probabilities.shape == scores.shape
+    np.testing.assert_allclose(probabilities.sum(0), 1, rtol=0, atol=1e-6)
+    shifted = scores.double().numpy() - scores.double().numpy().max(0)
+    np.testing.assert_allclose(probabilities, np.exp(shifted) / np.exp(shifted).sum(0), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.uint8, torch.int32])
+def test_products_of_every_type_of_scores(dtype: torch.dtype) -> None:
+    """Logits and images are the scores as float32, sigmoid probabilities in 0 to 1: also of half and integer scores."""
+    scores = torch.arange(24).reshape(2, 3, 4, 1).to(dtype)
+    made = products_of(scores, ["logits", "probabilities", "labels"], activation="sigmoid")
+    assert {name: data.dtype for name, data in made.items()} == {
+        "logits": np.float32,
+        "probabilities": np.float32,
+        "labels": np.uint8,
+    }
+    np.testing.assert_array_equal(made["logits"], scores.float())
+    np.testing.assert_allclose(made["probabilities"], 1 / (1 + np.exp(-scores.double().numpy())), rtol=1e-6)
+    (image,) = products_of(scores[:1]).values()
+    assert image.dtype == np.float32
+    np.testing.assert_array_equal(image, scores[:1].float())
+
+
+def test_probabilities_that_the_network_gives_are_taken_as_they_are() -> None:
+    """activation=none, or =applied where they were made before they were averaged."""
+    scores = torch.from_numpy(np.random.default_rng(0).dirichlet([1, 1, 1], (2, 3, 4))).movedim(-1, 0).float()
+    for activation in ("none", "applied"):
+        made = products_of(scores, ["probabilities", "labels"], activation=activation)
+        np.testing.assert_array_equal(made["probabilities"], scores)
+        np.testing.assert_array_equal(made["labels"], scores.argmax(0, keepdim=True))
+
+
+def test_volumes_are_laid_out_as_files_want_them() -> None:
+    """i runs fastest in memory, so that writing needs no copy."""
+    volume = products_of(torch.rand(2, 3, 4, 5))["labels"]
+    assert volume[0].flags.f_contiguous
+    assert products_of(torch.rand(2, 3, 4, 5), ["logits"])["logits"].transpose(3, 2, 1, 0).flags.f_contiguous is False
+
+
+# Defaults and errors.
+
+
+@pytest.mark.parametrize(
+    ("channels", "options", "names"),
+    [
+        (1, {}, ["image"]),
+        (1, {"threshold": 0.5}, ["labels"]),
+        (1, {"activation": "sigmoid", "threshold": 0.5}, ["labels"]),
+        (2, {}, ["labels"]),
+        (5, {"activation": "sigmoid"}, ["labels"]),
+    ],
+)
+def test_the_default_product_follows_from_the_output(channels: int, options: dict, names: list[str]) -> None:
+    """Labels of several channels, or of one with a threshold; else the image. An empty list is no choice either."""
+    assert list(make_products(None, channels, **options)) == names
+    assert list(make_products([], channels, **options)) == names
+
+
+@pytest.mark.parametrize(
+    ("names", "channels", "options", "message"),
+    [
+        (["labels"], 1, {}, r"one output channel need stitch\.threshold, such as 0\.5"),
+        (["probabilities"], 1, {"activation": "softmax"}, r"1 everywhere; set model\.activation=sigmoid"),
+        (["labels"], 1, {"activation": "softmax", "threshold": 0.5}, r"1 everywhere; set model\.activation=sigmoid"),
+        (["labels"], 3, {"threshold": 0.5}, r"stitch\.threshold=0\.5 goes with one output channel.*3 channels"),
+        (["logits"], 3, {"activation": "applied"}, r"no logits when model\.average=probabilities"),
+    ],
+)
+def test_a_product_that_an_output_does_not_have_is_an_error(
+    names: list[str], channels: int, options: dict, message: str
+) -> None:
+    """The message says which setting makes it possible."""
+    with pytest.raises(OutputError, match=message):
+        make_products(names, channels, **options)
+
+
+@pytest.mark.parametrize(
+    ("settings_", "message"),
+    [
+        ({"products": ["label"]}, r"products must be one of .* it is 'label'\. Did you mean labels"),
+        ({"products": {"seg": ["labels", "entropie"]}}, "products must be one of"),
+        ({"activation": "soft-max"}, r"activation must be one of .*Did you mean softmax"),
+        ({"overlap_mode": "gauss"}, "overlap_mode must be one of"),
+    ],
+)
+def test_words_that_a_stitch_does_not_know_are_refused_when_it_is_made(settings_: dict, message: str) -> None:
+    """Before anything is predicted; the nearest word is suggested."""
+    with pytest.raises(ConfigError, match=message):
+        Stitch(**settings_)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("names", [["labels"], ["probabilities"], ["image"]])
+def test_scores_that_are_not_finite_are_an_error(value: float, names: list[str]) -> None:
+    """One NaN in the last slab is found, whatever is made of the scores: an arg-max would hide it."""
+    scores = torch.zeros(2, 40, 5, 5)
+    scores[1, 39, 4, 4] = value
+    with pytest.raises(OutputError, match="the network's output is NaN or infinite"):
+        products_of(scores, names)
+
+
+# The whole way, in native space.
+
+
+def predicted(network: object, subject: Subject, patch: object = 4, overlap: object = 2, **options: object) -> dict:
+    return predict_volume(network, subject, patch, overlap, **options)  # type: ignore[arg-type]
+
+
+@given(
+    st.tuples(*[st.integers(1, 9)] * 3),
+    st.sampled_from(["crop", "average", "hann", "gaussian"]),
+    st.sampled_from([None, "RAS", "LPI", "SAL", "PIR"]),
+    st.sampled_from([None, "reflect", 0]),
+    st.integers(1, 5),
+    SEEDS,
+)
+@settings(deadline=None, max_examples=60)
+def test_an_identity_network_gives_the_image_back(
+    shape: tuple[int, int, int],
+    mode: str,
+    orientation: str | None,
+    padding: str | int | None,
+    batch_size: int,
+    seed: int,
+) -> None:
+    """Cut, quilt and the way back, also where the volume is smaller than a patch: exactly for crop."""
+    volume = torch.from_numpy(np.random.default_rng(seed).normal(0, 100, (1, *shape))).float()
+    subject = Subject(t1=ScalarImage(tensor=volume, affine=LPS))
+    made = predicted(
+        lambda x: x,
+        subject,
+        padding_mode=padding,
+        batch_size=batch_size,
+        preprocess=Preprocess(orientation),
+        stitch=Stitch(mode),
+    )
+    assert list(made) == ["image"]
+    np.testing.assert_allclose(made["image"], volume, rtol=0, atol=0 if mode == "crop" else 2e-4)
+
+
+def test_channels_are_those_of_all_images_in_their_order() -> None:
+    """A network sees t1's two channels, then flair's, whatever their types."""
+    data = torch.from_numpy(np.random.default_rng(0).integers(0, 100, (3, 5, 6, 7)))
+    subject = Subject(t1=ScalarImage(data[:2].short()), flair=ScalarImage(data[2:].float()))
+    seen = []
+    logits = predicted(lambda x: seen.append(x.dtype) or x, subject, stitch=Stitch("crop", ["logits"]))["logits"]
+    assert set(seen) == {torch.float32}
+    np.testing.assert_array_equal(logits, data.float())
+
+
+def test_scores_are_interpolated_and_then_turned_into_labels() -> None:
+    """Between a voxel of class 0 and one of class 1 lies class 2, the second choice of both."""
+    scores = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.9, 0.9]])
+    subject = Subject(t1=ScalarImage(torch.zeros(1, 4, 1, 1)))
+    made = predicted(
+        lambda x: scores.reshape(1, 3, 2, 1, 1).expand(len(x), -1, -1, -1, -1),
+        subject,
+        (2, 1, 1),
+        0,
+        preprocess=Preprocess(spacing=(2, None, None)),
+    )
+    # Native voxels lie at -1/4, 1/4, 3/4 and 5/4 of the two model voxels.
+    at = [0, 0.25, 0.75, 1]
+    expected = [int(np.argmax([1 - x, x, 0.9])) for x in at]
+    assert expected == [0, 2, 2, 1]
+    assert made["labels"].flatten().tolist() == expected
+
+
+@pytest.mark.parametrize("mode", ["crop", "average", "hann", "gaussian"])
+@pytest.mark.parametrize("factor", [(2, 2, 2), (4, 1, 2)])
+def test_an_output_smaller_than_its_patch_is_brought_back_to_its_place(mode: str, factor: tuple[int, int, int]) -> None:
+    """Means over `factor` voxels of a ramp, padded and overlapping, in LPS: the ramp again, but for the border."""
+    i, j, k = np.indices((17, 14, 12)).astype(np.float32)
+    ramp = 3 * i - 2 * j + k
+    subject = Subject(t1=ScalarImage(tensor=torch.from_numpy(ramp), affine=LPS))
+    made = predicted(
+        lambda x: avg_pool3d(x, factor),
+        subject,
+        8,
+        4,
+        padding_mode="edge",
+        divisible_by=factor,
+        stitch=Stitch(mode),
+    )
+    inner = (0, *[slice(4, -4)] * 3)
+    np.testing.assert_allclose(made["image"][inner], ramp[inner[1:]], rtol=0, atol=1e-4)
+
+
+def test_a_volume_that_an_output_does_not_divide_is_refused() -> None:
+    """A GridError that says what must be a multiple; divisible_by makes it one."""
+    subject = Subject(t1=ScalarImage(torch.zeros(1, 9, 8, 8)))
+    with pytest.raises(GridError, match="axis i: volume 9 is not a multiple of downsampling_factor 2"):
+        predicted(lambda x: avg_pool3d(x, 2), subject)
+    assert predicted(lambda x: avg_pool3d(x, 2), subject, divisible_by=2)["image"].shape == (1, 9, 8, 8)
+
+
+def test_named_outputs_have_products_and_resolutions_of_their_own() -> None:
+    """A network that returns several outputs: `<output>_<product>` each, as if it had been alone."""
+    volume = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 12, 8, 8))).float()
+    subject = Subject(t1=ScalarImage(volume))
+
+    def network(x: Tensor) -> dict[str, Tensor]:
+        return {"seg": torch.cat([-x, x], 1), "coarse": avg_pool3d(x, 2)}
+
+    products = {"seg": ["labels", "logits"], "coarse": ["image"]}
+    made = predicted(network, subject, 4, 0, stitch=Stitch("crop", products))
+    assert set(made) == {"seg_labels", "seg_logits", "coarse_image"}
+    np.testing.assert_array_equal(made["seg_labels"], volume > 0)
+    np.testing.assert_array_equal(made["seg_logits"], torch.cat([-volume, volume]))
+    alone = predicted(lambda x: avg_pool3d(x, 2), subject, 4, 0, stitch=Stitch("crop"))
+    np.testing.assert_array_equal(made["coarse_image"], alone["image"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.uint8, torch.bool])
+@pytest.mark.parametrize("mode", ["crop", "gaussian"])
+@pytest.mark.parametrize("spacing", [None, 2.0])
+def test_networks_may_give_any_type(dtype: torch.dtype, mode: str, spacing: float | None) -> None:
+    """Half precision under autocast, or whole numbers: every product can be made of it, blended or not."""
+    volume = torch.from_numpy(np.random.default_rng(0).integers(0, 2, (1, 6, 6, 6))).float()
+    made = predicted(
+        lambda x: torch.cat([1 - x, x], 1).to(dtype),
+        Subject(t1=ScalarImage(volume)),
+        preprocess=Preprocess(spacing=spacing),
+        stitch=Stitch(mode, ["labels", "logits", "probabilities"]),
+    )
+    if spacing is None:
+        np.testing.assert_array_equal(made["labels"], volume)
+        np.testing.assert_allclose(made["logits"], torch.cat([1 - volume, volume]), rtol=0, atol=1e-6)
+    if dtype.is_floating_point:
+        np.testing.assert_allclose(made["logits"].sum(0), 1, rtol=0, atol=1e-2)
+    np.testing.assert_allclose(made["probabilities"].sum(0), 1, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (lambda x: x[..., :3], r"output '' has shape \(1, 1, 4, 4, 3\) for patches of \(4, 4, 4\) voxels"),
+        (lambda x: torch.cat([x, x], 2), r"output '' has shape \(1, 1, 8, 4, 4\)"),
+        (lambda x: x[0], r"output '' has shape \(1, 4, 4, 4\)"),
+        (lambda x: x[..., :0], r"output '' has shape \(1, 1, 4, 4, 0\)"),
+        (lambda x: {"seg": x[..., :3]}, "output 'seg' has shape"),
+    ],
+)
+def test_an_output_of_another_shape_is_an_error(network: object, message: str) -> None:
+    """Law 6: the message says what came and what was wanted."""
+    with pytest.raises(PatchShapeError, match=message):
+        predicted(network, Subject(t1=ScalarImage(torch.zeros(1, 8, 8, 8))))
+
+
+def test_other_outputs_than_before_are_an_error() -> None:
+    """A network that drops an output for some patches leaves a hole in it."""
+    calls: list[int] = []
+
+    def network(x: Tensor) -> dict[str, Tensor]:
+        calls.append(1)
+        return {"a": x, "b": x} if len(calls) < 3 else {"a": x}
+
+    with pytest.raises(PatchShapeError, match=r"outputs are \['a'\] after \['a', 'b'\]"):
+        predicted(network, Subject(t1=ScalarImage(torch.zeros(1, 8, 8, 8))))
+
+
+def test_a_network_that_fails_on_one_patch_fails_the_volume() -> None:
+    """A NaN in one patch is an error, not a black spot."""
+    subject = Subject(t1=ScalarImage(torch.arange(512.0).reshape(1, 8, 8, 8)))
+    with pytest.raises(OutputError, match="NaN or infinite"):
+        predicted(lambda x: torch.where(x == 511, torch.nan, x), subject)
+
+
+def test_the_caller_keeps_its_image() -> None:
+    """A network that works in place sees its own copy."""
+    volume = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 6, 6, 6))).float()
+    kept = volume.clone()
+    made = predicted(lambda x: x.mul_(2), Subject(t1=ScalarImage(volume)), stitch=Stitch("crop"))
+    assert torch.equal(volume, kept)
+    np.testing.assert_array_equal(made["image"], kept * 2)
+
+
+def test_post_processing_sees_labels_in_native_space() -> None:
+    """In turn, as (C, I, J, K) tensors, on labels only; the type stays, and so must the shape."""
+    volume = torch.zeros(1, 6, 5, 4)
+    volume[0, 0, 0, 0] = 1
+    subject = Subject(t1=ScalarImage(tensor=volume, affine=LPS))
+    seen = []
+
+    def grow(labels: Tensor) -> Tensor:
+        seen.append(labels.clone())
+        return torch.cat([torch.ones_like(labels[:, :1]), labels[:, 1:]], 1)
+
+    stitch = Stitch(products=["labels", "logits"], postprocess=[grow, lambda labels: labels * 1.0])
+    made = predicted(lambda x: torch.cat([0.5 - x, x - 0.5], 1), subject, stitch=stitch)
+    assert torch.equal(seen[0], volume.long())
+    expected = volume.clone()
+    expected[:, 0] = 1
+    assert made["labels"].dtype == np.uint8
+    np.testing.assert_array_equal(made["labels"], expected)
+    assert made["logits"].dtype == np.float32
+    with pytest.raises(OutputError, match=r"turned \(1, 6, 5, 4\) into \(6, 5, 4\)"):
+        predicted(lambda x: torch.cat([x, x], 1), subject, stitch=Stitch(postprocess=[lambda labels: labels[0]]))
+
+
+def test_a_label_map_is_an_input_like_any_other() -> None:
+    """It is cut beside the image and not interpolated linearly."""
+    labels = torch.tensor([0, 8]).byte().reshape(1, 2, 1, 1)
+    subject = Subject(seg=LabelMap(labels))
+    seen = []
+    predicted(
+        lambda x: seen.append(x.unique().tolist()) or x,
+        subject,
+        (1, 1, 1),
+        0,
+        preprocess=Preprocess(spacing=(0.5, None, None)),
+    )
+    assert seen == [[0], [0], [8], [8]]

@@ -1,0 +1,340 @@
+"""TorchIO 1.2.1 beside voxquilt: where the two give the same, where ours differs on purpose, and how fast both cut."""
+
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_grid import axis_sizes, bare
+
+import voxquilt
+from voxquilt.errors import VoxquiltError
+from voxquilt.geometry import to_triple
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    tio = pytest.importorskip("torchio", minversion="1.2.1")
+
+GEOMETRIES = st.tuples(axis_sizes(13), axis_sizes(10), axis_sizes(7))
+SEEDS = st.integers(0, 2**32 - 1)
+HALF = [torch.float16, torch.bfloat16]
+
+
+def samplers(volume: torch.Tensor, patch: Any, overlap: Any = 0, padding: Any = None) -> tuple[Any, Any]:
+    """TorchIO's and ours, of one volume."""
+    theirs = tio.GridSampler(tio.Subject(t1=tio.ScalarImage(tensor=volume)), patch, overlap, padding)
+    ours = voxquilt.GridSampler(voxquilt.Subject(t1=voxquilt.ScalarImage(tensor=volume)), patch, overlap, padding)
+    return theirs, ours
+
+
+def aggregated(package: Any, sampler: Any, mode: str, patches: torch.Tensor) -> torch.Tensor:
+    """The output of a package's aggregator, patches fed in grid order in batches of 3, as its users write it."""
+    aggregator = package.inference.GridAggregator(sampler, overlap_mode=mode)
+    locations = torch.as_tensor(sampler.locations)
+    for start in range(0, len(patches), 3):
+        aggregator.add_batch(patches[start : start + 3], locations[start : start + 3])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=RuntimeWarning)  # int64 becomes int32, in both
+        return aggregator.get_output_tensor()
+
+
+@given(GEOMETRIES, st.sampled_from([None, 0, "reflect", "edge"]), SEEDS)
+@settings(deadline=None, max_examples=40)
+def test_patches_lie_where_torchio_has_them_and_hold_the_same(
+    sizes: tuple[tuple[int, int, int], ...], padding: Any, seed: int
+) -> None:
+    """As many patches, the same locations in the same order, equal voxels and equal affines, padded or not."""
+    shape, patch, overlap = zip(*sizes, strict=True)
+    volume = torch.from_numpy(np.random.default_rng(seed).normal(size=(2, *shape))).float()
+    theirs, ours = samplers(volume, patch, overlap, padding)
+    assert len(ours) == len(theirs)
+    np.testing.assert_array_equal(ours.locations, theirs.locations)
+    for n in {0, len(ours) // 2, len(ours) - 1}:
+        their, our = theirs[n], ours[n]
+        assert torch.equal(our["t1"][voxquilt.DATA], their["t1"][tio.DATA])
+        assert torch.equal(our[voxquilt.LOCATION], their[tio.LOCATION])
+        np.testing.assert_allclose(our["t1"][voxquilt.AFFINE], their["t1"][tio.AFFINE], rtol=0, atol=1e-9)
+
+
+@given(GEOMETRIES, st.sampled_from(["crop", "average", "hann"]), st.sampled_from([None, 0, "reflect"]), SEEDS)
+@settings(deadline=None, max_examples=60)
+def test_patches_that_disagree_are_blended_as_torchio_blends_them(
+    sizes: tuple[tuple[int, int, int], ...], mode: str, padding: Any, seed: int
+) -> None:
+    """Law 2: crop equals exactly, average and hann to float32 rounding, padded or not, in TorchIO's order."""
+    shape, patch, overlap = zip(*sizes, strict=True)
+    theirs, ours = samplers(torch.zeros(1, *shape), patch, overlap, padding)
+    patches = torch.from_numpy(np.random.default_rng(seed).normal(size=(len(ours), 2, *patch))).float()
+    their, our = aggregated(tio, theirs, mode, patches), aggregated(voxquilt, ours, mode, patches)
+    if mode == "crop":
+        assert torch.equal(our, their)
+    else:
+        torch.testing.assert_close(our, their, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("mode", ["crop", "average", "hann"])
+def test_a_downsampling_that_torchio_gets_right_is_the_same(mode: str) -> None:
+    """Without overlap TorchIO's crop is right; where it raises, ours gives the same as its crop."""
+    volume = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 24, 16, 20))).float()
+    theirs, ours = samplers(volume, (8, 8, 4))
+    patches = torch.stack([p["t1"]["data"] for p in ours])[..., ::2, ::2, ::2]
+    aggregator = tio.GridAggregator(theirs, downsampling_factor=2)
+    aggregator.add_batch(patches, torch.as_tensor(theirs.locations))
+    our = voxquilt.GridAggregator(ours, mode, downsampling_factor=2)
+    our.add_batch(patches, ours.locations)
+    assert torch.equal(our.get_output_tensor(), aggregator.get_output_tensor())
+
+
+# Errors.
+
+
+def cube(package: Any, n: int = 20) -> Any:
+    return package.Subject(t1=package.ScalarImage(tensor=torch.zeros(1, n, n, n)))
+
+
+def sampler(package: Any, *sizes: Any) -> Any:
+    make = package.GridSampler
+    return make(cube(package), *sizes)
+
+
+def aggregator(package: Any, mode: str = "crop") -> Any:
+    return package.GridAggregator(sampler(package, 10, 4), mode)
+
+
+def add(package: Any, batch: torch.Tensor, locations: list[int], into: Any = None) -> None:
+    """Add a batch with the locations of these patches."""
+    into = into or aggregator(package)
+    every = torch.as_tensor(sampler(package, 10, 4).locations)
+    method = bare(type(into).add_batch)  # whether a Tensor has 5 axes is for the function to say, not for annotations
+    method(into, batch, every[locations])
+
+
+def add_other_channels(package: Any) -> None:
+    into = aggregator(package)
+    add(package, torch.zeros(1, 2, 10, 10, 10), [0], into)
+    add(package, torch.zeros(1, 3, 10, 10, 10), [1], into)
+
+
+def add_unequal_locations(package: Any) -> None:
+    into = aggregator(package)
+    locations = torch.tensor([[0, 0, 0, 10, 10, 10], [6, 0, 0, 16, 10, 9]])
+    into.add_batch(torch.zeros(2, 1, 10, 10, 10), locations)
+
+
+# One row each of the table of conditions; the types in it are theirs, and these were seen with TorchIO 1.2.1.
+ERRORS: dict[str, tuple[Callable[[Any], Any], type[Exception]]] = {
+    "patch 0": (lambda package: sampler(package, 0), ValueError),
+    "patch -3": (lambda package: sampler(package, (5, -3, 5)), ValueError),
+    "patch larger than image": (lambda package: sampler(package, (5, 21, 5)), ValueError),
+    "overlap equal to patch": (lambda package: sampler(package, 10, 10), ValueError),
+    "overlap larger than patch": (lambda package: sampler(package, 10, 12), ValueError),
+    "odd overlap": (lambda package: sampler(package, 10, (3, 4, 4)), ValueError),
+    "unknown overlap mode": (lambda package: aggregator(package, "blend"), ValueError),
+    "unknown padding mode": (lambda package: sampler(package, 10, 4, "mirror"), KeyError),
+    "wrong patch shape": (lambda package: add(package, torch.zeros(1, 1, 10, 9, 10), [0]), RuntimeError),
+    "batch longer than locations": (lambda package: add(package, torch.zeros(3, 1, 10, 10, 10), [0, 1]), ValueError),
+    "batch shorter than locations": (lambda package: add(package, torch.zeros(1, 1, 10, 10, 10), [0, 1]), ValueError),
+    "output before any batch": (lambda package: aggregator(package).get_output_tensor(), AssertionError),
+    "other channels later": (add_other_channels, RuntimeError),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_what_torchio_refuses_is_refused_with_a_type_that_its_users_catch(case: str) -> None:
+    """TorchIO raises the type of the table; ours is a VoxquiltError and of the same built-in type."""
+    act, kind = ERRORS[case]
+    with pytest.raises(Exception) as theirs:  # noqa: PT011 - which type it is, is the test
+        act(tio)
+    assert type(theirs.value) is kind
+    with pytest.raises(VoxquiltError) as ours:
+        act(voxquilt)
+    assert isinstance(ours.value, kind)
+    assert str(ours.value)
+
+
+def test_locations_of_different_sizes_in_one_batch_are_refused() -> None:
+    """TorchIO asserts; ours says which location is none of the grid's, as for any other wrong place."""
+    with pytest.raises(AssertionError):
+        add_unequal_locations(tio)
+    with pytest.raises(RuntimeError, match=r"no patch of the grid lies at \(6, 0, 0, 16, 10, 9\)"):
+        add_unequal_locations(voxquilt)
+
+
+def test_a_patch_size_that_is_no_integer_is_refused() -> None:
+    """TorchIO raises a ValueError for 10.0 and an IndexError for two numbers; ours is a ValueError for both."""
+    for size, kind in ((10.0, ValueError), ((10, 10), IndexError)):
+        with pytest.raises(kind):
+            sampler(tio, size)
+        with pytest.raises(ValueError, match=r"patch_size must be an integer or three"):
+            bare(to_triple)(size, "patch_size")
+
+
+def test_a_negative_overlap_is_refused_where_torchio_leaves_gaps() -> None:
+    """TorchIO takes -4 and covers half of the volume; a hole is an error."""
+    painted = torch.zeros(50, 50, 50)
+    for i0, j0, k0, i1, j1, k1 in tio.GridSampler(cube(tio, 50), 10, -4).locations:
+        painted[i0:i1, j0:j1, k0:k1] = 1
+    assert (painted == 0).sum() == 61_000
+    with pytest.raises(ValueError, match="patch_overlap must be at least 0 along axis i; it is -4"):
+        voxquilt.GridSampler(cube(voxquilt, 50), 10, -4)
+
+
+def test_a_padded_volume_may_be_smaller_than_its_patch() -> None:
+    """The patch is compared with the padded shape, in both."""
+    volume = torch.rand(1, 20, 20, 20)
+    theirs, ours = samplers(volume, 22, 2, 0)
+    np.testing.assert_array_equal(ours.locations, theirs.locations)
+    assert torch.equal(aggregated(voxquilt, ours, "crop", ours[0]["t1"]["data"][None]), volume)
+
+
+# Types.
+
+SAME = {
+    "crop": {
+        torch.bool: torch.bool,
+        torch.uint8: torch.uint8,
+        torch.int16: torch.int16,
+        torch.int32: torch.int32,
+        torch.int64: torch.int32,
+        torch.float16: torch.float16,
+        torch.bfloat16: torch.bfloat16,
+        torch.float32: torch.float32,
+        torch.float64: torch.float64,
+    },
+    "average": {
+        torch.int16: torch.float32,
+        torch.int32: torch.float32,
+        torch.int64: torch.float32,
+        torch.float32: torch.float32,
+        torch.float64: torch.float64,
+    },
+    "hann": {
+        torch.bool: torch.float32,
+        torch.uint8: torch.float32,
+        torch.int16: torch.float32,
+        torch.int32: torch.float32,
+        torch.int64: torch.float32,
+        torch.float16: torch.float32,
+        torch.bfloat16: torch.float32,
+        torch.float32: torch.float32,
+    },
+}
+
+
+def patches_of(dtype: torch.dtype, n: int) -> torch.Tensor:
+    """Patches that disagree, of values that no sum of eight takes out of the type."""
+    values = np.random.default_rng(0).integers(0, 2 if dtype == torch.bool else 15, (n, 1, 6, 6, 6))
+    return torch.from_numpy(values).to(dtype)
+
+
+@pytest.mark.parametrize(("mode", "dtype"), [(mode, dtype) for mode, table in SAME.items() for dtype in table])
+def test_types_and_values_are_those_of_torchio(mode: str, dtype: torch.dtype) -> None:
+    """Where TorchIO is right, ours gives the same type and the same values."""
+    theirs, ours = samplers(torch.zeros(1, 10, 11, 12), 6, 2)
+    patches = patches_of(dtype, len(ours))
+    their, our = aggregated(tio, theirs, mode, patches), aggregated(voxquilt, ours, mode, patches)
+    assert their.dtype == our.dtype == SAME[mode][dtype]
+    torch.testing.assert_close(our, their, rtol=0, atol=0 if mode == "crop" else 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mode", "dtype", "theirs_gives", "ours_gives"),
+    [
+        ("average", torch.float16, torch.float16, torch.float32),
+        ("average", torch.bfloat16, torch.bfloat16, torch.float32),
+        ("hann", torch.float64, torch.float32, torch.float64),
+    ],
+)
+def test_types_that_differ_on_purpose(
+    mode: str, dtype: torch.dtype, theirs_gives: torch.dtype, ours_gives: torch.dtype
+) -> None:
+    """Half precision is averaged in float32 and float64 stays: nearer to a float64 reference than TorchIO is."""
+    theirs, ours = samplers(torch.zeros(1, 10, 11, 12), 6, 2)
+    patches = (torch.from_numpy(np.random.default_rng(0).normal(300, 100, (len(ours), 1, 6, 6, 6)))).to(dtype)
+    their, our = aggregated(tio, theirs, mode, patches), aggregated(voxquilt, ours, mode, patches)
+    assert (their.dtype, our.dtype) == (theirs_gives, ours_gives)
+    exact = aggregated(voxquilt, ours, mode, patches.double())
+    assert (our.double() - exact).abs().max() < (their.double() - exact).abs().max() / 100
+    torch.testing.assert_close(our.double(), exact, rtol=1e-6 if dtype in HALF else 1e-14, atol=0)
+
+
+def test_uint8_does_not_wrap_where_torchio_does() -> None:
+    """A constant 200, averaged: TorchIO sums in uint8."""
+    theirs, ours = samplers(torch.zeros(1, 20, 20, 20), 10, 4)
+    patches = torch.full((len(ours), 1, 10, 10, 10), 200, dtype=torch.uint8)
+    assert aggregated(tio, theirs, "average", patches).min() < 100
+    our = aggregated(voxquilt, ours, "average", patches)
+    torch.testing.assert_close(our, torch.full((1, 20, 20, 20), 200.0), rtol=1e-6, atol=0)
+
+
+def test_booleans_can_be_averaged_where_torchio_cannot() -> None:
+    """TorchIO raises a RuntimeError; ours gives the share of patches that are true."""
+    theirs, ours = samplers(torch.zeros(1, 10, 1, 1), (6, 1, 1), (2, 0, 0))
+    patches = torch.tensor([True, False])[:, None, None, None, None].expand(2, 1, 6, 1, 1)
+    with pytest.raises(RuntimeError):
+        aggregated(tio, theirs, "average", patches)
+    assert aggregated(voxquilt, ours, "average", patches).flatten().tolist() == [1] * 4 + [0.5] * 2 + [0] * 4
+
+
+def test_an_average_of_int64_gives_no_warning() -> None:
+    """Its result is float32 anyway; TorchIO warns that int64 was converted."""
+    theirs, ours = samplers(torch.zeros(1, 6, 6, 6), 6)
+    batch = torch.full((1, 1, 6, 6, 6), 2**20 + 1)
+    their, our = tio.GridAggregator(theirs, "average"), voxquilt.GridAggregator(ours, "average")
+    for each in (their, our):
+        each.add_batch(batch, torch.as_tensor(ours.locations))
+    with pytest.warns(RuntimeWarning, match="int64"):
+        expected = their.get_output_tensor()
+    assert torch.equal(our.get_output_tensor(), expected)
+
+
+def test_the_downsampled_case_that_torchio_gets_wrong() -> None:
+    """Factor 4, patch 20, overlap 8: 992 of TorchIO's 1000 voxels are 0; ours are all ones."""
+    theirs, ours = samplers(torch.zeros(1, 40, 40, 40), 20, 8)
+    ones = torch.ones(len(ours), 1, 5, 5, 5)
+    their = tio.GridAggregator(theirs, downsampling_factor=4)
+    their.add_batch(ones, torch.as_tensor(theirs.locations))
+    assert (their.get_output_tensor() == 0).sum() == 992
+    for mode in ("crop", "average", "hann", "gaussian"):
+        our = voxquilt.GridAggregator(ours, mode, downsampling_factor=4)
+        our.add_batch(ones, ours.locations)
+        torch.testing.assert_close(our.get_output_tensor(), torch.ones(1, 10, 10, 10), rtol=0, atol=1e-6)
+
+
+RACE = """
+import warnings
+from time import perf_counter
+warnings.simplefilter("ignore")
+import numpy as np, torch, torchio, voxquilt
+
+volume = torch.rand(1, 160, 160, 160)
+pair = {"t1": volume, "t2": volume + 1}
+samplers = [
+    package.GridSampler(package.Subject({n: package.ScalarImage(tensor=v) for n, v in pair.items()}), 48, 16)
+    for package in (torchio, voxquilt)
+]
+
+def seconds(sampler, n):
+    start = perf_counter()
+    sampler[n]
+    return perf_counter() - start
+
+for _ in range(9):  # another process on the machine may spoil some of them
+    slow, fast = np.median([[seconds(s, n) for s in samplers] for n in range(len(samplers[1]))], axis=0)
+    print(slow / fast)
+"""
+
+
+@pytest.mark.slow
+def test_cutting_a_patch_takes_at_most_half_of_torchios_time() -> None:
+    """Slicing, not transforms: medians over interleaved patches of two 160^3 images, patch 48, the best of nine."""
+    # In a process of its own, where annotations are not checked as they are in tests.
+    race = subprocess.run([sys.executable, "-c", RACE], capture_output=True, text=True, check=True)
+    ratios = [float(line) for line in race.stdout.split()]
+    assert max(ratios) >= 2, f"TorchIO takes {ratios} times as long"
