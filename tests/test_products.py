@@ -404,6 +404,7 @@ def test_post_processing_sees_labels_in_native_space() -> None:
     assert made["labels"].dtype == np.uint8
     np.testing.assert_array_equal(made["labels"], expected)
     assert made["logits"].dtype == np.float32
+    np.testing.assert_allclose(made["logits"], torch.cat([0.5 - volume, volume - 0.5]), rtol=0, atol=1e-6)
     with pytest.raises(OutputError, match=r"turned \(1, 6, 5, 4\) into \(6, 5, 4\)"):
         predicted(lambda x: torch.cat([x, x], 1), subject, stitch=Stitch(postprocess=[lambda labels: labels[0]]))
 

@@ -328,12 +328,14 @@ def seconds(sampler, n):
 for _ in range(9):  # another process on the machine may spoil some of them
     slow, fast = np.median([[seconds(s, n) for s in samplers] for n in range(len(samplers[1]))], axis=0)
     print(slow / fast)
+    if slow / fast >= 2:
+        break
 """
 
 
 @pytest.mark.slow
 def test_cutting_a_patch_takes_at_most_half_of_torchios_time() -> None:
-    """Slicing, not transforms: medians over interleaved patches of two 160^3 images, patch 48, the best of nine."""
+    """Slicing, not transforms: medians over interleaved patches of two 160^3 images, patch 48; nine tries."""
     # In a process of its own, where annotations are not checked as they are in tests.
     race = subprocess.run([sys.executable, "-c", RACE], capture_output=True, text=True, check=True)
     ratios = [float(line) for line in race.stdout.split()]
