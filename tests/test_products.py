@@ -12,10 +12,8 @@ from torch.nn.functional import avg_pool3d
 
 from voxquilt import predict_volume
 from voxquilt.errors import ConfigError, GridError, OutputError, PatchShapeError
-from voxquilt.geometry import Frame
 from voxquilt.preprocess import Preprocess
-from voxquilt.products import ArgMax, compute, make_products
-from voxquilt.space import make_space
+from voxquilt.products import ArgMax, Volumes, make_products
 from voxquilt.stitch import Stitch
 from voxquilt.subject import LabelMap, ScalarImage, Subject
 
@@ -24,13 +22,13 @@ LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
-def same_space(scores: Tensor) -> tuple:
-    return make_space(Frame(tuple(scores.shape[1:]), np.eye(4)), None, None).maps
-
-
 def products_of(scores: Tensor, names: Sequence[str] | None = None, **options: object) -> dict[str, np.ndarray]:
     """Products in the scores' own space."""
-    return compute(scores, same_space(scores), make_products(names, len(scores), **options))  # type: ignore[arg-type]
+    products = make_products(names, len(scores), **options)  # type: ignore[arg-type]
+    _, i, j, k = scores.shape
+    volumes = Volumes(products, len(scores), (i, j, k))
+    volumes.fill(0, slice(0, i), scores)
+    return volumes.arrays
 
 
 # Labels.

@@ -6,14 +6,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from voxquilt.errors import ConfigError, GridError, InputError
 from voxquilt.geometry import Frame, closest_axes, parse_axcodes, to_spacing
-from voxquilt.space import AxisMaps, Space, inverse, make_space, resample, restore, streaming_axis
+from voxquilt.space import AxisMaps, Space, inverse, make_space, resample
 
 ORIENTATIONS = ["".join(c) for p in permutations(("LR", "PA", "IS")) for c in product(*p)]
 SIGNED_PERMUTATIONS = [
@@ -221,12 +221,9 @@ def test_turning_and_turning_back_copies_every_voxel_to_the_bit(
         index = torch.arange(volume[0].numel()).reshape(shape)
         turned = nib.orientations.apply_orientation(index.numpy(), ornt)
         assert torch.equal(model, volume.reshape(2, -1)[:, torch.from_numpy(turned.copy())])
-    for restored in (
-        resample(model, space.maps),
-        torch.cat([slab for _, slab in restore(model, space.maps, voxels=1)], streaming_axis(space.maps) + 1),
-    ):
-        assert restored.dtype == dtype
-        assert torch.equal(restored, volume)
+    restored = resample(model, space.maps)
+    assert restored.dtype == dtype
+    assert torch.equal(restored, volume)
 
 
 def test_nan_and_infinity_are_copied_too() -> None:
@@ -318,41 +315,6 @@ def test_integers_and_halves_are_interpolated_in_float32(dtype: torch.dtype) -> 
     result = resample(volume, inverse(space.maps, (4, 1, 1)))
     assert result.dtype == torch.float32
     assert result.flatten().tolist() == [0, 0.25, 0.75, 1]
-
-
-@given(
-    affines(),
-    st.tuples(*[st.integers(1, 20)] * 3),
-    st.sampled_from(ORIENTATIONS),
-    spacings(0.5, 3),
-    st.sampled_from(FLOATS[2:]),
-    st.integers(1, 3),
-    st.sampled_from([1, 7, 100, 1000, 10**9]),
-    SEEDS,
-)
-@settings(deadline=None, max_examples=100)
-def test_slab_by_slab_equals_the_whole_to_the_bit(
-    affine: np.ndarray,
-    shape: tuple[int, int, int],
-    orientation: str,
-    spacing: object,
-    dtype: torch.dtype,
-    channels: int,
-    voxels: int,
-    seed: int,
-) -> None:
-    """However many voxels a slab may hold, slabs follow each other along the streaming axis and are the whole."""
-    space = make_space(Frame(shape, affine), orientation, spacing)
-    assume(np.prod(space.model.shape) < 50_000)
-    scores = torch.from_numpy(np.random.default_rng(seed).normal(size=(channels, *space.model.shape))).to(dtype)
-    axis, end, slabs = streaming_axis(space.maps), 0, []
-    for where, slab in restore(scores, space.maps, voxels=voxels):
-        assert where.start == end
-        assert slab.shape[axis + 1] == where.stop - where.start
-        assert slab.numel() <= max(voxels, slab.numel() // slab.shape[axis + 1])
-        end, slabs = where.stop, [*slabs, slab]
-    assert end == shape[axis]
-    assert torch.equal(torch.cat(slabs, axis + 1), resample(scores, space.maps))
 
 
 # Scores of padded and downsampled patches.

@@ -1,7 +1,9 @@
 """Patches in, the whole volume out: which patches have come, and what is their weighted sum?"""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -10,9 +12,11 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from voxquilt.blend import Blend, to_blend
+from voxquilt.buffers import Buffers
 from voxquilt.errors import BatchError, GridError, LedgerError, PatchShapeError
 from voxquilt.geometry import AXES, Padding, Triple, to_triple
 from voxquilt.grid import Grid
+from voxquilt.ledger import Ledger
 
 
 @runtime_checkable
@@ -25,53 +29,43 @@ class Placed(Protocol):
     def padding(self) -> Padding: ...
 
 
-class Ledger:
-    """Which patches of a grid are in: one bit a patch."""
+@dataclass(frozen=True)
+class Slab:
+    """Planes `start` to `stop`, end exclusive, along `axis` that are complete.
 
-    def __init__(self, grid: Grid) -> None:
-        self.grid = grid
-        self.arrived = np.zeros(grid.counts, dtype=bool)
-        self.missing = len(grid)
+    `scores` is (C, I, J, K) with only these planes along the axis, on the sampler's padded (and downsampled) grid. It
+    is a view of memory that is used again: what is to be kept must be copied before the consumer returns.
+    """
 
-    def enter(self, places: list[Triple]) -> None:
-        """Note that patches have come; either all of them are entered or, on an error, none.
-
-        Raises:
-            LedgerError: one has come before.
-        """
-        again = [place for n, place in enumerate(places) if self.arrived[place] or place in places[:n]]
-        if again:
-            raise LedgerError(f"a patch came twice: {self._names(again)}. Each patch is added once.")
-        for place in places:
-            self.arrived[place] = True
-        self.missing -= len(places)
-
-    def check_complete(self) -> None:
-        """Raises LedgerError, naming the first locations, when a patch is missing."""
-        if self.missing:
-            holes = [(int(i), int(j), int(k)) for i, j, k in np.argwhere(~self.arrived)[:4]]
-            raise LedgerError(
-                f"{self.missing} of {len(self.grid)} patches are missing, among them {self._names(holes)}. "
-                f"Add every patch of the sampler before asking for the output."
-            )
-
-    def _names(self, places: list[Triple]) -> str:
-        _, nj, nk = self.grid.counts
-        return ", ".join(str(self.grid.location((i * nj + j) * nk + k)) for i, j, k in places[:4])
+    axis: int
+    start: int
+    stop: int
+    scores: Shaped[Tensor, "c i j k"]
 
 
 class GridAggregator:
-    """Quilts the patches of a GridSampler back into a volume, in any order of arrival.
+    """Quilts the patches of a GridSampler back into a volume.
 
-    The interface is TorchIO 1.x's and so are the results, with these differences: sums are float32 (float64 for float64
-    patches) whatever the patches are, a missing or repeated patch is an error, and memory is one volume, since weights
-    are normalised beforehand (see `voxquilt.blend`).
+    The interface is TorchIO 1.x's and so are the results, with these differences: patches may come in any order, sums
+    are float32 (float64 for float64 patches) whatever the patches are, a missing or repeated patch is an error, and
+    memory is one volume, since weights are normalised beforehand (see `voxquilt.blend`).
+
+    With a consumer it streams: patches come start by start along `axis` (in any order within a start), and planes are
+    handed over as soon as no later patch touches them. Then memory is a ring of as many planes as a patch has, however
+    long the volume is.
+
+        patches of start n      |=================|
+        patches of start n + 1            |=================|
+        complete after start n  |=========|                     handed over, and their place in the ring is free
 
     Args:
         sampler: The sampler that cut the patches, or anything else that has its grid and padding.
         overlap_mode: 'crop', 'average', 'hann', 'gaussian', or a `voxquilt.blend.Blend`.
         downsampling_factor: How many times fewer voxels the patches have than the sampler's, an integer or three.
         device: Where sums are kept.
+        consumer: Called with each finished Slab, in order.
+        axis: Along which to stream; the grid's `streaming_axis` needs the least memory.
+        buffers: Where memory comes from and goes to.
 
     Raises:
         ConfigError: (a ValueError) an unknown overlap_mode.
@@ -85,6 +79,9 @@ class GridAggregator:
         *,
         downsampling_factor: int | Iterable[int] = 1,
         device: torch.device | str = "cpu",
+        consumer: Callable[[Slab], None] | None = None,
+        axis: int = 0,
+        buffers: Buffers | None = None,
     ) -> None:
         self.factor = to_triple(downsampling_factor, "downsampling_factor", minimum=1)
         self.padding = sampler.padding
@@ -92,8 +89,17 @@ class GridAggregator:
         self.ledger = Ledger(sampler.grid)
         self.device = torch.device(device)
         self._blend = to_blend(overlap_mode)
-        self._axes = [self._blend.axis_weights(self.grid, axis) for axis in range(3)]
+        self._axes = [self._blend.axis_weights(self.grid, n) for n in range(3)]
+        self._consumer = consumer
+        self._axis = axis
+        self._buffers = buffers or Buffers()
+        # Planes in memory along the axis; plane p is kept at p modulo this.
+        self._window = self.grid.shape[axis] if consumer is None else self.grid.patch_size[axis]
         self._sums: Tensor | None = None
+        # Patches that are missing at each start along the axis, and the first start where some are.
+        starts = self.grid.counts[axis]
+        self._waiting = [len(self.grid) // starts] * starts
+        self._front = 0
 
     def add_batch(self, batch: Shaped[Tensor, "b c pi pj pk"], locations: Int[Tensor, "b 6"] | np.ndarray) -> None:
         """Add patches.
@@ -105,7 +111,7 @@ class GridAggregator:
         Raises:
             BatchError: (a ValueError) as many locations as patches are needed.
             PatchShapeError: (a RuntimeError) wrong shape, channels or place, or a type that the first's cannot hold.
-            LedgerError: (a RuntimeError and AssertionError) a patch came before.
+            LedgerError: (a RuntimeError and AssertionError) a patch came before, or, while streaming, too early.
         """
         if batch.ndim != 5:
             raise PatchShapeError(f"a batch is (B, C, I, J, K); this one has {batch.ndim} axes: {tuple(batch.shape)}.")
@@ -120,6 +126,7 @@ class GridAggregator:
                 f"location, {self.grid.patch_size}{after}."
             )
         places = [self.ledger.grid.find(location) for location in locations.tolist()]
+        self._check_order(places)
         sums = self._room_for(batch)
         self.ledger.enter(places)
         # From here on the batch is taken: a refused one decides neither channels nor type.
@@ -129,14 +136,20 @@ class GridAggregator:
         # Without their history, which would hold every activation of a network that is called without no_grad.
         for patch, place in zip(batch.detach(), places, strict=True):
             self._add(sums, patch, place)
+            self._waiting[place[self._axis]] -= 1
+            if self._consumer is not None:
+                self._release(sums, self._consumer)
 
     def scores(self) -> Shaped[Tensor, "c i j k"]:
         """The finished volume on the sampler's padded grid, not copied.
 
         Raises:
             LedgerError: a patch is missing.
+            BatchError: the aggregator streams, so there never is a whole volume.
         """
         self.ledger.check_complete()
+        if self._consumer is not None:
+            raise BatchError("a streaming aggregator hands its planes to the consumer and keeps no volume.")
         assert self._sums is not None  # a grid has at least one patch
         return self._sums
 
@@ -159,14 +172,31 @@ class GridAggregator:
         output = output[:, keep[0], keep[1], keep[2]]
         return _without_int64(output) if output.dtype == torch.int64 else output.clone()
 
+    def close(self) -> None:
+        """Leave the memory to the next volume; a streaming aggregator does so itself when it is complete."""
+        if self._sums is not None:
+            self._buffers.give(self._sums)
+            self._sums = None
+
+    def _check_order(self, places: list[Triple]) -> None:
+        if self._consumer is None:
+            return
+        front, waiting = self._front, self._waiting.copy()
+        for place in places:
+            if place[self._axis] > front:
+                where = [self.grid.starts[self._axis][n] for n in (place[self._axis], front)]
+                raise LedgerError(
+                    f"a patch that starts at {where[0]} along {AXES[self._axis]} came while {waiting[front]} of those "
+                    f"at {where[1]} are missing; streaming takes them start by start, see Grid.streaming_order."
+                )
+            waiting[place[self._axis]] -= 1
+            while front + 1 < len(waiting) and waiting[front] <= 0:
+                front += 1
+
     def _room_for(self, batch: Tensor) -> Tensor:
         channels, dtype = batch.shape[1], self._dtype(batch.dtype)
         if self._sums is None:
-            # Every voxel is copied into exactly once, or summed up from zero. Not an inference tensor, since those can
-            # be changed neither outside inference mode nor in another thread.
-            make = torch.zeros if self._blend.averages else torch.empty
-            with torch.inference_mode(False):
-                return make((channels, *self.grid.shape), dtype=dtype, device=self.device)
+            return self._opened(channels, dtype)
         if channels != len(self._sums):
             raise PatchShapeError(f"patches with {channels} channels after patches with {len(self._sums)}.")
         if dtype != self._sums.dtype and torch.promote_types(dtype, self._sums.dtype) != self._sums.dtype:
@@ -174,6 +204,19 @@ class GridAggregator:
                 f"patches of {batch.dtype} after patches of {self._sums.dtype}, which cannot hold them."
             )
         return self._sums
+
+    def _opened(self, channels: int, dtype: torch.dtype) -> Tensor:
+        shape = list(self.grid.shape)
+        shape[self._axis] = self._window
+        flat = self._buffers.take(channels * prod(shape), dtype, self.device)
+        with torch.inference_mode(False):
+            if self._blend.averages:
+                flat.zero_()  # summed up from zero; otherwise every voxel is copied into exactly once
+            if self._consumer is None:
+                return flat.view(channels, *shape)
+            # Plane by plane, so that what is handed over is one piece of memory.
+            del shape[self._axis]
+            return flat.view(self._window, channels, *shape).movedim(0, self._axis + 1)
 
     def _dtype(self, dtype: torch.dtype) -> torch.dtype:
         if dtype.is_complex:
@@ -183,15 +226,46 @@ class GridAggregator:
         return torch.float64 if dtype == torch.float64 else torch.float32
 
     def _add(self, sums: Tensor, patch: Tensor, place: Triple) -> None:
-        for axis, n in enumerate(place):
-            first, count = (0, self.grid.patch_size[axis]) if self._blend.averages else _owned(self._axes[axis][n])
-            patch = patch.narrow(axis + 1, first, count)
-            sums = sums.narrow(axis + 1, self.grid.starts[axis][n] + first, count)
-        if self._blend.averages:
-            i, j, k = (weights[n] for weights, n in zip(self._axes, place, strict=True))
-            sums.addcmul_(patch.to(sums), i[:, None, None] * j[:, None] * k)
-        else:
-            sums.copy_(patch)
+        first = [0, 0, 0]
+        for n in (n for n in range(3) if not self._blend.averages):
+            first[n], count = _owned(self._axes[n][place[n]])
+            patch = patch.narrow(n + 1, first[n], count)
+        for n in (n for n in range(3) if n != self._axis):
+            sums = sums.narrow(n + 1, self.grid.starts[n][place[n]] + first[n], patch.shape[n + 1])
+        weights = self._weights(place) if self._blend.averages else patch
+        dim, plane = self._axis + 1, self.grid.starts[self._axis][place[self._axis]] + first[self._axis]
+        for start, count, kept in self._pieces(plane, patch.shape[dim]):
+            into, values = sums.narrow(dim, kept, count), patch.narrow(dim, start - plane, count)
+            if self._blend.averages:
+                into.addcmul_(values.to(sums), weights.narrow(self._axis, start - plane, count))
+            else:
+                into.copy_(values)
+
+    def _weights(self, place: Triple) -> Tensor:
+        i, j, k = (weights[n] for weights, n in zip(self._axes, place, strict=True))
+        return i[:, None, None] * (j[:, None] * k)
+
+    def _pieces(self, plane: int, count: int) -> Iterator[tuple[int, int, int]]:
+        """(first plane, how many, where they are kept) of planes that lie together in the ring."""
+        stop = plane + count
+        while plane < stop:
+            kept = plane % self._window
+            count = min(stop - plane, self._window - kept)
+            yield plane, count, kept
+            plane += count
+
+    def _release(self, sums: Tensor, consumer: Callable[[Slab], None]) -> None:
+        starts = self.grid.starts[self._axis]
+        while self._front < len(starts) and self._waiting[self._front] == 0:
+            first, self._front = starts[self._front], self._front + 1
+            stop = starts[self._front] if self._front < len(starts) else self.grid.shape[self._axis]
+            for plane, count, kept in self._pieces(first, stop - first):
+                planes = sums.narrow(self._axis + 1, kept, count)
+                consumer(Slab(self._axis, plane, plane + count, planes))
+                if self._blend.averages:
+                    planes.zero_()
+        if self._front == len(starts):
+            self.close()
 
 
 def _owned(weights: Tensor) -> tuple[int, int]:

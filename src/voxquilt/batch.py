@@ -47,7 +47,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Run:
-    """Patches `first`, `first + 1`, ... of one subject, at rows [start, stop) of a batch."""
+    """Patches `first`, `first + 1`, ... in one subject's streaming order, at rows [start, stop) of a batch."""
 
     work: Work
     first: int
@@ -57,7 +57,8 @@ class Run:
     @property
     def locations(self) -> np.ndarray:
         """(stop - start, 6)."""
-        return np.array([self.work.grid.location(self.first + n) for n in range(self.stop - self.start)])
+        numbers = self.work.grid.streaming_order[self.first : self.first + self.stop - self.start]
+        return np.array([self.work.grid.location(int(n)) for n in numbers])
 
 
 class PatchBatch:
@@ -99,7 +100,7 @@ def batches(subjects: Iterable[Loaded], batch_size: int) -> Iterator[PatchBatch]
         while first < total and not work.failed:
             take = min(batch_size - filled, total - first)
             for n in range(take):
-                _cut(sampler, first + n, buffers[count % 2][filled + n])
+                _cut(sampler, int(sampler.grid.streaming_order[first + n]), buffers[count % 2][filled + n])
             runs.append(Run(work, first, filled, filled + take))
             first, filled = first + take, filled + take
             if filled == batch_size:

@@ -99,6 +99,17 @@ class Grid:
     def _numbers(self) -> tuple[dict[int, int], ...]:
         return tuple({start: n for n, start in enumerate(starts)} for starts in self.starts)
 
+    @property
+    def streaming_axis(self) -> int:
+        """The axis along which a patch is the smallest part of the volume: what is kept while streaming is least."""
+        return min(range(3), key=lambda axis: self.patch_size[axis] / self.shape[axis])
+
+    @cached_property
+    def streaming_order(self) -> np.ndarray:
+        """(n,) patch numbers, all patches of one start along the streaming axis before those of the next."""
+        numbers = np.arange(len(self)).reshape(self.counts)
+        return np.moveaxis(numbers, self.streaming_axis, 0).ravel()
+
     def find(self, location: Iterable[int]) -> Triple:
         """The inverse of `location`: the patch's number along each axis.
 

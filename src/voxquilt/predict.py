@@ -46,7 +46,7 @@ def predict_volume(
     sampler = GridSampler(model_subject, patch_size, patch_overlap, padding_mode, fit=True, divisible_by=divisible_by)
     quilt = Quilt(stitch or Stitch(), sampler, space)
     for start in range(0, len(sampler), batch_size):
-        indices = range(start, min(start + batch_size, len(sampler)))
+        indices = sampler.grid.streaming_order[start : start + batch_size].tolist()
         patches = [torch.cat([sampler.cut(name, n) for name in model_subject.images]) for n in indices]
         outputs = network(torch.stack(patches).float())
         quilt.add(outputs if isinstance(outputs, dict) else {"": outputs}, sampler.locations[indices])

@@ -10,7 +10,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from voxquilt.errors import OutputError
-from voxquilt.space import AxisMaps, restore, streaming_axis
+from voxquilt.geometry import Triple
 
 Slab = Shaped[Tensor, "c i j k"]
 Made = Shaped[Tensor, "d i j k"]
@@ -115,31 +115,32 @@ def _make_product(name: str, channels: int, activation: str, threshold: float | 
     return {"labels": ArgMax(), "probabilities": Activated(activate)}.get(name, Activated(ACTIVATIONS["none"]))
 
 
-def compute(
-    scores: Shaped[Tensor, "c si sj sk"], maps: AxisMaps, products: Mapping[str, Product]
-) -> dict[str, np.ndarray]:
-    """Products in native space, computed a few planes at a time; scores at native resolution never exist as a whole.
+class Volumes:
+    """Products in native space while scores come slab by slab; scores at native resolution never exist as a whole.
 
     Args:
-        scores: A network's output in model space.
-        maps: From native voxels into the scores.
         products: By name.
-
-    Returns:
-        For each product (C, I, J, K), laid out in memory as NIfTI wants it.
-
-    Raises:
-        OutputError: scores that are NaN or infinite.
+        channels: Of the scores.
+        shape: Native voxels along i, j, k.
     """
-    axis = streaming_axis(maps)
-    i, j, k = (m.size for m in maps)
-    volumes: dict[str, np.ndarray] = {}
-    for name, product in products.items():
-        channels, dtype = product.form(len(scores))
-        volumes[name] = np.empty((channels, k, j, i), dtype).transpose(0, 3, 2, 1)
-    for where, slab in restore(scores, maps):
-        if not torch.stack(torch.aminmax(slab)).isfinite().all():
-            raise OutputError("the network's output is NaN or infinite in places; nothing was written.")
+
+    def __init__(self, products: Mapping[str, Product], channels: int, shape: Triple) -> None:
+        self._products = products
+        i, j, k = shape
+        self.arrays: dict[str, np.ndarray] = {}
+        """For each product (C, I, J, K), laid out in memory as NIfTI wants it."""
         for name, product in products.items():
-            volumes[name][(slice(None),) * (axis + 1) + (where,)] = product(slab).numpy(force=True)
-    return volumes
+            made, dtype = product.form(channels)
+            self.arrays[name] = np.empty((made, k, j, i), dtype).transpose(0, 3, 2, 1)
+
+    def fill(self, axis: int, where: slice, slab: Slab) -> None:
+        """Compute every product of the native planes `where` along `axis`.
+
+        Raises:
+            OutputError: scores that are NaN or infinite.
+        """
+        # The sum is finite if all are, and cheap; if it is not, look closer, since sums can overflow.
+        if not slab.sum(dtype=torch.float32).isfinite() and not slab.isfinite().all():
+            raise OutputError("the network's output is NaN or infinite in places; nothing was written.")
+        for name, product in self._products.items():
+            self.arrays[name][(slice(None),) * (axis + 1) + (where,)] = product(slab).numpy(force=True)

@@ -9,6 +9,7 @@ time: the mapping is three lines  x_model = scale * x_native + offset,  and inte
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from math import prod
 
 import numpy as np
 import torch
@@ -154,32 +155,68 @@ def _pick(source: Tensor, dim: int, index: Tensor) -> Tensor:
     return source.index_select(dim, index)
 
 
-def restore(
-    scores: Shaped[Tensor, "c si sj sk"], maps: AxisMaps, *, voxels: int = 2**22
-) -> Iterator[tuple[slice, Shaped[Tensor, "c ti tj tk"]]]:
-    """Scores at native resolution, a few native planes at a time, so that the whole never exists.
+class Restorer:
+    """Brings scores to native space while their planes come in order: a native plane needs two model planes at most.
 
     Args:
-        scores: The network's output in model space.
-        maps: From native voxels into `scores` (`Space.in_scores`).
-        voxels: About how many values a slab may hold.
-
-    Yields:
-        (where, slab): `where` are the planes along the native axis that runs along the model's first, see
-        `streaming_axis`; the slab is the scores of these planes.
+        maps: From native voxels into the scores (`Space.in_scores`).
+        axis: The scores' axis along which planes come.
+        shape: Voxels of the scores along i, j, k.
+        voxels: About how many values a native slab may hold; more are handed out in several.
     """
-    axis = streaming_axis(maps)
-    sizes = [m.size for m in maps]
-    step = max(1, voxels * sizes[axis] // (len(scores) * int(np.prod(sizes))))
-    neighbours = [m.neighbours(scores.shape[m.axis + 1]) for m in maps]
-    for start in range(0, sizes[axis], step):
-        where = slice(start, min(start + step, sizes[axis]))
-        below, above, share = (t[where] for t in neighbours[axis])
-        first, last = int(below.min()), int(above.max())
-        some = [(below - first, above - first, share) if n == axis else found for n, found in enumerate(neighbours)]
-        yield where, _interpolated(scores.narrow(1, first, last - first + 1), maps, some)
 
+    def __init__(self, maps: AxisMaps, axis: int, shape: Triple, *, voxels: int = 2**22) -> None:
+        self.axis = [m.axis for m in maps].index(axis)
+        """The native axis that runs along `axis`."""
+        self._maps, self._source_axis, self._voxels = maps, axis, voxels
+        self._neighbours = [m.neighbours(shape[m.axis]) for m in maps]
+        below, above, share = self._neighbours[self.axis]
+        # Where a plane is copied, the one above it is not waited for.
+        self._neighbours[self.axis] = below, torch.where(share > 0, above, below), share
+        # Native planes in the order in which their model planes come, and how many have been handed out.
+        self._ascending = maps[self.axis].scale > 0
+        self._done = 0
+        self._last: Tensor | None = None
 
-def streaming_axis(maps: AxisMaps) -> int:
-    """The native axis that runs along the model's first."""
-    return [m.axis for m in maps].index(0)
+    def feed(
+        self, start: int, planes: Shaped[Tensor, "c si sj sk"]
+    ) -> Iterator[tuple[slice, Shaped[Tensor, "c ti tj tk"]]]:
+        """Take the planes from `start` on, which follow those before, and hand out native planes that are complete.
+
+        Yields:
+            (where, slab): `where` are planes along the native axis `self.axis`; the slab is their scores.
+        """
+        dim = self._source_axis + 1
+        stop = start + planes.shape[dim]
+        below, above, _ = self._ordered()
+        ready = int(torch.searchsorted(above, torch.tensor(stop)))
+        held = int(torch.searchsorted(below, torch.tensor(start))) if start else 0
+        if self._done < min(held, ready):
+            # These lie between the last plane before and the first of these.
+            assert self._last is not None
+            yield from self._slabs(torch.cat([self._last, planes.narrow(dim, 0, 1)], dim), start - 1, min(held, ready))
+        yield from self._slabs(planes, start, ready)
+        self._last = None
+        if ready < len(below) and below[ready] < stop:
+            self._last = planes.narrow(dim, planes.shape[dim] - 1, 1).clone()
+
+    def _slabs(self, planes: Tensor, start: int, until: int) -> Iterator[tuple[slice, Tensor]]:
+        size = len(planes) * prod(m.size for n, m in enumerate(self._maps) if n != self.axis)
+        step = max(1, self._voxels // size)
+        dim, total = self._source_axis + 1, self._maps[self.axis].size
+        while self._done < until:
+            count = min(step, until - self._done)
+            first = self._done if self._ascending else total - self._done - count
+            where = slice(first, first + count)
+            below, above, share = (t[where] for t in self._neighbours[self.axis])
+            low, high = int(below.min()), int(above.max())
+            some = [
+                (below - low, above - low, share) if n == self.axis else found
+                for n, found in enumerate(self._neighbours)
+            ]
+            yield where, _interpolated(planes.narrow(dim, low - start, high - low + 1), self._maps, some)
+            self._done += count
+
+    def _ordered(self) -> Neighbours:
+        below, above, share = self._neighbours[self.axis]
+        return (below, above, share) if self._ascending else (below.flip(0), above.flip(0), share.flip(0))

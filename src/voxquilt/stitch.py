@@ -7,13 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from voxquilt.aggregator import GridAggregator, Placed
+from voxquilt.aggregator import GridAggregator, Placed, Slab
 from voxquilt.blend import Blend, to_blend
+from voxquilt.buffers import Buffers
 from voxquilt.errors import OutputError, PatchShapeError
 from voxquilt.geometry import Triple
 from voxquilt.names import ACTIVATIONS, PRODUCTS, check_name
-from voxquilt.products import compute, make_products
-from voxquilt.space import Space
+from voxquilt.products import Volumes, make_products
+from voxquilt.space import Restorer, Space
 
 Outputs = Mapping[str, Tensor]
 """What a network gives for a batch: (B, C, ...) by output name; a network with one output names it ''."""
@@ -56,69 +57,119 @@ class Stitch:
         return self.products.get(output) if isinstance(self.products, Mapping) else self.products
 
 
+@dataclass(frozen=True)
+class _Finish:
+    """What happens to finished planes: back to native space, then into products."""
+
+    restorer: Restorer
+    volumes: Volumes
+
+    def __call__(self, slab: Slab) -> None:
+        for where, scores in self.restorer.feed(slab.start, slab.scores):
+            self.volumes.fill(self.restorer.axis, where, scores)
+
+
+@dataclass(frozen=True)
+class _Output:
+    """One output of the network on its way."""
+
+    aggregator: GridAggregator
+    volumes: Volumes
+
+
 class Quilt:
-    """One subject's outputs while its patches come in.
+    """One subject's outputs while its patches come in, in the grid's `streaming_order`.
 
     Args:
         stitch: How patches become volumes.
         placed: The subject's GridSampler, or its grid and padding.
         space: The way back to native space.
         device: Where sums are kept.
+        buffers: Where memory for them comes from and goes to.
     """
 
-    def __init__(self, stitch: Stitch, placed: Placed, space: Space, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        stitch: Stitch,
+        placed: Placed,
+        space: Space,
+        *,
+        device: torch.device | str = "cpu",
+        buffers: Buffers | None = None,
+    ) -> None:
         self.stitch = stitch
-        self._placed = placed
-        self._space = space
-        self._device = device
-        self._aggregators: dict[str, GridAggregator] = {}
+        self.placed = placed
+        self.space = space
+        self.device = device
+        self.buffers = buffers or Buffers()
+        self._outputs: dict[str, _Output] = {}
 
     def add(self, outputs: Outputs, locations: np.ndarray) -> None:
         """Add a network's outputs for patches at locations (B, 6).
 
         Raises:
             PatchShapeError: an output of another shape than the grid wants, or other outputs than before.
-            LedgerError: a patch came twice.
+            LedgerError: a patch came twice or too early.
+            OutputError: outputs that are not finite, or a product that an output does not have.
         """
-        if not self._aggregators:
-            self._aggregators = {name: self._open(name, patches) for name, patches in outputs.items()}
-        if outputs.keys() != self._aggregators.keys():
-            raise PatchShapeError(f"the network's outputs are {list(outputs)} after {list(self._aggregators)}.")
+        if not self._outputs:
+            self._check_products(outputs)
+            self._outputs = {name: self._open(name, patches) for name, patches in outputs.items()}
+        if outputs.keys() != self._outputs.keys():
+            raise PatchShapeError(f"the network's outputs are {list(outputs)} after {list(self._outputs)}.")
         for name, patches in outputs.items():
-            self._aggregators[name].add_batch(patches, locations)
+            self._outputs[name].aggregator.add_batch(patches, locations)
 
     @property
     def complete(self) -> bool:
         """Whether every patch is in."""
-        return bool(self._aggregators) and all(a.ledger.missing == 0 for a in self._aggregators.values())
+        return bool(self._outputs) and all(o.aggregator.ledger.missing == 0 for o in self._outputs.values())
 
     def volumes(self) -> dict[str, np.ndarray]:
         """The finished products in native space, (C, I, J, K), by '<product>' or '<output>_<product>'.
 
         Raises:
             LedgerError: a patch is missing.
-            OutputError: scores are not finite, or a product that an output does not have.
+            OutputError: post-processing changed a volume's shape.
         """
-        wanted, finished = self.stitch.products, dict[str, np.ndarray]()
-        unknown = sorted(set(wanted) - self._aggregators.keys()) if isinstance(wanted, Mapping) else []
-        if unknown:
-            raise OutputError(f"stitch.products names {unknown}; the network's outputs are {list(self._aggregators)}.")
-        for output in list(self._aggregators):
-            aggregator = self._aggregators[output]
-            scores = aggregator.scores()
-            stitch = self.stitch
-            products = make_products(stitch.products_of(output), len(scores), stitch.activation, stitch.threshold)
-            maps = self._space.in_scores(aggregator.padding, aggregator.factor)
-            for product, volume in compute(scores, maps, products).items():
-                finished["_".join(filter(None, (output, product)))] = (
+        finished: dict[str, np.ndarray] = {}
+        for name, output in self._outputs.items():
+            output.aggregator.ledger.check_complete()
+            for product, volume in output.volumes.arrays.items():
+                finished["_".join(filter(None, (name, product)))] = (
                     self._postprocessed(volume) if product == "labels" else volume
                 )
-            del self._aggregators[output], aggregator, scores  # the sums go before the next output's products are made
         return finished
 
-    def _open(self, name: str, patches: Tensor) -> GridAggregator:
-        factor = _factor(name, tuple(patches.shape), self._placed.grid.patch_size)
-        return GridAggregator(self._placed, self.stitch.overlap_mode, downsampling_factor=factor, device=self._device)
+    def close(self) -> None:
+        """Leave the memory of an unfinished subject to the next."""
+        for output in self._outputs.values():
+            output.aggregator.close()
+
+    def _check_products(self, outputs: Outputs) -> None:
+        wanted = self.stitch.products
+        unknown = sorted(set(wanted) - outputs.keys()) if isinstance(wanted, Mapping) else []
+        if unknown:
+            raise OutputError(f"stitch.products names {unknown}; the network's outputs are {list(outputs)}.")
+
+    def _open(self, name: str, patches: Tensor) -> _Output:
+        stitch, grid = self.stitch, self.placed.grid
+        factor, axis = _factor(name, tuple(patches.shape), grid.patch_size), grid.streaming_axis
+        channels = patches.shape[1]
+        products = make_products(stitch.products_of(name), channels, stitch.activation, stitch.threshold)
+        volumes = Volumes(products, channels, self.space.native.shape)
+        maps = self.space.in_scores(self.placed.padding, factor)
+        finish = _Finish(Restorer(maps, axis, grid.downsampled(factor).shape), volumes)
+        aggregator = GridAggregator(
+            self.placed,
+            stitch.overlap_mode,
+            downsampling_factor=factor,
+            device=self.device,
+            consumer=finish,
+            axis=axis,
+            buffers=self.buffers,
+        )
+        return _Output(aggregator, volumes)
 
     def _postprocessed(self, labels: np.ndarray) -> np.ndarray:
         if not self.stitch.postprocess:

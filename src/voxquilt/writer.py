@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from voxquilt.batch import PatchBatch, Run, Work
+from voxquilt.buffers import Buffers
 from voxquilt.datamodule import GridDataModule
 from voxquilt.errors import ConfigError, OutputError, VoxquiltError
 from voxquilt.manifest import Manifest, Row
@@ -114,6 +115,7 @@ class _WriterRun:
         self._data = data
         self._inputs = {path.resolve() for case in data.cases for path in case.images.values()}
         self._written: set[Path] = set()
+        self._buffers = Buffers()
         self._open: dict[Work, Quilt] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="voxquilt-writer")
         # One subject being written and one waiting; the loop waits for the thread beyond that, so memory is bounded.
@@ -142,7 +144,7 @@ class _WriterRun:
     def _add(self, outputs: Outputs, run: Run) -> None:
         work = run.work
         if work not in self._open:
-            self._open[work] = Quilt(self._writer.stitch, work, work.space)
+            self._open[work] = Quilt(self._writer.stitch, work, work.space, buffers=self._buffers)
         quilt = self._open[work]
         quilt.add({name: output[run.start : run.stop] for name, output in outputs.items()}, run.locations)
         if quilt.complete:
@@ -161,7 +163,9 @@ class _WriterRun:
 
     def _fail(self, work: Work, error: Exception) -> None:
         work.failed = True
-        self._open.pop(work, None)
+        quilt = self._open.pop(work, None)
+        if quilt is not None:
+            quilt.close()
         self._record_failure(work.case.subject, error, perf_counter() - work.started)
 
     def _record_failure(self, subject: str, error: Exception, seconds: float) -> None:

@@ -1,0 +1,249 @@
+"""Law 3: streaming equals not streaming, to the bit for crop and to float32 rounding otherwise."""
+
+import gc
+import weakref
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from voxquilt.aggregator import GridAggregator, Slab
+from voxquilt.buffers import Buffers
+from voxquilt.errors import BatchError, LedgerError
+from voxquilt.geometry import Frame
+from voxquilt.grid import Grid, make_grid
+from voxquilt.names import OVERLAP_MODES
+from voxquilt.predict import predict_volume
+from voxquilt.preprocess import Preprocess
+from voxquilt.sampler import NO_PADDING, GridSampler, Padding
+from voxquilt.space import AxisMap, Restorer, resample
+from voxquilt.stitch import Quilt, Stitch
+from voxquilt.subject import ScalarImage, Subject
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A grid without a sampler."""
+
+    grid: Grid
+    padding: Padding = NO_PADDING
+
+
+# Per axis: patch size, overlap as a share of what there can be, voxels beside the first patch.
+AXES = st.tuples(st.integers(1, 7), st.integers(0, 3), st.integers(0, 12))
+
+
+def to_grid(axes: tuple[tuple[int, int, int], ...]) -> Grid:
+    """A small grid with any kind of overlap."""
+    patch = [p for p, _, _ in axes]
+    overlap = [2 * min(half, (p - 1) // 2) for p, half, _ in axes]
+    return make_grid([p + more for p, _, more in axes], patch, overlap)
+
+
+def in_starts(grid: Grid, axis: int, rng: np.random.Generator) -> list[int]:
+    """Patch numbers start by start along the axis, shuffled within each start."""
+    numbers = np.moveaxis(np.arange(len(grid)).reshape(grid.counts), axis, 0).reshape(grid.counts[axis], -1)
+    return [int(n) for row in numbers for n in rng.permutation(row)]
+
+
+def streamed(
+    grid: Grid, patches: Tensor, order: list[int], mode: str, axis: int, size: int, buffers: Buffers | None = None
+) -> tuple[Tensor, list[tuple[int, int]]]:
+    """The volume put together from slabs, and their planes."""
+    pieces: list[Tensor] = []
+    planes: list[tuple[int, int]] = []
+
+    def keep(slab: Slab) -> None:
+        assert slab.axis == axis
+        assert slab.scores.shape[axis + 1] == slab.stop - slab.start
+        pieces.append(slab.scores.clone())
+        planes.append((slab.start, slab.stop))
+
+    aggregator = GridAggregator(Placed(grid), mode, consumer=keep, axis=axis, buffers=buffers)
+    for first in range(0, len(order), size):
+        some = order[first : first + size]
+        aggregator.add_batch(patches[some], torch.from_numpy(grid.locations[some]))
+    return torch.cat(pieces, axis + 1), planes
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    st.tuples(AXES, AXES, AXES),
+    st.sampled_from(OVERLAP_MODES),
+    st.integers(0, 2),
+    st.integers(1, 5),
+    st.integers(0, 99),
+    st.booleans(),
+)
+def test_slabs_put_together_are_the_volume(
+    axes: tuple[tuple[int, int, int], ...], mode: str, axis: int, size: int, seed: int, half: bool
+) -> None:
+    """Law 3, for every axis and every order within a start; the planes come in order, each once."""
+    grid, rng = to_grid(axes), np.random.default_rng(seed)
+    patches = torch.from_numpy(rng.normal(size=(len(grid), 2, *grid.patch_size)).astype(np.float32))
+    patches = patches.half() if half else patches
+    whole = GridAggregator(Placed(grid), mode)
+    whole.add_batch(patches, torch.from_numpy(grid.locations))
+    found, planes = streamed(grid, patches, in_starts(grid, axis, rng), mode, axis, size)
+    assert found.dtype == whole.scores().dtype
+    if mode == "crop":
+        assert torch.equal(found, whole.scores())
+    else:
+        torch.testing.assert_close(found, whole.scores(), rtol=1e-5, atol=1e-5)
+    assert [start for start, _ in planes] == [0, *(stop for _, stop in planes[:-1])]
+    assert planes[-1][1] == grid.shape[axis]
+
+
+@pytest.mark.parametrize("mode", OVERLAP_MODES)
+def test_memory_that_another_volume_used_leaves_no_trace(mode: str) -> None:
+    """A second and smaller volume in the first one's memory is as right as the first."""
+    buffers, rng = Buffers(), np.random.default_rng(0)
+    places = []
+    for shape in ((20, 9, 11), (14, 8, 10), (20, 9, 11)):
+        grid = make_grid(shape, 6, 2)
+        volume = torch.from_numpy(rng.normal(size=(3, *shape)).astype(np.float32))
+        patches = torch.stack([volume[:, a:d, b:e, c:f] for a, b, c, d, e, f in grid.locations.tolist()])
+        order = in_starts(grid, 0, rng)
+        found, _ = streamed(grid, patches, order, mode, 0, 4, buffers)
+        torch.testing.assert_close(found, volume, rtol=1e-5, atol=1e-5)
+        (kept,) = buffers._free
+        places.append(kept.data_ptr())
+    assert len(set(places)) == 1
+
+
+def test_streaming_keeps_a_patch_of_planes_whatever_the_length() -> None:
+    """The ring has as many planes as a patch has, for a volume of 30 and of 3,000 planes."""
+    for length in (30, 3000):
+        buffers = Buffers()
+        grid = make_grid((length, 5, 6), (8, 5, 6), (4, 0, 0))
+        patches = torch.ones(1, 2, 8, 5, 6).expand(len(grid), -1, -1, -1, -1)
+        streamed(grid, patches, list(range(len(grid))), "gaussian", 0, 3, buffers)
+        (ring,) = buffers._free
+        assert len(ring) == 2 * 8 * 5 * 6
+
+
+def test_a_patch_that_comes_too_early_is_refused_and_named() -> None:
+    """A patch of a later start would overwrite planes that are not complete; nothing of its batch is taken."""
+    grid = make_grid((12, 4, 4), (6, 4, 2), (2, 0, 0))
+    aggregator = GridAggregator(Placed(grid), "average", consumer=lambda slab: None)
+    with pytest.raises(LedgerError, match="starts at 4 along i came while 2 of those at 0 are missing"):
+        aggregator.add_batch(torch.ones(1, 1, 6, 4, 2), grid.locations[2:3])
+    for n in range(len(grid)):
+        aggregator.add_batch(torch.ones(1, 1, 6, 4, 2), grid.locations[n : n + 1])
+    assert aggregator.ledger.missing == 0
+
+
+def test_a_patch_for_planes_that_have_left_is_refused() -> None:
+    """It can only be a repeated one, and is named as such."""
+    grid = make_grid((12, 4, 4), (6, 4, 4), (2, 0, 0))
+    aggregator = GridAggregator(Placed(grid), "average", consumer=lambda slab: None)
+    aggregator.add_batch(torch.ones(2, 1, 6, 4, 4), grid.locations[:2])
+    with pytest.raises(LedgerError, match=r"came twice: \(0, 0, 0, 6, 4, 4\)"):
+        aggregator.add_batch(torch.ones(1, 1, 6, 4, 4), grid.locations[:1])
+
+
+def test_a_streaming_aggregator_has_no_output_tensor() -> None:
+    """Its planes have gone to the consumer: asking for the whole is an error, not a wrong volume."""
+    grid = make_grid((4, 4, 4), 4, 0)
+    aggregator = GridAggregator(Placed(grid), consumer=lambda slab: None)
+    aggregator.add_batch(torch.ones(1, 1, 4, 4, 4), grid.locations)
+    with pytest.raises(BatchError, match="keeps no volume"):
+        aggregator.get_output_tensor()
+
+
+AXIS_MAPS = st.tuples(st.floats(0.3, 3.0), st.booleans(), st.floats(-2, 2), st.integers(1, 9), st.booleans())
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    st.tuples(*[st.integers(1, 9)] * 3),
+    st.permutations([0, 1, 2]),
+    st.tuples(AXIS_MAPS, AXIS_MAPS, AXIS_MAPS),
+    st.integers(0, 2),
+    st.lists(st.integers(1, 3), min_size=9, max_size=9),
+    st.integers(1, 400),
+)
+def test_planes_restored_as_they_come_equal_the_whole(
+    shape: tuple[int, int, int],
+    axes: list[int],
+    lines: tuple[tuple[float, bool, float, int, bool], ...],
+    axis: int,
+    cuts: list[int],
+    voxels: int,
+) -> None:
+    """To the bit, for every permutation, flip, scale and shift, and every way to cut planes into slabs."""
+    source = torch.from_numpy(np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32))
+    maps = []
+    for a, (scale, flip, offset, size, whole) in zip(axes, lines, strict=True):
+        scale, offset = (1.0, float(round(offset))) if whole else (scale, offset)
+        maps.append(AxisMap(a, size, -scale if flip else scale, shape[a] - 1 - offset if flip else offset))
+    restorer = Restorer((maps[0], maps[1], maps[2]), axis, shape, voxels=voxels)
+    found = torch.full((2, *(m.size for m in maps)), torch.nan)
+    start = 0
+    for count in cuts:
+        count = min(count, shape[axis] - start)
+        if count:
+            planes = source.narrow(axis + 1, start, count).clone()
+            for where, slab in restorer.feed(start, planes):
+                target = found.narrow(restorer.axis + 1, where.start, where.stop - where.start)
+                assert target.isnan().all()  # each plane once
+                assert slab.numel() <= max(voxels, slab.numel() // slab.shape[restorer.axis + 1])
+                target.copy_(slab)
+            planes.fill_(torch.nan)  # as the ring does, it is used again
+        start += count
+    if start == shape[axis]:
+        assert torch.equal(found, resample(source, (maps[0], maps[1], maps[2])))
+
+
+@pytest.mark.parametrize("spacing", [None, 1.7, (0.8, 2.3, 1.1)])
+@pytest.mark.parametrize("orientation", ["RAS", "SPL", "AIL"])
+@pytest.mark.parametrize("mode", OVERLAP_MODES)
+def test_streamed_labels_are_those_of_the_whole_score_volume(
+    mode: str, orientation: str, spacing: float | tuple[float, float, float] | None
+) -> None:
+    """Whole scores, interpolated to native space and then arg-maxed, give the same labels and scores."""
+    rng = np.random.default_rng(3)
+    affine = np.diag([1.5, 1.1, 2.0, 1.0]) @ np.array([[0, -1, 0, 3], [1, 0, 0, 2], [0, 0, 1, 1], [0, 0, 0, 1.0]])
+    subject = Subject(t1=ScalarImage(tensor=rng.normal(size=(1, 17, 14, 21)).astype(np.float32), affine=affine))
+    preprocess = Preprocess(orientation, spacing)
+
+    def network(patches: Tensor) -> Tensor:
+        return torch.cat([patches, -patches, patches.abs() - 0.5], 1)
+
+    volumes = predict_volume(
+        network, subject, 8, 4, preprocess=preprocess, stitch=Stitch(mode, ["labels", "logits"]), batch_size=3
+    )
+    model_subject, space = preprocess(subject)
+    sampler = GridSampler(model_subject, 8, 4, fit=True)
+    whole = GridAggregator(sampler, mode)
+    for patch in sampler:
+        whole.add_batch(network(patch["t1"]["data"][None]), patch["location"][None])
+    scores = resample(whole.scores(), space.in_scores(sampler.padding, (1, 1, 1)))
+    np.testing.assert_allclose(volumes["logits"], scores.numpy(), rtol=1e-5, atol=1e-5)
+    margin = scores.topk(2, 0).values
+    sure = (margin[0] - margin[1]).abs() > 1e-4
+    assert torch.equal(torch.from_numpy(volumes["labels"][0]).long()[sure], scores.argmax(0)[sure])
+    assert sure.float().mean() > 0.99
+
+
+def test_a_finished_subject_is_freed_without_the_garbage_collector() -> None:
+    """No cycle holds the volumes of a Quilt: a cohort's memory does not depend on when Python collects."""
+    native = Frame((6, 6, 6), np.eye(4))
+    gc.collect()
+    gc.disable()
+    try:
+        quilt = Quilt(Stitch("crop"), Placed(make_grid((6, 6, 6), 6)), Preprocess().space(_subject(native)))
+        quilt.add({"": torch.ones(1, 2, 6, 6, 6)}, np.array([[0, 0, 0, 6, 6, 6]]))
+        labels = weakref.ref(quilt.volumes()["labels"].base)
+        del quilt
+        assert labels() is None
+    finally:
+        gc.enable()
+
+
+def _subject(frame: Frame) -> Subject:
+    return Subject(image=ScalarImage(tensor=torch.zeros(1, *frame.shape), affine=frame.affine))
