@@ -1,6 +1,6 @@
 """How much does the blend matter? Dice of brain extraction on Colin27 at 1 mm, for the table of the README.
 
-    python benchmarks/blends.py
+python benchmarks/blends.py
 """
 
 import nibabel as nib

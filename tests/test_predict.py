@@ -438,8 +438,8 @@ def test_the_network_waits_for_a_slow_disk(many: Path, tmp_path: Path, monkeypat
     alive = Alive()
     volumes, start = Quilt.volumes, Quilt.__init__
 
-    def watched_start(quilt: Quilt, *args: Any) -> None:
-        start(quilt, *args)
+    def watched_start(quilt: Quilt, *args: Any, **options: Any) -> None:
+        start(quilt, *args, **options)
         alive.watch(quilt)
 
     def slow_volumes(quilt: Quilt) -> dict[str, np.ndarray]:

@@ -170,6 +170,7 @@ def _check_output(plain: Mapping[str, Any]) -> None:
     folder = Path(os.path.expanduser(name)).resolve()
     for entry in inputs if isinstance(inputs, list) else [inputs]:
         path = Path(os.path.expanduser(str(entry)))
+        path = path.parent if "*" in path.name else path
         if entry is not None and not plain["data"].get("images") and path.is_dir() and path.resolve() == folder:
             raise ConfigError(
                 f"output_dir={name} is the folder of data.inputs: outputs would be inputs of the next run. Choose "

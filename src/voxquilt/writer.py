@@ -169,7 +169,7 @@ class _WriterRun:
         self._record_failure(work.case.subject, error, perf_counter() - work.started)
 
     def _record_failure(self, subject: str, error: Exception, seconds: float) -> None:
-        reason = str(error) if isinstance(error, VoxquiltError) else f"{type(error).__name__}: {error}"
+        reason = str(error) if isinstance(error, VoxquiltError) else f"{type(error).__name__}: {_gist(error)}"
         log.error("%s: failed: %s", subject, reason)
         self.manifest.add(Row(subject, "failed", seconds=seconds, error=reason))
 
@@ -226,6 +226,12 @@ def _named(outputs: Any, patches: int) -> Outputs:
         if output.ndim == 0 or len(output) != patches:
             raise OutputError(f"output {name!r} has shape {tuple(output.shape)} for a batch of {patches} patches.")
     return named
+
+
+def _gist(error: Exception) -> str:
+    """TorchScript puts its own traceback before the message; other messages are kept as they are."""
+    text = str(error).strip()
+    return text.splitlines()[-1] if "TorchScript" in text.split("\n")[0] else text
 
 
 def _is_labels(product: str) -> bool:
