@@ -138,7 +138,7 @@ class Grid:
                 if size % f:
                     raise GridError(
                         f"axis {axis}: {what} {size} is not a multiple of downsampling_factor {f}, so output patches "
-                        f"would not line up; choose a patch_size and patch_overlap that are, and pad the volume (divisible_by)."
+                        f"would not line up; choose patch_size and patch_overlap so, and pad (divisible_by)."
                     )
         shape, patch, overlap = (
             to_triple([v // f for v, f in zip(t, factor, strict=True)], "a downsampled size")
