@@ -13,9 +13,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from synthetic import Over50, noise, read, run, save
 
-from voxquilt.app import build
+from voxquilt.app import build, conf_dir, register_resolvers
+from voxquilt.cases import find_cases
+from voxquilt.config import check_predict
 from voxquilt.errors import ConfigError
 from voxquilt.overrides import to_overrides
 
@@ -405,3 +408,15 @@ def test_on_error_raise_ends_with_the_reason_and_status_1(tmp_path: Path) -> Non
     np.testing.assert_array_equal(read(tmp_path / "outputs/a_labels.nii.gz"), x > 50)
     assert {name: row["status"] for name, row in manifest(tmp_path / "outputs").items()} == {"a": "done", "b": "failed"}
     assert json.loads((tmp_path / "outputs/run.json").read_text())["failed"] == 1
+
+
+def test_patterns_need_no_folder_beside_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """data.images alone finds the subjects; data.inputs is then not missing."""
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "raw/a/t1.nii", noise((4, 4, 4)))
+    register_resolvers()
+    overrides = ["data.images={t1: 'raw/{subject}/t1.nii'}", "data.patch_size=4", "ckpt_path=null", "model=torchscript"]
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        plain = check_predict(compose("predict", overrides))
+    assert plain["data"]["inputs"] is None
+    assert [case.subject for case in find_cases(None, plain["data"]["images"])] == ["a"]

@@ -6,20 +6,10 @@ import torch
 import torch.nn as nn
 
 import voxquilt as tio
-from voxquilt.fetch import FetchError
-
-
-def fetched() -> tio.Subject:
-    """Colin27, or a skipped test where it is neither cached nor to be had."""
-    try:
-        return tio.datasets.Colin27()
-    except FetchError as error:
-        pytest.skip(str(error))
 
 
 def test_the_seed_program_runs_as_it_is() -> None:
     """A user's loop, word by word; one channel has one arg-max, so its output is 0 in the shape of the head."""
-    fetched()
 
     # fmt: off
     patch_overlap = 4, 4, 4          # or just 4
@@ -56,7 +46,7 @@ class Bright(nn.Module):
 @pytest.mark.parametrize("mode", ["crop", "gaussian"])
 def test_the_loop_labels_every_voxel_of_the_head_as_the_model_does(mode: str) -> None:
     """Labels quilted by crop, or the arg-max of blended logits: either is the model's answer for the whole head."""
-    subject = fetched()
+    subject = tio.datasets.Colin27()
     grid_sampler = tio.inference.GridSampler(subject, (88, 88, 60), 4)
     aggregator = tio.inference.GridAggregator(grid_sampler, overlap_mode=mode)
     model = Bright().eval()
@@ -76,7 +66,7 @@ def test_the_loop_labels_every_voxel_of_the_head_as_the_model_does(mode: str) ->
 
 def test_the_masks_of_the_head_lie_where_the_head_is() -> None:
     """The three images share one grid, and their patches one location."""
-    subject = fetched()
+    subject = tio.datasets.Colin27()
     assert subject.spatial_shape == (181, 217, 181)
     assert subject.spacing == (1, 1, 1)
     sampler = tio.GridSampler(subject, (88, 88, 60), 4)

@@ -87,6 +87,8 @@ def to_plain(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ConfigError: a value that is still ???, or an interpolation that leads nowhere.
     """
+    if OmegaConf.is_missing(cfg.get("data") or {}, "inputs") and cfg.data.get("images"):
+        cfg.data.inputs = None  # data.images finds the subjects by itself
     # Not OmegaConf.missing_keys, which follows interpolations and then names neither key.
     missing = sorted(_missing(OmegaConf.to_container(cfg, resolve=False)))
     if missing:
