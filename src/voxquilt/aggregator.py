@@ -96,6 +96,7 @@ class GridAggregator:
         # Planes in memory along the axis; plane p is kept at p modulo this.
         self._window = self.grid.shape[axis] if consumer is None else self.grid.patch_size[axis]
         self._sums: Tensor | None = None
+        self._memory: Tensor | None = None
         # Patches that are missing at each start along the axis, and the first start where some are.
         starts = self.grid.counts[axis]
         self._waiting = [len(self.grid) // starts] * starts
@@ -174,9 +175,9 @@ class GridAggregator:
 
     def close(self) -> None:
         """Leave the memory to the next volume; a streaming aggregator does so itself when it is complete."""
-        if self._sums is not None:
-            self._buffers.give(self._sums)
-            self._sums = None
+        if self._memory is not None:
+            self._buffers.give(self._memory)
+        self._sums = self._memory = None
 
     def _check_order(self, places: list[Triple]) -> None:
         if self._consumer is None:
@@ -208,8 +209,9 @@ class GridAggregator:
     def _opened(self, channels: int, dtype: torch.dtype) -> Tensor:
         shape = list(self.grid.shape)
         shape[self._axis] = self._window
-        flat = self._buffers.take(channels * prod(shape), dtype, self.device)
+        self._memory = self._buffers.take(channels * prod(shape), dtype, self.device)
         with torch.inference_mode(False):
+            flat = self._memory[: channels * prod(shape)]
             if self._blend.averages:
                 flat.zero_()  # summed up from zero; otherwise every voxel is copied into exactly once
             if self._consumer is None:

@@ -11,20 +11,19 @@ class Buffers:
     def __init__(self) -> None:
         self._free: list[Tensor] = []
 
-    def take(self, count: int, dtype: torch.dtype, device: torch.device) -> Shaped[Tensor, " count"]:
-        """Room for `count` values of unknown content."""
+    def take(self, count: int, dtype: torch.dtype, device: torch.device) -> Shaped[Tensor, " n"]:
+        """Room for at least `count` values, of unknown content."""
         fitting = [t for t in self._free if len(t) >= count and t.dtype == dtype and t.device == device]
         if fitting:
             best = min(fitting, key=len)
             self._free = [t for t in self._free if t is not best]
-            return best[:count]
+            return best
         # What is too small now would stay so: sizes differ little within a cohort, and memory must not add up.
         self._free = [t for t in self._free if t.dtype != dtype or t.device != device]
         # Not an inference tensor, since those can be changed neither outside inference mode nor in another thread.
         with torch.inference_mode(False):
             return torch.empty(count, dtype=dtype, device=device)
 
-    def give(self, buffer: Tensor) -> None:
-        """Leave memory to the next that asks."""
-        whole = buffer if buffer._base is None else buffer._base
-        self._free.append(whole)
+    def give(self, memory: Shaped[Tensor, " n"]) -> None:
+        """Leave what `take` gave to the next that asks."""
+        self._free.append(memory)

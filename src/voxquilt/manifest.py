@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from voxquilt.atomic import replacing
+
 
 @dataclass(frozen=True)
 class Row:
@@ -68,6 +70,5 @@ class Manifest:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write((json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n").encode())

@@ -3,7 +3,6 @@
 import contextlib
 import gzip
 import json
-import os
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -20,7 +19,8 @@ from nibabel.nifti2 import Nifti2Header, Nifti2Image
 from nibabel.spatialimages import HeaderDataError
 from torch import Tensor
 
-from voxquilt.errors import InputError, OutputError
+from voxquilt.atomic import replacing
+from voxquilt.errors import InputError
 from voxquilt.geometry import Frame
 
 # torch computes on few unsigned types, so the others are widened; the file's own type is kept by the header.
@@ -114,23 +114,13 @@ def write(
         names = {"labels": {str(n): name for n, name in enumerate(class_names)}}
         new.extensions.append(Nifti1Extension(6, json.dumps(names, ensure_ascii=False).encode()))
     image = (Nifti2Image if isinstance(new, Nifti2Header) else Nifti1Image)(array, None, new)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            if path.name.endswith(".gz"):
-                # Without a name and a time inside, equal volumes are equal files. Level 1: labels compress well anyhow.
-                with gzip.GzipFile(filename="", fileobj=file, mode="wb", compresslevel=1, mtime=0) as packed:
-                    image.to_stream(packed)
-            else:
-                image.to_stream(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OutputError(f"{path}: writing failed: {error.strerror or error}. No partial file is left.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        if path.name.endswith(".gz"):
+            # Without a name and a time inside, equal volumes are equal files. Level 1: labels compress well anyhow.
+            with gzip.GzipFile(filename="", fileobj=file, mode="wb", compresslevel=1, mtime=0) as packed:
+                image.to_stream(packed)
+        else:
+            image.to_stream(file)
 
 
 def _new_header(array: np.ndarray, frame: Frame, source: Nifti1Header | None) -> Nifti1Header:

@@ -1,7 +1,5 @@
 """What does the result look like on the image? Three planes with the outlines of the labels, as one PNG."""
 
-import contextlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +8,8 @@ from jaxtyping import Bool, Int, Shaped, UInt8
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from voxquilt.errors import InputError, OutputError
+from voxquilt.atomic import replacing
+from voxquilt.errors import InputError
 from voxquilt.geometry import Frame, Triple, closest_axes
 
 # Okabe and Ito's colours, told apart by colour-blind eyes too, in the order in which they stand out on grey.
@@ -70,7 +69,8 @@ def overlay_png(image: np.ndarray, labels: np.ndarray, affine: np.ndarray, path:
         size = tuple(max(1, round(extents[axis] * scale)) for axis in (view.up, view.right))
         outlined = _outlined(_resized(grey, size), _nearest(_plane(labels, view, centre), size))
         panels.append(_captioned(outlined, view.letters))
-    _save(_side_by_side(panels), Path(path))
+    with replacing(Path(path)) as file:
+        _side_by_side(panels).save(file, format="PNG")
 
 
 def _to_ras(volume: np.ndarray, frame: Frame) -> np.ndarray:
@@ -178,15 +178,3 @@ def _side_by_side(panels: list[Image.Image]) -> Image.Image:
         canvas.paste(panel, (left, (height - panel.height) // 2))
         left += panel.width
     return canvas
-
-
-def _save(picture: Image.Image, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        picture.save(temporary, format="PNG")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OutputError(f"{path}: writing failed: {error.strerror or error}. No partial file is left.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
