@@ -202,7 +202,8 @@ class _WriterRun:
             outputs.append(path.name)
         volume = None
         if labels is not None:
-            volume = int(np.count_nonzero(labels.any(axis=0))) * float(np.prod(work.space.native.spacing)) / 1000
+            voxel = abs(float(np.linalg.det(work.space.native.affine[:3, :3])))  # mm3, of sheared voxels too
+            volume = int(np.count_nonzero(labels.any(axis=0))) * voxel / 1000
         seconds = perf_counter() - work.started
         return Row(subject, "done", tuple(outputs), len(work.grid), seconds, volume_ml=volume)
 
