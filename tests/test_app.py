@@ -420,3 +420,13 @@ def test_patterns_need_no_folder_beside_them(tmp_path: Path, monkeypatch: pytest
         plain = check_predict(compose("predict", overrides))
     assert plain["data"]["inputs"] is None
     assert [case.subject for case in find_cases(None, plain["data"]["images"])] == ["a"]
+
+
+def test_classes_in_the_working_folder_are_found(tmp_path: Path) -> None:
+    """A network in a file beside the data needs no PYTHONPATH."""
+    (tmp_path / "beside.py").write_text("from synthetic import Over50\n\n\nclass Mine(Over50):\n    pass\n")
+    save(tmp_path / "in/a.nii", volume := noise((6, 6, 6)))
+    network = ("model=state_dict", "model.net._target_=beside.Mine", "ckpt_path=null")
+    result = run("predict.py", "data.inputs=in", "data.patch_size=6", *network, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    np.testing.assert_array_equal(read(tmp_path / "outputs/a_labels.nii.gz"), np.asarray(volume) > 50)

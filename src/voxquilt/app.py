@@ -50,6 +50,7 @@ def register_resolvers() -> None:
 
 def _main(name: str, task: Callable[[DictConfig], int]) -> None:
     register_resolvers()
+    sys.path.append(str(Path.cwd()))  # the user's own classes; last, so that they hide nothing that is installed
     statuses: list[int] = []
 
     def guarded(cfg: DictConfig) -> None:
