@@ -430,3 +430,18 @@ def test_classes_in_the_working_folder_are_found(tmp_path: Path) -> None:
     result = run("predict.py", "data.inputs=in", "data.patch_size=6", *network, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     np.testing.assert_array_equal(read(tmp_path / "outputs/a_labels.nii.gz"), np.asarray(volume) > 50)
+
+
+@pytest.mark.parametrize(
+    ("activation", "average", "wanted"),
+    [
+        ("null", "logits", None), ("sigmoid", "logits", "sigmoid"), ("null", "probabilities", "applied"),
+        ("softmax", "probabilities", "applied"), ("sigmoid", "probabilities", "applied_sigmoid"),
+    ],
+)  # fmt: skip
+def test_probabilities_are_not_made_twice(activation: str, average: str, wanted: str | None) -> None:
+    """What stitching applies follows from what the network did, and several labels per voxel stay several."""
+    register_resolvers()
+    overrides = ["model=torchscript", f"model.activation={activation}", f"model.average={average}"]
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        assert compose("predict", overrides).stitch.activation == wanted

@@ -420,3 +420,39 @@ def test_a_label_map_is_an_input_like_any_other() -> None:
         preprocess=Preprocess(spacing=(0.5, None, None)),
     )
     assert seen == [[0], [0], [8], [8]]
+
+
+# Entropy.
+
+
+@given(st.integers(2, 7), st.sampled_from([None, "softmax", "none", "applied"]), SEEDS)
+@settings(deadline=None, max_examples=40)
+def test_entropy_is_that_of_the_distribution_in_nats(classes: int, activation: str | None, seed: int) -> None:
+    """-sum p ln p over the classes, by a plain loop in float64."""
+    scores = torch.from_numpy(np.random.default_rng(seed).normal(0, 3, (classes, 3, 2, 4)))
+    p = scores.softmax(0)
+    (entropy,) = products_of(
+        scores if activation in (None, "softmax") else p, ["entropy"], activation=activation
+    ).values()
+    assert entropy.dtype == np.float32
+    expected = sum(-q * np.log(q) for q in p.numpy())
+    np.testing.assert_allclose(entropy[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_entropy_is_zero_where_certain_and_greatest_where_all_classes_are_alike() -> None:
+    """The limits 0 and ln(classes), without NaN where a probability is 0 or by rounding above 1."""
+    p = torch.tensor([[1.0000001, 0.25, 0.0], [0, 0.25, 0], [0, 0.25, 1], [0, 0.25, 0]]).reshape(4, 3, 1, 1)
+    entropy = products_of(p, ["entropy"], activation="none")["entropy"]
+    np.testing.assert_allclose(entropy.ravel(), [0, np.log(4), 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "applied_sigmoid"])
+def test_labels_of_their_own_have_an_entropy_and_a_threshold_of_their_own(activation: str) -> None:
+    """Several labels per voxel stay several, also when probabilities were averaged before; ln(2) at p = 0.5."""
+    scores = torch.tensor([[0.0, 3.0], [-3.0, 0.1]]).reshape(2, 2, 1, 1)
+    given = scores.sigmoid() if activation == "applied_sigmoid" else scores
+    made = products_of(given, ["entropy", "labels", "probabilities"], activation=activation)
+    p = scores.sigmoid().double().numpy()
+    np.testing.assert_allclose(made["entropy"], -p * np.log(p) - (1 - p) * np.log(1 - p), rtol=1e-5)
+    np.testing.assert_array_equal(made["labels"], p > 0.5)
+    np.testing.assert_allclose(made["probabilities"], p, rtol=1e-6)

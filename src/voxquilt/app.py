@@ -79,7 +79,9 @@ def _guarded(task: Callable[[DictConfig], int], cfg: DictConfig) -> int:
 
 def _scores_activation(average: str | None, activation: str | None) -> str | None:
     """What turns scores into probabilities, unless the network averaged probabilities: then they are that already."""
-    return "applied" if average == "probabilities" else activation
+    if average != "probabilities":
+        return activation
+    return "applied_sigmoid" if activation == "sigmoid" else "applied"
 
 
 def run_predict(cfg: DictConfig) -> int:

@@ -6,8 +6,10 @@ from difflib import get_close_matches
 from voxquilt.errors import ConfigError
 
 OVERLAP_MODES = ("crop", "average", "hann", "gaussian")
-PRODUCTS = ("labels", "probabilities", "logits", "image")
+PRODUCTS = ("labels", "probabilities", "logits", "entropy", "image")
 ACTIVATIONS = ("softmax", "sigmoid", "none")
+APPLIED = ("applied", "applied_sigmoid")
+"""Scores that were made probabilities before they were averaged: of one label per voxel, or of several."""
 AVERAGES = ("logits", "probabilities")
 NONFINITE = ("error", "zero")
 ON_ERROR = ("skip", "raise")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from voxquilt.errors import OutputError
 from voxquilt.geometry import Triple
+from voxquilt.names import APPLIED
 
 Slab = Shaped[Tensor, "c i j k"]
 Made = Shaped[Tensor, "d i j k"]
@@ -74,18 +75,36 @@ class Activated:
         return self.activation(scores)
 
 
+@dataclass(frozen=True)
+class Entropy:
+    """Shannon's entropy of the predicted distribution in nats: 0 where the network is certain, ln(classes) at most.
+
+    With `each`, channels are labels of their own, and each has the entropy of its yes or no, ln(2) at most.
+    """
+
+    activation: Activation
+    each: bool
+
+    def form(self, channels: int) -> tuple[int, np.dtype]:
+        return channels if self.each else 1, np.dtype(np.float32)
+
+    def __call__(self, scores: Slab) -> Made:
+        p = self.activation(scores).clamp(0, 1)  # rounding may lead beyond, where there is no logarithm
+        return torch.special.entr(p) + torch.special.entr(1 - p) if self.each else torch.special.entr(p).sum(0)[None]
+
+
 def make_products(
     names: Sequence[str] | None, channels: int, activation: str | None = None, threshold: float | None = None
 ) -> dict[str, Product]:
     """The products of a network output.
 
     Args:
-        names: Some of 'labels', 'probabilities', 'logits', 'image'. None gives labels for several channels and for one
-            with a threshold, else the image.
+        names: Some of 'labels', 'probabilities', 'logits', 'entropy', 'image'. None gives labels for several channels
+            and for one with a threshold, else the image.
         channels: Of the output.
         activation: What turns scores into probabilities: 'softmax', 'sigmoid', 'none' (they are probabilities), or
-            'applied' (they were made probabilities before they were averaged). None is softmax for several channels and
-            'none' for one.
+            'applied' or 'applied_sigmoid' (they were made probabilities before they were averaged). None is softmax for
+            several channels and 'none' for one.
         threshold: For labels of one channel, or of several with sigmoid (each by itself; 0.5 if None).
 
     Raises:
@@ -97,11 +116,12 @@ def make_products(
 
 
 def _make_product(name: str, channels: int, activation: str, threshold: float | None) -> Product:
-    activate = ACTIVATIONS["none" if activation == "applied" else activation]
-    single = channels == 1
+    applied = activation in APPLIED
+    activate = ACTIVATIONS["none" if applied else activation]
+    single, each = channels == 1, activation.endswith("sigmoid")
     if single and activation == "softmax" and name != "image":
         raise OutputError(f"{name} by soft-max of one channel would be 1 everywhere; set model.activation=sigmoid.")
-    if name == "labels" and (single or activation == "sigmoid"):
+    if name == "labels" and (single or each):
         if threshold is None and single:
             raise OutputError("labels of a network with one output channel need stitch.threshold, such as 0.5.")
         return Threshold(activate, 0.5 if threshold is None else threshold)
@@ -110,8 +130,10 @@ def _make_product(name: str, channels: int, activation: str, threshold: float | 
             f"stitch.threshold={threshold} goes with one output channel or with model.activation=sigmoid (several "
             f"labels per voxel); this output has {channels} channels and {activation}, so its labels are the arg-max."
         )
-    if name == "logits" and activation == "applied":
+    if name == "logits" and applied:
         raise OutputError("there are no logits when model.average=probabilities; ask for probabilities.")
+    if name == "entropy":
+        return Entropy(activate, single or each)
     return {"labels": ArgMax(), "probabilities": Activated(activate)}.get(name, Activated(ACTIVATIONS["none"]))
 
 

@@ -12,7 +12,7 @@ from voxquilt.blend import Blend, to_blend
 from voxquilt.buffers import Buffers
 from voxquilt.errors import OutputError, PatchShapeError
 from voxquilt.geometry import Triple
-from voxquilt.names import ACTIVATIONS, PRODUCTS, check_name
+from voxquilt.names import ACTIVATIONS, APPLIED, PRODUCTS, check_name
 from voxquilt.products import Volumes, make_products
 from voxquilt.space import Restorer, Space
 
@@ -50,7 +50,7 @@ class Stitch:
         for names in each:
             for name in names or ():
                 check_name(name, PRODUCTS, "products")
-        check_name(self.activation or "none", (*ACTIVATIONS, "applied"), "activation")
+        check_name(self.activation or "none", (*ACTIVATIONS, *APPLIED), "activation")
 
     def products_of(self, output: str) -> Sequence[str] | None:
         """The products that are wanted of an output."""
