@@ -1,0 +1,52 @@
+"""On a CUDA device: the same results as on the host."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from synthetic import Over50, noise, read, save
+
+from voxquilt.datamodule import GridDataModule
+from voxquilt.module import PatchPredictor
+from voxquilt.names import OVERLAP_MODES
+from voxquilt.preprocess import Preprocess
+from voxquilt.sampler import GridSampler
+from voxquilt.stitch import Quilt, Stitch
+from voxquilt.subject import ScalarImage, Subject
+from voxquilt.writer import VolumeWriter
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+
+
+@pytest.mark.parametrize("mode", OVERLAP_MODES)
+@pytest.mark.parametrize("spacing", [None, 1.7])
+def test_sums_on_the_device_equal_sums_on_the_host(mode: str, spacing: float | None) -> None:
+    """The ring, the way back to native space and the products, all on the device."""
+    generator = torch.Generator().manual_seed(0)
+    subject = Subject(t1=ScalarImage(tensor=torch.randn(1, 30, 22, 26, generator=generator)))
+    model_subject, space = Preprocess(spacing=spacing)(subject)
+    sampler = GridSampler(model_subject, 12, 4, fit=True)
+    patches = torch.randn(len(sampler), 3, 12, 12, 12, generator=generator)
+    made = {}
+    for device in ("cpu", "cuda"):
+        quilt = Quilt(Stitch(mode, ["logits", "probabilities"]), sampler, space, device=device)
+        for n in sampler.grid.streaming_order.tolist():
+            quilt.add({"": patches[n : n + 1].to(device)}, sampler.locations[n : n + 1])
+        made[device] = quilt.volumes()
+    for name in ("logits", "probabilities"):
+        np.testing.assert_allclose(made["cuda"][name], made["cpu"][name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_on_the_device_writes_the_labels_of_the_host(tmp_path: Path) -> None:
+    """A voxel-wise network gives the very same labels."""
+    save(tmp_path / "in/a.nii", volume := noise((20, 17, 14)))
+    writer = VolumeWriter(tmp_path / "out")
+    trainer = Trainer(accelerator="gpu", devices=1, logger=False, callbacks=[writer], enable_progress_bar=False)
+    data = GridDataModule(tmp_path / "in", 8, 4, batch_size=3)
+    trainer.predict(PatchPredictor(Over50()), datamodule=data, return_predictions=False)
+    np.testing.assert_array_equal(read(tmp_path / "out/a_labels.nii.gz"), np.asarray(volume) > 50)
