@@ -27,7 +27,7 @@ def products_of(scores: Tensor, names: Sequence[str] | None = None, **options: o
     products = make_products(names, len(scores), **options)  # type: ignore[arg-type]
     _, i, j, k = scores.shape
     volumes = Volumes(products, len(scores), (i, j, k))
-    volumes.fill(0, slice(0, i), scores)
+    volumes.fill((slice(0, i), slice(0, j), slice(0, k)), scores)
     return volumes.arrays
 
 

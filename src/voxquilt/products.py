@@ -12,6 +12,7 @@ from torch import Tensor
 from voxquilt.errors import OutputError
 from voxquilt.geometry import Triple
 from voxquilt.names import APPLIED
+from voxquilt.space import Where
 
 Slab = Shaped[Tensor, "c i j k"]
 Made = Shaped[Tensor, "d i j k"]
@@ -155,8 +156,8 @@ class Volumes:
             made, dtype = product.form(channels)
             self.arrays[name] = np.empty((made, k, j, i), dtype).transpose(0, 3, 2, 1)
 
-    def fill(self, axis: int, where: slice, slab: Slab) -> None:
-        """Compute every product of the native planes `where` along `axis`.
+    def fill(self, where: Where, slab: Slab) -> None:
+        """Compute every product of the native voxels `where`.
 
         Raises:
             OutputError: scores that are NaN or infinite.
@@ -165,4 +166,4 @@ class Volumes:
         if not slab.sum(dtype=torch.float32).isfinite() and not slab.isfinite().all():
             raise OutputError("the network's output is NaN or infinite in places; nothing was written.")
         for name, product in self._products.items():
-            self.arrays[name][(slice(None),) * (axis + 1) + (where,)] = product(slab).numpy(force=True)
+            self.arrays[name][:, *where] = product(slab).numpy(force=True)

@@ -19,6 +19,7 @@ from torch import Tensor
 from voxquilt.geometry import Frame, Triple, closest_axes, parse_axcodes, to_spacing, to_triple
 
 Neighbours = tuple[Tensor, Tensor, Tensor]
+Where = tuple[slice, slice, slice]
 
 
 @dataclass(frozen=True)
@@ -162,12 +163,13 @@ class Restorer:
         maps: From native voxels into the scores (`Space.in_scores`).
         axis: The scores' axis along which planes come.
         shape: Voxels of the scores along i, j, k.
-        voxels: About how many values a native slab may hold; more are handed out in several.
+        voxels: About how many values are handed out at once.
     """
 
     def __init__(self, maps: AxisMaps, axis: int, shape: Triple, *, voxels: int = 2**22) -> None:
         self.axis = [m.axis for m in maps].index(axis)
         """The native axis that runs along `axis`."""
+        self._across = max((n for n in range(3) if n != self.axis), key=lambda n: maps[n].size)
         self._maps, self._source_axis, self._voxels = maps, axis, voxels
         self._neighbours = [m.neighbours(shape[m.axis]) for m in maps]
         below, above, share = self._neighbours[self.axis]
@@ -180,11 +182,11 @@ class Restorer:
 
     def feed(
         self, start: int, planes: Shaped[Tensor, "c si sj sk"]
-    ) -> Iterator[tuple[slice, Shaped[Tensor, "c ti tj tk"]]]:
+    ) -> Iterator[tuple[Where, Shaped[Tensor, "c ti tj tk"]]]:
         """Take the planes from `start` on, which follow those before, and hand out native planes that are complete.
 
         Yields:
-            (where, slab): `where` are planes along the native axis `self.axis`; the slab is their scores.
+            (where, scores): slices along the native axes, and the scores there.
         """
         dim = self._source_axis + 1
         stop = start + planes.shape[dim]
@@ -200,22 +202,33 @@ class Restorer:
         if ready < len(below) and below[ready] < stop:
             self._last = planes.narrow(dim, planes.shape[dim] - 1, 1).clone()
 
-    def _slabs(self, planes: Tensor, start: int, until: int) -> Iterator[tuple[slice, Tensor]]:
-        size = len(planes) * prod(m.size for n, m in enumerate(self._maps) if n != self.axis)
-        step = max(1, self._voxels // size)
-        dim, total = self._source_axis + 1, self._maps[self.axis].size
+    def _slabs(self, planes: Tensor, start: int, until: int) -> Iterator[tuple[Where, Tensor]]:
+        plane = len(planes) * prod(m.size for n, m in enumerate(self._maps) if n != self.axis)
+        step, total = max(1, self._voxels // plane), self._maps[self.axis].size
+        # A plane of many channels is large itself. In small pieces memory stays in the cache, and is not asked anew of
+        # the operating system for each: its first touch costs more than interpolating.
+        rows = self._maps[self._across].size
+        high = max(1, min(rows, self._voxels * rows // plane))
         while self._done < until:
             count = min(step, until - self._done)
             first = self._done if self._ascending else total - self._done - count
-            where = slice(first, first + count)
-            below, above, share = (t[where] for t in self._neighbours[self.axis])
-            low, high = int(below.min()), int(above.max())
-            some = [
-                (below - low, above - low, share) if n == self.axis else found
-                for n, found in enumerate(self._neighbours)
-            ]
-            yield where, _interpolated(planes.narrow(dim, low - start, high - low + 1), self._maps, some)
+            for row in range(0, rows, high):
+                where = [slice(None)] * 3
+                where[self.axis] = slice(first, first + count)
+                where[self._across] = slice(row, min(row + high, rows))
+                yield (where[0], where[1], where[2]), self._piece(planes, start, where)
             self._done += count
+
+    def _piece(self, planes: Tensor, start: int, where: list[slice]) -> Tensor:
+        found = [
+            (below[w], above[w], share[w]) for w, (below, above, share) in zip(where, self._neighbours, strict=True)
+        ]
+        for n, offset in ((self.axis, start), (self._across, 0)):
+            below, above, share = found[n]
+            low, high = int(below.min()), int(above.max())
+            planes = planes.narrow(self._maps[n].axis + 1, low - offset, high - low + 1)
+            found[n] = below - low, above - low, share
+        return _interpolated(planes, self._maps, found)
 
     def _ordered(self) -> Neighbours:
         below, above, share = self._neighbours[self.axis]

@@ -66,7 +66,7 @@ class _Finish:
 
     def __call__(self, slab: Slab) -> None:
         for where, scores in self.restorer.feed(slab.start, slab.scores):
-            self.volumes.fill(self.restorer.axis, where, scores)
+            self.volumes.fill(where, scores)
 
 
 @dataclass(frozen=True)
