@@ -8,6 +8,7 @@ import struct
 import subprocess
 from itertools import permutations, product
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from synthetic import Over50, noise, read, run, save
 
-from voxquilt.app import build, conf_dir, register_resolvers
+from voxquilt.app import _predict, build, conf_dir, register_resolvers
 from voxquilt.cases import find_cases
 from voxquilt.config import check_predict
 from voxquilt.errors import ConfigError
@@ -445,3 +446,11 @@ def test_probabilities_are_not_made_twice(activation: str, average: str, wanted:
     overrides = ["model=torchscript", f"model.activation={activation}", f"model.average={average}"]
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         assert compose("predict", overrides).stitch.activation == wanted
+
+
+def test_a_run_whose_record_cannot_be_written_was_started(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A full or lost disk at the very end is no wrong configuration: status 1, and the file is named."""
+    trainer = SimpleNamespace(predict=lambda *_, **__: None)
+    writer = SimpleNamespace(rows=[], output_dir=tmp_path / "gone")
+    assert _predict({}, trainer, None, SimpleNamespace(cases=[]), writer) == 1
+    assert f"{tmp_path}/gone/run.json: writing failed" in capsys.readouterr().err

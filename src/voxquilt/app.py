@@ -111,13 +111,14 @@ def _predict(plain: Mapping[str, Any], trainer: Any, model: Any, data: Any, writ
 
     started = perf_counter()
     try:
-        trainer.predict(model, datamodule=data, return_predictions=False)
-    except VoxquiltError as error:
+        try:
+            trainer.predict(model, datamodule=data, return_predictions=False)
+        finally:
+            record = run_record(plain, writer.rows, len(data.cases), perf_counter() - started)
+            write_json(writer.output_dir / "run.json", record)
+    except VoxquiltError as error:  # of run.json too: something was started, so the status is not that of a bad key
         print(f"voxquilt: {error}", file=sys.stderr)
         return FAILED
-    finally:
-        record = run_record(plain, writer.rows, len(data.cases), perf_counter() - started)
-        write_json(writer.output_dir / "run.json", record)
     print_table(writer.rows, writer.output_dir)
     return FAILED if any(row.status == "failed" for row in writer.rows) else DONE
 
