@@ -1,17 +1,18 @@
 """How do volumes come out of NIfTI files and go back into them? Headers are kept, and writing is all or nothing."""
 
 import contextlib
-import gzip
 import json
 import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import torch
+from isal import igzip, igzip_lib
 from nibabel.arrayproxy import ArrayProxy
 from nibabel.filebasedimages import ImageFileError
 from nibabel.nifti1 import Nifti1Extension, Nifti1Header, Nifti1Image, Nifti1Pair
@@ -25,7 +26,8 @@ from voxquilt.geometry import Frame
 
 # torch computes on few unsigned types, so the others are widened; the file's own type is kept by the header.
 _WIDER = {"u2": np.int32, "u4": np.int64, "f2": np.float32, "f16": np.float64, "f12": np.float64}
-_READ_ERRORS = (ImageFileError, OSError, EOFError, zlib.error, ValueError, KeyError, HeaderDataError)
+_UNPACK_ERROR: Any = igzip_lib.IsalError  # isal's stub has an instance where the class is
+_READ_ERRORS = (ImageFileError, OSError, EOFError, zlib.error, _UNPACK_ERROR, ValueError, KeyError, HeaderDataError)
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def write(
     with replacing(path) as file:
         if path.name.endswith(".gz"):
             # Without a name and a time inside, equal volumes are equal files. Level 1: labels compress well anyhow.
-            with gzip.GzipFile(filename="", fileobj=file, mode="wb", compresslevel=1, mtime=0) as packed:
+            with igzip.IGzipFile(filename="", fileobj=file, mode="wb", compresslevel=1, mtime=0) as packed:
                 image.to_stream(packed)
         else:
             image.to_stream(file)
@@ -162,7 +164,7 @@ def _to_the_end(proxy: ArrayProxy) -> Iterator[ArrayProxy]:
     if not str(proxy.file_like).lower().endswith(".gz"):
         yield proxy
         return
-    with gzip.open(proxy.file_like) as file:
+    with igzip.open(proxy.file_like) as file:
         yield ArrayProxy(file, (proxy.shape, proxy.dtype, proxy.offset, proxy.slope, proxy.inter))
         while file.read(2**20):
             pass
