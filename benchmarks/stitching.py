@@ -62,7 +62,8 @@ def voxquilt(mode: str) -> Callable[[list[Tensor], str], Job]:
         from voxquilt.buffers import Buffers
         from voxquilt.geometry import Frame
         from voxquilt.preprocess import Preprocess
-        from voxquilt.stitch import Quilt, Stitch
+        from voxquilt.quilt import Quilt
+        from voxquilt.stitch import Stitch
 
         subject = Subject(t1=ScalarImage(tensor=torch.zeros(1, *SHAPE)))
         sampler, space = GridSampler(subject, PATCH, OVERLAP), Preprocess().space(subject)

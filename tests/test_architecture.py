@@ -12,12 +12,24 @@ import voxquilt
 SOURCE = Path(voxquilt.__file__).parent
 # The one-way flow: a module imports only modules before it. A new module takes its place here.
 ORDER = [
-    *("errors", "atomic", "names", "geometry", "grid", "blend", "ledger", "buffers", "aggregator", "space"),
-    *("nifti", "subject", "sampler", "inference", "preprocess", "products", "stitch", "predict"),
+    *("errors", "atomic", "names", "geometry", "grid", "blend", "ledger", "buffers", "sums", "aggregator", "space"),
+    *(
+        "nifti",
+        "subject",
+        "sampler",
+        "skip",
+        "inference",
+        "preprocess",
+        "products",
+        "volumes",
+        "stitch",
+        "quilt",
+        "predict",
+    ),
     *("cases", "batch", "datamodule", "network", "weights", "module", "training"),
     *("manifest", "overlay", "writer", "report", "fetch", "datasets", "overrides", "sections", "config", "app"),
 ]
-CORE = ["errors", "atomic", "names", "geometry", "grid", "blend", "ledger", "buffers", "aggregator", "space"]
+CORE = ["errors", "atomic", "names", "geometry", "grid", "blend", "ledger", "buffers", "sums", "aggregator", "space"]
 FRAMEWORKS = ["lightning", "hydra", "omegaconf", "nibabel", "monai", "scipy", "rich"]
 
 

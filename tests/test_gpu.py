@@ -12,8 +12,9 @@ from voxquilt.datamodule import GridDataModule
 from voxquilt.module import PatchPredictor
 from voxquilt.names import OVERLAP_MODES
 from voxquilt.preprocess import Preprocess
+from voxquilt.quilt import Quilt
 from voxquilt.sampler import GridSampler
-from voxquilt.stitch import Quilt, Stitch
+from voxquilt.stitch import Stitch
 from voxquilt.subject import ScalarImage, Subject
 from voxquilt.writer import VolumeWriter
 

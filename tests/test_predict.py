@@ -28,7 +28,8 @@ from voxquilt.module import PatchPredictor
 from voxquilt.nifti import write
 from voxquilt.predict import predict_volume
 from voxquilt.preprocess import Preprocess
-from voxquilt.stitch import Quilt, Stitch
+from voxquilt.quilt import Quilt
+from voxquilt.stitch import Stitch
 from voxquilt.subject import ScalarImage, Subject
 from voxquilt.writer import VolumeWriter
 

@@ -13,9 +13,10 @@ from torch.nn.functional import avg_pool3d
 from voxquilt import predict_volume
 from voxquilt.errors import ConfigError, GridError, OutputError, PatchShapeError
 from voxquilt.preprocess import Preprocess
-from voxquilt.products import ArgMax, Volumes, make_products
+from voxquilt.products import ArgMax, make_products
 from voxquilt.stitch import Stitch
 from voxquilt.subject import LabelMap, ScalarImage, Subject
+from voxquilt.volumes import Volumes
 
 SEEDS = st.integers(0, 2**32 - 1)
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -26,7 +27,7 @@ def products_of(scores: Tensor, names: Sequence[str] | None = None, **options: o
     """Products in the scores' own space."""
     products = make_products(names, len(scores), **options)  # type: ignore[arg-type]
     _, i, j, k = scores.shape
-    volumes = Volumes(products, len(scores), (i, j, k))
+    volumes = Volumes({name: recipe.product for name, recipe in products.items()}, len(scores), (i, j, k))
     volumes.fill((slice(0, i), slice(0, j), slice(0, k)), scores)
     return volumes.arrays
 
@@ -197,14 +198,31 @@ def test_words_that_a_stitch_does_not_know_are_refused_when_it_is_made(settings_
         Stitch(**settings_)
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("names", [["labels"], ["probabilities"], ["image"]])
-def test_scores_that_are_not_finite_are_an_error(value: float, names: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("value", "names"),
+    [
+        *(
+            (value, [name])
+            for value in (torch.nan, torch.inf, -torch.inf)
+            for name in ("labels", "probabilities", "image")
+        ),
+        (torch.nan, ["disagreement"]),
+        (torch.inf, ["disagreement"]),
+    ],
+)
+@pytest.mark.parametrize("restore", ["scores", "labels"])
+def test_scores_that_are_not_finite_are_an_error(value: float, names: list[str], restore: str) -> None:
     """One NaN in the last slab is found, whatever is made of the scores: an arg-max would hide it."""
-    scores = torch.zeros(2, 40, 5, 5)
-    scores[1, 39, 4, 4] = value
+    image = torch.zeros(1, 40, 5, 5)
+    image[0, 39, 4, 4] = 1
     with pytest.raises(OutputError, match="the network's output is NaN or infinite"):
-        products_of(scores, names)
+        predicted(
+            lambda x: torch.cat([torch.zeros_like(x), torch.where(x == 1, value, x)], 1),
+            Subject(t1=ScalarImage(image)),
+            5,
+            2,
+            stitch=Stitch("average", names, restore=restore),
+        )
 
 
 # The whole way, in native space.

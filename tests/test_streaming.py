@@ -19,9 +19,10 @@ from voxquilt.grid import Grid, make_grid
 from voxquilt.names import OVERLAP_MODES
 from voxquilt.predict import predict_volume
 from voxquilt.preprocess import Preprocess
+from voxquilt.quilt import Quilt
 from voxquilt.sampler import NO_PADDING, GridSampler, Padding
 from voxquilt.space import AxisMap, Restorer, resample
-from voxquilt.stitch import Quilt, Stitch
+from voxquilt.stitch import Stitch
 from voxquilt.subject import ScalarImage, Subject
 
 

@@ -1,9 +1,10 @@
 """Patches in, the whole volume out: which patches have come, and what is their weighted sum?"""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from math import prod
+from functools import partial
+from itertools import repeat
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -17,6 +18,7 @@ from voxquilt.errors import BatchError, GridError, LedgerError, PatchShapeError
 from voxquilt.geometry import AXES, Padding, Triple, to_triple
 from voxquilt.grid import Grid
 from voxquilt.ledger import Ledger
+from voxquilt.sums import Sums
 
 
 @runtime_checkable
@@ -66,6 +68,9 @@ class GridAggregator:
         consumer: Called with each finished Slab, in order.
         axis: Along which to stream; the grid's `streaming_axis` needs the least memory.
         buffers: Where memory comes from and goes to.
+        skipped: Numbers of patches that never come. Where others overlap them, those are averaged alone; voxels that
+            no patch has (of crop: whose owner is skipped) hold the fill.
+        fill: A value for all channels, or one for each.
 
     Raises:
         ConfigError: (a ValueError) an unknown overlap_mode.
@@ -82,24 +87,25 @@ class GridAggregator:
         consumer: Callable[[Slab], None] | None = None,
         axis: int = 0,
         buffers: Buffers | None = None,
+        skipped: Iterable[int] = (),
+        fill: float | Sequence[float] = 0.0,
     ) -> None:
         self.factor = to_triple(downsampling_factor, "downsampling_factor", minimum=1)
         self.padding = sampler.padding
         self.grid = sampler.grid.downsampled(self.factor)
-        self.ledger = Ledger(sampler.grid)
+        self.ledger = Ledger(sampler.grid, skipped)
         self.device = torch.device(device)
         self._blend = to_blend(overlap_mode)
         self._axes = [self._blend.axis_weights(self.grid, n) for n in range(3)]
+        self._fill = fill
         self._consumer = consumer
         self._axis = axis
         self._buffers = buffers or Buffers()
-        # Planes in memory along the axis; plane p is kept at p modulo this.
-        self._window = self.grid.shape[axis] if consumer is None else self.grid.patch_size[axis]
-        self._sums: Tensor | None = None
-        self._memory: Tensor | None = None
+        self._sums: Sums | None = None
+        # The weights that came, where some patches never come.
+        self._cover: Sums | None = None
         # Patches that are missing at each start along the axis, and the first start where some are.
-        starts = self.grid.counts[axis]
-        self._waiting = [len(self.grid) // starts] * starts
+        self._waiting = np.moveaxis(~self.ledger.arrived, axis, 0).reshape(self.grid.counts[axis], -1).sum(1).tolist()
         self._front = 0
 
     def add_batch(self, batch: Shaped[Tensor, "b c pi pj pk"], locations: Int[Tensor, "b 6"] | np.ndarray) -> None:
@@ -132,14 +138,15 @@ class GridAggregator:
         self.ledger.enter(places)
         # From here on the batch is taken: a refused one decides neither channels nor type.
         self._sums = sums
-        if self._blend.averages:
-            self._axes = [weights.to(sums) for weights in self._axes]
         # Without their history, which would hold every activation of a network that is called without no_grad.
         for patch, place in zip(batch.detach(), places, strict=True):
-            self._add(sums, patch, place)
+            sums.add(patch, place)
+            if self._cover is not None:
+                self._cover.add(patch.new_ones(1, dtype=self._cover.dtype).expand_as(patch[:1]), place)
             self._waiting[place[self._axis]] -= 1
-            if self._consumer is not None:
-                self._release(sums, self._consumer)
+            self._release(sums)
+        if not len(batch):
+            self._release(sums)
 
     def scores(self) -> Shaped[Tensor, "c i j k"]:
         """The finished volume on the sampler's padded grid, not copied.
@@ -151,8 +158,9 @@ class GridAggregator:
         self.ledger.check_complete()
         if self._consumer is not None:
             raise BatchError("a streaming aggregator hands its planes to the consumer and keeps no volume.")
-        assert self._sums is not None  # a grid has at least one patch
-        return self._sums
+        if self._sums is None:
+            raise BatchError("every patch is skipped: an empty batch (0, C, I, J, K) tells channels and type.")
+        return self._sums.planes
 
     def get_output_tensor(self) -> Shaped[Tensor, "c i j k"]:
         """The finished volume, without the sampler's padding.
@@ -175,9 +183,10 @@ class GridAggregator:
 
     def close(self) -> None:
         """Leave the memory to the next volume; a streaming aggregator does so itself when it is complete."""
-        if self._memory is not None:
-            self._buffers.give(self._memory)
-        self._sums = self._memory = None
+        for sums in (self._sums, self._cover):
+            if sums is not None:
+                sums.close()
+        self._sums = self._cover = None
 
     def _check_order(self, places: list[Triple]) -> None:
         if self._consumer is None:
@@ -194,31 +203,27 @@ class GridAggregator:
             while front + 1 < len(waiting) and waiting[front] <= 0:
                 front += 1
 
-    def _room_for(self, batch: Tensor) -> Tensor:
-        channels, dtype = batch.shape[1], self._dtype(batch.dtype)
-        if self._sums is None:
+    def _room_for(self, batch: Tensor) -> Sums:
+        channels, dtype, sums = batch.shape[1], self._dtype(batch.dtype), self._sums
+        if sums is None:
             return self._opened(channels, dtype)
-        if channels != len(self._sums):
-            raise PatchShapeError(f"patches with {channels} channels after patches with {len(self._sums)}.")
-        if dtype != self._sums.dtype and torch.promote_types(dtype, self._sums.dtype) != self._sums.dtype:
-            raise PatchShapeError(
-                f"patches of {batch.dtype} after patches of {self._sums.dtype}, which cannot hold them."
-            )
-        return self._sums
+        if channels != sums.channels:
+            raise PatchShapeError(f"patches with {channels} channels after patches with {sums.channels}.")
+        if dtype != sums.dtype and torch.promote_types(dtype, sums.dtype) != sums.dtype:
+            raise PatchShapeError(f"patches of {batch.dtype} after patches of {sums.dtype}, which cannot hold them.")
+        return sums
 
-    def _opened(self, channels: int, dtype: torch.dtype) -> Tensor:
-        shape = list(self.grid.shape)
-        shape[self._axis] = self._window
-        self._memory = self._buffers.take(channels * prod(shape), dtype, self.device)
-        with torch.inference_mode(False):
-            flat = self._memory[: channels * prod(shape)]
-            if self._blend.averages:
-                flat.zero_()  # summed up from zero; otherwise every voxel is copied into exactly once
-            if self._consumer is None:
-                return flat.view(channels, *shape)
-            # Plane by plane, so that what is handed over is one piece of memory.
-            del shape[self._axis]
-            return flat.view(self._window, channels, *shape).movedim(0, self._axis + 1)
+    def _opened(self, channels: int, dtype: torch.dtype) -> Sums:
+        window = None if self._consumer is None else self.grid.patch_size[self._axis]
+        make = partial(
+            Sums, self.grid, self._blend, self._axes, self._axis, window, device=self.device, buffers=self._buffers
+        )
+        if self.ledger.skipped:
+            if isinstance(self._fill, Sequence) and len(self._fill) != channels:
+                raise BatchError(f"fill has {len(self._fill)} values for patches with {channels} channels.")
+            weights = torch.float64 if dtype == torch.float64 else torch.float32
+            self._cover = make(channels=1, dtype=weights, blank=True)
+        return make(channels=channels, dtype=dtype)
 
     def _dtype(self, dtype: torch.dtype) -> torch.dtype:
         if dtype.is_complex:
@@ -227,53 +232,35 @@ class GridAggregator:
             return dtype
         return torch.float64 if dtype == torch.float64 else torch.float32
 
-    def _add(self, sums: Tensor, patch: Tensor, place: Triple) -> None:
-        first = [0, 0, 0]
-        for n in (n for n in range(3) if not self._blend.averages):
-            first[n], count = _owned(self._axes[n][place[n]])
-            patch = patch.narrow(n + 1, first[n], count)
-        for n in (n for n in range(3) if n != self._axis):
-            sums = sums.narrow(n + 1, self.grid.starts[n][place[n]] + first[n], patch.shape[n + 1])
-        weights = self._weights(place) if self._blend.averages else patch
-        dim, plane = self._axis + 1, self.grid.starts[self._axis][place[self._axis]] + first[self._axis]
-        for start, count, kept in self._pieces(plane, patch.shape[dim]):
-            into, values = sums.narrow(dim, kept, count), patch.narrow(dim, start - plane, count)
-            if self._blend.averages:
-                into.addcmul_(values.to(sums), weights.narrow(self._axis, start - plane, count))
-            else:
-                into.copy_(values)
-
-    def _weights(self, place: Triple) -> Tensor:
-        i, j, k = (weights[n] for weights, n in zip(self._axes, place, strict=True))
-        return i[:, None, None] * (j[:, None] * k)
-
-    def _pieces(self, plane: int, count: int) -> Iterator[tuple[int, int, int]]:
-        """(first plane, how many, where they are kept) of planes that lie together in the ring."""
-        stop = plane + count
-        while plane < stop:
-            kept = plane % self._window
-            count = min(stop - plane, self._window - kept)
-            yield plane, count, kept
-            plane += count
-
-    def _release(self, sums: Tensor, consumer: Callable[[Slab], None]) -> None:
+    def _release(self, sums: Sums) -> None:
+        """Hand over, or in a whole volume finish, the planes that are complete."""
         starts = self.grid.starts[self._axis]
+        if self._front == len(starts):
+            return  # an empty batch after the last
         while self._front < len(starts) and self._waiting[self._front] == 0:
             first, self._front = starts[self._front], self._front + 1
             stop = starts[self._front] if self._front < len(starts) else self.grid.shape[self._axis]
-            for plane, count, kept in self._pieces(first, stop - first):
-                planes = sums.narrow(self._axis + 1, kept, count)
-                consumer(Slab(self._axis, plane, plane + count, planes))
-                if self._blend.averages:
-                    planes.zero_()
+            if self._consumer is None:
+                continue
+            covers = repeat((0, None)) if self._cover is None else self._cover.take(first, stop)
+            for (plane, planes), (_, cover) in zip(sums.take(first, stop), covers, strict=False):
+                if cover is not None:
+                    self._fill_up(planes, cover)
+                self._consumer(Slab(self._axis, plane, plane + planes.shape[self._axis + 1], planes))
         if self._front == len(starts):
-            self.close()
+            if self._consumer is not None:
+                self.close()
+            elif self._cover is not None:
+                self._fill_up(sums.planes, self._cover.planes)
 
-
-def _owned(weights: Tensor) -> tuple[int, int]:
-    """Where a window of zeros and ones has its ones: the first and how many."""
-    owned = weights.nonzero()
-    return int(owned[0]), len(owned)
+    def _fill_up(self, planes: Tensor, cover: Tensor) -> None:
+        """Divide by the weights that came; where none came, there is the fill."""
+        empty = cover[0] == 0
+        if self._blend.averages:
+            planes.div_(cover.masked_fill(empty, 1))
+        fills = self._fill if isinstance(self._fill, Sequence) else repeat(self._fill)
+        for channel, fill in zip(planes, fills, strict=False):
+            channel.masked_fill_(empty, fill)
 
 
 def _without_int64(output: Tensor) -> Tensor:

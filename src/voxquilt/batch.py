@@ -24,6 +24,8 @@ class Work:
         file: The first image's file, whose header outputs take over.
         grid, padding: Where its patches lie.
         space: The way back to native space.
+        numbers: The patches to predict, in streaming order.
+        skipped: The patches that hold nothing to predict.
         started: When loading began, by time.perf_counter.
         failed: Set once; what is left of the subject is then skipped.
     """
@@ -33,6 +35,8 @@ class Work:
     grid: Grid
     padding: Padding
     space: Space
+    numbers: np.ndarray
+    skipped: np.ndarray
     started: float = field(default_factory=perf_counter)
     failed: bool = False
 
@@ -47,7 +51,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Run:
-    """Patches `first`, `first + 1`, ... in one subject's streaming order, at rows [start, stop) of a batch."""
+    """Patches `first`, `first + 1`, ... of those that one subject has, at rows [start, stop) of a batch."""
 
     work: Work
     first: int
@@ -57,7 +61,7 @@ class Run:
     @property
     def locations(self) -> np.ndarray:
         """(stop - start, 6)."""
-        numbers = self.work.grid.streaming_order[self.first : self.first + self.stop - self.start]
+        numbers = self.work.numbers[self.first : self.first + self.stop - self.start]
         return np.array([self.work.grid.location(int(n)) for n in numbers])
 
 
@@ -96,11 +100,11 @@ def batches(subjects: Iterable[Loaded], batch_size: int) -> Iterator[PatchBatch]
             runs, filled, count = [], 0, count + 1
         if not buffers or buffers[0].shape != shape:
             buffers = [torch.empty(shape), torch.empty(shape)]
-        first, total = 0, len(sampler)
+        first, total = 0, len(work.numbers)
         while first < total and not work.failed:
             take = min(batch_size - filled, total - first)
             for n in range(take):
-                _cut(sampler, int(sampler.grid.streaming_order[first + n]), buffers[count % 2][filled + n])
+                _cut(sampler, int(work.numbers[first + n]), buffers[count % 2][filled + n])
             runs.append(Run(work, first, filled, filled + take))
             first, filled = first + take, filled + take
             if filled == batch_size:

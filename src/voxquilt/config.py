@@ -37,9 +37,10 @@ _HINTS = {
 # A section that `+` must not add keys to: what nobody reads would be a typo that nobody sees.
 _KEYS = {
     "data": {"inputs", "images", "patch_size", "patch_overlap", "padding_mode", "divisible_by", "batch_size",
-             "num_workers", "nonfinite"},
+             "num_workers", "nonfinite", "skip"},
     "preprocess": {"orientation", "spacing", "intensity"},
-    "stitch": {"overlap_mode", "products", "activation", "threshold", "class_names", "postprocess"},
+    "stitch": {"overlap_mode", "products", "compare", "activation", "threshold", "restore", "fill", "class_names",
+               "postprocess"},
     "run": {"on_error", "seed", "allowed_targets"},
 }  # fmt: skip
 _SECTIONS = (*_KEYS, "model", "callbacks", "trainer", "ckpt_path", "output_dir", "experiment")
@@ -132,6 +133,9 @@ def _check_keys(plain: Mapping[str, Any]) -> None:
 def _check_files(plain: Mapping[str, Any]) -> None:
     cases = find_cases(plain["data"].get("inputs"), plain["data"].get("images"))
     check_image_names(plain["preprocess"].get("intensity"), cases)
+    skip = plain["data"].get("skip")
+    if isinstance(skip, str) and not any(os.path.isfile(skip.replace("{subject}", case.subject)) for case in cases):
+        raise ConfigError(f"data.skip={skip}: no subject has such a mask (looked from {Path.cwd()}).")
     paths = plain["ckpt_path"]
     for path in paths if isinstance(paths, list) else [paths]:
         if path is not None and not os.path.isfile(os.path.expanduser(str(path))):

@@ -15,7 +15,8 @@ from voxquilt.errors import ConfigError, VoxquiltError
 from voxquilt.geometry import to_triple
 from voxquilt.preprocess import Preprocess
 from voxquilt.sampler import GridSampler, to_padding
-from voxquilt.subject import ScalarImage, Subject
+from voxquilt.skip import patches_to_skip, to_predict
+from voxquilt.subject import LabelMap, ScalarImage, Subject
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class GridDataModule(LightningDataModule):
         batch_size: Patches a batch.
         num_workers: Threads that load subjects ahead, each one subject; 0 loads in the main thread.
         nonfinite: What to do with NaN and infinite voxels: 'error' or 'zero'.
+        skip: Patches without foreground are not predicted and count as background. Foreground is what is above a
+            number in the first image, in model space and as the network sees it; or above 0 in a mask file on that
+            image's grid, given by a pattern with `{subject}`.
         preprocess: To model space; RAS with the file's spacing by default.
 
     Raises:
@@ -57,6 +61,7 @@ class GridDataModule(LightningDataModule):
         batch_size: int = 1,
         num_workers: int = 1,
         nonfinite: str = "error",
+        skip: float | str | None = None,
         preprocess: Preprocess | None = None,
     ) -> None:
         super().__init__()
@@ -68,6 +73,7 @@ class GridDataModule(LightningDataModule):
         self.divisible_by = to_triple(divisible_by, "data.divisible_by", minimum=1)
         self.batch_size = batch_size
         self.num_workers = num_workers
+        self.skip = skip
         self.preprocess = replace(preprocess or Preprocess(), nonfinite=nonfinite)
         self.failures: SimpleQueue[LoadFailure] = SimpleQueue()
         """Subjects that could not be loaded; the callback that keeps the manifest empties it."""
@@ -101,7 +107,10 @@ class GridDataModule(LightningDataModule):
         )  # fmt: skip
         for name in model_subject.images:
             sampler.volume(name)  # pads, here rather than between two batches
-        return Loaded(Work(case, file, sampler.grid, sampler.padding, space, started), sampler)
+        skip = LabelMap(self.skip.replace("{subject}", case.subject)) if isinstance(self.skip, str) else self.skip
+        skipped = patches_to_skip(skip, sampler, subject, space)
+        numbers = to_predict(sampler, skipped)
+        return Loaded(Work(case, file, sampler.grid, sampler.padding, space, numbers, skipped, started), sampler)
 
 
 class PatchStream:

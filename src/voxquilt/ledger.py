@@ -1,5 +1,7 @@
 """Which patches of a grid are in, and which are missing?"""
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from voxquilt.errors import LedgerError
@@ -8,20 +10,31 @@ from voxquilt.grid import Grid
 
 
 class Ledger:
-    """Which patches of a grid are in: one bit a patch."""
+    """Which patches of a grid are in: one bit a patch.
 
-    def __init__(self, grid: Grid) -> None:
+    Args:
+        grid: Where patches lie.
+        skipped: Numbers of patches that will not come and are not missed.
+    """
+
+    def __init__(self, grid: Grid, skipped: Iterable[int] = ()) -> None:
         self.grid = grid
+        self.skipped = frozenset(grid.place(int(n)) for n in skipped)
         self.arrived = np.zeros(grid.counts, dtype=bool)
-        self.missing = len(grid)
+        for place in self.skipped:
+            self.arrived[place] = True
+        self.missing = len(grid) - len(self.skipped)
 
     def enter(self, places: list[Triple]) -> None:
         """Note that patches have come; either all of them are entered or, on an error, none.
 
         Raises:
-            LedgerError: one has come before.
+            LedgerError: one has come before, or was not to come.
         """
         again = [place for n, place in enumerate(places) if self.arrived[place] or place in places[:n]]
+        unasked = [place for place in again if place in self.skipped]
+        if unasked:
+            raise LedgerError(f"a patch that is skipped came: {self._names(unasked)}.")
         if again:
             raise LedgerError(f"a patch came twice: {self._names(again)}. Each patch is added once.")
         for place in places:

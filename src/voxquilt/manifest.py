@@ -21,6 +21,7 @@ class Row:
         status: 'done' or 'failed'.
         outputs: Names of the files in the output folder.
         patches: How many were predicted.
+        skipped: How many hold no foreground and were not (data.skip).
         seconds: From the start of loading to the last file.
         error: Why it failed.
         volume_ml: Volume of all labels above 0, in millilitres; None without labels.
@@ -33,6 +34,7 @@ class Row:
     seconds: float = 0.0
     error: str = ""
     volume_ml: float | None = None
+    skipped: int = 0
 
 
 class Manifest:

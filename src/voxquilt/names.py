@@ -6,10 +6,11 @@ from difflib import get_close_matches
 from voxquilt.errors import ConfigError
 
 OVERLAP_MODES = ("crop", "average", "hann", "gaussian")
-PRODUCTS = ("labels", "probabilities", "logits", "entropy", "image")
+PRODUCTS = ("labels", "probabilities", "logits", "entropy", "disagreement", "image")
 ACTIVATIONS = ("softmax", "sigmoid", "none")
 APPLIED = ("applied", "applied_sigmoid")
 """Scores that were made probabilities before they were averaged: of one label per voxel, or of several."""
+RESTORES = ("scores", "labels")
 AVERAGES = ("logits", "probabilities")
 NONFINITE = ("error", "zero")
 ON_ERROR = ("skip", "raise")

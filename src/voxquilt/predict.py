@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from voxquilt.preprocess import Preprocess
+from voxquilt.quilt import Quilt
 from voxquilt.sampler import GridSampler
-from voxquilt.stitch import Quilt, Stitch
-from voxquilt.subject import Subject
+from voxquilt.skip import patches_to_skip, to_predict
+from voxquilt.stitch import Stitch
+from voxquilt.subject import LabelMap, Subject
 
 
 @torch.inference_mode()
@@ -22,6 +24,7 @@ def predict_volume(
     padding_mode: str | float | None = None,
     divisible_by: int | Iterable[int] = 1,
     batch_size: int = 1,
+    skip: float | LabelMap | None = None,
     preprocess: Preprocess | None = None,
     stitch: Stitch | None = None,
 ) -> dict[str, np.ndarray]:
@@ -33,6 +36,8 @@ def predict_volume(
         subject: The images.
         patch_size, patch_overlap, padding_mode, divisible_by: See GridSampler.
         batch_size: Patches a forward pass.
+        skip: Patches without foreground are not predicted and count as background: nothing above a number in the first
+            image in model space, or nothing above 0 in a mask on the subject's grid.
         preprocess: To model space; RAS with the file's spacing by default.
         stitch: Blend and products; gaussian and labels (an image for one channel) by default.
 
@@ -44,9 +49,11 @@ def predict_volume(
     """
     model_subject, space = (preprocess or Preprocess())(subject)
     sampler = GridSampler(model_subject, patch_size, patch_overlap, padding_mode, fit=True, divisible_by=divisible_by)
-    quilt = Quilt(stitch or Stitch(), sampler, space)
-    for start in range(0, len(sampler), batch_size):
-        indices = sampler.grid.streaming_order[start : start + batch_size].tolist()
+    skipped = patches_to_skip(skip, sampler, subject, space)
+    numbers = to_predict(sampler, skipped)
+    quilt = Quilt(stitch or Stitch(), sampler, space, skipped=skipped)
+    for start in range(0, len(numbers), batch_size):
+        indices = numbers[start : start + batch_size].tolist()
         patches = [torch.cat([sampler.cut(name, n) for name in model_subject.images]) for n in indices]
         outputs = network(torch.stack(patches).float())
         quilt.add(outputs if isinstance(outputs, dict) else {"": outputs}, sampler.locations[indices])

@@ -1,6 +1,6 @@
 """What is written of a subject? Labels, probabilities, logits or an image, each computed from a slab of scores."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -10,9 +10,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from voxquilt.errors import OutputError
-from voxquilt.geometry import Triple
 from voxquilt.names import APPLIED
-from voxquilt.space import Where
 
 Slab = Shaped[Tensor, "c i j k"]
 Made = Shaped[Tensor, "d i j k"]
@@ -23,6 +21,10 @@ ACTIVATIONS: dict[str, Activation] = {
     "sigmoid": lambda scores: scores.float().sigmoid(),
     "none": lambda scores: scores.float(),
 }
+
+
+# A score that leaves no doubt: its soft-max or sigmoid is 1 but for 1e-13.
+_CERTAIN = 30.0
 
 
 @runtime_checkable
@@ -94,26 +96,121 @@ class Entropy:
         return torch.special.entr(p) + torch.special.entr(1 - p) if self.each else torch.special.entr(p).sum(0)[None]
 
 
+@dataclass(frozen=True)
+class Moments:
+    """Turns patches of scores into what the spread of probabilities over patches is computed from.
+
+    (B, C, ...) becomes (B, C + 1, ...): the C activated scores and the sum of their squares; or with `each`, where
+    channels are labels of their own, (B, 2C, ...): the activated scores and their squares.
+    """
+
+    activation: Activation
+    each: bool
+
+    def __call__(self, patches: Tensor) -> Tensor:
+        p = self.activation(patches.movedim(1, 0))
+        # Images have values of any size, and the difference of squares cancels.
+        p = p.double() if self.activation is ACTIVATIONS["none"] else p
+        return torch.cat([p, p.square() if self.each else _sum_of_squares(p)]).movedim(0, 1)
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """How much the patches that cover a voxel disagree: the blend-weighted variance of their probabilities.
+
+    With patches n of weights u_n that sum to 1 and probabilities p_nc, it is  sum_c (sum_n u_n p_nc^2 - m_c^2)  where
+    m_c = sum_n u_n p_nc: 0 where one patch covers a voxel or all give the same, 1 - 1/C at most. With `each`, every
+    channel has the variance of its own. Computed from the averages of `Moments`.
+    """
+
+    each: bool
+
+    def form(self, channels: int) -> tuple[int, np.dtype]:
+        return channels if self.each else 1, np.dtype(np.float32)
+
+    def __call__(self, scores: Slab) -> Made:
+        if self.each:
+            mean, squares = scores.chunk(2)
+            return (squares - mean.square()).clamp(min=0).float()
+        return (scores[-1:] - _sum_of_squares(scores[:-1])).clamp(min=0).float()
+
+
+def _sum_of_squares(p: Tensor) -> Tensor:
+    # One after the other, so that equal values give equal sums whatever their layout in memory: `sum` changes its
+    # order, and a voxel that one patch covers would not get exactly 0.
+    total = p[:1].square()
+    for channel in p[1:]:
+        total += channel.square()
+    return total
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A product that was computed in model space and is now stored as it comes."""
+
+    product: Product
+
+    def form(self, channels: int) -> tuple[int, np.dtype]:
+        return self.product.form(channels)
+
+    def __call__(self, scores: Slab) -> Made:
+        return scores
+
+
+def as_scores(patches: Tensor) -> Tensor:
+    """Patches that are averaged as they are."""
+    return patches
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a product comes about.
+
+    Args:
+        product: What is computed voxel by voxel.
+        averaged: What is made of (B, C, ...) patches before they are averaged.
+        in_model: Whether it is computed in model space and then brought to native space (numbers linearly, labels by
+            nearest neighbour), or from scores that were brought there.
+    """
+
+    product: Product
+    averaged: Callable[[Tensor], Tensor] = as_scores
+    in_model: bool = False
+
+
 def make_products(
-    names: Sequence[str] | None, channels: int, activation: str | None = None, threshold: float | None = None
-) -> dict[str, Product]:
+    names: Sequence[str] | None,
+    channels: int,
+    activation: str | None = None,
+    threshold: float | None = None,
+    restore: str = "scores",
+) -> dict[str, Recipe]:
     """The products of a network output.
 
     Args:
-        names: Some of 'labels', 'probabilities', 'logits', 'entropy', 'image'. None gives labels for several channels
-            and for one with a threshold, else the image.
+        names: Some of 'labels', 'probabilities', 'logits', 'entropy', 'disagreement', 'image'. None gives labels for
+            several channels and for one with a threshold, else the image.
         channels: Of the output.
         activation: What turns scores into probabilities: 'softmax', 'sigmoid', 'none' (they are probabilities), or
             'applied' or 'applied_sigmoid' (they were made probabilities before they were averaged). None is softmax for
             several channels and 'none' for one.
         threshold: For labels of one channel, or of several with sigmoid (each by itself; 0.5 if None).
+        restore: Labels are made of 'scores' in native space, or made in model space and brought back as 'labels'.
 
     Raises:
         OutputError: a product that such an output does not have.
     """
     activation = activation or ("softmax" if channels > 1 else "none")
     names = names or (["labels"] if channels > 1 or threshold is not None else ["image"])
-    return {name: _make_product(name, channels, activation, threshold) for name in names}
+    return {name: _recipe(name, channels, activation, threshold, restore) for name in names}
+
+
+def _recipe(name: str, channels: int, activation: str, threshold: float | None, restore: str) -> Recipe:
+    product = _make_product(name, channels, activation, threshold)
+    if isinstance(product, Disagreement):
+        activate = ACTIVATIONS["none" if activation in APPLIED else activation]
+        return Recipe(product, Moments(activate, product.each), in_model=True)
+    return Recipe(product, in_model=name == "labels" and restore == "labels")
 
 
 def _make_product(name: str, channels: int, activation: str, threshold: float | None) -> Product:
@@ -135,35 +232,30 @@ def _make_product(name: str, channels: int, activation: str, threshold: float | 
         raise OutputError("there are no logits when model.average=probabilities; ask for probabilities.")
     if name == "entropy":
         return Entropy(activate, single or each)
+    if name == "disagreement":
+        return Disagreement(single or each)
     return {"labels": ArgMax(), "probabilities": Activated(activate)}.get(name, Activated(ACTIVATIONS["none"]))
 
 
-class Volumes:
-    """Products in native space while scores come slab by slab; scores at native resolution never exist as a whole.
+def background(channels: int, activation: str | None, fill: float | Sequence[float] | None = None) -> list[float]:
+    """The scores of a voxel that no predicted patch covers: certainly class 0, none of several labels, an image's 0.
 
     Args:
-        products: By name.
-        channels: Of the scores.
-        shape: Native voxels along i, j, k.
+        channels: Of the output.
+        activation: See `make_products`.
+        fill: Values to use instead, one for all channels or one each.
+
+    Raises:
+        OutputError: fill has another length.
     """
-
-    def __init__(self, products: Mapping[str, Product], channels: int, shape: Triple) -> None:
-        self._products = products
-        i, j, k = shape
-        self.arrays: dict[str, np.ndarray] = {}
-        """For each product (C, I, J, K), laid out in memory as NIfTI wants it."""
-        for name, product in products.items():
-            made, dtype = product.form(channels)
-            self.arrays[name] = np.empty((made, k, j, i), dtype).transpose(0, 3, 2, 1)
-
-    def fill(self, where: Where, slab: Slab) -> None:
-        """Compute every product of the native voxels `where`.
-
-        Raises:
-            OutputError: scores that are NaN or infinite.
-        """
-        # The sum is finite if all are, and cheap; if it is not, look closer, since sums can overflow.
-        if not slab.sum(dtype=torch.float32).isfinite() and not slab.isfinite().all():
-            raise OutputError("the network's output is NaN or infinite in places; nothing was written.")
-        for name, product in self._products.items():
-            self.arrays[name][:, *where] = product(slab).numpy(force=True)
+    if fill is not None:
+        values = [float(v) for v in fill] if isinstance(fill, Sequence) else [float(fill)] * channels
+        if len(values) != channels:
+            raise OutputError(f"stitch.fill has {len(values)} values; the output has {channels} channels.")
+        return values
+    activation = activation or ("softmax" if channels > 1 else "none")
+    if activation == "sigmoid":
+        return [-_CERTAIN] * channels
+    if channels == 1 or activation == "applied_sigmoid":
+        return [0.0] * channels
+    return [0.0] + [-_CERTAIN] * (channels - 1) if activation == "softmax" else [1.0] + [0.0] * (channels - 1)

@@ -10,7 +10,16 @@ from voxquilt.cases import Case
 from voxquilt.errors import ConfigError, VoxquiltError
 from voxquilt.geometry import Triple, parse_axcodes, to_spacing, to_triple
 from voxquilt.grid import make_grid
-from voxquilt.names import ACTIVATIONS, AVERAGES, NONFINITE, OVERLAP_MODES, PADDING_MODES, PRODUCTS, check_name
+from voxquilt.names import (
+    ACTIVATIONS,
+    AVERAGES,
+    NONFINITE,
+    OVERLAP_MODES,
+    PADDING_MODES,
+    PRODUCTS,
+    RESTORES,
+    check_name,
+)
 
 
 def check_data(data: Mapping[str, Any]) -> None:
@@ -26,6 +35,9 @@ def check_data(data: Mapping[str, Any]) -> None:
     if mode is not None and (isinstance(mode, bool) or not isinstance(mode, (int, float))):
         check_name(mode, PADDING_MODES, "data.padding_mode (null, a number, or a mode of numpy.pad)")
     check_word(data, "nonfinite", NONFINITE, "data.nonfinite")
+    skip = data.get("skip")
+    if skip is not None and (isinstance(skip, bool) or not isinstance(skip, (int, float, str))):
+        raise ConfigError(f"data.skip is null, a number, or a mask's path with {{subject}}; it is {skip!r}.")
 
 
 def check_preprocess(preprocess: Mapping[str, Any]) -> None:
@@ -57,6 +69,14 @@ def check_stitch(stitch: Mapping[str, Any]) -> None:
     threshold = stitch.get("threshold")
     if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, (int, float))):
         raise ConfigError(f"stitch.threshold must be a number or null; it is {threshold!r}.")
+    check_list(stitch.get("compare"), "stitch.compare", "crop,hann")
+    for mode in stitch.get("compare") or ():
+        check_name(mode, OVERLAP_MODES, "stitch.compare")
+    check_word(stitch, "restore", RESTORES, "stitch.restore")
+    fill = stitch.get("fill")
+    for value in fill if isinstance(fill, list) else [] if fill is None else [fill]:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ConfigError(f"stitch.fill is null, a number, or a number for each channel; it is {fill!r}.")
     check_list(stitch.get("class_names"), "stitch.class_names", "background,brain")
     _check_callables(stitch.get("postprocess") or [], "stitch.postprocess")
 

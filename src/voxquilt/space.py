@@ -163,10 +163,12 @@ class Restorer:
         maps: From native voxels into the scores (`Space.in_scores`).
         axis: The scores' axis along which planes come.
         shape: Voxels of the scores along i, j, k.
+        linear: Interpolate, or take the nearest voxel, as labels need it.
         voxels: About how many values are handed out at once.
     """
 
-    def __init__(self, maps: AxisMaps, axis: int, shape: Triple, *, voxels: int = 2**22) -> None:
+    def __init__(self, maps: AxisMaps, axis: int, shape: Triple, *, linear: bool = True, voxels: int = 2**22) -> None:
+        self._linear = linear
         self.axis = [m.axis for m in maps].index(axis)
         """The native axis that runs along `axis`."""
         self._across = max((n for n in range(3) if n != self.axis), key=lambda n: maps[n].size)
@@ -228,7 +230,7 @@ class Restorer:
             low, high = int(below.min()), int(above.max())
             planes = planes.narrow(self._maps[n].axis + 1, low - offset, high - low + 1)
             found[n] = below - low, above - low, share
-        return _interpolated(planes, self._maps, found)
+        return _interpolated(planes, self._maps, found, linear=self._linear)
 
     def _ordered(self) -> Neighbours:
         below, above, share = self._neighbours[self.axis]

@@ -9,6 +9,7 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -21,7 +22,9 @@ from voxquilt.manifest import Manifest, Row
 from voxquilt.names import ON_ERROR, check_name
 from voxquilt.nifti import read_header, write
 from voxquilt.overlay import overlay_png
-from voxquilt.stitch import Outputs, Quilt, Stitch
+from voxquilt.quilt import Outputs, Quilt
+from voxquilt.stitch import Stitch
+from voxquilt.volumes import Scratch
 
 log = logging.getLogger("voxquilt")
 
@@ -37,6 +40,8 @@ class VolumeWriter(Callback):
         on_error: 'skip' goes on after a failed subject, 'raise' stops at the first.
         overlay: Also write `<subject>_overlay.png`: three planes with the labels' outlines.
         compress: .nii.gz, else .nii.
+        in_memory: MiB; a product that is larger waits in an unnamed file in output_dir until it is written. None is an
+            eighth of the memory that is free when the writer is made: up to three subjects are held at a time.
 
     Raises:
         ConfigError: on_error is unknown.
@@ -50,11 +55,13 @@ class VolumeWriter(Callback):
         on_error: str = "skip",
         overlay: bool = False,
         compress: bool = True,
+        in_memory: float | None = None,
     ) -> None:
         self.output_dir = Path(output_dir).expanduser().resolve()
         self.stitch = stitch or Stitch()
         self.overlay = overlay
         self.suffix = ".nii.gz" if compress else ".nii"
+        self.in_memory = psutil.virtual_memory().available / 8 / 2**20 if in_memory is None else in_memory
         self.rows: list[Row] = []
         """What became of each subject of the last run."""
         self._raise = check_name(on_error, ON_ERROR, "on_error") == "raise"
@@ -116,6 +123,7 @@ class _WriterRun:
         self._inputs = {path.resolve() for case in data.cases for path in case.images.values()}
         self._written: set[Path] = set()
         self._buffers = Buffers()
+        self._scratch = Scratch(writer.output_dir, writer.in_memory * 2**20)
         self._open: dict[Work, Quilt] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="voxquilt-writer")
         # One subject being written and one waiting; the loop waits for the thread beyond that, so memory is bounded.
@@ -144,7 +152,14 @@ class _WriterRun:
     def _add(self, outputs: Outputs, run: Run) -> None:
         work = run.work
         if work not in self._open:
-            self._open[work] = Quilt(self._writer.stitch, work, work.space, buffers=self._buffers)
+            self._open[work] = Quilt(
+                self._writer.stitch,
+                work,
+                work.space,
+                buffers=self._buffers,
+                scratch=self._scratch,
+                skipped=work.skipped,
+            )
         quilt = self._open[work]
         quilt.add({name: output[run.start : run.stop] for name, output in outputs.items()}, run.locations)
         if quilt.complete:
@@ -177,7 +192,7 @@ class _WriterRun:
         try:
             with torch.inference_mode():
                 volumes = quilt.volumes()
-            row = self._write(work, volumes)
+            row = self._write(work, volumes, quilt.labels)
         except Exception as error:
             self._fail(work, error)
             return
@@ -186,15 +201,15 @@ class _WriterRun:
         self.manifest.add(row)
         log.info("%s: done: %d patches, %.1f s: %s", row.subject, row.patches, row.seconds, ", ".join(row.outputs))
 
-    def _write(self, work: Work, volumes: dict[str, np.ndarray]) -> Row:
+    def _write(self, work: Work, volumes: dict[str, np.ndarray], of_labels: list[str]) -> Row:
         subject, stitch, folder = work.case.subject, self._writer.stitch, self._writer.output_dir
         outputs = []
         for product, data in volumes.items():
             path = self._checked(folder / f"{subject}_{product}{self._writer.suffix}")
-            names = list(stitch.class_names) if stitch.class_names and _is_labels(product) else None
+            names = list(stitch.class_names) if stitch.class_names and product in of_labels else None
             write(path, data, work.space.native, header=work.file.header, class_names=names)
             outputs.append(path.name)
-        labels = next((data for product, data in volumes.items() if _is_labels(product)), None)
+        labels = volumes[of_labels[0]] if of_labels else None
         if labels is not None and self._writer.overlay:
             path = self._checked(folder / f"{subject}_overlay.png")
             image = read_header(work.file.path).read()[0].numpy()
@@ -205,7 +220,8 @@ class _WriterRun:
             voxel = abs(float(np.linalg.det(work.space.native.affine[:3, :3])))  # mm3, of sheared voxels too
             volume = int(np.count_nonzero(labels.any(axis=0))) * voxel / 1000
         seconds = perf_counter() - work.started
-        return Row(subject, "done", tuple(outputs), len(work.grid), seconds, volume_ml=volume)
+        patches, skipped = len(work.grid) - len(work.skipped), len(work.skipped)
+        return Row(subject, "done", tuple(outputs), patches, seconds, volume_ml=volume, skipped=skipped)
 
     def _checked(self, path: Path) -> Path:
         if path.resolve() in self._inputs:
@@ -233,7 +249,3 @@ def _gist(error: Exception) -> str:
     """TorchScript puts its own traceback before the message; other messages are kept as they are."""
     text = str(error).strip()
     return text.splitlines()[-1] if "TorchScript" in text.split("\n")[0] else text
-
-
-def _is_labels(product: str) -> bool:
-    return product == "labels" or product.endswith("_labels")

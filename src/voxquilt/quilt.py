@@ -1,0 +1,245 @@
+"""From a subject's patches to its finished volumes: blended sums per network output, then products in native space."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from voxquilt.aggregator import GridAggregator, Placed, Slab
+from voxquilt.buffers import Buffers
+from voxquilt.errors import OutputError, PatchShapeError
+from voxquilt.geometry import Triple
+from voxquilt.products import Kept, Product, Recipe, Threshold, background
+from voxquilt.space import AxisMaps, Restorer, Space
+from voxquilt.stitch import Stitch
+from voxquilt.volumes import Scratch, Volumes
+
+Outputs = Mapping[str, Tensor]
+"""What a network gives for a batch: (B, C, ...) by output name; a network with one output names it ''."""
+
+
+class _Finish:
+    """What happens to finished planes of one ring: into products, and back to native space.
+
+    Raises:
+        OutputError: (when called) scores that are NaN or infinite.
+    """
+
+    def __init__(
+        self,
+        recipes: Mapping[str, Recipe],
+        channels: int,
+        maps: AxisMaps,
+        axis: int,
+        shape: Triple,
+        scratch: Scratch | None,
+    ) -> None:
+        self._axis = axis
+        self._ways: list[tuple[Product | None, Restorer, Volumes]] = []
+        native = maps[0].size, maps[1].size, maps[2].size
+        of_scores = {name: recipe.product for name, recipe in recipes.items() if not recipe.in_model}
+        in_model = {name: recipe.product for name, recipe in recipes.items() if recipe.in_model}
+        for before, products in [(None, of_scores), *((p, {name: Kept(p)}) for name, p in in_model.items())]:
+            if products:
+                labels = before is not None and before.form(channels)[1].kind != "f"
+                restorer = Restorer(maps, axis, shape, linear=not labels)
+                volumes = Volumes(products, channels, native, restorer.axis, scratch)
+                self._ways.append((before, restorer, volumes))
+
+    def __call__(self, slab: Slab) -> None:
+        for before, restorer, volumes in self._ways:
+            for start, planes in [(slab.start, slab.scores)] if before is None else self._computed(before, slab):
+                for where, restored in restorer.feed(start, planes):
+                    if before is None:
+                        _check_finite(restored)
+                    volumes.fill(where, restored)
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Finished products by name."""
+        return {name: array for _, _, volumes in self._ways for name, array in volumes.arrays.items()}
+
+    def _computed(self, product: Product, slab: Slab) -> Iterable[tuple[int, Tensor]]:
+        # A few planes at a time, which stay in the cache.
+        step = max(1, 2**22 * (slab.stop - slab.start) // slab.scores.numel())
+        for start in range(slab.start, slab.stop, step):
+            planes = slab.scores.narrow(self._axis + 1, start - slab.start, min(step, slab.stop - start))
+            _check_finite(planes)
+            yield start, product(planes)
+
+
+def _check_finite(scores: Tensor) -> None:
+    # The sum is finite if all are, and cheap while they are in the cache; if it is not, look closer: sums can overflow.
+    if not scores.sum(dtype=torch.float32).isfinite() and not scores.isfinite().all():
+        raise OutputError("the network's output is NaN or infinite in places; nothing was written.")
+
+
+@dataclass(frozen=True)
+class _Ring:
+    """One blend of what is made of one output's patches."""
+
+    averaged: Callable[[Tensor], Tensor]
+    aggregator: GridAggregator
+    finish: _Finish
+
+
+class Quilt:
+    """One subject's outputs while its patches come in, in the grid's `streaming_order`.
+
+    Args:
+        stitch: How patches become volumes.
+        placed: The subject's GridSampler, or its grid and padding.
+        space: The way back to native space.
+        device: Where sums are kept; None for where the outputs are.
+        buffers: Where memory for them comes from and goes to.
+        scratch: Where products that are too large for memory go.
+        skipped: Numbers of patches that are not predicted; if these are all, add any one of them nonetheless, which
+            tells the outputs' channels and is otherwise not used.
+    """
+
+    def __init__(
+        self,
+        stitch: Stitch,
+        placed: Placed,
+        space: Space,
+        *,
+        device: torch.device | str | None = None,
+        buffers: Buffers | None = None,
+        scratch: Scratch | None = None,
+        skipped: Iterable[int] = (),
+    ) -> None:
+        self.stitch = stitch
+        self.placed = placed
+        self.space = space
+        self.device = device
+        self.buffers = buffers or Buffers()
+        self.scratch = scratch
+        self.skipped = frozenset(skipped)
+        self._rings: dict[str, list[_Ring]] = {}
+
+    def add(self, outputs: Outputs, locations: np.ndarray) -> None:
+        """Add a network's outputs for patches at locations (B, 6).
+
+        Raises:
+            PatchShapeError: an output of another shape than the grid wants, or other outputs than before.
+            LedgerError: a patch came twice or too early.
+            OutputError: outputs that are not finite, or a product that an output does not have.
+        """
+        if not self._rings:
+            self._check_products(outputs)
+            self._rings = {name: self._open(name, patches) for name, patches in outputs.items()}
+        if outputs.keys() != self._rings.keys():
+            raise PatchShapeError(f"the network's outputs are {list(outputs)} after {list(self._rings)}.")
+        taken = 0 if len(self.skipped) == len(self.placed.grid) else len(locations)
+        for name, patches in outputs.items():
+            made: dict[Callable[[Tensor], Tensor], Tensor] = {}
+            for ring in self._rings[name]:
+                if ring.averaged not in made:
+                    made[ring.averaged] = ring.averaged(patches[:taken])
+                ring.aggregator.add_batch(made[ring.averaged], locations[:taken])
+
+    @property
+    def complete(self) -> bool:
+        """Whether every patch is in."""
+        return bool(self._rings) and all(
+            ring.aggregator.ledger.missing == 0 for rings in self._rings.values() for ring in rings
+        )
+
+    def volumes(self) -> dict[str, np.ndarray]:
+        """The finished products in native space, (C, I, J, K), by '<product>' or '<output>_<product>'.
+
+        Raises:
+            LedgerError: a patch is missing.
+            OutputError: post-processing changed a volume's shape.
+        """
+        finished: dict[str, np.ndarray] = {}
+        for name, rings in self._rings.items():
+            for ring in rings:
+                ring.aggregator.ledger.check_complete()
+                for product, volume in ring.finish.arrays.items():
+                    finished["_".join(filter(None, (name, product)))] = (
+                        self._postprocessed(volume) if product.startswith("labels") else volume
+                    )
+        return finished
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of those among the volumes that hold labels."""
+        return [
+            "_".join(filter(None, (name, product)))
+            for name, rings in self._rings.items()
+            for ring in rings
+            for product in ring.finish.arrays
+            if product.startswith("labels")
+        ]
+
+    def close(self) -> None:
+        """Leave the memory of an unfinished subject to the next."""
+        for ring in (ring for rings in self._rings.values() for ring in rings):
+            ring.aggregator.close()
+
+    def _check_products(self, outputs: Outputs) -> None:
+        wanted = self.stitch.products
+        unknown = sorted(set(wanted) - outputs.keys()) if isinstance(wanted, Mapping) else []
+        if unknown:
+            raise OutputError(f"stitch.products names {unknown}; the network's outputs are {list(outputs)}.")
+
+    def _open(self, name: str, patches: Tensor) -> list[_Ring]:
+        stitch, grid = self.stitch, self.placed.grid
+        factor, channels = _factor(name, tuple(patches.shape), grid.patch_size), patches.shape[1]
+        maps = self.space.in_scores(self.placed.padding, factor)
+        shape = grid.downsampled(factor).shape
+        empty = torch.tensor(self._fill(name, channels), dtype=torch.float64).reshape(1, channels, 1, 1, 1)
+        rings = []
+        for mode, recipes in stitch.recipes(name, channels).items():
+            for averaged in dict.fromkeys(recipe.averaged for recipe in recipes.values()):
+                some = {product: recipe for product, recipe in recipes.items() if recipe.averaged == averaged}
+                finish = _Finish(some, channels, maps, grid.streaming_axis, shape, self.scratch)
+                aggregator = GridAggregator(
+                    self.placed,
+                    mode,
+                    downsampling_factor=factor,
+                    device=patches.device if self.device is None else self.device,
+                    consumer=finish,
+                    axis=grid.streaming_axis,
+                    buffers=self.buffers,
+                    skipped=self.skipped,
+                    fill=averaged(empty).flatten().tolist(),
+                )
+                rings.append(_Ring(averaged, aggregator, finish))
+        return rings
+
+    def _fill(self, name: str, channels: int) -> list[float]:
+        fill = background(channels, self.stitch.activation, self.stitch.fill)
+        if self.skipped:
+            values = torch.tensor(fill, dtype=torch.float64).reshape(channels, 1, 1, 1)
+            for product, recipe in self.stitch.recipes(name, channels)[self.stitch.overlap_mode].items():
+                if isinstance(recipe.product, Threshold) and self.stitch.fill is None and recipe.product(values).any():
+                    raise OutputError(
+                        f"{product}: patches without foreground would count as label 1, since a score of 0 is above "
+                        f"stitch.threshold={self.stitch.threshold}; set stitch.fill to the background's score."
+                    )
+        return fill
+
+    def _postprocessed(self, labels: np.ndarray) -> np.ndarray:
+        if not self.stitch.postprocess:
+            return labels
+        data = torch.from_numpy(labels.astype(np.int64))
+        for transform in self.stitch.postprocess:
+            data = torch.as_tensor(transform(data)).as_subclass(Tensor)
+            if tuple(data.shape) != labels.shape:
+                raise OutputError(f"post-processing {transform!r} turned {labels.shape} into {tuple(data.shape)}.")
+        return data.numpy().astype(labels.dtype)
+
+
+def _factor(name: str, shape: tuple[int, ...], patch: Triple) -> Triple:
+    """How many times smaller than its input an output is, along each axis."""
+    if len(shape) != 5 or 0 in shape or any(p % n for p, n in zip(patch, shape[2:], strict=True)):
+        raise PatchShapeError(
+            f"the network's output {name!r} has shape {shape} for patches of {patch} voxels; wanted is (B, C, I, J, K) "
+            f"with as many voxels, or fewer by a whole factor."
+        )
+    i, j, k = (p // n for p, n in zip(patch, shape[2:], strict=True))
+    return i, j, k

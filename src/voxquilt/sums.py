@@ -1,0 +1,112 @@
+"""Where are weighted sums kept? In planes along one axis: those of the whole volume, or a ring as long as a patch."""
+
+from collections.abc import Iterator
+from math import prod
+
+import torch
+from jaxtyping import Float64, Shaped
+from torch import Tensor
+
+from voxquilt.blend import Blend
+from voxquilt.buffers import Buffers
+from voxquilt.geometry import Triple
+from voxquilt.grid import Grid
+
+
+class Sums:
+    """Weighted sums of patches; plane p along `axis` is kept at p modulo `window`.
+
+    Args:
+        grid: Where patches lie.
+        blend: Their shares.
+        weights: The blend's `axis_weights` along i, j, k.
+        axis: Along which planes are kept.
+        window: How many planes are in memory, at least as many as a patch has; None for the whole volume.
+        channels, dtype, device: Of the sums.
+        buffers: Where memory comes from and goes to.
+        blank: Start every plane from zero, also where a blend that copies writes each voxel in any case.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        blend: Blend,
+        weights: list[Float64[Tensor, "_ _"]],
+        axis: int,
+        window: int | None,
+        *,
+        channels: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        buffers: Buffers,
+        blank: bool = False,
+    ) -> None:
+        self.channels, self.dtype, self.device = channels, dtype, device
+        self._grid, self._axis, self._buffers = grid, axis, buffers
+        self._window = grid.shape[axis] if window is None else window
+        self._averages = blend.averages
+        self._blank = blank or blend.averages
+        self._weights = [w.to(device, dtype) for w in weights] if blend.averages else []
+        self._owned = [] if blend.averages else [[_owned(w) for w in along] for along in weights]
+        shape = list(grid.shape)
+        shape[axis] = self._window
+        count = channels * prod(shape)
+        self._memory = buffers.take(count, dtype, device)
+        with torch.inference_mode(False):
+            flat = self._memory[:count]
+            if self._blank:
+                flat.zero_()
+            if window is None:
+                self.planes = flat.view(channels, *shape)
+            else:
+                # Plane by plane, so that what is handed over is one piece of memory.
+                del shape[axis]
+                self.planes = flat.view(self._window, channels, *shape).movedim(0, axis + 1)
+
+    def add(self, patch: Shaped[Tensor, "c pi pj pk"], place: Triple) -> None:
+        """Add a patch with its weights, or copy the part of it that it owns."""
+        first = [0, 0, 0]
+        sums, weights = self.planes, patch
+        if self._averages:
+            i, j, k = (along[n] for along, n in zip(self._weights, place, strict=True))
+            weights = i[:, None, None] * (j[:, None] * k)
+        else:
+            for n, along in enumerate(self._owned):
+                first[n], count = along[place[n]]
+                patch = patch.narrow(n + 1, first[n], count)
+        for n in (n for n in range(3) if n != self._axis):
+            sums = sums.narrow(n + 1, self._grid.starts[n][place[n]] + first[n], patch.shape[n + 1])
+        dim, plane = self._axis + 1, self._grid.starts[self._axis][place[self._axis]] + first[self._axis]
+        for start, count, kept in self._pieces(plane, patch.shape[dim]):
+            into, values = sums.narrow(dim, kept, count), patch.narrow(dim, start - plane, count)
+            if self._averages:
+                into.addcmul_(values.to(sums), weights.narrow(self._axis, start - plane, count))
+            else:
+                into.copy_(values)
+
+    def take(self, start: int, stop: int) -> Iterator[tuple[int, Shaped[Tensor, "c i j k"]]]:
+        """Pieces of the planes `start` to `stop`, each with its first plane; afterwards their memory is free."""
+        for plane, count, kept in self._pieces(start, stop - start):
+            planes = self.planes.narrow(self._axis + 1, kept, count)
+            yield plane, planes
+            if self._blank:
+                planes.zero_()
+
+    def close(self) -> None:
+        """Leave the memory to the next volume."""
+        self._buffers.give(self._memory)
+
+    def _pieces(self, plane: int, count: int) -> Iterator[tuple[int, int, int]]:
+        """(first plane, how many, where they are kept) of planes that lie together in the ring."""
+        stop = plane + count
+        while plane < stop:
+            kept = plane % self._window
+            count = min(stop - plane, self._window - kept)
+            yield plane, count, kept
+            plane += count
+
+
+def _owned(weights: Shaped[Tensor, "p"]) -> tuple[int, int]:
+    """Where a window of zeros and ones has its ones: the first and how many."""
+    owned = weights.nonzero()
+    return int(owned[0]), len(owned)
