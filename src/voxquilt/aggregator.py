@@ -242,11 +242,15 @@ class GridAggregator:
             stop = starts[self._front] if self._front < len(starts) else self.grid.shape[self._axis]
             if self._consumer is None:
                 continue
-            covers = repeat((0, None)) if self._cover is None else self._cover.take(first, stop)
-            for (plane, planes), (_, cover) in zip(sums.take(first, stop), covers, strict=False):
-                if cover is not None:
+            if self._cover is not None:
+                for (_, planes), (_, cover) in zip(
+                    sums.finished(first, stop), self._cover.finished(first, stop), strict=True
+                ):
                     self._fill_up(planes, cover)
+                    self._cover.clear(cover)
+            for plane, planes in sums.finished(first, stop):
                 self._consumer(Slab(self._axis, plane, plane + planes.shape[self._axis + 1], planes))
+                sums.clear(planes)
         if self._front == len(starts):
             if self._consumer is not None:
                 self.close()

@@ -35,8 +35,8 @@ class Work:
     grid: Grid
     padding: Padding
     space: Space
-    numbers: np.ndarray
-    skipped: np.ndarray
+    numbers: list[int]
+    skipped: list[int]
     started: float = field(default_factory=perf_counter)
     failed: bool = False
 
@@ -62,7 +62,7 @@ class Run:
     def locations(self) -> np.ndarray:
         """(stop - start, 6)."""
         numbers = self.work.numbers[self.first : self.first + self.stop - self.start]
-        return np.array([self.work.grid.location(int(n)) for n in numbers])
+        return np.array([self.work.grid.location(n) for n in numbers])
 
 
 class PatchBatch:
@@ -104,7 +104,7 @@ def batches(subjects: Iterable[Loaded], batch_size: int) -> Iterator[PatchBatch]
         while first < total and not work.failed:
             take = min(batch_size - filled, total - first)
             for n in range(take):
-                _cut(sampler, int(work.numbers[first + n]), buffers[count % 2][filled + n])
+                _cut(sampler, work.numbers[first + n], buffers[count % 2][filled + n])
             runs.append(Run(work, first, filled, filled + take))
             first, filled = first + take, filled + take
             if filled == batch_size:

@@ -53,7 +53,7 @@ def predict_volume(
     numbers = to_predict(sampler, skipped)
     quilt = Quilt(stitch or Stitch(), sampler, space, skipped=skipped)
     for start in range(0, len(numbers), batch_size):
-        indices = numbers[start : start + batch_size].tolist()
+        indices = numbers[start : start + batch_size]
         patches = [torch.cat([sampler.cut(name, n) for name in model_subject.images]) for n in indices]
         outputs = network(torch.stack(patches).float())
         quilt.add(outputs if isinstance(outputs, dict) else {"": outputs}, sampler.locations[indices])

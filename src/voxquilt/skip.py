@@ -1,8 +1,9 @@
 """Which patches hold nothing to predict? Those without foreground: above a threshold, or in a mask."""
 
-import numpy as np
+from collections.abc import Iterable
+
 import torch
-from jaxtyping import Bool, Shaped
+from jaxtyping import Bool
 from torch import Tensor
 
 from voxquilt.sampler import GridSampler
@@ -10,7 +11,7 @@ from voxquilt.space import Space, inverse, resample
 from voxquilt.subject import LabelMap, Subject
 
 
-def empty_patches(sampler: GridSampler, foreground: Bool[Tensor, "i j k"]) -> np.ndarray:
+def empty_patches(sampler: GridSampler, foreground: Bool[Tensor, "i j k"]) -> list[int]:
     """Numbers of the patches in which no voxel is foreground.
 
     Args:
@@ -22,7 +23,7 @@ def empty_patches(sampler: GridSampler, foreground: Bool[Tensor, "i j k"]) -> np
     # A patch is a box, so whether it holds a voxel can be asked one axis after the other.
     for axis, (starts, size) in enumerate(zip(sampler.grid.starts, sampler.patch_size, strict=True)):
         found = torch.stack([found.narrow(axis, start, size).any(axis) for start in starts], axis)
-    return np.flatnonzero(~found.numpy())
+    return (~found.flatten()).nonzero().flatten().tolist()
 
 
 def above(threshold: float, model_subject: Subject) -> Bool[Tensor, "i j k"]:
@@ -51,9 +52,7 @@ def inside(mask: LabelMap, subject: Subject, space: Space) -> Bool[Tensor, "i j 
     return model
 
 
-def patches_to_skip(
-    skip: float | LabelMap | None, sampler: GridSampler, subject: Subject, space: Space
-) -> Shaped[np.ndarray, " n"]:
+def patches_to_skip(skip: float | LabelMap | None, sampler: GridSampler, subject: Subject, space: Space) -> list[int]:
     """Numbers of the patches that are not predicted.
 
     Args:
@@ -63,17 +62,16 @@ def patches_to_skip(
         space: Between the two.
     """
     if skip is None:
-        return np.empty(0, dtype=np.int64)
+        return []
     if isinstance(skip, LabelMap):
         return empty_patches(sampler, inside(skip, subject, space))
     return empty_patches(sampler, above(skip, sampler.subject))
 
 
-def to_predict(sampler: GridSampler, skipped: Shaped[np.ndarray, " n"]) -> Shaped[np.ndarray, " m"]:
+def to_predict(sampler: GridSampler, skipped: Iterable[int]) -> list[int]:
     """Numbers of the patches that are predicted, in streaming order.
 
     Of a subject without any foreground one patch is predicted nonetheless: it tells which outputs there are.
     """
-    order = sampler.grid.streaming_order
-    kept = order[~np.isin(order, skipped)]
-    return kept if len(kept) else order[:1]
+    order, left_out = sampler.grid.streaming_order.tolist(), frozenset(skipped)
+    return [number for number in order if number not in left_out] or order[:1]

@@ -84,13 +84,15 @@ class Sums:
             else:
                 into.copy_(values)
 
-    def take(self, start: int, stop: int) -> Iterator[tuple[int, Shaped[Tensor, "c i j k"]]]:
-        """Pieces of the planes `start` to `stop`, each with its first plane; afterwards their memory is free."""
-        for plane, count, kept in self._pieces(start, stop - start):
-            planes = self.planes.narrow(self._axis + 1, kept, count)
-            yield plane, planes
-            if self._blank:
-                planes.zero_()
+    def finished(self, start: int, stop: int) -> list[tuple[int, Shaped[Tensor, "c i j k"]]]:
+        """The planes `start` to `stop`, in the pieces in which they lie in memory, each with its first plane."""
+        dim = self._axis + 1
+        return [(p, self.planes.narrow(dim, kept, n)) for p, n, kept in self._pieces(start, stop - start)]
+
+    def clear(self, planes: Shaped[Tensor, "c i j k"]) -> None:
+        """Make ready what `finished` gave for the planes to come."""
+        if self._blank:
+            planes.zero_()
 
     def close(self) -> None:
         """Leave the memory to the next volume."""
