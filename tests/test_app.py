@@ -98,6 +98,9 @@ def light(place: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
         ("data.num_workers=true", "data.num_workers must be an integer"),
         ("data.padding_mode=reflekt", "data.padding_mode (null, a number, or a mode of numpy.pad) must be one of"),
         ("data.nonfinite=ignore", "data.nonfinite must be one of error, zero"),
+        ("data.skip=true", "data.skip is null, a number, or a mask's path with {subject}; it is True"),
+        ("data.skip=[1,2]", "data.skip is null, a number, or a mask's path"),
+        ("data.skip=masks/{subject}.nii", "data.skip=masks/{subject}.nii: no subject has such a mask (looked from"),
         # model space, network and products
         ("preprocess.orientation=RAX", "one letter of each pair L/R, A/P, S/I"),
         ("preprocess.spacing=-1", "spacing must be null, a positive number of mm, or three"),
@@ -108,6 +111,10 @@ def light(place: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
         ("stitch.products=[lables]", "it is 'lables'. Did you mean labels?"),
         ("stitch.products=labels", "stitch.products is a list, such as '[labels]'"),
         ("stitch.threshold=high", "stitch.threshold must be a number"),
+        ("stitch.compare=[crop,han]", "stitch.compare must be one of crop, average, hann, gaussian; it is 'han'"),
+        ("stitch.compare=hann", "stitch.compare is a list, such as '[crop,hann]'"),
+        ("stitch.restore=label", "stitch.restore must be one of scores, labels; it is 'label'. Did you mean labels?"),
+        ("stitch.fill=black", "stitch.fill is null, a number, or a number for each channel; it is 'black'"),
         ("stitch.class_names=brain", "stitch.class_names is a list"),
         ("stitch.postprocess=[fill]", "stitch.postprocess must be a list of callables"),
         ("model.average=mean", "model.average must be one of logits, probabilities"),
@@ -334,6 +341,59 @@ def test_a_table_of_several_images_and_weights_with_lightnings_name(tmp_path: Pa
     assert record["configuration"]["model"]["net"] == {"_target_": "synthetic.Over50", "channels": 2}
     assert record["versions"]["torch"] == torch.__version__
     assert record["seconds"] > 0
+
+
+def test_what_is_skipped_and_compared_is_on_the_command_line(tmp_path: Path) -> None:
+    """Patches outside a mask cost nothing; a subject without its mask fails alone; blends are written side by side."""
+    for n, name in enumerate("abc"):
+        save(tmp_path / f"scans/{name}.nii.gz", noise((9, 30, 9), n))
+        mask = np.zeros((9, 30, 9), np.uint8)
+        mask[4, 2 if name == "a" else 29, 3] = name != "c"
+        if name != "b":
+            save(tmp_path / f"masks/{name}.nii.gz", mask)
+    arguments = ("data.inputs=scans", *NETWORK, *GRID, "data.batch_size=3", "stitch.compare=[crop,hann]")
+    done = run(
+        "predict.py", *arguments, "data.skip=masks/{subject}.nii.gz", "stitch.products=[labels,disagreement]",
+        "stitch.restore=labels", cwd=tmp_path,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "labels are made in model space" in done.stdout
+    rows = manifest(tmp_path / "outputs")
+    names = [f"a_{product}.nii.gz" for product in ("labels", "disagreement", "labels_crop", "labels_hann")]
+    assert rows["a"]["outputs"].split(";") == names
+    # Two patches along i and k each, of seven along j one has the voxel.
+    assert (rows["a"]["patches"], rows["a"]["skipped"]) == ("4", "24")
+    assert table(done.stdout)["a"][2] == "4 of 28"
+    assert "masks/b.nii.gz: there is no such file" in rows["b"]["error"]
+    assert (rows["c"]["patches"], rows["c"]["skipped"]) == ("0", "28")
+    record = json.loads((tmp_path / "outputs/run.json").read_text())
+    assert (record["patches"], record["patches_skipped"]) == (4, 52)
+    for mode in ("", "_crop", "_hann"):
+        labels = read(tmp_path / f"outputs/a_labels{mode}.nii.gz")
+        covered = np.s_[:, : 6 if mode == "_crop" else 8]  # of crop, half of the overlap is the neighbour's
+        np.testing.assert_array_equal(labels[covered], noise((9, 30, 9), 0)[covered] > 50)
+        assert not labels[:, 8:].any()
+        assert not read(tmp_path / f"outputs/c_labels{mode}.nii.gz").any()
+
+    done = run("predict.py", *arguments, "data.skip=-1", "output_dir=all", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {(row["patches"], row["skipped"]) for row in manifest(tmp_path / "all").values()} == {("28", "0")}
+    for n, name in enumerate("abc"):
+        np.testing.assert_array_equal(read(tmp_path / f"all/{name}_labels.nii.gz"), noise((9, 30, 9), n) > 50)
+
+
+def test_products_larger_than_memory_are_the_same_files(tmp_path: Path) -> None:
+    """They wait in files without a name: byte for byte what memory gives, and nothing else in the folder."""
+    save(tmp_path / "scans/a.nii.gz", noise((9, 12, 10)), np.diag([-1.0, 2, 1.5, 1]))
+    for limit in ("0", "null"):
+        done = run(
+            "predict.py", "data.inputs=scans", *NETWORK, *GRID, "stitch.products=[probabilities,entropy]",
+            f"callbacks.writer.in_memory={limit}", f"output_dir=limit_{limit}", "preprocess.spacing=1.3", cwd=tmp_path,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(os.listdir(tmp_path / "limit_0")) == sorted(os.listdir(tmp_path / "limit_null"))
+    for name in ("a_probabilities.nii.gz", "a_entropy.nii.gz"):
+        assert (tmp_path / "limit_0" / name).read_bytes() == (tmp_path / "limit_null" / name).read_bytes()
 
 
 def test_patterns_from_the_command_line(tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """Laws of products: what is made of scores, voxel by voxel, after they were brought to native resolution."""
 
+import errno
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +14,17 @@ from torch import Tensor
 from torch.nn.functional import avg_pool3d
 
 from voxquilt import predict_volume
+from voxquilt.aggregator import GridAggregator
+from voxquilt.blend import BLENDS
 from voxquilt.errors import ConfigError, GridError, OutputError, PatchShapeError
+from voxquilt.nifti import write
 from voxquilt.preprocess import Preprocess
 from voxquilt.products import ArgMax, make_products
+from voxquilt.quilt import Quilt
+from voxquilt.sampler import GridSampler
 from voxquilt.stitch import Stitch
 from voxquilt.subject import LabelMap, ScalarImage, Subject
-from voxquilt.volumes import Volumes
+from voxquilt.volumes import Scratch, Volumes
 
 SEEDS = st.integers(0, 2**32 - 1)
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -474,3 +482,183 @@ def test_labels_of_their_own_have_an_entropy_and_a_threshold_of_their_own(activa
     np.testing.assert_allclose(made["entropy"], -p * np.log(p) - (1 - p) * np.log(1 - p), rtol=1e-5)
     np.testing.assert_array_equal(made["labels"], p > 0.5)
     np.testing.assert_allclose(made["probabilities"], p, rtol=1e-6)
+
+
+# Disagreement.
+
+
+def spread(patches: Tensor, sampler: GridSampler, mode: str) -> np.ndarray:
+    """The definition, voxel by voxel in float64: the weighted variance of (n, C, ...) probabilities, by channel."""
+    grid = sampler.grid
+    i, j, k = (BLENDS[mode].axis_weights(grid, axis) for axis in range(3))
+    stacked = torch.zeros(len(grid), patches.shape[1], *grid.shape, dtype=torch.float64)
+    weights = torch.zeros(len(grid), 1, *grid.shape, dtype=torch.float64)
+    for n, (i0, j0, k0, i1, j1, k1) in enumerate(grid.locations.tolist()):
+        a, b, c = grid.place(n)
+        stacked[n, :, i0:i1, j0:j1, k0:k1] = patches[n]
+        weights[n, 0, i0:i1, j0:j1, k0:k1] = i[a][:, None, None] * j[b][:, None] * k[c]
+    mean = (weights * stacked).sum(0)
+    return (weights * (stacked - mean).square()).sum(0).numpy()
+
+
+@given(
+    st.sampled_from(["crop", "average", "hann", "gaussian"]),
+    st.sampled_from([None, "softmax", "none", "applied", "sigmoid", "applied_sigmoid"]),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    SEEDS,
+)
+@settings(deadline=None, max_examples=60)
+def test_disagreement_is_the_weighted_variance_of_what_patches_say(
+    mode: str, activation: str | None, channels: int, size: int, seed: int
+) -> None:
+    """Summed over classes; of several labels and of one channel each by itself. Exactly 0 where one patch covers."""
+    if channels == 1 and activation == "softmax":
+        return  # refused, see above
+    subject = Subject(t1=ScalarImage(torch.zeros(1, 9, 7, 5)))
+    sampler, rng = GridSampler(subject, 5, 2), np.random.default_rng(seed)
+    scores = torch.from_numpy(rng.normal(0, 2, (len(sampler), channels, 5, 5, 5)))
+    kind = activation or ("softmax" if channels > 1 else "none")
+    p = {"softmax": scores.softmax(1), "sigmoid": scores.sigmoid()}.get(kind, scores)
+    order = iter(sampler.grid.streaming_order.tolist())
+    made = predicted(
+        lambda x: torch.stack([scores[next(order)] for _ in x]).float(),
+        subject,
+        5,
+        batch_size=size,
+        stitch=Stitch(mode, ["disagreement"], activation=activation),
+    )["disagreement"]
+    each = channels == 1 or kind.endswith("sigmoid")
+    expected = spread(p, sampler, mode)
+    np.testing.assert_allclose(made, expected if each else expected.sum(0)[None], rtol=1e-4, atol=3e-6)
+    assert made.dtype == np.float32
+    covered = np.zeros((9, 7, 5))
+    for i0, j0, k0, i1, j1, k1 in sampler.locations:
+        covered[i0:i1, j0:j1, k0:k1] += 1
+    assert (made[:, covered == 1] == 0).all()
+    if mode == "crop":
+        assert not made.any()
+
+
+def test_disagreement_of_an_image_keeps_small_differences_of_large_values() -> None:
+    """The difference of squares cancels: in float32 a spread of 1 around 10,000 would drown."""
+    subject = Subject(t1=ScalarImage(torch.zeros(1, 8, 4, 4)))
+    values = iter([9_999.0, 10_001.0])
+    made = predicted(
+        lambda x: x + next(values), subject, (6, 4, 4), (4, 0, 0), stitch=Stitch("average", ["disagreement"])
+    )["disagreement"]
+    np.testing.assert_allclose(made[0, :, 0, 0], [0, 0, 1, 1, 1, 1, 0, 0], atol=1e-6)
+
+
+# Several blends, and labels by nearest neighbour.
+
+HEAD = np.random.default_rng(5).uniform(0, 100, (1, 14, 11, 13)).astype(np.float32)
+OBLIQUE = np.array([[0, -1.5, 0, 3], [1.1, 0, 0, 2], [0, 0, 2, 1], [0, 0, 0, 1.0]])
+
+
+def varying(x: Tensor) -> Tensor:
+    """A network that sees less at its borders, so that blends differ."""
+    p = torch.linspace(-1, 1, x.shape[-1])
+    return torch.cat([x - 50 + 30 * p, 50 - x - 20 * p.square(), 10 * p.expand_as(x)], 1)
+
+
+@pytest.mark.parametrize("spacing", [None, 1.7])
+@pytest.mark.parametrize("restore", ["scores", "labels"])
+def test_labels_of_several_blends_from_one_pass_are_those_of_a_pass_each(spacing: float | None, restore: str) -> None:
+    """The network sees every patch once; overlap_mode's own are among them, if asked for."""
+    subject = Subject(t1=ScalarImage(HEAD, affine=OBLIQUE))
+    options = {"batch_size": 3, "preprocess": Preprocess(spacing=spacing)}
+    modes = ["crop", "average", "hann", "gaussian"]
+    calls: list[int] = []
+    stitch = Stitch("hann", ["labels", "probabilities"], compare=modes, restore=restore)
+    made = predicted(lambda x: calls.append(len(x)) or varying(x), subject, 6, 4, stitch=stitch, **options)
+    assert sum(calls) == len(GridSampler(options["preprocess"](subject).subject, 6, 4, fit=True))
+    assert sorted(made) == sorted(["labels", "probabilities", *(f"labels_{mode}" for mode in modes)])
+    for mode in modes:
+        alone = predicted(varying, subject, 6, 4, stitch=Stitch(mode, restore=restore), **options)
+        np.testing.assert_array_equal(made[f"labels_{mode}"], alone["labels"])
+    np.testing.assert_array_equal(made["labels"], made["labels_hann"])
+    assert len({made[f"labels_{mode}"].tobytes() for mode in modes}) == 4
+
+
+def test_blends_of_an_image_and_of_named_outputs_are_compared_too() -> None:
+    """Names are <output>_<product>_<mode>; what has no labels is compared as an image. Labels are post-processed."""
+    subject = Subject(t1=ScalarImage(HEAD))
+    made = predicted(
+        lambda x: {"seg": varying(x), "image": varying(x)[:, :1]},
+        subject,
+        6,
+        4,
+        stitch=Stitch("crop", compare=["average"], postprocess=[lambda labels: labels + 5]),
+    )
+    assert sorted(made) == ["image_image", "image_image_average", "seg_labels", "seg_labels_average"]
+    assert made["seg_labels_average"].min() >= 5
+    alone = predicted(lambda x: varying(x)[:, :1], subject, 6, 4, stitch=Stitch("average"))
+    np.testing.assert_array_equal(made["image_image_average"], alone["image"])
+
+
+@pytest.mark.parametrize("orientation", ["RAS", "SPL", "AIL"])
+@pytest.mark.parametrize("spacing", [None, 0.7, 1.7, (0.8, 2.3, 1.1)])
+def test_labels_restored_as_labels_are_the_nearest_of_model_space(orientation: str, spacing: object) -> None:
+    """Each native voxel has the label of the model voxel nearest to it in the world; scores are still interpolated."""
+    subject = Subject(t1=ScalarImage(HEAD, affine=OBLIQUE))
+    preprocess = Preprocess(orientation, spacing)  # type: ignore[arg-type]
+    model_subject, space = preprocess(subject)
+    sampler = GridSampler(model_subject, 6, 4, fit=True)
+    aggregator = GridAggregator(sampler, "hann")
+    for patch in sampler:
+        aggregator.add_batch(varying(patch["t1"]["data"][None]), patch["location"][None])
+    labels = aggregator.get_output_tensor().argmax(0).numpy()
+    made, scores = (
+        predicted(varying, subject, 6, 4, preprocess=preprocess, stitch=Stitch("hann", names, restore="labels"))
+        for names in (["labels", "logits"], ["logits"])
+    )
+    np.testing.assert_array_equal(made["logits"], scores["logits"])
+    native = np.stack(np.meshgrid(*map(np.arange, HEAD.shape[1:]), [1], indexing="ij")).reshape(4, -1)
+    at = (np.linalg.inv(space.model.affine) @ OBLIQUE @ native)[:3] + np.array([b for b, _ in sampler.padding])[:, None]
+    at = at.clip(0, np.array(labels.shape)[:, None] - 1)
+    sure = (np.abs(at - np.floor(at) - 0.5) > 1e-6).all(0)  # halfway between two, either is right
+    i, j, k = at.round().astype(int)
+    np.testing.assert_array_equal(made["labels"].ravel()[sure], labels[i, j, k][sure])
+    assert sure.mean() > 0.4
+    assert made["labels"].dtype == np.uint8
+
+
+# Products larger than memory.
+
+
+@pytest.mark.parametrize("orientation", ["RAS", "SPL", "AIL"])
+def test_a_product_in_a_file_equals_one_in_memory(tmp_path: Path, orientation: str) -> None:
+    """Whatever axis slabs come along; the file has no name, so nothing stays behind."""
+    subject = Subject(t1=ScalarImage(HEAD, affine=OBLIQUE))
+    model_subject, space = Preprocess(orientation, 1.7)(subject)
+    sampler = GridSampler(model_subject, 6, 4, fit=True)
+    found = []
+    for limit in (0, 1e9):
+        quilt = Quilt(Stitch("hann", ["labels", "logits", "entropy"]), sampler, space, scratch=Scratch(tmp_path, limit))
+        for n in sampler.grid.streaming_order.tolist():
+            quilt.add({"": varying(sampler.cut("t1", n)[None].float())}, sampler.locations[n : n + 1])
+        found.append(quilt.volumes())
+        assert list(tmp_path.iterdir()) == []
+        assert all(isinstance(volume.base, np.memmap) == (limit == 0) for volume in found[-1].values())
+    for name, volume in found[0].items():
+        np.testing.assert_array_equal(volume, found[1][name])
+        write(tmp_path / "a.nii.gz", volume, subject.frame)
+        write(tmp_path / "b.nii.gz", found[1][name], subject.frame)
+        assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()
+        for path in tmp_path.iterdir():
+            path.unlink()
+
+
+def test_a_disk_without_room_for_a_product_is_an_error_before_it_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mapped file that outgrows its disk would kill the process."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OutputError, match=r"product of 4\.0 GiB is too large for memory and .* has no room for it"):
+        Scratch(tmp_path, 0).empty((1, 1024, 1024, 1024), np.dtype(np.float32))
+    assert list(tmp_path.iterdir()) == []

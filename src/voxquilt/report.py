@@ -25,7 +25,8 @@ def print_table(rows: Sequence[Row], folder: Path) -> None:
     for row in rows:
         volume = "" if row.volume_ml is None else f"{row.volume_ml:.1f}"
         style = "red" if row.status == "failed" else None
-        table.add_row(escape(row.subject), row.status, volume, str(row.patches), f"{row.seconds:.1f}", style=style)
+        patches = f"{row.patches} of {row.patches + row.skipped}" if row.skipped else str(row.patches)
+        table.add_row(escape(row.subject), row.status, volume, patches, f"{row.seconds:.1f}", style=style)
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
     for row in rows:
@@ -44,5 +45,6 @@ def run_record(plain: Mapping[str, Any], rows: Sequence[Row], subjects: int, sec
         "done": sum(row.status == "done" for row in rows),
         "failed": sum(row.status == "failed" for row in rows),
         "patches": sum(row.patches for row in rows),
+        "patches_skipped": sum(row.skipped for row in rows),
         "seconds": round(seconds, 3),
     }
