@@ -94,7 +94,7 @@ def batches(subjects: Iterable[Loaded], batch_size: int) -> Iterator[PatchBatch]
     filled = count = 0
     for loaded in subjects:
         work, sampler = loaded.work, loaded.sampler
-        shape = (batch_size, sum(len(sampler.volume(name)) for name in sampler.subject.images), *sampler.patch_size)
+        shape = (batch_size, sampler.channels, *sampler.patch_size)
         if filled and buffers[0].shape != shape:
             yield PatchBatch(buffers[count % 2][:filled], runs)
             runs, filled, count = [], 0, count + 1
@@ -104,7 +104,7 @@ def batches(subjects: Iterable[Loaded], batch_size: int) -> Iterator[PatchBatch]
         while first < total and not work.failed:
             take = min(batch_size - filled, total - first)
             for n in range(take):
-                _cut(sampler, work.numbers[first + n], buffers[count % 2][filled + n])
+                sampler.fill(buffers[count % 2][filled + n], work.numbers[first + n])
             runs.append(Run(work, first, filled, filled + take))
             first, filled = first + take, filled + take
             if filled == batch_size:
@@ -113,11 +113,3 @@ def batches(subjects: Iterable[Loaded], batch_size: int) -> Iterator[PatchBatch]
         del loaded, sampler  # the volume goes before the next one is waited for
     if filled:
         yield PatchBatch(buffers[count % 2][:filled], runs)
-
-
-def _cut(sampler: GridSampler, index: int, out: Tensor) -> None:
-    channel = 0
-    for name in sampler.subject.images:
-        patch = sampler.cut(name, index)
-        out[channel : channel + len(patch)].copy_(patch)
-        channel += len(patch)

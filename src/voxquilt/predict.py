@@ -52,9 +52,11 @@ def predict_volume(
     skipped = patches_to_skip(skip, sampler, subject, space)
     numbers = to_predict(sampler, skipped)
     quilt = Quilt(stitch or Stitch(), sampler, space, skipped=skipped)
+    batch = torch.empty(batch_size, sampler.channels, *sampler.patch_size)
     for start in range(0, len(numbers), batch_size):
         indices = numbers[start : start + batch_size]
-        patches = [torch.cat([sampler.cut(name, n) for name in model_subject.images]) for n in indices]
-        outputs = network(torch.stack(patches).float())
+        for row, index in zip(batch, indices, strict=False):
+            sampler.fill(row, index)
+        outputs = network(batch[: len(indices)])
         quilt.add(outputs if isinstance(outputs, dict) else {"": outputs}, sampler.locations[indices])
     return quilt.volumes()

@@ -90,6 +90,19 @@ class GridSampler(Dataset[dict[str, Any]]):
         i0, j0, k0, i1, j1, k1 = self.grid.location(index)
         return self.volume(name)[:, i0:i1, j0:j1, k0:k1]
 
+    def fill(self, out: Shaped[Tensor, "c pi pj pk"], index: int) -> None:
+        """Copy a patch of all images, one after the other as channels, into memory that is there."""
+        channel = 0
+        for name in self.subject.images:
+            patch = self.cut(name, index)
+            out[channel : channel + len(patch)].copy_(patch)
+            channel += len(patch)
+
+    @property
+    def channels(self) -> int:
+        """Of all images together."""
+        return sum(len(self.volume(name)) for name in self.subject.images)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"patch {index} of {len(self)}")

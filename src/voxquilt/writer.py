@@ -75,8 +75,8 @@ class VolumeWriter(Callback):
         self.output_dir.mkdir(parents=True, exist_ok=True)
         if self.stitch.restore == "labels":
             log.info(
-                "stitch.restore=labels: labels are made in model space and brought back by nearest neighbour; at another "
-                "spacing their borders have steps as large as its voxels."
+                "stitch.restore=labels: labels are made in model space and brought back by nearest neighbour; at "
+                "another spacing their borders have steps as large as its voxels."
             )
         self._run = _WriterRun(self, data, Manifest(self.output_dir / "manifest.csv"))
         self.rows = self._run.manifest.rows
