@@ -13,20 +13,8 @@ SOURCE = Path(voxquilt.__file__).parent
 # The one-way flow: a module imports only modules before it. A new module takes its place here.
 ORDER = [
     *("errors", "atomic", "names", "geometry", "grid", "blend", "ledger", "buffers", "sums", "aggregator", "space"),
-    *(
-        "nifti",
-        "subject",
-        "sampler",
-        "skip",
-        "inference",
-        "preprocess",
-        "products",
-        "volumes",
-        "stitch",
-        "quilt",
-        "predict",
-    ),
-    *("cases", "batch", "datamodule", "network", "weights", "module", "training"),
+    *("nifti", "subject", "sampler", "skip", "inference", "preprocess", "products", "recipes", "volumes", "stitch"),
+    *("quilt", "predict", "cases", "batch", "datamodule", "network", "weights", "module", "training"),
     *("manifest", "overlay", "writer", "report", "fetch", "datasets", "overrides", "sections", "config", "app"),
 ]
 CORE = ["errors", "atomic", "names", "geometry", "grid", "blend", "ledger", "buffers", "sums", "aggregator", "space"]

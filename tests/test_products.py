@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.ndimage import zoom
 from torch import Tensor
 from torch.nn.functional import avg_pool3d
 
@@ -19,9 +20,11 @@ from voxquilt.blend import BLENDS
 from voxquilt.errors import ConfigError, GridError, OutputError, PatchShapeError
 from voxquilt.nifti import write
 from voxquilt.preprocess import Preprocess
-from voxquilt.products import ArgMax, make_products
+from voxquilt.products import ArgMax, contenders
 from voxquilt.quilt import Quilt
+from voxquilt.recipes import make_products
 from voxquilt.sampler import GridSampler
+from voxquilt.space import Piece, resample
 from voxquilt.stitch import Stitch
 from voxquilt.subject import LabelMap, ScalarImage, Subject
 from voxquilt.volumes import Scratch, Volumes
@@ -622,6 +625,62 @@ def test_labels_restored_as_labels_are_the_nearest_of_model_space(orientation: s
     np.testing.assert_array_equal(made["labels"].ravel()[sure], labels[i, j, k][sure])
     assert sure.mean() > 0.4
     assert made["labels"].dtype == np.uint8
+
+
+# Classes that cannot win are not interpolated.
+
+
+@given(st.integers(2, 12), st.tuples(*[st.integers(1, 4)] * 3), st.sampled_from([0.1, 1.0, 10.0]), st.integers(0, 999))
+@settings(deadline=None, max_examples=100)
+def test_the_winner_between_voxels_is_among_the_contenders(
+    classes: int, shape: tuple[int, int, int], contrast: float, seed: int
+) -> None:
+    """At voxels and anywhere between them; with large differences few contend, and whole numbers tie often."""
+    rng = np.random.default_rng(seed)
+    scores = torch.from_numpy(
+        rng.normal(0, 1, (classes, *shape)).round(1) + contrast * rng.normal(size=(classes, 1, 1, 1))
+    )
+    kept = contenders(scores.float()).tolist()
+    assert kept == sorted(kept)
+    at = torch.from_numpy(rng.dirichlet(np.ones(int(np.prod(shape))), 200)).float()
+    between = scores.flatten(1).double() @ at.double().T
+    assert set(between.argmax(0).tolist()) <= set(kept)
+    assert set(scores.flatten(1).max(0).indices.tolist()) <= set(kept)
+
+
+@pytest.mark.parametrize("orientation", ["RAS", "SPL"])
+@pytest.mark.parametrize("spacing", [0.6, 1.4, (0.8, 2.3, 1.1)])
+@pytest.mark.parametrize("whole", [False, True])
+def test_leaving_out_what_cannot_win_changes_no_label(
+    orientation: str, spacing: object, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal at every voxel, ties included, to the arg-max of every class interpolated; and less is interpolated."""
+    rng = np.random.default_rng(7)
+    image = zoom(rng.uniform(0, 10, (4, 3, 5)), (18, 14, 14), order=1).astype(np.float32)[None]
+    monkeypatch.setattr("voxquilt.quilt._TILE", 7)
+    subject = Subject(t1=ScalarImage(image.round() if whole else image, affine=OBLIQUE))
+    preprocess = Preprocess(orientation, spacing)  # type: ignore[arg-type]
+
+    def network(x: Tensor) -> Tensor:
+        # The upper envelope of tangents of a parabola: class c wins around x = c.
+        positions = torch.arange(11.0)[:, None, None, None]
+        return torch.stack([positions * patch - positions.square() / 2 for patch in x])
+
+    sizes: list[int] = []
+    restored = Piece.restored
+    monkeypatch.setattr(
+        Piece, "restored", lambda piece, channels: sizes.append(len(channels)) or restored(piece, channels)
+    )
+    made = predicted(network, subject, 16, 8, preprocess=preprocess, stitch=Stitch("crop"))
+    model_subject, space = preprocess(subject)
+    sampler = GridSampler(model_subject, 16, 8, fit=True)
+    aggregator = GridAggregator(sampler, "crop")
+    for patch in sampler:
+        aggregator.add_batch(network(patch["t1"]["data"][None]), patch["location"][None])
+    scores = resample(aggregator.scores(), space.in_scores(sampler.padding, (1, 1, 1)))
+    np.testing.assert_array_equal(made["labels"][0], scores.numpy().argmax(0))
+    assert len(np.unique(made["labels"])) == 11
+    assert min(sizes) < np.mean(sizes) < 8
 
 
 # Products larger than memory.

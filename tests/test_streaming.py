@@ -189,7 +189,8 @@ def test_planes_restored_as_they_come_equal_the_whole(
         count = min(count, shape[axis] - start)
         if count:
             planes = source.narrow(axis + 1, start, count).clone()
-            for where, slab in restorer.feed(start, planes):
+            for piece in restorer.feed(start, planes):
+                where, slab = piece.where, piece.restored()
                 assert found[:, *where].isnan().all()  # each voxel once
                 line = 2 * min(found.shape[1:]) * sorted(found.shape[1:])[1]
                 assert slab.numel() <= max(voxels, line)

@@ -59,4 +59,5 @@ def predict_volume(
             sampler.fill(row, index)
         outputs = network(batch[: len(indices)])
         quilt.add(outputs if isinstance(outputs, dict) else {"": outputs}, sampler.locations[indices])
+        del outputs  # or they would stay in memory beside the next
     return quilt.volumes()

@@ -1,6 +1,6 @@
 """What is written of a subject? Labels, probabilities, logits or an image, each computed from a slab of scores."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -10,7 +10,6 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from voxquilt.errors import OutputError
-from voxquilt.names import APPLIED
 
 Slab = Shaped[Tensor, "c i j k"]
 Made = Shaped[Tensor, "d i j k"]
@@ -23,8 +22,7 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-# A score that leaves no doubt: its soft-max or sigmoid is 1 but for 1e-13.
-_CERTAIN = 30.0
+NOT_FINITE = "the network's output is NaN or infinite in places; nothing was written."
 
 
 @runtime_checkable
@@ -58,6 +56,30 @@ class ArgMax:
         down = torch.arange(classes, 0, -1, device=scores.device).to(small)
         best = (scores == scores.amax(0)).to(small).mul_(down[:, None, None, None])
         return classes - best.amax(0)[None]
+
+
+def contenders(scores: Slab) -> Shaped[Tensor, " n"]:
+    """The channels of which each may be the greatest somewhere between these voxels; all others never are.
+
+    A linearly interpolated score lies between the least and the greatest of the voxels around. So a channel whose
+    greatest is less than another's least need not be interpolated to know that it is not the label.
+
+    Raises:
+        OutputError: scores that are NaN or infinite.
+    """
+    least, greatest = scores.amin((1, 2, 3)), scores.amax((1, 2, 3))
+    if not (least.isfinite() & greatest.isfinite()).all():
+        raise OutputError(NOT_FINITE)
+    # Interpolating rounds: what is equal but for that may win.
+    rounding = 1e-6 * torch.maximum(least.abs(), greatest.abs()).amax()
+    return (greatest >= least.amax() - rounding).nonzero().flatten()
+
+
+def check_finite(scores: Slab) -> None:
+    """Raises OutputError for scores that are NaN or infinite."""
+    # The sum is finite if all are, and cheap while they are in the cache; if it is not, look closer: sums can overflow.
+    if not scores.sum(dtype=torch.float32).isfinite() and not scores.isfinite().all():
+        raise OutputError(NOT_FINITE)
 
 
 @dataclass(frozen=True)
@@ -106,30 +128,13 @@ class Entropy:
 
 
 @dataclass(frozen=True)
-class Moments:
-    """Turns patches of scores into what the spread of probabilities over patches is computed from.
-
-    (B, C, ...) becomes (B, C + 1, ...): the C activated scores and the sum of their squares; or with `each`, where
-    channels are labels of their own, (B, 2C, ...): the activated scores and their squares.
-    """
-
-    activation: Activation
-    each: bool
-
-    def __call__(self, patches: Tensor) -> Tensor:
-        p = self.activation(patches.movedim(1, 0))
-        # Images have values of any size, and the difference of squares cancels.
-        p = p.double() if self.activation is ACTIVATIONS["none"] else p
-        return torch.cat([p, p.square() if self.each else _sum_of_squares(p)]).movedim(0, 1)
-
-
-@dataclass(frozen=True)
 class Disagreement:
     """How much the patches that cover a voxel disagree: the blend-weighted variance of their probabilities.
 
     With patches n of weights u_n that sum to 1 and probabilities p_nc, it is  sum_c (sum_n u_n p_nc^2 - m_c^2)  where
     m_c = sum_n u_n p_nc: 0 where one patch covers a voxel or all give the same, 1 - 1/C at most. With `each`, every
-    channel has the variance of its own. Computed from the averages of `Moments`.
+    channel has the variance of its own. Computed from the averages of
+    `voxquilt.recipes.Moments`.
     """
 
     each: bool
@@ -141,10 +146,11 @@ class Disagreement:
         if self.each:
             mean, squares = scores.chunk(2)
             return (squares - mean.square()).clamp(min=0).float()
-        return (scores[-1:] - _sum_of_squares(scores[:-1])).clamp(min=0).float()
+        return (scores[-1:] - sum_of_squares(scores[:-1])).clamp(min=0).float()
 
 
-def _sum_of_squares(p: Tensor) -> Tensor:
+def sum_of_squares(p: Tensor) -> Tensor:
+    """Over the first axis, which is kept with length 1."""
     # One after the other, so that equal values give equal sums whatever their layout in memory: `sum` changes its
     # order, and a voxel that one patch covers would not get exactly 0.
     total = p[:1].square()
@@ -164,107 +170,3 @@ class Kept:
 
     def __call__(self, scores: Slab) -> Made:
         return scores
-
-
-def as_scores(patches: Tensor) -> Tensor:
-    """Patches that are averaged as they are."""
-    return patches
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a product comes about.
-
-    Args:
-        product: What is computed voxel by voxel.
-        averaged: What is made of (B, C, ...) patches before they are averaged.
-        in_model: Whether it is computed in model space and then brought to native space (numbers linearly, labels by
-            nearest neighbour), or from scores that were brought there.
-    """
-
-    product: Product
-    averaged: Callable[[Tensor], Tensor] = as_scores
-    in_model: bool = False
-
-
-def make_products(
-    names: Sequence[str] | None,
-    channels: int,
-    activation: str | None = None,
-    threshold: float | None = None,
-    restore: str = "scores",
-) -> dict[str, Recipe]:
-    """The products of a network output.
-
-    Args:
-        names: Some of 'labels', 'probabilities', 'logits', 'entropy', 'disagreement', 'image'. None gives labels for
-            several channels and for one with a threshold, else the image.
-        channels: Of the output.
-        activation: What turns scores into probabilities: 'softmax', 'sigmoid', 'none' (they are probabilities), or
-            'applied' or 'applied_sigmoid' (they were made probabilities before they were averaged). None is softmax for
-            several channels and 'none' for one.
-        threshold: For labels of one channel, or of several with sigmoid (each by itself; 0.5 if None).
-        restore: Labels are made of 'scores' in native space, or made in model space and brought back as 'labels'.
-
-    Raises:
-        OutputError: a product that such an output does not have.
-    """
-    activation = activation or ("softmax" if channels > 1 else "none")
-    names = names or (["labels"] if channels > 1 or threshold is not None else ["image"])
-    return {name: _recipe(name, channels, activation, threshold, restore) for name in names}
-
-
-def _recipe(name: str, channels: int, activation: str, threshold: float | None, restore: str) -> Recipe:
-    product = _make_product(name, channels, activation, threshold)
-    if isinstance(product, Disagreement):
-        activate = ACTIVATIONS["none" if activation in APPLIED else activation]
-        return Recipe(product, Moments(activate, product.each), in_model=True)
-    return Recipe(product, in_model=name == "labels" and restore == "labels")
-
-
-def _make_product(name: str, channels: int, activation: str, threshold: float | None) -> Product:
-    applied = activation in APPLIED
-    activate = ACTIVATIONS["none" if applied else activation]
-    single, each = channels == 1, activation.endswith("sigmoid")
-    if single and activation == "softmax" and name != "image":
-        raise OutputError(f"{name} by soft-max of one channel would be 1 everywhere; set model.activation=sigmoid.")
-    if name == "labels" and (single or each):
-        if threshold is None and single:
-            raise OutputError("labels of a network with one output channel need stitch.threshold, such as 0.5.")
-        return Threshold(activate, 0.5 if threshold is None else threshold)
-    if name == "labels" and threshold is not None:
-        raise OutputError(
-            f"stitch.threshold={threshold} goes with one output channel or with model.activation=sigmoid (several "
-            f"labels per voxel); this output has {channels} channels and {activation}, so its labels are the arg-max."
-        )
-    if name == "logits" and applied:
-        raise OutputError("there are no logits when model.average=probabilities; ask for probabilities.")
-    if name == "entropy":
-        return Entropy(activate, single or each)
-    if name == "disagreement":
-        return Disagreement(single or each)
-    return {"labels": ArgMax(), "probabilities": Activated(activate)}.get(name, Activated(ACTIVATIONS["none"]))
-
-
-def background(channels: int, activation: str | None, fill: float | Sequence[float] | None = None) -> list[float]:
-    """The scores of a voxel that no predicted patch covers: certainly class 0, none of several labels, an image's 0.
-
-    Args:
-        channels: Of the output.
-        activation: See `make_products`.
-        fill: Values to use instead, one for all channels or one each.
-
-    Raises:
-        OutputError: fill has another length.
-    """
-    if fill is not None:
-        values = [float(v) for v in fill] if isinstance(fill, Sequence) else [float(fill)] * channels
-        if len(values) != channels:
-            raise OutputError(f"stitch.fill has {len(values)} values; the output has {channels} channels.")
-        return values
-    activation = activation or ("softmax" if channels > 1 else "none")
-    if activation == "sigmoid":
-        return [-_CERTAIN] * channels
-    if channels == 1 or activation == "applied_sigmoid":
-        return [0.0] * channels
-    return [0.0] + [-_CERTAIN] * (channels - 1) if activation == "softmax" else [1.0] + [0.0] * (channels - 1)

@@ -11,13 +11,35 @@ from voxquilt.aggregator import GridAggregator, Placed, Slab
 from voxquilt.buffers import Buffers
 from voxquilt.errors import OutputError, PatchShapeError
 from voxquilt.geometry import Triple
-from voxquilt.products import Kept, Product, Recipe, Threshold, background
-from voxquilt.space import AxisMaps, Restorer, Space
+from voxquilt.products import ArgMax, Kept, Product, Threshold, check_finite, contenders
+from voxquilt.recipes import Recipe, background
+from voxquilt.space import AxisMaps, Piece, Restorer, Space
 from voxquilt.stitch import Stitch
 from voxquilt.volumes import Scratch, Volumes
 
+# Voxels along an edge of the boxes in which labels are made of interpolated scores: small, so that few classes compete
+# in most of them, and large enough that there are few boxes.
+_TILE = 32
+
 Outputs = Mapping[str, Tensor]
 """What a network gives for a batch: (B, C, ...) by output name; a network with one output names it ''."""
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How some products come out of finished planes.
+
+    Args:
+        before: Computed in model space, if anything is.
+        restorer: Brings that, or the scores, to native space.
+        after: What is made of a piece there for the volumes.
+        volumes: Where products are computed and kept.
+    """
+
+    before: Product | None
+    restorer: Restorer
+    after: Callable[[Piece], Tensor]
+    volumes: Volumes
 
 
 class _Finish:
@@ -37,43 +59,59 @@ class _Finish:
         scratch: Scratch | None,
     ) -> None:
         self._axis = axis
-        self._ways: list[tuple[Product | None, Restorer, Volumes]] = []
         native = maps[0].size, maps[1].size, maps[2].size
+        self._ways: list[_Way] = []
+
+        def add(before: Product | None, after: Callable[[Piece], Tensor], products: Mapping[str, Product]) -> None:
+            labels = before is not None and before.form(channels)[1].kind != "f"
+            tile = _TILE if after is _best else None
+            restorer = Restorer(maps, axis, shape, linear=not labels, tile=tile)
+            volumes = Volumes(products, channels, native, restorer.axis, scratch)
+            self._ways.append(_Way(before, restorer, after, volumes))
+
+        for name, recipe in recipes.items():
+            if recipe.in_model:
+                add(recipe.product, Piece.restored, {name: Kept(recipe.product)})
         of_scores = {name: recipe.product for name, recipe in recipes.items() if not recipe.in_model}
-        in_model = {name: recipe.product for name, recipe in recipes.items() if recipe.in_model}
-        for before, products in [(None, of_scores), *((p, {name: Kept(p)}) for name, p in in_model.items())]:
-            if products:
-                labels = before is not None and before.form(channels)[1].kind != "f"
-                restorer = Restorer(maps, axis, shape, linear=not labels)
-                volumes = Volumes(products, channels, native, restorer.axis, scratch)
-                self._ways.append((before, restorer, volumes))
+        copied = not any(m.neighbours(shape[m.axis])[2].any() for m in maps)
+        if of_scores and (copied or not all(isinstance(product, ArgMax) for product in of_scores.values())):
+            add(None, _scores, of_scores)
+        elif of_scores:
+            add(None, _best, {name: Kept(product) for name, product in of_scores.items()})
 
     def __call__(self, slab: Slab) -> None:
-        for before, restorer, volumes in self._ways:
-            for start, planes in [(slab.start, slab.scores)] if before is None else self._computed(before, slab):
-                for where, restored in restorer.feed(start, planes):
-                    if before is None:
-                        _check_finite(restored)
-                    volumes.fill(where, restored)
+        for way in self._ways:
+            slabs = [(slab.start, slab.scores)] if way.before is None else self._computed(way.before, slab)
+            for start, planes in slabs:
+                for piece in way.restorer.feed(start, planes):
+                    way.volumes.fill(piece.where, way.after(piece))
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
         """Finished products by name."""
-        return {name: array for _, _, volumes in self._ways for name, array in volumes.arrays.items()}
+        return {name: array for way in self._ways for name, array in way.volumes.arrays.items()}
 
     def _computed(self, product: Product, slab: Slab) -> Iterable[tuple[int, Tensor]]:
         # A few planes at a time, which stay in the cache.
         step = max(1, 2**22 * (slab.stop - slab.start) // slab.scores.numel())
         for start in range(slab.start, slab.stop, step):
             planes = slab.scores.narrow(self._axis + 1, start - slab.start, min(step, slab.stop - start))
-            _check_finite(planes)
+            check_finite(planes)
             yield start, product(planes)
 
 
-def _check_finite(scores: Tensor) -> None:
-    # The sum is finite if all are, and cheap while they are in the cache; if it is not, look closer: sums can overflow.
-    if not scores.sum(dtype=torch.float32).isfinite() and not scores.isfinite().all():
-        raise OutputError("the network's output is NaN or infinite in places; nothing was written.")
+def _scores(piece: Piece) -> Tensor:
+    restored = piece.restored()
+    check_finite(restored)
+    return restored
+
+
+def _best(piece: Piece) -> Tensor:
+    """The labels of a piece, from those classes alone that can win in it."""
+    channels = contenders(piece.source)
+    if len(channels) == 1:
+        return channels.reshape(1, 1, 1, 1)
+    return channels[ArgMax()(piece.restored(channels)).long()]
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ time: the mapping is three lines  x_model = scale * x_native + offset,  and inte
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from math import prod
+from itertools import product
 
 import numpy as np
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from voxquilt.geometry import Frame, Triple, closest_axes, parse_axcodes, to_spacing, to_triple
@@ -156,6 +156,32 @@ def _pick(source: Tensor, dim: int, index: Tensor) -> Tensor:
     return source.index_select(dim, index)
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A box of native voxels, and the scores it is interpolated from.
+
+    Args:
+        where: Slices along the native axes.
+        source: (C, si, sj, sk), the scores' voxels around the box and no others.
+    """
+
+    where: Where
+    source: Shaped[Tensor, "c si sj sk"]
+    _maps: AxisMaps
+    _neighbours: list[Neighbours]
+    _linear: bool
+
+    @property
+    def copied(self) -> bool:
+        """Whether every voxel is one of the source, and nothing is interpolated."""
+        return not self._linear or not any(share.any() for _, _, share in self._neighbours)
+
+    def restored(self, channels: Int[Tensor, " k"] | None = None) -> Shaped[Tensor, "d ti tj tk"]:
+        """The scores of the box: all channels, or some."""
+        source = self.source if channels is None else self.source.index_select(0, channels)
+        return _interpolated(source, self._maps, self._neighbours, linear=self._linear)
+
+
 class Restorer:
     """Brings scores to native space while their planes come in order: a native plane needs two model planes at most.
 
@@ -165,14 +191,24 @@ class Restorer:
         shape: Voxels of the scores along i, j, k.
         linear: Interpolate, or take the nearest voxel, as labels need it.
         voxels: About how many values are handed out at once.
+        tile: The most native voxels of a piece along each axis; None for whole rows.
     """
 
-    def __init__(self, maps: AxisMaps, axis: int, shape: Triple, *, linear: bool = True, voxels: int = 2**22) -> None:
-        self._linear = linear
+    def __init__(
+        self,
+        maps: AxisMaps,
+        axis: int,
+        shape: Triple,
+        *,
+        linear: bool = True,
+        voxels: int = 2**22,
+        tile: int | None = None,
+    ) -> None:
         self.axis = [m.axis for m in maps].index(axis)
         """The native axis that runs along `axis`."""
-        self._across = max((n for n in range(3) if n != self.axis), key=lambda n: maps[n].size)
-        self._maps, self._source_axis, self._voxels = maps, axis, voxels
+        self._across, self._along = sorted((n for n in range(3) if n != self.axis), key=lambda n: -maps[n].size)
+        self._maps, self._source_axis, self._linear = maps, axis, linear
+        self._voxels, self._tile = voxels, tile
         self._neighbours = [m.neighbours(shape[m.axis]) for m in maps]
         below, above, share = self._neighbours[self.axis]
         # Where a plane is copied, the one above it is not waited for.
@@ -182,14 +218,8 @@ class Restorer:
         self._done = 0
         self._last: Tensor | None = None
 
-    def feed(
-        self, start: int, planes: Shaped[Tensor, "c si sj sk"]
-    ) -> Iterator[tuple[Where, Shaped[Tensor, "c ti tj tk"]]]:
-        """Take the planes from `start` on, which follow those before, and hand out native planes that are complete.
-
-        Yields:
-            (where, scores): slices along the native axes, and the scores there.
-        """
+    def feed(self, start: int, planes: Shaped[Tensor, "c si sj sk"]) -> Iterator[Piece]:
+        """Take the planes from `start` on, which follow those before, and hand out native voxels that are complete."""
         dim = self._source_axis + 1
         stop = start + planes.shape[dim]
         below, above, _ = self._ordered()
@@ -198,39 +228,42 @@ class Restorer:
         if self._done < min(held, ready):
             # These lie between the last plane before and the first of these.
             assert self._last is not None
-            yield from self._slabs(torch.cat([self._last, planes.narrow(dim, 0, 1)], dim), start - 1, min(held, ready))
-        yield from self._slabs(planes, start, ready)
+            yield from self._pieces(torch.cat([self._last, planes.narrow(dim, 0, 1)], dim), start - 1, min(held, ready))
+        yield from self._pieces(planes, start, ready)
         self._last = None
         if ready < len(below) and below[ready] < stop:
             self._last = planes.narrow(dim, planes.shape[dim] - 1, 1).clone()
 
-    def _slabs(self, planes: Tensor, start: int, until: int) -> Iterator[tuple[Where, Tensor]]:
-        plane = len(planes) * prod(m.size for n, m in enumerate(self._maps) if n != self.axis)
-        step, total = max(1, self._voxels // plane), self._maps[self.axis].size
+    def _pieces(self, planes: Tensor, start: int, until: int) -> Iterator[Piece]:
+        rows, columns = self._maps[self._across].size, self._maps[self._along].size
+        room, total = max(1, self._voxels // len(planes)), self._maps[self.axis].size
+        # Memory is read best plane by plane, or, where planes run along its fastest axis, all of them row by row.
+        step = (
+            max(1, until - self._done) if planes.stride(self._source_axis + 1) == 1 else max(1, room // rows // columns)
+        )
         # A plane of many channels is large itself. In small pieces memory stays in the cache, and is not asked anew of
         # the operating system for each: its first touch costs more than interpolating.
-        rows = self._maps[self._across].size
-        high = max(1, min(rows, self._voxels * rows // plane))
+        high, wide = max(1, min(rows, room // step // columns)), columns
+        if self._tile is not None:
+            step = high = wide = self._tile
         while self._done < until:
             count = min(step, until - self._done)
             first = self._done if self._ascending else total - self._done - count
-            for row in range(0, rows, high):
-                where = [slice(None)] * 3
-                where[self.axis] = slice(first, first + count)
+            for row, column in product(range(0, rows, high), range(0, columns, wide)):
+                where = [slice(first, first + count)] * 3
                 where[self._across] = slice(row, min(row + high, rows))
-                yield (where[0], where[1], where[2]), self._piece(planes, start, where)
+                where[self._along] = slice(column, min(column + wide, columns))
+                yield self._piece(planes, start, (where[0], where[1], where[2]))
             self._done += count
 
-    def _piece(self, planes: Tensor, start: int, where: list[slice]) -> Tensor:
-        found = [
-            (below[w], above[w], share[w]) for w, (below, above, share) in zip(where, self._neighbours, strict=True)
-        ]
-        for n, offset in ((self.axis, start), (self._across, 0)):
-            below, above, share = found[n]
+    def _piece(self, planes: Tensor, start: int, where: Where) -> Piece:
+        found: list[Neighbours] = []
+        for n, (m, w) in enumerate(zip(self._maps, where, strict=True)):
+            below, above, share = (t[w] for t in self._neighbours[n])
             low, high = int(below.min()), int(above.max())
-            planes = planes.narrow(self._maps[n].axis + 1, low - offset, high - low + 1)
-            found[n] = below - low, above - low, share
-        return _interpolated(planes, self._maps, found, linear=self._linear)
+            planes = planes.narrow(m.axis + 1, low - (start if n == self.axis else 0), high - low + 1)
+            found.append((below - low, above - low, share))
+        return Piece(where, planes, self._maps, found, self._linear)
 
     def _ordered(self) -> Neighbours:
         below, above, share = self._neighbours[self.axis]

@@ -8,7 +8,7 @@ from torch import Tensor
 from voxquilt.blend import Blend, to_blend
 from voxquilt.errors import ConfigError
 from voxquilt.names import ACTIVATIONS, APPLIED, PRODUCTS, RESTORES, check_name
-from voxquilt.products import Recipe, make_products
+from voxquilt.recipes import Recipe, make_products
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Stitch:
         compare: Overlap modes by which labels (or the image) are made as well, from the same pass, as `labels_<mode>`.
         restore: 'scores' are interpolated to native space and labels made of them there; 'labels' are made in model
             space and brought back by nearest neighbour, which is faster and coarser.
-        fill: Scores where no patch was predicted; see `voxquilt.products.background`.
+        fill: Scores where no patch was predicted; see `voxquilt.recipes.background`.
         class_names: Of labels 0, 1, ...; written into the header of label files.
         postprocess: Callables on a (C, I, J, K) label tensor in native space, applied in turn. MONAI's array transforms
             such as KeepLargestConnectedComponent and FillHoles are such callables.

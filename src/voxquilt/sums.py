@@ -47,6 +47,7 @@ class Sums:
         self._averages = blend.averages
         self._blank = blank or blend.averages
         self._weights = [w.to(device, dtype) for w in weights] if blend.averages else []
+        self._patch = torch.empty(grid.patch_size if blend.averages else 0, dtype=dtype, device=device)
         self._owned = [] if blend.averages else [[_owned(w) for w in along] for along in weights]
         shape = list(grid.shape)
         shape[axis] = self._window
@@ -56,7 +57,9 @@ class Sums:
             flat = self._memory[:count]
             if self._blank:
                 flat.zero_()
-            if window is None:
+            if window is None or axis == 2:
+                # Patches are one piece of memory along k: so must be what they are added to, or adding takes twice as
+                # long or more.
                 self.planes = flat.view(channels, *shape)
             else:
                 # Plane by plane, so that what is handed over is one piece of memory.
@@ -69,7 +72,7 @@ class Sums:
         sums, weights = self.planes, patch
         if self._averages:
             i, j, k = (along[n] for along, n in zip(self._weights, place, strict=True))
-            weights = i[:, None, None] * (j[:, None] * k)
+            weights = torch.mul(i[:, None, None], j[:, None] * k, out=self._patch)
         else:
             for n, along in enumerate(self._owned):
                 first[n], count = along[place[n]]
