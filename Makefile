@@ -18,7 +18,7 @@ lint: $(READY)
 	$(BIN)/pyright
 
 bench: $(READY)
-	$(BIN)/python benchmarks/peak_memory.py
+	$(BIN)/python benchmarks/files.py
 	$(BIN)/python benchmarks/stitching.py --classes 2 14
 
 $(READY): pyproject.toml constraints.txt
