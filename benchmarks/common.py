@@ -71,7 +71,7 @@ def run(script: str, contender: Contender, name: str, *arguments: object, timeou
 
 
 def _watch(process: subprocess.Popen[bytes], deadline: float) -> float:
-    """Wait for a process, killed with its children at the deadline; the most MB they held together, 0 without children."""
+    """Wait for a process, killed with its children at the deadline; the most MB they held together, 0 without any."""
     together = 0.0
     while process.poll() is None:
         family = _family(process.pid)
