@@ -421,9 +421,9 @@ def compare(job: str, arguments: argparse.Namespace, root: Path) -> None:
         return
     for classes in arguments.classes if job == "one" else [COHORT_CLASSES]:
         cases = 1 if job == "one" else CASES
-        source = make_volumes(root / f"{job} {classes}", BRAIN, cases, classes)
+        source = make_volumes(root / f"{job} {classes}", arguments.shape, cases, classes)
         runs = compete(names, job, source, classes, arguments)
-        report_one(job, f"{cases} x {' x '.join(map(str, BRAIN))}, {classes} classes", runs)
+        report_one(job, f"{cases} x {' x '.join(map(str, arguments.shape))}, {classes} classes", runs)
         save(arguments.json, f"{job} {classes}", runs)
 
 
@@ -432,6 +432,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--job", nargs="+", default=list(JOBS), choices=list(JOBS))
     parser.add_argument("--classes", type=int, nargs="+", default=[14, 105], help="of the job 'one'")
+    parser.add_argument("--shape", type=int, nargs=3, default=BRAIN, help="of the jobs 'one' and 'cohort'")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--contenders", nargs="+", help="names as in the tables")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))

@@ -19,13 +19,12 @@ Bars = dict[str, float]
 
 
 def bars(axes: Axes, title: str, values: Bars, unit: str) -> None:
-    """One panel: a bar and its figure for each contender, in the order given from the top."""
+    """One panel: a bar and its figure for each contender."""
     names = list(values)
     drawn = axes.barh(names, list(values.values()), color=[OURS if n.startswith("voxquilt") else PEERS for n in names])
     axes.bar_label(drawn, [unit.format(value) for value in values.values()], padding=3, fontsize=8)
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlim(0, 1.2 * max(values.values()))
-    axes.invert_yaxis()
     axes.spines[["top", "right", "bottom"]].set_visible(False)
     axes.tick_params(left=False, bottom=False, labelbottom=False, labelsize=9)
 
@@ -43,6 +42,7 @@ def main() -> None:
         base = median(runs["bare"], "seconds")
         shown = {name: done for name, done in runs.items() if name != "bare" and not failure(done)}
         beyond = {name: median(done, "seconds") - base for name, done in shown.items()}
+        left.invert_yaxis()  # the panels of a row share it
         bars(left, f"{classes} classes: seconds beyond the bare forwards", beyond, "{:.1f}")
         gigabytes = {name: median(done, "peak") / 1000 for name, done in shown.items()}
         bars(right, f"{classes} classes: peak resident memory [GB]", gigabytes, "{:.2f}")

@@ -165,9 +165,7 @@ def konfai(combine: str) -> Callable[[list[Tensor], str], Job]:
         from konfai.data import patching
 
         starts = [[*range(0, n - PATCH, OVERLAP), n - PATCH] for n in SHAPE]
-        slices = [
-            tuple(slice(n, n + PATCH) for n in (i, j, k)) for i in starts[0] for j in starts[1] for k in starts[2]
-        ]
+        slices = [tuple(slice(n, n + PATCH) for n in place) for place in itertools.product(*starts)]
         blend = getattr(patching, combine)()
         blend.set_patch_config([PATCH] * 3, OVERLAP)
 
