@@ -13,6 +13,7 @@ overlap 48. Imports are not timed. Peers in environments of their own are left o
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -340,10 +341,10 @@ def measure(job: Job, source: Path, target: Path) -> Run:
     """Run a job here."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(THREADS)
-    before, start = resident(), time.perf_counter()
+    before, cpu, start = resident(), sum(os.times()[:4]), time.perf_counter()
     made = job(source, target)
-    seconds = time.perf_counter() - start
-    return {"seconds": seconds, "imports": before, "peak": peak(), "outputs": [str(path) for path in made]}
+    seconds, cpu = time.perf_counter() - start, sum(os.times()[:4]) - cpu
+    return {"seconds": seconds, "cpu": cpu, "imports": before, "peak": peak(), "outputs": [str(path) for path in made]}
 
 
 def compete(names: Sequence[str], job: str, source: Path, classes: int, arguments: argparse.Namespace):
