@@ -5,7 +5,8 @@
 The job: a grid of 181 x 217 x 181 voxels, patch 96, overlap 48; the network's outputs are already in memory (eight
 patches that take turns) and leave as uint8 labels; three volumes in a row. Peers' labels are made as their users make
 them, by arg-max. `bound` is what no aggregator can beat by much: each output patch is read once, added without weights
-into warm memory, and one pass makes labels. voxquilt's gaussian labels are checked against a plain float64 reference, for up to 20 classes.
+into warm memory, and one pass makes labels.
+Up to 20 classes, voxquilt's gaussian labels are checked against a plain float64 reference.
 """
 
 import argparse
