@@ -17,9 +17,16 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: $(READY)
-	$(BIN)/python benchmarks/peak_memory.py
-	$(BIN)/python benchmarks/stitching.py --classes 2 14
+# About an hour. Peers that do not fit into .venv get environments of their own in .bench, once.
+bench: $(READY) .bench/nnunet/.ready .bench/konfai/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python benchmarks/stitching.py --json .bench/results.json
+	$(BIN)/python benchmarks/files.py --json .bench/results.json
+	$(BIN)/python benchmarks/plot.py .bench/results.json
+
+.bench/%/.ready: benchmarks/environments/%.txt constraints.txt | $(READY)
+	$(BIN)/python benchmarks/environments.py $*
+	touch $@
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -29,4 +36,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) .bench outputs
