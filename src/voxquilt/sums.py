@@ -47,7 +47,6 @@ class Sums:
         self._averages = blend.averages
         self._blank = blank or blend.averages
         self._weights = [w.to(device, dtype) for w in weights] if blend.averages else []
-        self._patch = torch.empty(grid.patch_size if blend.averages else 0, dtype=dtype, device=device)
         self._owned = [] if blend.averages else [[_owned(w) for w in along] for along in weights]
         shape = list(grid.shape)
         shape[axis] = self._window
@@ -55,6 +54,7 @@ class Sums:
         self._memory = buffers.take(count, dtype, device)
         with torch.inference_mode(False):
             flat = self._memory[:count]
+            self._patch = torch.empty(grid.patch_size if blend.averages else 0, dtype=dtype, device=device)
             if self._blank:
                 flat.zero_()
             if window is None or axis == 2:
