@@ -33,14 +33,33 @@ def test_sums_on_the_device_equal_sums_on_the_host(mode: str, spacing: float | N
     model_subject, space = Preprocess(spacing=spacing)(subject)
     sampler = GridSampler(model_subject, 12, 4, fit=True)
     patches = torch.randn(len(sampler), 3, 12, 12, 12, generator=generator)
+    names = ["logits", "probabilities", "entropy", "disagreement"]
     made = {}
     for device in ("cpu", "cuda"):
-        quilt = Quilt(Stitch(mode, ["logits", "probabilities"]), sampler, space, device=device)
+        quilt = Quilt(Stitch(mode, names, fill=0), sampler, space, skipped=[1, 5])
+        for n in sampler.grid.streaming_order.tolist():
+            if n not in (1, 5):
+                quilt.add({"": patches[n : n + 1].to(device)}, sampler.locations[n : n + 1])
+        made[device] = quilt.volumes()
+    for name in names:
+        np.testing.assert_allclose(made["cuda"][name], made["cpu"][name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("restore", ["scores", "labels"])
+def test_labels_made_on_the_device_equal_those_of_the_host(restore: str) -> None:
+    """Scores that are whole numbers: nothing is left to rounding."""
+    subject = Subject(t1=ScalarImage(tensor=torch.zeros(1, 30, 22, 26)))
+    model_subject, space = Preprocess(spacing=2.0)(subject)
+    sampler = GridSampler(model_subject, 8, 4, fit=True)
+    patches = torch.randint(0, 50, (len(sampler), 40, 8, 8, 8), generator=torch.Generator().manual_seed(0)).float()
+    made = {}
+    for device in ("cpu", "cuda"):
+        quilt = Quilt(Stitch("crop", compare=["average"], restore=restore), sampler, space)
         for n in sampler.grid.streaming_order.tolist():
             quilt.add({"": patches[n : n + 1].to(device)}, sampler.locations[n : n + 1])
         made[device] = quilt.volumes()
-    for name in ("logits", "probabilities"):
-        np.testing.assert_allclose(made["cuda"][name], made["cpu"][name], rtol=1e-4, atol=1e-5)
+    for name, labels in made["cpu"].items():
+        np.testing.assert_array_equal(made["cuda"][name], labels)
 
 
 def test_a_run_on_the_device_writes_the_labels_of_the_host(tmp_path: Path) -> None:

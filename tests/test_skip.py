@@ -257,8 +257,14 @@ def test_a_subject_without_foreground_is_background(
 def test_a_fill_that_would_be_a_label_is_refused() -> None:
     """With a negative threshold a score of 0 is label 1: what is left out would be foreground."""
     subject = Subject(t1=ScalarImage(HEAD))
-    with pytest.raises(OutputError, match=r"labels: patches without foreground would count as label 1.*stitch.fill"):
+    with pytest.raises(
+        OutputError, match=r"without foreground would count as label 1.*stitch\.threshold=-1\.0; set stitch\.fill"
+    ):
         predict_volume(lambda x: x, subject, 6, 2, stitch=Stitch(threshold=-1.0), skip=5.0)
+    with pytest.raises(OutputError, match="would count as label 1"):
+        predict_volume(
+            lambda x: x, subject, 6, 2, stitch=Stitch("crop", ["image"], threshold=-1.0, compare=["hann"]), skip=5.0
+        )
     with pytest.raises(OutputError, match="fill has 3 values; the output has 2 channels"):
         predict_volume(over15, subject, 6, 2, stitch=Stitch(fill=[1, 2, 3]), skip=5.0)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from voxquilt.aggregator import GridAggregator, Slab
-from voxquilt.buffers import Buffers
+from voxquilt.buffers import Buffers, home
 from voxquilt.errors import BatchError, LedgerError
 from voxquilt.geometry import Frame
 from voxquilt.grid import Grid, make_grid
@@ -114,6 +114,18 @@ def test_memory_that_another_volume_used_leaves_no_trace(mode: str) -> None:
         (kept,) = buffers._free
         places.append(kept.data_ptr())
     assert len(set(places)) == 1
+
+
+def test_sums_that_would_fill_a_gpu_are_kept_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most half of what is free, torch's own reserve included, goes to sums; the host itself is never asked."""
+    free, reserved, allocated = 4 * 2**30, 3 * 2**30, 1 * 2**30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
+    gpu, host = torch.device("cuda", 1), torch.device("cpu")
+    assert home(gpu, 3 * 2**30) == gpu
+    assert home(gpu, 3 * 2**30 + 1) == host
+    assert home(host, 2**60) == host
 
 
 def test_streaming_keeps_a_patch_of_planes_whatever_the_length() -> None:

@@ -5,6 +5,15 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 
+def home(device: torch.device, size: int) -> torch.device:
+    """Where `size` bytes of sums are kept: on the device, or on the host if a GPU would have too little left."""
+    if device.type != "cuda":
+        return device
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return device if size <= free / 2 else torch.device("cpu")
+
+
 class Buffers:
     """Memory that finished volumes leave to the next: the first touch of fresh memory costs more than the sums."""
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from voxquilt.aggregator import GridAggregator, Placed, Slab
-from voxquilt.buffers import Buffers
+from voxquilt.buffers import Buffers, home
 from voxquilt.errors import OutputError, PatchShapeError
 from voxquilt.geometry import Triple
 from voxquilt.products import ArgMax, Kept, Product, Threshold, check_finite, contenders
@@ -229,37 +230,41 @@ class Quilt:
         factor, channels = _factor(name, tuple(patches.shape), grid.patch_size), patches.shape[1]
         maps = self.space.in_scores(self.placed.padding, factor)
         shape = grid.downsampled(factor).shape
-        empty = torch.tensor(self._fill(name, channels), dtype=torch.float64).reshape(1, channels, 1, 1, 1)
+        recipes = [
+            (mode, averaged, {product: recipe for product, recipe in some.items() if recipe.averaged == averaged})
+            for mode, some in stitch.recipes(name, channels).items()
+            for averaged in dict.fromkeys(recipe.averaged for recipe in some.values())
+        ]
+        fill = torch.tensor(background(channels, stitch.activation, stitch.fill), dtype=torch.float64)
+        if self.skipped and stitch.fill is None:
+            self._check_fill(fill, [recipe for _, _, some in recipes for recipe in some.values()])
+        fills = [averaged(fill.reshape(1, channels, 1, 1, 1)).flatten().tolist() for _, averaged, _ in recipes]
+        planes = prod(shape) * grid.patch_size[grid.streaming_axis] // grid.shape[grid.streaming_axis]
+        size = sum(map(len, fills)) * planes * max(4, patches.element_size())
         rings = []
-        for mode, recipes in stitch.recipes(name, channels).items():
-            for averaged in dict.fromkeys(recipe.averaged for recipe in recipes.values()):
-                some = {product: recipe for product, recipe in recipes.items() if recipe.averaged == averaged}
-                finish = _Finish(some, channels, maps, grid.streaming_axis, shape, self.scratch)
-                aggregator = GridAggregator(
-                    self.placed,
-                    mode,
-                    downsampling_factor=factor,
-                    device=patches.device if self.device is None else self.device,
-                    consumer=finish,
-                    axis=grid.streaming_axis,
-                    buffers=self.buffers,
-                    skipped=self.skipped,
-                    fill=averaged(empty).flatten().tolist(),
-                )
-                rings.append(_Ring(averaged, aggregator, finish))
+        for (mode, averaged, some), values in zip(recipes, fills, strict=True):
+            finish = _Finish(some, channels, maps, grid.streaming_axis, shape, self.scratch)
+            aggregator = GridAggregator(
+                self.placed,
+                mode,
+                downsampling_factor=factor,
+                device=home(patches.device, size) if self.device is None else self.device,
+                consumer=finish,
+                axis=grid.streaming_axis,
+                buffers=self.buffers,
+                skipped=self.skipped,
+                fill=values,
+            )
+            rings.append(_Ring(averaged, aggregator, finish))
         return rings
 
-    def _fill(self, name: str, channels: int) -> list[float]:
-        fill = background(channels, self.stitch.activation, self.stitch.fill)
-        if self.skipped:
-            values = torch.tensor(fill, dtype=torch.float64).reshape(channels, 1, 1, 1)
-            for product, recipe in self.stitch.recipes(name, channels)[self.stitch.overlap_mode].items():
-                if isinstance(recipe.product, Threshold) and self.stitch.fill is None and recipe.product(values).any():
-                    raise OutputError(
-                        f"{product}: patches without foreground would count as label 1, since a score of 0 is above "
-                        f"stitch.threshold={self.stitch.threshold}; set stitch.fill to the background's score."
-                    )
-        return fill
+    def _check_fill(self, fill: Tensor, recipes: list[Recipe]) -> None:
+        values = fill.reshape(-1, 1, 1, 1)
+        if any(isinstance(recipe.product, Threshold) and recipe.product(values).any() for recipe in recipes):
+            raise OutputError(
+                f"patches without foreground would count as label 1, since a score of 0 is above "
+                f"stitch.threshold={self.stitch.threshold}; set stitch.fill to the background's score."
+            )
 
     def _postprocessed(self, labels: np.ndarray) -> np.ndarray:
         if not self.stitch.postprocess:

@@ -139,21 +139,22 @@ def _interpolated(source: Tensor, maps: AxisMaps, neighbours: list[Neighbours], 
 
 
 def _along(source: Tensor, dim: int, neighbours: Neighbours, *, linear: bool) -> Tensor:
-    below, above, share = (t.to(source.device) for t in neighbours)
+    below, above, share = neighbours  # on the host, where looking at them stops no GPU
     if not linear:
         below, share = torch.where(share > 0.5, above, below), torch.zeros_like(share)
     if not share.any():
         return _pick(source, dim, below)
     shares = share.reshape([-1 if axis == dim else 1 for axis in range(4)])
     source = source if source.dtype == torch.float64 else source.float()
-    return torch.lerp(source.index_select(dim, below), source.index_select(dim, above), shares.to(source))
+    first, second = (source.index_select(dim, index.to(source.device)) for index in (below, above))
+    return torch.lerp(first, second, shares.to(source))
 
 
 def _pick(source: Tensor, dim: int, index: Tensor) -> Tensor:
     first, count = int(index[0]), len(index)
-    if torch.equal(index, torch.arange(first, first + count, device=index.device)):
+    if torch.equal(index, torch.arange(first, first + count)):
         return source.narrow(dim, first, count)
-    return source.index_select(dim, index)
+    return source.index_select(dim, index.to(source.device))
 
 
 @dataclass(frozen=True)
