@@ -19,7 +19,9 @@ from voxquilt.grid import Grid, make_grid
 from voxquilt.names import OVERLAP_MODES
 from voxquilt.predict import predict_volume
 from voxquilt.preprocess import Preprocess
+from voxquilt.products import ACTIVATIONS
 from voxquilt.quilt import Quilt
+from voxquilt.recipes import Moments
 from voxquilt.sampler import NO_PADDING, GridSampler, Padding
 from voxquilt.space import AxisMap, Restorer, resample
 from voxquilt.stitch import Stitch
@@ -52,7 +54,14 @@ def in_starts(grid: Grid, axis: int, rng: np.random.Generator) -> list[int]:
 
 
 def streamed(
-    grid: Grid, patches: Tensor, order: list[int], mode: str, axis: int, size: int, buffers: Buffers | None = None
+    grid: Grid,
+    patches: Tensor,
+    order: list[int],
+    mode: str,
+    axis: int,
+    size: int,
+    buffers: Buffers | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, list[tuple[int, int]]]:
     """The volume put together from slabs, and their planes."""
     pieces: list[Tensor] = []
@@ -64,7 +73,7 @@ def streamed(
         pieces.append(slab.scores.clone())
         planes.append((slab.start, slab.stop))
 
-    aggregator = GridAggregator(Placed(grid), mode, consumer=keep, axis=axis, buffers=buffers)
+    aggregator = GridAggregator(Placed(grid), mode, consumer=keep, axis=axis, buffers=buffers, dtype=dtype)
     for first in range(0, len(order), size):
         some = order[first : first + size]
         aggregator.add_batch(patches[some], torch.from_numpy(grid.locations[some]))
@@ -78,23 +87,31 @@ def streamed(
     st.integers(0, 2),
     st.integers(1, 5),
     st.integers(0, 99),
-    st.booleans(),
+    st.sampled_from([torch.float16, torch.float32, torch.float64]),
+    st.sampled_from([None, torch.bfloat16, torch.float32, torch.float64]),
 )
 def test_slabs_put_together_are_the_volume(
-    axes: tuple[tuple[int, int, int], ...], mode: str, axis: int, size: int, seed: int, half: bool
+    axes: tuple[tuple[int, int, int], ...],
+    mode: str,
+    axis: int,
+    size: int,
+    seed: int,
+    given_type: torch.dtype,
+    summed: torch.dtype | None,
 ) -> None:
-    """Law 3, for every axis and every order within a start; the planes come in order, each once."""
+    """Law 3, for every axis, type and order within a start; the planes come in order, each once."""
     grid, rng = to_grid(axes), np.random.default_rng(seed)
-    patches = torch.from_numpy(rng.normal(size=(len(grid), 2, *grid.patch_size)).astype(np.float32))
-    patches = patches.half() if half else patches
-    whole = GridAggregator(Placed(grid), mode)
+    patches = torch.from_numpy(rng.normal(size=(len(grid), 2, *grid.patch_size))).to(given_type)
+    whole = GridAggregator(Placed(grid), mode, dtype=summed)
     whole.add_batch(patches, torch.from_numpy(grid.locations))
-    found, planes = streamed(grid, patches, in_starts(grid, axis, rng), mode, axis, size)
-    assert found.dtype == whole.scores().dtype
+    found, planes = streamed(grid, patches, in_starts(grid, axis, rng), mode, axis, size, dtype=summed)
+    kept = given_type if mode == "crop" else torch.promote_types(given_type, torch.float32)
+    assert found.dtype == whole.scores().dtype == (summed or kept)
     if mode == "crop":
         assert torch.equal(found, whole.scores())
     else:
-        torch.testing.assert_close(found, whole.scores(), rtol=1e-5, atol=1e-5)
+        near = 0.1 if summed == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(found, whole.scores(), rtol=near, atol=near)
     assert [start for start, _ in planes] == [0, *(stop for _, stop in planes[:-1])]
     assert planes[-1][1] == grid.shape[axis]
 
@@ -242,6 +259,65 @@ def test_streamed_labels_are_those_of_the_whole_score_volume(
     sure = (margin[0] - margin[1]).abs() > 1e-4
     assert torch.equal(torch.from_numpy(volumes["labels"][0]).long()[sure], scores.argmax(0)[sure])
     assert sure.float().mean() > 0.99
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.tuples(AXES, AXES, AXES),
+    st.sampled_from(OVERLAP_MODES),
+    st.sampled_from([None, "RAS", "SPL", "AIL"]),
+    st.sampled_from([None, 0.7, 1.9]),
+    st.integers(1, 5),
+    st.integers(0, 99),
+)
+def test_every_output_and_product_is_that_of_the_whole(
+    axes: tuple[tuple[int, int, int], ...],
+    mode: str,
+    orientation: str | None,
+    spacing: float | None,
+    size: int,
+    seed: int,
+) -> None:
+    """Law 3 for what is written: two named outputs, one of them smaller, in any order that streaming takes."""
+    doubled = to_grid(tuple((2 * p, 2 * half, 2 * more) for p, half, more in axes))
+    overlap = tuple(o - o % 4 for o in doubled.patch_overlap)  # steps that a factor of 2 divides
+    rng, affine = np.random.default_rng(seed), np.diag([-1.3, 0.8, 1.0, 1.0])
+    subject = Subject(t1=ScalarImage(torch.zeros(1, *doubled.shape), affine=affine))
+    model_subject, space = Preprocess(orientation, spacing)(subject)
+    sampler = GridSampler(model_subject, doubled.patch_size, overlap, fit=True, divisible_by=2)
+    grid = sampler.grid
+    shapes = {"seg": (3, grid.patch_size), "small": (2, tuple(p // 2 for p in grid.patch_size))}
+    patches = {
+        name: torch.from_numpy(rng.normal(0, 3, (len(grid), channels, *patch))).float()
+        for name, (channels, patch) in shapes.items()
+    }
+    names = ["labels", "logits", "probabilities", "entropy", "disagreement"]
+    quilt, order = Quilt(Stitch(mode, names), sampler, space), in_starts(grid, grid.streaming_axis, rng)
+    for first in range(0, len(order), size):
+        some = order[first : first + size]
+        quilt.add({name: tensor[some] for name, tensor in patches.items()}, grid.locations[some])
+    made = quilt.volumes()
+    assert len(made) == 10
+    for name, factor in (("seg", 1), ("small", 2)):
+        maps = space.in_scores(sampler.padding, (factor,) * 3)
+        sums = []
+        for averaged in (patches[name], Moments(ACTIVATIONS["softmax"], each=False)(patches[name])):
+            whole = GridAggregator(sampler, mode, downsampling_factor=factor)
+            whole.add_batch(averaged, grid.locations)
+            sums.append(whole.scores())
+        scores = resample(sums[0], maps)
+        p = scores.softmax(0)
+        expected = {
+            "logits": scores,
+            "probabilities": p,
+            "entropy": torch.special.entr(p).sum(0)[None],
+            "disagreement": resample((sums[1][-1:] - sums[1][:-1].square().sum(0)[None]).clamp(min=0), maps),
+        }
+        for product, volume in expected.items():
+            np.testing.assert_allclose(made[f"{name}_{product}"], volume.numpy(), rtol=1e-4, atol=1e-5)
+        margin = scores.topk(2, 0).values
+        sure = (margin[0] - margin[1]) > 1e-4
+        assert torch.equal(torch.from_numpy(made[f"{name}_labels"][0]).long()[sure], scores.argmax(0)[sure])
 
 
 def test_a_finished_subject_is_freed_without_the_garbage_collector() -> None:

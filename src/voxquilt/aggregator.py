@@ -65,6 +65,7 @@ class GridAggregator:
         overlap_mode: 'crop', 'average', 'hann', 'gaussian', or a `voxquilt.blend.Blend`.
         downsampling_factor: How many times fewer voxels the patches have than the sampler's, an integer or three.
         device: Where sums are kept.
+        dtype: Of the sums; None is float32, or float64 for float64 patches. 'crop' sums nothing and keeps the patches'.
         consumer: Called with each finished Slab, in order.
         axis: Along which to stream; the grid's `streaming_axis` needs the least memory.
         buffers: Where memory comes from and goes to.
@@ -84,6 +85,7 @@ class GridAggregator:
         *,
         downsampling_factor: int | Iterable[int] = 1,
         device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
         consumer: Callable[[Slab], None] | None = None,
         axis: int = 0,
         buffers: Buffers | None = None,
@@ -95,6 +97,7 @@ class GridAggregator:
         self.grid = sampler.grid.downsampled(self.factor)
         self.ledger = Ledger(sampler.grid, skipped)
         self.device = torch.device(device)
+        self.dtype = dtype
         self._blend = to_blend(overlap_mode)
         self._axes = [self._blend.axis_weights(self.grid, n) for n in range(3)]
         self._fill = fill
@@ -221,13 +224,16 @@ class GridAggregator:
         if self.ledger.skipped:
             if isinstance(self._fill, Sequence) and len(self._fill) != channels:
                 raise BatchError(f"fill has {len(self._fill)} values for patches with {channels} channels.")
-            weights = torch.float64 if dtype == torch.float64 else torch.float32
+            # Of the same type, so that a voxel that one patch has is divided by the very weight it was multiplied with.
+            weights = dtype if dtype.is_floating_point else torch.float32
             self._cover = make(channels=1, dtype=weights, blank=True)
         return make(channels=channels, dtype=dtype)
 
     def _dtype(self, dtype: torch.dtype) -> torch.dtype:
         if dtype.is_complex:
             raise BatchError(f"patches are {dtype}; complex numbers cannot be quilted; give two channels.")
+        if self.dtype is not None:
+            return self.dtype
         if not self._blend.averages:
             return dtype
         return torch.float64 if dtype == torch.float64 else torch.float32
