@@ -38,7 +38,10 @@ class Scratch:
         with tempfile.TemporaryFile(dir=self.folder) as file:
             try:
                 # All of it now: a mapped file that outgrows its disk later kills the process.
-                os.posix_fallocate(file.fileno(), 0, size)
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, size)
+                else:  # macOS and Windows, where a file is only made as long
+                    file.truncate(size)
             except OSError as error:
                 raise OutputError(
                     f"a product of {size / 2**30:.1f} GiB is too large for memory and {self.folder} has no room for it "
