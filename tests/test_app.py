@@ -124,6 +124,10 @@ def light(place: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
         ("run.allowed_targets=[voxquilt.*]", "model.net._target_=synthetic.Over50 is not among run.allowed_targets"),
         ("trainer.devices=2", "predicts in one process"),
         ("trainer.num_nodes=2", "predicts in one process"),
+        ("shard.index=4", "shard.index=4 is not below shard.count=1: shards are counted from 0"),
+        ("shard.count=two", "shard.count must be an integer; it is 'two'"),
+        ("shard.count=0", "shard.index=0 is not below shard.count=0"),
+        ("shard.index=-1", "shard.index must be an integer; it is -1"),
         # files
         ("ckpt_path=best.ckpt", "ckpt_path: there is no file best.ckpt"),
         ("ckpt_path=epoch=3-step=10.ckpt", "ckpt_path: there is no file epoch=3-step=10.ckpt"),
@@ -341,6 +345,40 @@ def test_a_table_of_several_images_and_weights_with_lightnings_name(tmp_path: Pa
     assert record["configuration"]["model"]["net"] == {"_target_": "synthetic.Over50", "channels": 2}
     assert record["versions"]["torch"] == torch.__version__
     assert record["seconds"] > 0
+
+
+def test_shards_share_the_subjects_and_the_folder(tmp_path: Path) -> None:
+    """Each subject once, by patches from headers alone; one without subjects ends well; status says what is missing."""
+    sizes = {"a": 40, "b": 8, "c": 12, "d": 24, "e": 16}
+    volumes = {name: save(tmp_path / f"scans/{name}.nii.gz", noise((9, 9, n), n)) for name, n in sizes.items()}
+    (tmp_path / "scans/f.nii.gz").write_bytes(b"no image")
+    arguments = ("data.inputs=scans", *NETWORK, *GRID, "shard.count=8")
+
+    def shard(index: int) -> set[str]:
+        done = run("predict.py", *arguments, "shard.index=${oc.env:PART}", cwd=tmp_path, env={"PART": str(index)})
+        with open(tmp_path / f"outputs/manifest_{index}_of_8.csv", newline="", encoding="utf-8") as file:
+            rows = {row["subject"]: row["status"] for row in csv.DictReader(file)}
+        assert done.returncode == (1 if "f" in rows else 0)
+        record = json.loads((tmp_path / f"outputs/run_{index}_of_8.json").read_text())
+        assert record["subjects"] == len(rows)
+        return set(rows)
+
+    found = [shard(index) for index in (0, 1, 7)]
+    assert found == [{"a"}, {"d"}, set()]  # the longest first
+    done = run("predict.py", *arguments, "run.status=true", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "3 of 8 shards have begun; not 2, 3, 4, 5, 6" in done.stdout
+    assert "2 of 6 subjects done, 0 failed, 4 missing\nmissing: b, c, e, f\n" in done.stdout
+    found += [shard(index) for index in (2, 3, 4, 5)]
+    assert sorted(name for subjects in found for name in subjects) == list("abcdef")
+    done = run("predict.py", *arguments, "run.status=true", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "5 of 6 subjects done, 1 failed, 0 missing\nf: failed: " in done.stdout
+    for name, volume in volumes.items():
+        np.testing.assert_array_equal(read(tmp_path / f"outputs/{name}_labels.nii.gz"), volume > 50)
+    (tmp_path / "scans/f.nii.gz").unlink()
+    done = run("predict.py", *arguments, "run.status=true", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_what_is_skipped_and_compared_is_on_the_command_line(tmp_path: Path) -> None:

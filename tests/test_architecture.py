@@ -14,8 +14,9 @@ SOURCE = Path(voxquilt.__file__).parent
 ORDER = [
     *("errors", "atomic", "names", "geometry", "grid", "blend", "ledger", "buffers", "sums", "aggregator", "space"),
     *("nifti", "subject", "sampler", "skip", "inference", "preprocess", "products", "recipes", "volumes", "stitch"),
-    *("quilt", "predict", "cases", "batch", "datamodule", "network", "weights", "module", "training"),
-    *("manifest", "overlay", "writer", "report", "fetch", "datasets", "overrides", "sections", "config", "app"),
+    *("quilt", "predict", "cases", "dealing", "batch", "datamodule", "network", "weights", "module", "training"),
+    *("manifest", "overlay", "writer", "report", "fetch", "datasets", "overrides", "sections", "config", "status"),
+    "app",
 ]
 CORE = ["errors", "atomic", "names", "geometry", "grid", "blend", "ledger", "buffers", "sums", "aggregator", "space"]
 FRAMEWORKS = ["lightning", "hydra", "omegaconf", "nibabel", "monai", "scipy", "rich"]

@@ -17,11 +17,13 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from voxquilt.cases import find_cases
 from voxquilt.config import check_predict, check_train
 from voxquilt.errors import ConfigError, VoxquiltError
 from voxquilt.fetch import fetch
-from voxquilt.manifest import write_json
+from voxquilt.manifest import of_shard, write_json
 from voxquilt.overrides import to_overrides
+from voxquilt.status import print_status
 
 DONE, FAILED, NOT_STARTED = 0, 1, 2
 
@@ -94,12 +96,17 @@ def run_predict(cfg: DictConfig) -> int:
         VoxquiltError: the configuration is wrong, and nothing was started.
     """
     plain = check_predict(cfg)
+    if plain["run"].get("status"):
+        return print_status(find_cases(plain["data"].get("inputs"), plain["data"].get("images")), plain)
     _quiet()
     if plain["run"].get("seed") is not None:
         from lightning.pytorch import seed_everything
 
         seed_everything(plain["run"]["seed"], verbose=False)
-    data = build(plain["data"], "data", preprocess=build(plain["preprocess"], "preprocess"))
+    objects: dict[str, Any] = {"preprocess": build(plain["preprocess"], "preprocess")}
+    if plain["shard"]["count"] > 1:
+        objects["shard"] = (plain["shard"]["index"], plain["shard"]["count"])
+    data = build(plain["data"], "data", **objects)
     model = build(plain["model"], "model")
     stitch = build(plain["stitch"], "stitch")
     writer = build(plain["callbacks"]["writer"], "callbacks.writer", stitch=stitch)
@@ -117,8 +124,8 @@ def _predict(plain: Mapping[str, Any], trainer: Any, model: Any, data: Any, writ
         try:
             trainer.predict(model, datamodule=data, return_predictions=False)
         finally:
-            record = run_record(plain, writer.rows, len(data.cases), perf_counter() - started)
-            write_json(writer.output_dir / "run.json", record)
+            record = run_record(plain, writer.rows, len(data.dealt), perf_counter() - started)
+            write_json(writer.output_dir / of_shard("run.json", data.shard), record)
     except VoxquiltError as error:  # of run.json too: something was started, so the status is not that of a bad key
         print(f"voxquilt: {error}", file=sys.stderr)
         return FAILED

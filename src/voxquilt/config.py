@@ -20,6 +20,7 @@ from voxquilt.sections import (
     check_list,
     check_model,
     check_preprocess,
+    check_shard,
     check_stitch,
     check_trainer,
     check_word,
@@ -41,7 +42,8 @@ _KEYS = {
     "preprocess": {"orientation", "spacing", "intensity"},
     "stitch": {"overlap_mode", "products", "compare", "activation", "threshold", "restore", "fill", "class_names",
                "postprocess"},
-    "run": {"on_error", "seed", "allowed_targets"},
+    "run": {"on_error", "seed", "allowed_targets", "status"},
+    "shard": {"index", "count"},
 }  # fmt: skip
 _SECTIONS = (*_KEYS, "model", "callbacks", "trainer", "ckpt_path", "output_dir", "experiment")
 
@@ -58,6 +60,7 @@ def check_predict(cfg: DictConfig) -> dict[str, Any]:
     check_preprocess(plain["preprocess"])
     check_stitch(plain["stitch"])
     check_word(plain["run"], "on_error", ON_ERROR, "run.on_error")
+    plain["shard"] = check_shard(plain["shard"])
     check_model(plain["model"])
     check_callbacks(plain["callbacks"])
     _check_files(plain)

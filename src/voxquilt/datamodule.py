@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from queue import SimpleQueue
 from time import perf_counter
 
@@ -11,10 +12,11 @@ from lightning.pytorch import LightningDataModule
 
 from voxquilt.batch import Loaded, PatchBatch, Work, batches
 from voxquilt.cases import Case, find_cases
+from voxquilt.dealing import deal
 from voxquilt.errors import ConfigError, VoxquiltError
 from voxquilt.geometry import to_triple
 from voxquilt.preprocess import Preprocess
-from voxquilt.sampler import GridSampler, to_padding
+from voxquilt.sampler import GridSampler, lay_grid, to_padding
 from voxquilt.skip import patches_to_skip, to_predict
 from voxquilt.subject import LabelMap, ScalarImage, Subject
 
@@ -44,6 +46,8 @@ class GridDataModule(LightningDataModule):
             number in the first image, in model space and as the network sees it; or above 0 in a mask file on that
             image's grid, given by a pattern with `{subject}`.
         preprocess: To model space; RAS with the file's spacing by default.
+        shard: (index, count): predict one of `count` parts of the subjects, of about as many patches each. Every part
+            deals alike, from headers.
 
     Raises:
         ConfigError, GridError: one of these is wrong.
@@ -63,6 +67,7 @@ class GridDataModule(LightningDataModule):
         nonfinite: str = "error",
         skip: float | str | None = None,
         preprocess: Preprocess | None = None,
+        shard: tuple[int, int] = (0, 1),
     ) -> None:
         super().__init__()
         self.cases = find_cases(inputs, images)
@@ -75,6 +80,7 @@ class GridDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.skip = skip
         self.preprocess = replace(preprocess or Preprocess(), nonfinite=nonfinite)
+        self.shard = shard
         self.failures: SimpleQueue[LoadFailure] = SimpleQueue()
         """Subjects that could not be loaded; the callback that keeps the manifest empties it."""
 
@@ -82,6 +88,33 @@ class GridDataModule(LightningDataModule):
         """Refuses what this version cannot do right: several processes would each predict every subject."""
         if self.trainer is not None and self.trainer.world_size > 1:
             raise ConfigError(f"voxquilt predicts in one process so far; the trainer has {self.trainer.world_size}.")
+
+    @cached_property
+    def dealt(self) -> list[Case]:
+        """The subjects of this shard, in the order of their ids."""
+        index, count = self.shard
+        if count == 1:
+            return self.cases
+        return [self.cases[n] for n in deal([self.cost(case) for case in self.cases], count)[index]]
+
+    def cost(self, case: Case) -> int:
+        """What a subject takes, in patches, from its headers alone; reading and writing count as one.
+
+        A header that cannot be read costs that only: whoever has the subject finds out.
+        """
+        try:
+            space = self.preprocess.space(Subject({name: ScalarImage(path) for name, path in case.images.items()}))
+            grid, _ = lay_grid(
+                space.model.shape,
+                self.patch_size,
+                self.patch_overlap,
+                border=self.padding_mode is not None,
+                fit=True,
+                divisible_by=self.divisible_by,
+            )
+        except VoxquiltError:
+            return 1
+        return len(grid) + 1
 
     def predict_dataloader(self) -> "PatchStream":
         """All patches of all subjects, subject by subject.
@@ -124,9 +157,9 @@ class PatchStream:
 
     def _subjects(self) -> Iterator[Loaded]:
         if self._data.num_workers == 0:
-            yield from filter(None, map(self._load, self._data.cases))
+            yield from filter(None, map(self._load, self._data.dealt))
             return
-        cases = iter(self._data.cases)
+        cases = iter(self._data.dealt)
         with ThreadPoolExecutor(self._data.num_workers, thread_name_prefix="voxquilt-loader") as pool:
             ahead: deque[Future[Loaded | None]] = deque()
             try:

@@ -37,6 +37,17 @@ class Row:
     skipped: int = 0
 
 
+def of_shard(name: str, shard: tuple[int, int]) -> str:
+    """A file's name in a run of several shards, which share a folder.
+
+    >>> of_shard("manifest.csv", (2, 4))
+    'manifest_2_of_4.csv'
+    """
+    index, count = shard
+    stem, suffix = name.rsplit(".", 1)
+    return name if count == 1 else f"{stem}_{index}_of_{count}.{suffix}"
+
+
 class Manifest:
     """manifest.csv of one run: a new file, to which each row is written as it comes; any thread may add one."""
 

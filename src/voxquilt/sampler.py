@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from voxquilt.errors import PaddingModeError
 from voxquilt.geometry import Padding, Triple, to_triple
-from voxquilt.grid import make_grid
+from voxquilt.grid import Grid, make_grid
 from voxquilt.names import PADDING_MODES
 from voxquilt.subject import AFFINE, DATA, LOCATION, Image, Subject
 
@@ -50,19 +50,15 @@ class GridSampler(Dataset[dict[str, Any]]):
         divisible_by: int | Iterable[int] = 1,
     ) -> None:
         self.subject = subject
-        patch_size = to_triple(patch_size, "patch_size", minimum=1)
-        patch_overlap = to_triple(patch_overlap, "patch_overlap")
-        shape = subject.spatial_shape
-        border = to_triple([o // 2 for o in patch_overlap], "border") if padding_mode is not None else (0, 0, 0)
-        multiple = to_triple(divisible_by, "divisible_by", minimum=1)
-        i, j, k = (
-            _pad_axis(*sizes) if fit else (b, b)
-            for b, *sizes in zip(border, shape, border, patch_size, multiple, strict=True)
-        )
-        self.padding: Padding = (i, j, k)
         self._pad = to_padding(0 if padding_mode is None else padding_mode)
-        padded = [n + before + after for n, (before, after) in zip(shape, self.padding, strict=True)]
-        self.grid = make_grid(padded, patch_size, patch_overlap)
+        self.grid, self.padding = lay_grid(
+            subject.spatial_shape,
+            patch_size,
+            patch_overlap,
+            border=padding_mode is not None,
+            fit=fit,
+            divisible_by=divisible_by,
+        )
         self._volumes: dict[str, Tensor] = {}
 
     def __len__(self) -> int:
@@ -129,6 +125,38 @@ class GridSampler(Dataset[dict[str, Any]]):
         first = location[:3].numpy() - np.array([before for before, _ in self.padding])
         affine[:3, 3] += affine[:3, :3] @ first
         return affine
+
+
+def lay_grid(
+    shape: Triple,
+    patch_size: int | Iterable[int],
+    patch_overlap: int | Iterable[int],
+    *,
+    border: bool,
+    fit: bool,
+    divisible_by: int | Iterable[int],
+) -> tuple[Grid, Padding]:
+    """The grid of a volume of `shape` once it is padded, and the padding; see GridSampler.
+
+    Args:
+        shape: Voxels along i, j, k.
+        patch_size, patch_overlap: Voxels.
+        border: Add half of the overlap on every side.
+        fit, divisible_by: Add what a patch, or a multiple, needs.
+
+    Raises:
+        GridError: (a ValueError) sizes that make no grid.
+    """
+    patch_size = to_triple(patch_size, "patch_size", minimum=1)
+    patch_overlap = to_triple(patch_overlap, "patch_overlap")
+    around = [o // 2 if border else 0 for o in patch_overlap]
+    multiple = to_triple(divisible_by, "divisible_by", minimum=1)
+    i, j, k = (
+        _pad_axis(*sizes) if fit else (b, b)
+        for b, *sizes in zip(around, shape, around, patch_size, multiple, strict=True)
+    )
+    padded = [n + before + after for n, (before, after) in zip(shape, (i, j, k), strict=True)]
+    return make_grid(padded, patch_size, patch_overlap), (i, j, k)
 
 
 def to_padding(mode: str | float) -> Callable[[Tensor, Padding], Tensor]:

@@ -99,6 +99,22 @@ def check_callbacks(callbacks: Any) -> None:
         raise ConfigError(f"callbacks.writer needs a _target_, or nothing would be written; it is {writer!r}.")
 
 
+def check_shard(shard: Mapping[str, Any]) -> dict[str, int]:
+    """Integers, also of an environment variable's text."""
+    values: dict[str, int] = {}
+    for key in ("index", "count"):
+        value = shard.get(key)
+        if isinstance(value, bool) or not str(value).isdecimal():
+            raise ConfigError(f"shard.{key} must be an integer; it is {value!r}.")
+        values[key] = int(str(value))
+    if not values["index"] < values["count"]:
+        raise ConfigError(
+            f"shard.index={values['index']} is not below shard.count={values['count']}: shards are counted from 0, so "
+            f"a SLURM array of 4 is --array=0-3."
+        )
+    return values
+
+
 def check_trainer(trainer: Mapping[str, Any]) -> None:
     """One process."""
     devices, nodes = trainer.get("devices", 1), trainer.get("num_nodes", 1)
@@ -106,7 +122,7 @@ def check_trainer(trainer: Mapping[str, Any]) -> None:
     if not one or nodes != 1:
         raise ConfigError(
             f"trainer.devices={devices}, trainer.num_nodes={nodes}: this version of voxquilt predicts in one process; "
-            f"start one per device, each with its own data.inputs and output_dir."
+            f"start one per device, with shard.count={devices} and shard.index=0, 1, ..."
         )
 
 

@@ -18,7 +18,7 @@ from voxquilt.batch import PatchBatch, Run, Work
 from voxquilt.buffers import Buffers
 from voxquilt.datamodule import GridDataModule
 from voxquilt.errors import ConfigError, OutputError, VoxquiltError
-from voxquilt.manifest import Manifest, Row
+from voxquilt.manifest import Manifest, Row, of_shard
 from voxquilt.names import ON_ERROR, check_name
 from voxquilt.nifti import read_header, write
 from voxquilt.overlay import overlay_png
@@ -78,7 +78,7 @@ class VolumeWriter(Callback):
                 "stitch.restore=labels: labels are made in model space and brought back by nearest neighbour; at "
                 "another spacing their borders have steps as large as its voxels."
             )
-        self._run = _WriterRun(self, data, Manifest(self.output_dir / "manifest.csv"))
+        self._run = _WriterRun(self, data, Manifest(self.output_dir / of_shard("manifest.csv", data.shard)))
         self.rows = self._run.manifest.rows
 
     def on_predict_batch_end(
@@ -151,7 +151,7 @@ class _WriterRun:
         if complete:
             # As after trainer.limit_predict_batches: a subject without a row would seem to be no part of the run.
             known = {row.subject for row in self.manifest.rows}
-            for subject in [case.subject for case in self._data.cases if case.subject not in known]:
+            for subject in [case.subject for case in self._data.dealt if case.subject not in known]:
                 self._record_failure(subject, OutputError("the run ended before all of its patches had come."), 0.0)
 
     def _add(self, outputs: Outputs, run: Run) -> None:
