@@ -238,10 +238,9 @@ class Restorer:
     def _pieces(self, planes: Tensor, start: int, until: int) -> Iterator[Piece]:
         rows, columns = self._maps[self._across].size, self._maps[self._along].size
         room, total = max(1, self._voxels // len(planes)), self._maps[self.axis].size
-        # Memory is read best plane by plane, or, where planes run along its fastest axis, all of them row by row.
-        step = (
-            max(1, until - self._done) if planes.stride(self._source_axis + 1) == 1 else max(1, room // rows // columns)
-        )
+        # Memory is read best plane by plane, or, where planes run along its fastest axis, many of them row by row.
+        fastest = planes.stride(self._source_axis + 1) == 1
+        step = min(max(1, until - self._done), max(1, room // (columns if fastest else rows * columns)))
         # A plane of many channels is large itself. In small pieces memory stays in the cache, and is not asked anew of
         # the operating system for each: its first touch costs more than interpolating.
         high, wide = max(1, min(rows, room // step // columns)), columns
