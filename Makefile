@@ -23,6 +23,8 @@ bench: $(READY) .bench/nnunet/.ready .bench/konfai/.ready
 	$(BIN)/python benchmarks/stitching.py --json .bench/results.json
 	$(BIN)/python benchmarks/files.py --json .bench/results.json
 	$(BIN)/python benchmarks/plot.py .bench/results.json
+	$(BIN)/python benchmarks/loop.py
+	$(BIN)/python benchmarks/ct.py
 
 .bench/%/.ready: benchmarks/environments/%.txt constraints.txt | $(READY)
 	$(BIN)/python benchmarks/environments.py $*
