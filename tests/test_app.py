@@ -81,6 +81,8 @@ def light(place: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
         ("model=unett", "Could not find 'model/unett'"),
         ("experiment=brain", "Could not find 'experiment/brain'"),
         ("callbacks.writer=null", "callbacks.writer needs a _target_"),
+        ("callbacks.writer.in_memory=1GB", "callbacks.writer.in_memory must be null or a number of MiB; it is '1GB'"),
+        ("callbacks.writer.in_memory=-1", "callbacks.writer.in_memory must be null or a number of MiB; it is -1"),
         ("ckpt_path=[a=b.ckpt]", "needs quotes inside quotes, such as 'ckpt_path=\"epoch=3.ckpt\"'"),
         ("data.images={t1:{subject}.nii}", "needs quotes inside quotes"),
         ("run=null", "run"),

@@ -97,6 +97,9 @@ def check_callbacks(callbacks: Any) -> None:
     writer = callbacks.get("writer") if isinstance(callbacks, Mapping) else None
     if not isinstance(writer, Mapping) or "_target_" not in writer:
         raise ConfigError(f"callbacks.writer needs a _target_, or nothing would be written; it is {writer!r}.")
+    limit = writer.get("in_memory")
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float)) or limit < 0):
+        raise ConfigError(f"callbacks.writer.in_memory must be null or a number of MiB; it is {limit!r}.")
 
 
 def check_shard(shard: Mapping[str, Any]) -> dict[str, int]:
