@@ -687,9 +687,11 @@ def test_leaving_out_what_cannot_win_changes_no_label(
 
 
 @pytest.mark.parametrize("orientation", ["RAS", "SPL", "AIL"])
-def test_a_product_in_a_file_equals_one_in_memory(tmp_path: Path, orientation: str) -> None:
-    """Whatever axis slabs come along; the file has no name, so nothing stays behind."""
-    subject = Subject(t1=ScalarImage(HEAD, affine=OBLIQUE))
+@pytest.mark.parametrize("longest", [0, 1, 2])
+def test_a_product_in_a_file_equals_one_in_memory(tmp_path: Path, orientation: str, longest: int) -> None:
+    """Whatever native axis slabs come along; the file has no name, so nothing stays behind."""
+    volume = np.moveaxis(np.concatenate([HEAD, HEAD], 1), 1, longest + 1)
+    subject = Subject(t1=ScalarImage(volume, affine=OBLIQUE))
     model_subject, space = Preprocess(orientation, 1.7)(subject)
     sampler = GridSampler(model_subject, 6, 4, fit=True)
     found = []
