@@ -102,11 +102,11 @@ def brain(repeats: int) -> list[tuple[str, list[float], list[float]]]:
     return found
 
 
-def layers(seconds: float, batch: Tensor) -> nn.Module:
-    """As many 1x1x1 convolutions to two channels as take so many seconds for a batch."""
+def layers(seconds: float, batches: list[Tensor]) -> nn.Module:
+    """As many 1x1x1 convolutions to two channels as take so many seconds for the batches."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv3d(1, 2, 1))
-    while median(lambda: bare(network, [batch]), 3) < seconds:
+    while median(lambda: bare(network, batches), 3) < seconds:
         network.append(nn.ReLU()).append(nn.Conv3d(2, 2, 1))
     return network.eval()
 
@@ -135,7 +135,7 @@ def cohort(repeats: int) -> list[tuple[str, list[float], list[float]]]:
         data = {"inputs": str(folder / "scans"), "patch_size": PATCH, "patch_overlap": OVERLAP, "batch_size": 4}
         batches = batches_of(**data)
         files = median(lambda: reading_and_writing(folder / "scans/0.nii.gz", folder), 5)
-        network = layers(5 * files * 8 / len(batches), batches[0])
+        network = layers(5 * files, batches[: len(batches) // 8])
         print(f"reading and writing take {files:.3f} s a volume, bare forwards {bare(network, batches) / 8:.2f} s")
         alone: list[float] = []
         looped: list[float] = []

@@ -552,5 +552,5 @@ def test_a_run_whose_record_cannot_be_written_was_started(tmp_path: Path, capsys
     """A full or lost disk at the very end is no wrong configuration: status 1, and the file is named."""
     trainer = SimpleNamespace(predict=lambda *_, **__: None)
     writer = SimpleNamespace(rows=[], output_dir=tmp_path / "gone")
-    assert _predict({}, trainer, None, SimpleNamespace(cases=[]), writer) == 1
+    assert _predict({}, trainer, None, SimpleNamespace(dealt=[], shard=(0, 1)), writer) == 1
     assert f"{tmp_path}/gone/run.json: writing failed" in capsys.readouterr().err
