@@ -194,7 +194,7 @@ def test_background_is_not_predicted_and_labels_stay(mode: str, spacing: float |
     """By a threshold or a mask; the network sees fewer patches and the labels do not change."""
     subject = Subject(t1=ScalarImage(HEAD))
     everything = predict_volume(over15, subject, 6, 2, preprocess=Preprocess(spacing=spacing), stitch=Stitch(mode))
-    for skip in (5.0, LabelMap((HEAD > 0).byte())):
+    for skip in (5.0, 0.0, LabelMap((HEAD > 0).byte())):  # strictly above: 0 is not above 0
         seen: list[int] = []
         some = predict_volume(
             lambda x: seen.append(len(x)) or over15(x),  # noqa: B023
