@@ -8,7 +8,6 @@ import struct
 import subprocess
 from itertools import permutations, product
 from pathlib import Path
-from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from synthetic import Over50, noise, read, run, save
 
-from voxquilt.app import _predict, build, conf_dir, register_resolvers
+from voxquilt.app import build, conf_dir, register_resolvers
 from voxquilt.cases import find_cases
 from voxquilt.config import check_predict
 from voxquilt.errors import ConfigError
@@ -124,8 +123,10 @@ def light(place: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
         ("model.flips=0", "model.flips is a list"),
         ("run.on_error=ignore", "run.on_error must be one of skip, raise"),
         ("run.allowed_targets=[voxquilt.*]", "model.net._target_=synthetic.Over50 is not among run.allowed_targets"),
-        ("trainer.devices=2", "predicts in one process"),
-        ("trainer.num_nodes=2", "predicts in one process"),
+        ("run.distribute=slabs", "run.distribute must be one of subject, slab, auto; it is 'slabs'. Did you mean slab"),
+        ("run.resume=maybe", "run.resume must be true or false; it is 'maybe'"),
+        ("run.overwrite=1", "run.overwrite must be true or false; it is 1"),
+        ("trainer.strategy=fsdp", "trainer.strategy=fsdp divides the network between processes"),
         ("shard.index=4", "shard.index=4 is not below shard.count=1: shards are counted from 0"),
         ("shard.count=two", "shard.count must be an integer; it is 'two'"),
         ("shard.count=0", "shard.index=0 is not below shard.count=0"),
@@ -548,9 +549,17 @@ def test_probabilities_are_not_made_twice(activation: str, average: str, wanted:
         assert compose("predict", overrides).stitch.activation == wanted
 
 
-def test_a_run_whose_record_cannot_be_written_was_started(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_whose_record_cannot_be_written_was_started(tmp_path: Path) -> None:
     """A full or lost disk at the very end is no wrong configuration: status 1, and the file is named."""
-    trainer = SimpleNamespace(predict=lambda *_, **__: None)
-    writer = SimpleNamespace(rows=[], output_dir=tmp_path / "gone")
-    assert _predict({}, trainer, None, SimpleNamespace(dealt=[], shard=(0, 1)), writer) == 1
-    assert f"{tmp_path}/gone/run.json: writing failed" in capsys.readouterr().err
+    save(tmp_path / "in/a.nii", noise((8, 8, 8)))
+    (tmp_path / "beside.py").write_text(
+        "import pathlib, synthetic\n\n\nclass Blocker(synthetic.Over50):\n    def forward(self, x):\n"
+        "        path = pathlib.Path('outputs/run.json')\n        path.unlink()\n        path.mkdir()\n"
+        "        return super().forward(x)\n"
+    )
+    network = ("model=state_dict", "model.net._target_=beside.Blocker", "ckpt_path=null")
+    done = run("predict.py", "data.inputs=in", *GRID, *network, cwd=tmp_path)
+    assert done.returncode == 1
+    assert f"{tmp_path}/outputs/run.json: writing failed" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert manifest(tmp_path / "outputs")["a"]["status"] == "done"

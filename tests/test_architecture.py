@@ -13,10 +13,11 @@ SOURCE = Path(voxquilt.__file__).parent
 # The one-way flow: a module imports only modules before it. A new module takes its place here.
 ORDER = [
     *("errors", "atomic", "names", "geometry", "grid", "blend", "ledger", "buffers", "sums", "aggregator", "space"),
-    *("nifti", "subject", "sampler", "skip", "inference", "preprocess", "products", "recipes", "volumes", "stitch"),
-    *("quilt", "predict", "cases", "dealing", "batch", "datamodule", "network", "weights", "module", "training"),
-    *("manifest", "overlay", "writer", "report", "fetch", "datasets", "overrides", "sections", "config", "status"),
-    "app",
+    *("parts", "nifti", "subject", "sampler", "skip", "inference", "preprocess", "products", "recipes", "volumes"),
+    *("stitch", "quilt", "predict", "launch", "cases", "manifest", "fingerprint", "resume", "lock", "status"),
+    *("dealing", "tasks", "group", "line", "signals", "meter", "batch", "loader", "datamodule", "network", "weights"),
+    *("module", "training", "overlay", "files", "team", "cohort", "record", "writer", "processes", "report", "fetch"),
+    *("datasets", "overrides", "sections", "config", "app"),
 ]
 CORE = ["errors", "atomic", "names", "geometry", "grid", "blend", "ledger", "buffers", "sums", "aggregator", "space"]
 FRAMEWORKS = ["lightning", "hydra", "omegaconf", "nibabel", "monai", "scipy", "rich"]

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from voxquilt.batch import Loaded, PatchBatch
 from voxquilt.cases import Case
 from voxquilt.datamodule import GridDataModule
-from voxquilt.errors import ConfigError, OutputError
+from voxquilt.errors import ConfigError, RunError
 from voxquilt.module import PatchPredictor
 from voxquilt.nifti import write
 from voxquilt.predict import predict_volume
@@ -586,7 +586,7 @@ def test_every_subject_may_fail(tmp_path: Path) -> None:
 
 def test_on_error_raise_stops_at_the_first(touchy: Path, tmp_path: Path) -> None:
     """The message names the subject and the reason; what was finished stays, and is in the manifest."""
-    with pytest.raises(OutputError, match=r"raises: ValueError: there is a 77 \(run\.on_error=raise stops here"):
+    with pytest.raises(RunError, match=r"raises: ValueError: there is a 77 \(run\.on_error=raise stops here"):
         predict(
             tmp_path, [touchy / f"{n}.nii" for n in ("a", "raises", "z")], Touchy(), on_error="raise", num_workers=0
         )
@@ -600,9 +600,9 @@ def test_on_error_raise_sees_files_and_the_writer_too(bad: str, tmp_path: Path) 
     """A file that cannot be read and a product that cannot be made stop the run as well, also as its last subject."""
     save(tmp_path / "in/m.nii", noise((4, 4, 4)))
     (tmp_path / f"in/{'a' if bad == 'first' else 'z'}.nii").write_bytes(b"")
-    with pytest.raises(OutputError, match="the file is empty"):
+    with pytest.raises(RunError, match="the file is empty"):
         predict(tmp_path / "out", tmp_path / "in", Over50(), on_error="raise")
-    with pytest.raises(OutputError, match=r"stitch\.threshold"):
+    with pytest.raises(RunError, match=r"stitch\.threshold"):
         predict(tmp_path / "out", tmp_path / "in/m.nii", Over50(), stitch=Stitch(threshold=1), on_error="raise")
 
 
@@ -748,18 +748,6 @@ def test_a_writer_and_a_data_module_may_be_used_again(cohort: Path, tmp_path: Pa
         trainer(writer).predict(module, datamodule=data, return_predictions=False)
         assert [row.status for row in writer.rows] == ["done"] * len(SHAPES)
         assert len(manifest(tmp_path)) == len(SHAPES)
-
-
-def test_several_processes_are_refused(cohort: Path, tmp_path: Path) -> None:
-    """Each would predict every subject."""
-
-    class Two:
-        world_size = 2
-
-    data = GridDataModule(cohort, 8)
-    data.trainer = Two()  # type: ignore[assignment]
-    with pytest.raises(ConfigError, match="one process so far; the trainer has 2"):
-        data.setup("predict")
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import hydra
@@ -21,8 +21,11 @@ from voxquilt.cases import find_cases
 from voxquilt.config import check_predict, check_train
 from voxquilt.errors import ConfigError, VoxquiltError
 from voxquilt.fetch import fetch
-from voxquilt.manifest import of_shard, write_json
+from voxquilt.launch import end_with_parent, is_first
+from voxquilt.lock import locked
+from voxquilt.manifest import of_shard, read_json, read_rows
 from voxquilt.overrides import to_overrides
+from voxquilt.resume import Resume
 from voxquilt.status import print_status
 
 DONE, FAILED, NOT_STARTED = 0, 1, 2
@@ -78,7 +81,8 @@ def _guarded(task: Callable[[DictConfig], int], cfg: DictConfig) -> int:
     try:
         return task(cfg)
     except VoxquiltError as error:
-        print(f"voxquilt: {error}", file=sys.stderr)
+        if is_first():  # of many processes that all say the same
+            print(f"voxquilt: {error}", file=sys.stderr)
         return NOT_STARTED
 
 
@@ -95,42 +99,55 @@ def run_predict(cfg: DictConfig) -> int:
     Raises:
         VoxquiltError: the configuration is wrong, and nothing was started.
     """
+    end_with_parent()
     plain = check_predict(cfg)
+    shard = plain["shard"]["index"], plain["shard"]["count"]
+    folder = Path(plain["output_dir"]).expanduser().resolve()
     if plain["run"].get("status"):
-        return print_status(find_cases(plain["data"].get("inputs"), plain["data"].get("images")), plain)
+        return print_status(find_cases(plain["data"].get("inputs"), plain["data"].get("images")), folder, shard[1])
     _quiet()
-    if plain["run"].get("seed") is not None:
+    run = plain["run"]
+    if run.get("seed") is not None:
         from lightning.pytorch import seed_everything
 
-        seed_everything(plain["run"]["seed"], verbose=False)
-    objects: dict[str, Any] = {"preprocess": build(plain["preprocess"], "preprocess")}
-    if plain["shard"]["count"] > 1:
-        objects["shard"] = (plain["shard"]["index"], plain["shard"]["count"])
-    data = build(plain["data"], "data", **objects)
+        seed_everything(run["seed"], verbose=False)
+    resume = Resume(folder, plain, run["resume"], run["overwrite"], run["content_hash"])
+    preprocess = build(plain["preprocess"], "preprocess")
+    data = build(plain["data"], "data", preprocess=preprocess, shard=shard, distribute=run["distribute"], resume=resume)
     model = build(plain["model"], "model")
     stitch = build(plain["stitch"], "stitch")
-    writer = build(plain["callbacks"]["writer"], "callbacks.writer", stitch=stitch)
+    writer = build(plain["callbacks"]["writer"], "callbacks.writer", stitch=stitch, configuration=plain)
     others = {name: node for name, node in plain["callbacks"].items() if node and name != "writer"}
     callbacks = [writer, *(build(node, f"callbacks.{name}") for name, node in others.items())]
     trainer = build(plain["trainer"], "trainer", callbacks=callbacks, logger=False)
-    return _predict(plain, trainer, model, data, writer)
+    # One process holds the folder for all.
+    with locked(folder, shard) if is_first() else nullcontext():
+        return _predict(trainer, model, data, writer)
 
 
-def _predict(plain: Mapping[str, Any], trainer: Any, model: Any, data: Any, writer: Any) -> int:
-    from voxquilt.report import print_table, run_record
+def _predict(trainer: Any, model: Any, data: Any, writer: Any) -> int:
+    """Run, and say how it ended; what is on disk tells it, also where the run was in other processes than this."""
+    from voxquilt.processes import attended
+    from voxquilt.report import print_table
 
-    started = perf_counter()
     try:
-        try:
+        with attended(trainer):
             trainer.predict(model, datamodule=data, return_predictions=False)
-        finally:
-            record = run_record(plain, writer.rows, len(data.dealt), perf_counter() - started)
-            write_json(writer.output_dir / of_shard("run.json", data.shard), record)
-    except VoxquiltError as error:  # of run.json too: something was started, so the status is not that of a bad key
-        print(f"voxquilt: {error}", file=sys.stderr)
-        return FAILED
-    print_table(writer.rows, writer.output_dir)
-    return FAILED if any(row.status == "failed" for row in writer.rows) else DONE
+    except ConfigError:
+        raise
+    except VoxquiltError as error:
+        writer.status = FAILED
+        if is_first():
+            print(f"voxquilt: {error}", file=sys.stderr)
+    if not is_first():
+        return writer.status
+    outcome = read_json(writer.output_dir / of_shard("run.json", data.shard))
+    rows = read_rows([writer.output_dir / of_shard("manifest.csv", data.shard)])
+    print_table([rows[case.subject] for case in data.cases if case.subject in rows], writer.output_dir)
+    if outcome.get("status") == "stopped":
+        left = f"{outcome['missing']} of {outcome['subjects']} subjects are left: the same command goes on"
+        print(f"voxquilt: stopped by {outcome['reason']}; {left}" if writer.status > FAILED else left, file=sys.stderr)
+    return max(writer.status, outcome.get("exit_status") or 0)
 
 
 def run_train(cfg: DictConfig) -> int:
@@ -192,8 +209,8 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def _quiet() -> None:
     """Lightning's advertisements and remarks on a loop that is not a DataLoader tell users nothing."""
-    import lightning.pytorch  # which sets its logger's level when it is imported
 
-    logging.getLogger(lightning.pytorch.__name__).setLevel(logging.WARNING)
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning.*")
     warnings.filterwarnings("ignore", category=DeprecationWarning)

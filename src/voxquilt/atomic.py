@@ -2,11 +2,15 @@
 
 import contextlib
 import os
+import socket
 from collections.abc import Iterator
 from io import BufferedWriter
 from pathlib import Path
 
 from voxquilt.errors import OutputError
+
+TEMPORARY = r"\..+\.(?P<host>[^/]+)\.(?P<pid>\d+)\.voxquilt"
+"""Matches the name of a file that is being written: whose it will be, and which process on which machine writes."""
 
 
 @contextlib.contextmanager
@@ -19,7 +23,7 @@ def replacing(path: Path) -> Iterator[BufferedWriter]:
     Raises:
         OutputError: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.voxquilt")
     try:
         with open(temporary, "wb") as file:
             yield file

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from voxquilt.cases import Case
 from voxquilt.grid import Grid
 from voxquilt.nifti import NiftiFile
+from voxquilt.parts import Part
 from voxquilt.sampler import GridSampler, Padding
 from voxquilt.space import Space
+from voxquilt.tasks import Task
 
 
 @dataclass(eq=False)
@@ -20,23 +21,25 @@ class Work:
     """A subject on its way through a run; compared and hashed by identity.
 
     Args:
-        case: The subject's id and files.
+        task: The subject's id and files, and who does it.
         file: The first image's file, whose header outputs take over.
         grid, padding: Where its patches lie.
         space: The way back to native space.
         numbers: The patches to predict, in streaming order.
         skipped: The patches that hold nothing to predict.
+        part: Of the grid, where several processes share it; `numbers` are of that part.
         started: When loading began, by time.perf_counter.
         failed: Set once; what is left of the subject is then skipped.
     """
 
-    case: Case
+    task: Task
     file: NiftiFile
     grid: Grid
     padding: Padding
     space: Space
     numbers: list[int]
     skipped: list[int]
+    part: Part | None = None
     started: float = field(default_factory=perf_counter)
     failed: bool = False
 

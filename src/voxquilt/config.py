@@ -6,13 +6,15 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from voxquilt.cases import find_cases
 from voxquilt.errors import ConfigError
 from voxquilt.geometry import to_triple
-from voxquilt.names import ON_ERROR
+from voxquilt.launch import is_first
 from voxquilt.sections import (
     check_callbacks,
     check_data,
@@ -20,10 +22,10 @@ from voxquilt.sections import (
     check_list,
     check_model,
     check_preprocess,
+    check_run,
     check_shard,
     check_stitch,
     check_trainer,
-    check_word,
 )
 
 _HINTS = {
@@ -42,7 +44,7 @@ _KEYS = {
     "preprocess": {"orientation", "spacing", "intensity"},
     "stitch": {"overlap_mode", "products", "compare", "activation", "threshold", "restore", "fill", "class_names",
                "postprocess"},
-    "run": {"on_error", "seed", "allowed_targets", "status"},
+    "run": {"on_error", "seed", "allowed_targets", "status", "distribute", "resume", "overwrite", "content_hash"},
     "shard": {"index", "count"},
 }  # fmt: skip
 _SECTIONS = (*_KEYS, "model", "callbacks", "trainer", "ckpt_path", "output_dir", "experiment")
@@ -59,12 +61,14 @@ def check_predict(cfg: DictConfig) -> dict[str, Any]:
     check_data(plain["data"])
     check_preprocess(plain["preprocess"])
     check_stitch(plain["stitch"])
-    check_word(plain["run"], "on_error", ON_ERROR, "run.on_error")
+    check_run(plain["run"])
     plain["shard"] = check_shard(plain["shard"])
     check_model(plain["model"])
     check_callbacks(plain["callbacks"])
-    _check_files(plain)
-    check_trainer(plain["trainer"])
+    if is_first():  # the others take rank 0's word, or a folder would be looked through by every process
+        _check_files(plain)
+    multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    check_trainer(plain["trainer"], plain["shard"]["count"], multirun=multirun)
     _check_targets(plain, _allowed(plain["run"].get("allowed_targets")))
     _check_output(plain)
     return plain

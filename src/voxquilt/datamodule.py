@@ -1,33 +1,54 @@
-"""Which patches does a predict run see? A grid sampler per subject, loaded ahead, and batches across subjects."""
+"""Which patches does a predict run see? A grid sampler per subject, and the subjects dealt to the processes."""
 
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
-from queue import SimpleQueue
+from functools import cached_property, partial
+from itertools import count
 from time import perf_counter
+from typing import Any
 
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 
-from voxquilt.batch import Loaded, PatchBatch, Work, batches
+from voxquilt.batch import Loaded, Work
 from voxquilt.cases import Case, find_cases
 from voxquilt.dealing import deal
 from voxquilt.errors import ConfigError, VoxquiltError
 from voxquilt.geometry import to_triple
+from voxquilt.group import Group
+from voxquilt.launch import is_first, not_the_tasks, slurm_tasks
+from voxquilt.loader import LoadFailure, PatchStream
+from voxquilt.manifest import Row
+from voxquilt.names import DISTRIBUTE, check_name
+from voxquilt.parts import split
 from voxquilt.preprocess import Preprocess
+from voxquilt.resume import Resume, Todo
 from voxquilt.sampler import GridSampler, lay_grid, to_padding
 from voxquilt.skip import patches_to_skip, to_predict
 from voxquilt.subject import LabelMap, ScalarImage, Subject
+from voxquilt.tasks import Size, Task, distributed
 
 
 @dataclass(frozen=True)
-class LoadFailure:
-    """A subject that could not be read or preprocessed."""
+class Plan:
+    """What a run does, as this process sees it.
 
-    case: Case
-    error: Exception
-    seconds: float
+    Args:
+        group: The processes of the run.
+        tasks: Of this process, shared volumes first.
+        cases: Every subject there is, also of other shards.
+        everything: Ids of all subjects of the run, or of its shard, that are not done.
+        done: Rows of those that were done before.
+        settings: What made them, for the record; empty without `resume`.
+    """
+
+    group: Group
+    tasks: list[Task]
+    cases: list[Case]
+    everything: list[str]
+    done: list[Row]
+    settings: Mapping[str, Any]
 
 
 class GridDataModule(LightningDataModule):
@@ -48,6 +69,9 @@ class GridDataModule(LightningDataModule):
         preprocess: To model space; RAS with the file's spacing by default.
         shard: (index, count): predict one of `count` parts of the subjects, of about as many patches each. Every part
             deals alike, from headers.
+        distribute: With several processes, 'subject' gives each subject to one of them, 'slab' divides every volume's
+            grid between all, 'auto' does so where there are fewer subjects than processes or one outweighs its share.
+        resume: Finds what is done already; None predicts everything.
 
     Raises:
         ConfigError, GridError: one of these is wrong.
@@ -68,9 +92,13 @@ class GridDataModule(LightningDataModule):
         skip: float | str | None = None,
         preprocess: Preprocess | None = None,
         shard: tuple[int, int] = (0, 1),
+        distribute: str = "subject",
+        resume: Resume | None = None,
     ) -> None:
         super().__init__()
-        self.cases = find_cases(inputs, images)
+        self._inputs = inputs, images
+        if is_first():
+            _ = self.cases  # what is wrong with them is said at once
         self.patch_size = to_triple(patch_size, "data.patch_size", minimum=1)
         self.patch_overlap = to_triple(patch_overlap, "data.patch_overlap")
         self.padding_mode = padding_mode
@@ -81,26 +109,85 @@ class GridDataModule(LightningDataModule):
         self.skip = skip
         self.preprocess = replace(preprocess or Preprocess(), nonfinite=nonfinite)
         self.shard = shard
-        self.failures: SimpleQueue[LoadFailure] = SimpleQueue()
-        """Subjects that could not be loaded; the callback that keeps the manifest empties it."""
-
-    def setup(self, stage: str) -> None:
-        """Refuses what this version cannot do right: several processes would each predict every subject."""
-        if self.trainer is not None and self.trainer.world_size > 1:
-            raise ConfigError(f"voxquilt predicts in one process so far; the trainer has {self.trainer.world_size}.")
+        self.distribute = check_name(distribute, DISTRIBUTE, "run.distribute")
+        self._resume = resume
+        self._plan: Plan | None = None
+        self._stopped: Callable[[], bool] = bool
+        self._failures: list[LoadFailure] = []
 
     @cached_property
-    def dealt(self) -> list[Case]:
-        """The subjects of this shard, in the order of their ids."""
-        index, count = self.shard
-        if count == 1:
-            return self.cases
-        return [self.cases[n] for n in deal([self.cost(case) for case in self.cases], count)[index]]
+    def cases(self) -> list[Case]:
+        """Every subject, in the order of their ids; with several processes only rank 0 looks for them."""
+        return find_cases(*self._inputs)
 
-    def cost(self, case: Case) -> int:
+    @property
+    def plan(self) -> Plan:
+        """What `setup` decided."""
+        assert self._plan is not None, "Lightning calls setup first"
+        return self._plan
+
+    def setup(self, stage: str) -> None:
+        """Decide what is to be done and by which process, alike in all of them.
+
+        Raises:
+            ConfigError: the processes do not belong together; or outputs were made with other settings.
+        """
+        check_world(self.trainer, self.shard)
+        group = Group(self.trainer)
+        # Rank 0 looks into folders, which may be changing; each header is read by one process.
+        cases = group.first(lambda: self.cases)
+        todo = group.first(lambda: self._resume.todo(cases) if self._resume else Todo([""] * len(cases)))
+        tasks = [Task(case, *pair) for case, pair in zip(cases, zip(todo.fingerprints, count()), strict=False)]
+        tasks = self._of_shard(tasks, todo.done)
+        left = [task for task in tasks if task.case.subject not in todo.done]
+        mine = left
+        if group.size > 1:
+            sizes = group.gather(self._sizes([task.case for task in left[group.rank :: group.size]], group.size))
+            # Back from one list for each rank to one for all.
+            by_task = [sizes[n % group.size][n // group.size] for n in range(len(left))]
+            mine = distributed(left, by_task, group.size, self.distribute)[group.rank]
+        done = [todo.done[task.case.subject] for task in tasks if task.case.subject in todo.done]
+        settings = {self._resume.settings_digest: self._resume.settings} if self._resume and group.rank == 0 else {}
+        self._plan = Plan(group, mine, cases, [task.case.subject for task in left], done, settings)
+
+    def stop_when(self, stopped: Callable[[], bool]) -> None:
+        """End the stream of batches before the next one as soon as `stopped` says so."""
+        self._stopped = stopped
+
+    def failures(self) -> list[LoadFailure]:
+        """Subjects that could not be loaded since the last call; whoever keeps the manifest asks after each batch."""
+        found: list[LoadFailure] = []
+        while self._failures:
+            found.append(self._failures.pop(0))
+        return found
+
+    def _of_shard(self, tasks: list[Task], done: Mapping[str, Row]) -> list[Task]:
+        index, shards = self.shard
+        if shards == 1:
+            return tasks
+        # All subjects are dealt, done or not: a shard that starts late has to deal as the others did. A subject that is
+        # done has its patches in its row, and its header need not be read again.
+        unread = [task.case for task in tasks if task.case.subject not in done]
+        sizes = dict(zip((case.subject for case in unread), self._sizes(unread), strict=True))
+        costs = [
+            row.patches + row.skipped + 1 if (row := done.get(task.case.subject)) else sizes[task.case.subject].patches
+            for task in tasks
+        ]
+        return [tasks[n] for n in deal(costs, shards)[index]]
+
+    def _sizes(self, cases: Sequence[Case], ranks: int = 1) -> list[Size]:
+        # On a network's file system most of the time is waiting.
+        with ThreadPoolExecutor(8) as pool:
+            return list(pool.map(partial(self.size, ranks=ranks), cases))
+
+    def size(self, case: Case, ranks: int = 1) -> Size:
         """What a subject takes, in patches, from its headers alone; reading and writing count as one.
 
         A header that cannot be read costs that only: whoever has the subject finds out.
+
+        Args:
+            case: The subject.
+            ranks: Among how many processes its grid might be divided.
         """
         try:
             space = self.preprocess.space(Subject({name: ScalarImage(path) for name, path in case.images.items()}))
@@ -113,24 +200,22 @@ class GridDataModule(LightningDataModule):
                 divisible_by=self.divisible_by,
             )
         except VoxquiltError:
-            return 1
-        return len(grid) + 1
+            return Size(1)
+        return Size(len(grid) + 1, len(split(grid, ranks)))
 
-    def predict_dataloader(self) -> "PatchStream":
-        """All patches of all subjects, subject by subject.
+    def predict_dataloader(self) -> PatchStream:
+        """All patches of this process, subject by subject."""
+        return PatchStream(
+            self.plan.tasks, self.load, self.batch_size, self.num_workers, self._failures.append, self._stopped
+        )
 
-        A plain iterable without a length: Lightning would rebuild and re-sample a DataLoader, and silently drop what
-        comes after an announced length.
-        """
-        return PatchStream(self)
-
-    def load(self, case: Case) -> Loaded:
+    def load(self, task: Task) -> Loaded:
         """Read a subject, take it to model space and lay the grid.
 
         Raises:
             VoxquiltError: of the kind that tells what is wrong with the subject.
         """
-        started = perf_counter()
+        started, case = perf_counter(), task.case
         subject = Subject({name: ScalarImage(path) for name, path in case.images.items()})
         file = next(iter(subject.images.values())).file
         model_subject, space = self.preprocess(subject)
@@ -142,47 +227,23 @@ class GridDataModule(LightningDataModule):
             sampler.volume(name)  # pads, here rather than between two batches
         skip = LabelMap(self.skip.replace("{subject}", case.subject)) if isinstance(self.skip, str) else self.skip
         skipped = patches_to_skip(skip, sampler, subject, space)
-        numbers = to_predict(sampler, skipped)
-        return Loaded(Work(case, file, sampler.grid, sampler.padding, space, numbers, skipped, started), sampler)
+        part = split(sampler.grid, len(task.team))[task.team.index(self.plan.group.rank)] if task.team else None
+        numbers = to_predict(sampler, skipped, part)
+        return Loaded(Work(task, file, sampler.grid, sampler.padding, space, numbers, skipped, part, started), sampler)
 
 
-class PatchStream:
-    """The batches of a run, while `num_workers` threads load the subjects to come."""
+def check_world(trainer: Trainer | None, shard: tuple[int, int]) -> None:
+    """Refuse processes that would each predict everything, or wait for each other for ever.
 
-    def __init__(self, data: GridDataModule) -> None:
-        self._data = data
-
-    def __iter__(self) -> Iterator[PatchBatch]:
-        return batches(self._subjects(), self._data.batch_size)
-
-    def _subjects(self) -> Iterator[Loaded]:
-        if self._data.num_workers == 0:
-            yield from filter(None, map(self._load, self._data.dealt))
-            return
-        cases = iter(self._data.dealt)
-        with ThreadPoolExecutor(self._data.num_workers, thread_name_prefix="voxquilt-loader") as pool:
-            ahead: deque[Future[Loaded | None]] = deque()
-            try:
-                for case in cases:
-                    ahead.append(pool.submit(self._load, case))
-                    if len(ahead) > self._data.num_workers:
-                        # No name holds the subject here: its volume is free once it is cut.
-                        yield from filter(None, [ahead.popleft().result()])
-                while ahead:
-                    yield from filter(None, [ahead.popleft().result()])
-            finally:
-                for future in ahead:
-                    future.cancel()
-
-    def _load(self, case: Case) -> Loaded | None:
-        started = perf_counter()
-        try:
-            return self._data.load(case)
-        except Exception as error:
-            reported = error if isinstance(error, VoxquiltError) else _described(error)
-            self._data.failures.put(LoadFailure(case, reported, perf_counter() - started))
-            return None
-
-
-def _described(error: Exception) -> Exception:
-    return RuntimeError(f"loading failed: {type(error).__name__}: {error}")
+    Raises:
+        ConfigError: SLURM started more tasks than the trainer counts, or the strategy divides the network.
+    """
+    if trainer is None:
+        return
+    if shard[1] == 1 and slurm_tasks() not in (1, trainer.world_size):
+        raise ConfigError(not_the_tasks(trainer.world_size))
+    if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
+        raise ConfigError(
+            f"trainer.strategy={type(trainer.strategy).__name__} divides the network between processes, so that none "
+            f"may predict more patches than another; use ddp or ddp_spawn."
+        )

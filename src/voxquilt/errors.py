@@ -39,3 +39,7 @@ class LedgerError(VoxquiltError, RuntimeError, AssertionError):
 
 class OutputError(VoxquiltError, RuntimeError):
     """A network's output, or the file made of it, cannot be what was asked for."""
+
+
+class RunError(VoxquiltError, RuntimeError):
+    """A run of several processes broke off: one of them died or stopped."""

@@ -1,15 +1,19 @@
 """What became of each subject? A row of manifest.csv as soon as it is known, and run.json for the run as a whole."""
 
+import contextlib
 import csv
+import io
 import json
 import os
 import threading
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from voxquilt.atomic import replacing
+from voxquilt.errors import OutputError
 
 
 @dataclass(frozen=True)
@@ -18,10 +22,12 @@ class Row:
 
     Args:
         subject: Its id.
-        status: 'done' or 'failed'.
+        status: 'done', 'failed', or 'skipped' if it was done before.
         outputs: Names of the files in the output folder.
         patches: How many were predicted.
         skipped: How many hold no foreground and were not (data.skip).
+        finished: When, in UTC.
+        fingerprint: What decides the outputs: the settings' digest, a dash, the input files' digest.
         seconds: From the start of loading to the last file.
         error: Why it failed.
         volume_ml: Volume of all labels above 0, in millilitres; None without labels.
@@ -35,6 +41,8 @@ class Row:
     error: str = ""
     volume_ml: float | None = None
     skipped: int = 0
+    finished: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"))
+    fingerprint: str = ""
 
 
 def of_shard(name: str, shard: tuple[int, int]) -> str:
@@ -49,39 +57,107 @@ def of_shard(name: str, shard: tuple[int, int]) -> str:
 
 
 class Manifest:
-    """manifest.csv of one run: a new file, to which each row is written as it comes; any thread may add one."""
+    """manifest.csv of one run: a new file, to which each row is written as it comes; any thread may add one.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: Where it is; an older one is replaced.
+        kept: Rows to begin with, of subjects that were done before.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+
+    def __init__(self, path: Path, kept: Iterable[Row] = ()) -> None:
         self.path = path
-        self.rows: list[Row] = []
         self._lock = threading.Lock()
-        self._write("w", [field.name for field in fields(Row)])
+        with replacing(path) as file:
+            file.write("".join(map(_line, [_HEADER, *map(_cells, kept)])).encode())
+        self._file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115 (it is closed by `close`)
 
     def add(self, row: Row) -> None:
-        """Append a row and put it on disk."""
+        """Append a row and put it on disk.
+
+        Raises:
+            OutputError: the disk is full, say.
+        """
         with self._lock:
-            self.rows.append(row)
-            values = asdict(row) | {
-                "outputs": ";".join(row.outputs),
-                "seconds": f"{row.seconds:.3f}",
-                "error": " ".join(row.error.split()),
-                "volume_ml": "" if row.volume_ml is None else f"{row.volume_ml:.3f}",
-            }
-            self._write("a", list(values.values()))
+            try:
+                self._file.write(_line(_cells(row)))
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                raise OutputError(f"{self.path}: writing failed: {error.strerror}.") from error
 
-    @property
-    def failed(self) -> list[Row]:
-        """Rows of subjects that failed."""
-        return [row for row in self.rows if row.status == "failed"]
+    def close(self) -> None:
+        """No more rows."""
+        with contextlib.suppress(OSError):  # a row that could not be written was an error before
+            self._file.close()
 
-    def _write(self, mode: str, values: list[Any]) -> None:
-        with open(self.path, mode, newline="", encoding="utf-8") as file:
-            csv.writer(file).writerow(values)
-            file.flush()
-            os.fsync(file.fileno())
+
+_HEADER = [field.name for field in fields(Row)]
+
+
+def _cells(row: Row) -> list[Any]:
+    values = asdict(row) | {
+        "outputs": ";".join(row.outputs),
+        "seconds": f"{row.seconds:.3f}",
+        "error": " ".join(row.error.split()),
+        "volume_ml": "" if row.volume_ml is None else f"{row.volume_ml:.3f}",
+    }
+    return list(values.values())
+
+
+def _line(cells: list[Any]) -> str:
+    text = io.StringIO()
+    csv.writer(text).writerow(cells)
+    return text.getvalue()
+
+
+def read_rows(manifests: Iterable[Path]) -> dict[str, Row]:
+    """What manifests say of each subject; the latest row counts.
+
+    A manifest may be growing, or its run may have died: a line that is not whole is left out.
+    """
+    latest: dict[str, Row] = {}
+    for path in sorted(path for path in manifests if path.is_file()):
+        with open(path, newline="", encoding="utf-8", errors="replace") as file:
+            for cells in csv.DictReader(file):
+                row = _row(cells)
+                if row is not None and (row.subject not in latest or latest[row.subject].finished <= row.finished):
+                    latest[row.subject] = row
+    return latest
+
+
+def _row(cells: Mapping[str, str | None]) -> Row | None:
+    try:
+        values = {name: cells[name] or "" for name in _HEADER if cells[name] is not None}
+        volume = values["volume_ml"]
+        return Row(
+            values["subject"],
+            values["status"],
+            tuple(filter(None, values["outputs"].split(";"))),
+            int(values["patches"]),
+            float(values["seconds"]),
+            values["error"],
+            float(volume) if volume else None,
+            int(values["skipped"]),
+            values["finished"],
+            values["fingerprint"],
+        )
+    except (KeyError, ValueError):
+        return None
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON whole or not at all."""
     with replacing(path) as file:
         file.write((json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote; empty if there is no such file, or another program's."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

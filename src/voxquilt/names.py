@@ -14,6 +14,7 @@ RESTORES = ("scores", "labels")
 AVERAGES = ("logits", "probabilities")
 NONFINITE = ("error", "zero")
 ON_ERROR = ("skip", "raise")
+DISTRIBUTE = ("subject", "slab", "auto")
 PADDING_MODES = (
     "constant", "edge", "linear_ramp", "maximum", "mean", "median", "minimum", "reflect", "symmetric", "wrap", "empty",
 )  # fmt: skip

@@ -10,10 +10,13 @@ from voxquilt.cases import Case
 from voxquilt.errors import ConfigError, VoxquiltError
 from voxquilt.geometry import Triple, parse_axcodes, to_spacing, to_triple
 from voxquilt.grid import make_grid
+from voxquilt.launch import is_external, not_the_tasks, slurm_tasks
 from voxquilt.names import (
     ACTIVATIONS,
     AVERAGES,
+    DISTRIBUTE,
     NONFINITE,
+    ON_ERROR,
     OVERLAP_MODES,
     PADDING_MODES,
     PRODUCTS,
@@ -118,15 +121,39 @@ def check_shard(shard: Mapping[str, Any]) -> dict[str, int]:
     return values
 
 
-def check_trainer(trainer: Mapping[str, Any]) -> None:
-    """One process."""
-    devices, nodes = trainer.get("devices", 1), trainer.get("num_nodes", 1)
-    one = devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)
-    if not one or nodes != 1:
+def check_run(run: Mapping[str, Any]) -> None:
+    """How a run behaves."""
+    check_word(run, "on_error", ON_ERROR, "run.on_error")
+    check_word(run, "distribute", DISTRIBUTE, "run.distribute")
+    for key in ("resume", "overwrite", "content_hash", "status"):
+        if not isinstance(run.get(key), bool):
+            raise ConfigError(f"run.{key} must be true or false; it is {run.get(key)!r}.")
+
+
+def check_trainer(trainer: Mapping[str, Any], shards: int, *, multirun: bool) -> None:
+    """Processes that belong together, as far as can be seen before torch is imported.
+
+    Args:
+        trainer: Its arguments.
+        shards: With several, SLURM's tasks may be runs of their own.
+        multirun: Whether Hydra runs a sweep.
+    """
+    devices, strategy = trainer.get("devices", 1), str(trainer.get("strategy", "auto"))
+    text = str(devices)
+    per_node = len(devices) if isinstance(devices, list) else int(text) if text.isdecimal() else None
+    if strategy.startswith(("fsdp", "deepspeed", "model_parallel")):
         raise ConfigError(
-            f"trainer.devices={devices}, trainer.num_nodes={nodes}: this version of voxquilt predicts in one process; "
-            f"start one per device, with shard.count={devices} and shard.index=0, 1, ..."
+            f"trainer.strategy={strategy} divides the network between processes, so that none may predict more patches "
+            f"than another; use ddp or ddp_spawn."
         )
+    if multirun and per_node != 1 and not is_external() and not strategy.startswith(("ddp_", "single")):
+        raise ConfigError(
+            f"--multirun with trainer.devices={devices}: each process of ddp would begin the whole sweep again. Use "
+            f"trainer.strategy=ddp_spawn, or a launcher that starts the processes (hydra/launcher=submitit_slurm)."
+        )
+    world = None if per_node is None else per_node * int(trainer.get("num_nodes", 1))
+    if world is not None and shards == 1 and slurm_tasks() not in (1, world):
+        raise ConfigError(not_the_tasks(world))
 
 
 def _check_grid(patch_size: Triple, patch_overlap: Any) -> None:

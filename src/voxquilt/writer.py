@@ -1,28 +1,24 @@
-"""From a predict loop to files: an aggregator set per open subject, a thread behind that makes and writes products."""
+"""From a predict loop to files: the callback that quilts each subject's outputs and keeps the manifest."""
 
 import logging
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from threading import BoundedSemaphore
-from time import perf_counter
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 
-from voxquilt.batch import PatchBatch, Run, Work
-from voxquilt.buffers import Buffers
+from voxquilt.cohort import Cohort
 from voxquilt.datamodule import GridDataModule
-from voxquilt.errors import ConfigError, OutputError, VoxquiltError
-from voxquilt.manifest import Manifest, Row, of_shard
+from voxquilt.errors import ConfigError, OutputError, RunError
+from voxquilt.files import Files, Format
+from voxquilt.launch import disarm_observer
+from voxquilt.line import BROKEN, Alone, Hub, Line, Message, Spoke, Stop
+from voxquilt.manifest import Row
 from voxquilt.names import ON_ERROR, check_name
-from voxquilt.nifti import read_header, write
-from voxquilt.overlay import overlay_png
-from voxquilt.quilt import Outputs, Quilt
+from voxquilt.record import Record
+from voxquilt.signals import Signals
 from voxquilt.stitch import Stitch
 from voxquilt.volumes import Scratch
 
@@ -32,16 +28,18 @@ log = logging.getLogger("voxquilt")
 class VolumeWriter(Callback):
     """Quilts each subject's outputs and writes its products as `<subject>_<product>.nii.gz`, with a manifest beside.
 
-    A subject that fails becomes a row of the manifest, and the run goes on.
+    A subject that fails becomes a row of the manifest, and the run goes on. With several processes rank 0 keeps the
+    manifest for all, and no process ends before all have finished: they agree on how the run ended.
 
     Args:
         output_dir: Made if it is missing.
         stitch: Blend and products; gaussian and labels (an image for one channel) by default.
-        on_error: 'skip' goes on after a failed subject, 'raise' stops at the first.
+        on_error: 'skip' goes on after a failed subject, 'raise' stops at the first, in all processes.
         overlay: Also write `<subject>_overlay.png`: three planes with the labels' outlines.
         compress: .nii.gz, else .nii.
         in_memory: MiB; a product that is larger waits in an unnamed file in output_dir until it is written. None is an
             eighth of the memory that is free when the writer is made: up to three subjects are held at a time.
+        configuration: For run.json.
 
     Raises:
         ConfigError: on_error is unknown.
@@ -56,30 +54,41 @@ class VolumeWriter(Callback):
         overlay: bool = False,
         compress: bool = True,
         in_memory: float | None = None,
+        configuration: Mapping[str, Any] | None = None,
     ) -> None:
         self.output_dir = Path(output_dir).expanduser().resolve()
         self.stitch = stitch or Stitch()
-        self.overlay = overlay
-        self.suffix = ".nii.gz" if compress else ".nii"
+        self.form = Format(".nii.gz" if compress else ".nii", overlay)
         self.in_memory = psutil.virtual_memory().available / 8 / 2**20 if in_memory is None else in_memory
         self.rows: list[Row] = []
-        """What became of each subject of the last run."""
+        """What became of each subject of the last run; with several processes, on rank 0."""
+        self.status = 0
+        """The exit status of the last run: 0 all done, 1 some failed or it broke off, 128 + n after signal n."""
         self._raise = check_name(on_error, ON_ERROR, "on_error") == "raise"
-        self._run: _WriterRun | None = None
+        self._configuration = dict(configuration or {})
+        self._run: _Run | None = None
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the manifest and start the writer thread."""
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Open the manifest on rank 0, and connect the other processes to it."""
         data = getattr(trainer, "datamodule", None)
         if not isinstance(data, GridDataModule):
             raise ConfigError(f"VolumeWriter needs a GridDataModule at predict; the trainer has {type(data).__name__}.")
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        if self.stitch.restore == "labels":
+        self._run = _Run(self.output_dir, data, self._configuration)
+        self.rows = self._run.record.rows if self._run.record else []
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin, once all processes are there."""
+        run, data = self._running(), trainer.datamodule  # type: ignore[attr-defined]
+        if self.stitch.restore == "labels" and data.plan.group.rank == 0:
             log.info(
                 "stitch.restore=labels: labels are made in model space and brought back by nearest neighbour; at "
                 "another spacing their borders have steps as large as its voxels."
             )
-        self._run = _WriterRun(self, data, Manifest(self.output_dir / of_shard("manifest.csv", data.shard)))
-        self.rows = self._run.manifest.rows
+        disarm_observer()
+        files = Files(self.output_dir, self.stitch, self.form, data.plan.cases)
+        scratch = Scratch(self.output_dir, self.in_memory * 2**20)
+        device = trainer.strategy.root_device
+        run.begin(Cohort(data, self.stitch, files, scratch, run.line, raise_first=self._raise, device=device))
 
     def on_predict_batch_end(
         self,
@@ -91,166 +100,111 @@ class VolumeWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Feed a batch's outputs to its subjects; hand over those that are complete."""
-        run = self._running()
-        run.take(outputs, batch)
-        self._check(run)
+        cohort = self._running().cohort
+        if isinstance(outputs, torch.OutOfMemoryError) and cohort.to_host():
+            outputs = trainer.strategy.predict_step(batch, batch_idx)
+        cohort.take(outputs, batch)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Wait until everything is written."""
-        run = self._running()
-        run.close()
-        self._run = None
-        self._check(run)
+        """Wait until everything is written, by all processes.
+
+        Raises:
+            RunError: a process died, or a subject failed with on_error='raise'.
+        """
+        run, self._run = self._running(), None
+        self.status = run.end()
+        if run.line.stop is not None and run.line.stop.status == BROKEN:
+            raise RunError(run.line.stop.reason)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Finish what is complete; subjects that are not are left out of the manifest, since they did not fail."""
+        """Stop all processes; finish what is complete. Subjects that are not have no row: they did not fail."""
         if self._run is not None:
-            self._run.close(complete=False)
-            self._run = None
+            run, self._run = self._run, None
+            self.status = run.fail(exception)
 
-    def _running(self) -> "_WriterRun":
-        assert self._run is not None, "Lightning calls on_predict_start first"
+    def _running(self) -> "_Run":
+        assert self._run is not None, "Lightning calls setup first"
         return self._run
 
-    def _check(self, run: "_WriterRun") -> None:
-        if self._raise and run.manifest.failed:
-            row = run.manifest.failed[0]
-            raise OutputError(f"{row.subject}: {row.error} (run.on_error=raise stops here.)")
 
+class _Run:
+    """A predict run from its first to its last moment, as one process sees it.
 
-class _WriterRun:
-    """The state of one predict run: open subjects, the manifest, the writer thread."""
+    Args:
+        folder: Where outputs go.
+        data: Its subjects.
+        configuration: For the record.
+    """
 
-    def __init__(self, writer: VolumeWriter, data: GridDataModule, manifest: Manifest) -> None:
-        self.manifest = manifest
-        self._writer = writer
-        self._data = data
-        self._inputs = {path.resolve() for case in data.cases for path in case.images.values()}
-        self._written: set[Path] = set()
-        self._buffers = Buffers()
-        self._scratch = Scratch(writer.output_dir, writer.in_memory * 2**20)
-        self._open: dict[Work, Quilt] = {}
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="voxquilt-writer")
-        # One subject being written and one waiting; the loop waits for the thread beyond that, so memory is bounded.
-        self._room = BoundedSemaphore(2)
-        self._pending: list[Future[None]] = []
+    def __init__(self, folder: Path, data: GridDataModule, configuration: Mapping[str, Any]) -> None:
+        self._plan = data.plan
+        group = data.plan.group
+        self.record: Record | None = None
+        self.line: Line = Alone(self._take)
+        self._cohort: Cohort | None = None
+        self._signals = Signals(lambda name, status: self.line.ask_stop(Stop(name, status)))
 
-    def take(self, outputs: Any, batch: PatchBatch) -> None:
-        self._drain()
-        for run in batch.runs:
-            if not run.work.failed:
-                try:
-                    self._add(_named(outputs, len(batch.data)), run)
-                except Exception as error:
-                    self._fail(run.work, error)
+        def opened() -> tuple[str, int, bytes] | None:
+            self.record = Record(folder, data.plan, data.shard, configuration)
+            if group.size == 1:
+                return None
+            self.line = Hub(group.size, self._take)
+            return self.line.address
 
-    def close(self, *, complete: bool = True) -> None:
-        self._open.clear()
-        self._pool.shutdown(wait=True)
-        self._drain()
-        if complete:
-            # As after trainer.limit_predict_batches: a subject without a row would seem to be no part of the run.
-            known = {row.subject for row in self.manifest.rows}
-            for subject in [case.subject for case in self._data.dealt if case.subject not in known]:
-                self._record_failure(subject, OutputError("the run ended before all of its patches had come."), 0.0)
+        address = group.first(opened)
+        if isinstance(self.line, Hub):
+            self.line.accept()
+        elif address is not None:
+            self.line = Spoke(group.rank, address)
+        data.stop_when(lambda: self.line.stop is not None)
 
-    def _add(self, outputs: Outputs, run: Run) -> None:
-        work = run.work
-        if work not in self._open:
-            self._open[work] = Quilt(
-                self._writer.stitch,
-                work,
-                work.space,
-                buffers=self._buffers,
-                scratch=self._scratch,
-                skipped=work.skipped,
-            )
-        quilt = self._open[work]
-        quilt.add({name: output[run.start : run.stop] for name, output in outputs.items()}, run.locations)
-        if quilt.complete:
-            del self._open[work]
-            self._room.acquire()
-            self._pending.append(self._pool.submit(self._finish, work, quilt))
+    @property
+    def cohort(self) -> Cohort:
+        """What `begin` was given."""
+        assert self._cohort is not None, "Lightning calls on_predict_start first"
+        return self._cohort
 
-    def _drain(self) -> None:
-        """Rows for subjects that failed to load; errors of the writer thread itself, such as a full disk's manifest."""
-        while not self._data.failures.empty():
-            failure = self._data.failures.get()
-            self._record_failure(failure.case.subject, failure.error, failure.seconds)
-        for future in [f for f in self._pending if f.done()]:
-            self._pending.remove(future)
-            future.result()
+    def begin(self, cohort: Cohort) -> None:
+        """The first batch comes next."""
+        self._cohort = cohort
+        self._signals.hold()
 
-    def _fail(self, work: Work, error: Exception) -> None:
-        work.failed = True
-        quilt = self._open.pop(work, None)
-        if quilt is not None:
-            quilt.close()
-        self._record_failure(work.case.subject, error, perf_counter() - work.started)
-
-    def _record_failure(self, subject: str, error: Exception, seconds: float) -> None:
-        reason = str(error) if isinstance(error, VoxquiltError) else f"{type(error).__name__}: {_gist(error)}"
-        log.error("%s: failed: %s", subject, reason)
-        self.manifest.add(Row(subject, "failed", seconds=seconds, error=reason))
-
-    def _finish(self, work: Work, quilt: Quilt) -> None:
+    def end(self) -> int:
+        """Finish, wait for the others, and leave the record; the exit status."""
         try:
-            with torch.inference_mode():
-                volumes = quilt.volumes()
-            row = self._write(work, volumes, quilt.labels)
+            summary = self.cohort.close()
         except Exception as error:
-            self._fail(work, error)
-            return
+            return self.fail(error, closed=True)
+        return self._settle(summary)
+
+    def fail(self, exception: BaseException, *, closed: bool = False) -> int:
+        """The same, after an error that ends the run in all processes."""
+        self.line.ask_stop(Stop(f"rank {self._plan.group.rank}: {type(exception).__name__}: {exception}", BROKEN))
+        summary: Message = {"rank": self._plan.group.rank}
+        if self._cohort is not None and not closed:
+            try:
+                summary = self._cohort.close()
+            except Exception:
+                log.exception("closing failed as well")
+        return self._settle(summary)
+
+    def _settle(self, summary: Message) -> int:
+        try:
+            summaries = self.line.gather(summary)
+            return self.line.settle(self._close_record(summaries))
+        except RunError as error:
+            log.error("%s", error)
+            return BROKEN
         finally:
-            self._room.release()
-        self.manifest.add(row)
-        log.info("%s: done: %d patches, %.1f s: %s", row.subject, row.patches, row.seconds, ", ".join(row.outputs))
+            self._signals.release()
 
-    def _write(self, work: Work, volumes: dict[str, np.ndarray], of_labels: list[str]) -> Row:
-        subject, stitch, folder = work.case.subject, self._writer.stitch, self._writer.output_dir
-        outputs = []
-        for product, data in volumes.items():
-            path = self._checked(folder / f"{subject}_{product}{self._writer.suffix}")
-            names = list(stitch.class_names) if stitch.class_names and product in of_labels else None
-            write(path, data, work.space.native, header=work.file.header, class_names=names)
-            outputs.append(path.name)
-        labels = volumes[of_labels[0]] if of_labels else None
-        if labels is not None and self._writer.overlay:
-            path = self._checked(folder / f"{subject}_overlay.png")
-            image = read_header(work.file.path).read()[0].numpy()
-            overlay_png(image, labels[0], work.space.native.affine, path)
-            outputs.append(path.name)
-        volume = None
-        if labels is not None:
-            voxel = abs(float(np.linalg.det(work.space.native.affine[:3, :3])))  # mm3, of sheared voxels too
-            volume = int(np.count_nonzero(labels.any(axis=0))) * voxel / 1000
-        seconds = perf_counter() - work.started
-        patches, skipped = len(work.grid) - len(work.skipped), len(work.skipped)
-        return Row(subject, "done", tuple(outputs), patches, seconds, volume_ml=volume, skipped=skipped)
+    def _close_record(self, summaries: list[Message]) -> int:
+        try:
+            return self.record.close(summaries, self.line.stop) if self.record else 0
+        except OutputError as error:  # a disk that is full at the very end
+            self.line.ask_stop(Stop(str(error), BROKEN))
+            return BROKEN
 
-    def _checked(self, path: Path) -> Path:
-        if path.resolve() in self._inputs:
-            raise OutputError(f"{path} is an input of this run and is not overwritten; choose another output_dir.")
-        if path in self._written:  # a's output x_y and a_x's output y
-            raise OutputError(f"{path} is another subject's file of this run; rename an output or a subject.")
-        self._written.add(path)
-        return path
-
-
-def _named(outputs: Any, patches: int) -> Outputs:
-    """What predict_step gave, by name, once it is known to belong to the batch."""
-    if isinstance(outputs, Exception):
-        raise outputs
-    named = outputs if isinstance(outputs, Mapping) else {"": outputs}
-    for name, output in named.items():
-        if not isinstance(output, Tensor):
-            raise OutputError(f"predict_step gave {type(output).__name__}; wanted are tensors (B, C, I, J, K).")
-        if output.ndim == 0 or len(output) != patches:
-            raise OutputError(f"output {name!r} has shape {tuple(output.shape)} for a batch of {patches} patches.")
-    return named
-
-
-def _gist(error: Exception) -> str:
-    """TorchScript puts its own traceback before the message; other messages are kept as they are."""
-    text = str(error).strip()
-    return text.splitlines()[-1] if "TorchScript" in text.split("\n")[0] else text
+    def _take(self, row: Message) -> None:
+        assert self.record is not None, "only rank 0 takes rows"
+        self.record.add(Row(**{**row, "outputs": tuple(row["outputs"])}))

@@ -1,0 +1,286 @@
+"""Where does a run stand? Its open subjects, the thread that finishes them, and what became of the others."""
+
+import logging
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from threading import BoundedSemaphore
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from voxquilt.batch import PatchBatch, Run, Work
+from voxquilt.buffers import Buffers
+from voxquilt.datamodule import GridDataModule
+from voxquilt.errors import OutputError, RunError, VoxquiltError
+from voxquilt.files import Files
+from voxquilt.line import Line, Stop
+from voxquilt.manifest import Row
+from voxquilt.meter import Meter
+from voxquilt.quilt import Outputs, Quilt
+from voxquilt.stitch import Stitch
+from voxquilt.tasks import Task
+from voxquilt.team import ElsewhereError, Parts, Team
+from voxquilt.volumes import Scratch
+
+log = logging.getLogger("voxquilt")
+
+
+@dataclass(eq=False)
+class _Shared:
+    """A subject that several processes share, once this one has done its part or has failed."""
+
+    task: Task
+    work: Work | None = None
+    quilt: Quilt | None = None
+    error: Exception | None = None
+
+
+class Cohort:
+    """One process's side of a predict run.
+
+    Args:
+        data: Its subjects.
+        stitch: How patches become volumes.
+        files: Where volumes go.
+        scratch: Where products go that are too large for memory.
+        line: To the other processes; takes rows and requests to stop.
+        raise_first: End the run at the first subject that fails.
+        device: Where the network is.
+    """
+
+    def __init__(
+        self,
+        data: GridDataModule,
+        stitch: Stitch,
+        files: Files,
+        scratch: Scratch,
+        line: Line,
+        *,
+        raise_first: bool,
+        device: torch.device,
+    ) -> None:
+        self.line = line
+        self._data, self._stitch, self._files, self._scratch = data, stitch, files, scratch
+        self._raise_first = raise_first
+        self._meter = Meter(data.plan.group.rank, device)
+        self._buffers = Buffers()
+        self._device: torch.device | None = None
+        self._open: dict[Work, Quilt] = {}
+        # Shared subjects in the order in which every process finishes them, and those that are ready before their turn.
+        self._turns = [task for task in data.plan.tasks if task.team]
+        self._ready: dict[int, _Shared] = {}
+        self._heads: set[int] = set()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="voxquilt-writer")
+        # One subject being written and one waiting; the loop waits for the thread beyond that, so memory is bounded.
+        self._room = BoundedSemaphore(2)
+        self._pending: list[Future[None]] = []
+
+    def take(self, outputs: Any, batch: PatchBatch) -> None:
+        """Feed a batch's outputs to its subjects; hand over those that are complete."""
+        self._drain()
+        self._meter.count(batch.data)
+        for run in batch.runs:
+            if not run.work.failed:
+                try:
+                    self._add(_named(outputs, len(batch.data)), run)
+                except Exception as error:
+                    self._fail(run.work, error)
+
+    def to_host(self) -> bool:
+        """Move all sums to the host, where the device's memory was too small; False if they were there."""
+        if self._device is not None:
+            return False
+        self._device = torch.device("cpu")
+        for quilt in self._open.values():
+            quilt.to(self._device)
+        self._buffers = Buffers()
+        torch.cuda.empty_cache()
+        log.warning("the device's memory is full: sums are kept on the host from here on.")
+        return True
+
+    def close(self) -> dict[str, Any]:
+        """Finish what is complete, and drop what is not; a summary for the record.
+
+        Raises:
+            Exception: what ended the writer thread, if anything did.
+        """
+        stop, summary = self.line.stop, self._meter.summary()
+        for work in list(self._open):
+            if work.task.team:
+                self._fail(work, ElsewhereError(stop.reason if stop else "the run ended before all patches had come."))
+        self._open.clear()
+        self._note_failures()
+        # The others of a team wait for a word on each subject, also on those that were not begun.
+        for task in self._turns:
+            self._ready.setdefault(task.number, _Shared(task, error=ElsewhereError("the run ended early.")))
+        self._submit()
+        self._pool.shutdown(wait=True)
+        self._drain()
+        return summary
+
+    def _add(self, outputs: Outputs, run: Run) -> None:
+        work = run.work
+        if work not in self._open:
+            self._open[work] = Quilt(
+                self._stitch,
+                work,
+                work.space,
+                device=self._device,
+                buffers=self._buffers,
+                scratch=self._scratch,
+                skipped=work.skipped,
+                part=work.part,
+                whole=not work.task.team or self._team(work.task).collects,
+            )
+        quilt = self._open[work]
+        quilt.add({name: output[run.start : run.stop] for name, output in outputs.items()}, run.locations)
+        if work.task.team:
+            self._send_head(work.task, quilt)
+        if quilt.complete:
+            del self._open[work]
+            if work.task.team:
+                self._ready[work.task.number] = _Shared(work.task, work, quilt)
+                self._submit()
+            else:
+                self._room.acquire()
+                self._pending.append(self._pool.submit(self._finish, work, quilt))
+
+    def _submit(self) -> None:
+        """Hand shared subjects to the writer thread when it is their turn."""
+        while self._turns and self._turns[0].number in self._ready:
+            shared = self._ready.pop(self._turns.pop(0).number)
+            self._room.acquire()
+            self._pending.append(self._pool.submit(self._finish_shared, shared))
+
+    def _drain(self) -> None:
+        """Note what failed to load, and raise what ended the writer thread."""
+        self._note_failures()
+        for future in [f for f in self._pending if f.done()]:
+            self._pending.remove(future)
+            future.result()
+
+    def _note_failures(self) -> None:
+        for failure in self._data.failures():
+            self._record(failure.task, failure.error, failure.seconds)
+
+    def _fail(self, work: Work, error: Exception) -> None:
+        work.failed = True
+        quilt = self._open.pop(work, None)
+        if quilt is not None:
+            quilt.close()
+        self._record(work.task, error, perf_counter() - work.started)
+
+    def _record(self, task: Task, error: Exception, seconds: float) -> None:
+        """A subject that failed here: a row, or, where others have a part in it, first their word."""
+        if task.team and task in self._turns:
+            self._ready[task.number] = _Shared(task, error=error)
+            self._submit()
+            return
+        reason = _reason(error)
+        self.line.report(asdict(Row(task.case.subject, "failed", seconds=seconds, error=reason)))
+        if self._raise_first:
+            self.line.ask_stop(Stop(f"{task.case.subject}: {reason} (run.on_error=raise stops here.)", 1))
+
+    def _finish(self, work: Work, quilt: Quilt) -> None:
+        try:
+            with torch.inference_mode():
+                volumes = quilt.volumes()
+            row = self._files.write(work, volumes, quilt.labels)
+        except Exception as error:
+            self._fail(work, error)
+            return
+        finally:
+            self._room.release()
+        self.line.report(asdict(row))
+
+    def _finish_shared(self, shared: _Shared) -> None:
+        """Put this process's part beside those of the others; the one that collects writes the volume."""
+        team, work, quilt, error = self._team(shared.task), shared.work, shared.quilt, shared.error
+        rows: list[Row] = []
+        try:
+            with torch.inference_mode():
+                # Messages are taken also where they are of no use any more, so that every one finds its receiver.
+                if not team.is_last:
+                    error = _tried(error, partial(self._join, team, None if error else quilt))
+                if not team.collects:
+                    self._answer(team, quilt, error)
+                    return
+                error = _tried(error, partial(team.receive_planes, None if error else quilt))
+                if error is None and work is not None and quilt is not None:
+                    error = _tried(None, lambda: rows.append(self._files.write(work, quilt.volumes(), quilt.labels)))
+        finally:
+            self._room.release()
+            if quilt is not None:
+                quilt.close()
+        for row in rows:
+            self.line.report(asdict(row))
+        # What another process dropped because the run stops is not a failure: it is done next time.
+        if error is not None and not (self.line.stop and isinstance(error, ElsewhereError)):
+            self._record(shared.task, error, perf_counter() - work.started if work else 0.0)
+
+    def _answer(self, team: Team, quilt: Quilt | None, error: Exception | None) -> None:
+        head: list[Tensor] = []
+        parts: Parts = {}
+        if error is None and quilt is not None:
+            try:
+                head, parts = quilt.head() or [], quilt.parts()
+            except Exception as own:
+                error = own
+        reason = "" if error is None else _reason(error)
+        if team.task.number not in self._heads:
+            team.send_head(head, reason)
+        team.send_planes(parts, reason)
+
+    def _join(self, team: Team, quilt: Quilt | None) -> None:
+        sums = team.receive_head()
+        if quilt is not None:
+            quilt.join(sums)
+
+    def _send_head(self, task: Task, quilt: Quilt) -> None:
+        team = self._team(task)
+        if not team.collects and task.number not in self._heads:
+            head = quilt.head()
+            if head is not None:
+                self._heads.add(task.number)
+                team.send_head(head)
+
+    def _team(self, task: Task) -> Team:
+        return Team(self._data.plan.group, task)
+
+
+def _tried(error: Exception | None, action: Callable[[], object]) -> Exception | None:
+    """The first error: the one that was there, or the action's; a process that died is not a subject's error."""
+    try:
+        action()
+    except RunError:
+        raise
+    except Exception as own:
+        return error or own
+    return error
+
+
+def _named(outputs: Any, patches: int) -> Outputs:
+    """What predict_step gave, by name, once it is known to belong to the batch."""
+    if isinstance(outputs, Exception):
+        raise outputs
+    named = outputs if isinstance(outputs, Mapping) else {"": outputs}
+    for name, output in named.items():
+        if not isinstance(output, Tensor):
+            raise OutputError(f"predict_step gave {type(output).__name__}; wanted are tensors (B, C, I, J, K).")
+        if output.ndim == 0 or len(output) != patches:
+            raise OutputError(f"output {name!r} has shape {tuple(output.shape)} for a batch of {patches} patches.")
+    return named
+
+
+def _gist(error: Exception) -> str:
+    """TorchScript puts its own traceback before the message; other messages are kept as they are."""
+    text = str(error).strip()
+    return text.splitlines()[-1] if "TorchScript" in text.split("\n")[0] else text
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, VoxquiltError) else f"{type(error).__name__}: {_gist(error)}"

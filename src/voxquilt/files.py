@@ -1,0 +1,106 @@
+"""How do a subject's finished volumes become files? Named by subject and product, never over an input."""
+
+import os
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from time import perf_counter
+from typing import NamedTuple
+
+import numpy as np
+
+from voxquilt.batch import Work
+from voxquilt.cases import Case
+from voxquilt.errors import OutputError
+from voxquilt.manifest import Row
+from voxquilt.nifti import read_header, write
+from voxquilt.overlay import overlay_png
+from voxquilt.stitch import Stitch
+
+
+class Format(NamedTuple):
+    """What is written.
+
+    Args:
+        suffix: '.nii.gz' or '.nii'.
+        overlay: A picture beside.
+    """
+
+    suffix: str
+    overlay: bool
+
+
+class Files:
+    """Writes the products of a run's subjects into one folder.
+
+    Args:
+        folder: It exists.
+        stitch: Tells the classes' names.
+        form: What is written.
+        cases: Every subject, whose images are not to be overwritten.
+    """
+
+    def __init__(self, folder: Path, stitch: Stitch, form: Format, cases: Iterable[Case]) -> None:
+        self._folder, self._stitch, self._form, self._cases = folder, stitch, form, cases
+        self._written: set[Path] = set()
+
+    def write(self, work: Work, volumes: Mapping[str, np.ndarray], of_labels: list[str]) -> Row:
+        """Write a subject's products.
+
+        Args:
+            work: The subject.
+            volumes: (C, I, J, K) by product.
+            of_labels: Which of them hold labels.
+
+        Raises:
+            OutputError: a file cannot be written, or is an input of the run, or another subject's.
+        """
+        subject, native = work.task.case.subject, work.space.native
+        outputs = []
+        for product, data in volumes.items():
+            path = self._checked(f"{subject}_{product}{self._form.suffix}")
+            names = list(self._stitch.class_names) if self._stitch.class_names and product in of_labels else None
+            write(path, data, native, header=work.file.header, class_names=names)
+            outputs.append(path.name)
+        labels = volumes[of_labels[0]] if of_labels else None
+        if labels is not None and self._form.overlay:
+            path = self._checked(f"{subject}_overlay.png")
+            overlay_png(read_header(work.file.path).read()[0].numpy(), labels[0], native.affine, path)
+            outputs.append(path.name)
+        volume = None
+        if labels is not None:
+            voxel = abs(float(np.linalg.det(native.affine[:3, :3])))  # mm3, of sheared voxels too
+            volume = int(np.count_nonzero(labels.any(axis=0))) * voxel / 1000
+        return Row(
+            subject,
+            "done",
+            tuple(outputs),
+            patches=len(work.grid) - len(work.skipped),
+            skipped=len(work.skipped),
+            seconds=perf_counter() - work.started,
+            volume_ml=volume,
+            fingerprint=work.task.fingerprint,
+        )
+
+    def _checked(self, name: str) -> Path:
+        path = self._folder / name
+        if path.exists() and _identity(path) in self._inputs:
+            raise OutputError(f"{path} is an input of this run and is not overwritten; choose another output_dir.")
+        if path in self._written:  # a's output x_y and a_x's output y
+            raise OutputError(f"{path} is another subject's file of this run; rename an output or a subject.")
+        self._written.add(path)
+        return path
+
+    @cached_property
+    def _inputs(self) -> set[tuple[int, int] | None]:
+        # Asked for only where a file is there already: looking at every input of a large cohort, in every process, is
+        # too much for a network's file system.
+        return {_identity(path) for case in self._cases for path in case.images.values()} - {None}
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino

@@ -1,0 +1,51 @@
+"""What does the process that launched others owe them? To forward signals, and to outlive them."""
+
+import contextlib
+import subprocess
+from collections.abc import Iterator
+
+from lightning.pytorch import Trainer
+from torch.multiprocessing.spawn import ProcessRaisedException
+
+from voxquilt.errors import ConfigError, OutputError, RunError, VoxquiltError
+from voxquilt.launch import disarm_observer
+from voxquilt.signals import Signals
+
+# Seconds that processes are given to end after the run has.
+_PATIENCE = 30
+
+
+@contextlib.contextmanager
+def attended(trainer: Trainer) -> Iterator[None]:
+    """Around `Trainer.predict`: afterwards none of the processes that it started is left.
+
+    Raises:
+        VoxquiltError: of a process that Lightning spawned, as if it were raised here.
+    """
+    launcher = trainer.strategy.launcher
+    spawns = hasattr(launcher, "_start_method")  # spawn or fork: this process only waits
+    signals = Signals(lambda name, status: launcher.kill(status - 128) if launcher is not None else None)
+    if spawns:
+        signals.hold()
+    try:
+        yield
+    except ProcessRaisedException as error:
+        raise _as_ours(str(error)) from error
+    finally:
+        signals.release()
+        disarm_observer()
+        for process in getattr(launcher, "procs", ()):
+            if isinstance(process, subprocess.Popen):
+                try:
+                    process.wait(_PATIENCE)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+
+
+def _as_ours(text: str) -> VoxquiltError:
+    """The error that a spawned process's traceback ends with, if it is one of ours."""
+    for kind in (ConfigError, OutputError, RunError):
+        _, found, message = text.rpartition(f"{kind.__module__}.{kind.__name__}: ")
+        if found:
+            return kind(message.strip())
+    return RunError(f"a process ended with an error:\n{text}")

@@ -1,0 +1,121 @@
+"""What does a run leave for people and programs? The manifest, row by row, and run.json."""
+
+import logging
+import platform
+import socket
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from voxquilt.datamodule import Plan
+from voxquilt.line import Message, Stop
+from voxquilt.manifest import Manifest, Row, of_shard, write_json
+from voxquilt.resume import finished, known_settings
+
+log = logging.getLogger("voxquilt")
+
+_PACKAGES = ("voxquilt", "torch", "lightning", "hydra-core", "nibabel", "monai", "numpy")
+
+
+class Record:
+    """The manifest and run.json of a run; on rank 0.
+
+    Args:
+        folder: Made if it is missing.
+        plan: What is to be done, and what is done.
+        shard: (index, count), for the files' names.
+        configuration: Of the run.
+
+    Raises:
+        OutputError: they cannot be written.
+    """
+
+    def __init__(self, folder: Path, plan: Plan, shard: tuple[int, int], configuration: Mapping[str, Any]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.rows: list[Row] = list(plan.done)
+        """Of this run's subjects."""
+        self._plan = plan
+        self._began = perf_counter()
+        self._path = folder / of_shard("run.json", shard)
+        path = folder / of_shard("manifest.csv", shard)
+        ours = {*plan.everything, *(row.subject for row in plan.done)}
+        # Other subjects that earlier runs finished stay known, so that a run of one subject forgets no others.
+        others = [row for row in finished(folder, [path]).values() if row.subject not in ours]
+        self._content: dict[str, Any] = {
+            "status": "running",
+            "exit_status": None,
+            "reason": "",
+            "began": _now(),
+            "configuration": dict(configuration),
+            "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+            "settings": known_settings(folder) | dict(plan.settings),
+            "processes": plan.group.size,
+            "host": socket.gethostname(),
+            "subjects": len(ours),
+        }
+        write_json(self._path, self._content)
+        self._manifest = Manifest(path, [*others, *self.rows])
+
+    def add(self, row: Row) -> None:
+        """A subject is done or has failed.
+
+        Raises:
+            OutputError: the manifest cannot be written.
+        """
+        self.rows.append(row)
+        self._manifest.add(row)
+        if row.status == "failed":
+            log.error("%s: failed: %s", row.subject, row.error)
+        else:
+            log.info("%s: done: %d patches, %.1f s: %s", row.subject, row.patches, row.seconds, ", ".join(row.outputs))
+
+    def close(self, summaries: Sequence[Message], stop: Stop | None) -> int:
+        """Write down how it ended; the exit status.
+
+        Args:
+            summaries: Of each process that ended in order.
+            stop: Why it ended early, if it did.
+        """
+        if stop is None:
+            # As after trainer.limit_predict_batches: a subject without a row would seem to be no part of the run.
+            known = {row.subject for row in self.rows}
+            for subject in [subject for subject in self._plan.everything if subject not in known]:
+                self.add(Row(subject, "failed", error="the run ended before all of its patches had come."))
+        self._manifest.close()
+        rows = self.rows
+        failed = sum(row.status == "failed" for row in rows)
+        status = stop.status if stop else int(failed > 0)
+        seconds = max((summary.get("seconds", 0.0) for summary in summaries), default=0.0)
+        patches, voxels = (sum(summary.get(key, 0) for summary in summaries) for key in ("patches", "voxels"))
+        write_json(
+            self._path,
+            self._content
+            | {
+                "status": "stopped" if stop else "finished",
+                "exit_status": status,
+                "reason": stop.reason if stop else "",
+                "ended": _now(),
+                "done": sum(row.status == "done" for row in rows),
+                "skipped": sum(row.status == "skipped" for row in rows),
+                "failed": failed,
+                "missing": self._content["subjects"] - len(rows),
+                "patches": sum(row.patches for row in rows if row.status == "done"),
+                "patches_skipped": sum(row.skipped for row in rows if row.status == "done"),
+                "seconds": round(perf_counter() - self._began, 3),
+                "patches_per_second": _rate(patches, seconds),
+                "voxels_per_second": _rate(voxels, seconds),
+                "ranks": list(summaries),
+            },
+        )
+        return status
+
+
+def _rate(count: int, seconds: float) -> float:
+    return round(count / seconds, 3) if seconds else 0.0
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
