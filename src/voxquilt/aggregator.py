@@ -141,14 +141,14 @@ class GridAggregator:
         self.ledger.enter(places)
         # From here on the batch is taken: a refused one decides neither channels nor type.
         self._sums = sums
+        # Planes of which all patches are skipped leave first: in the ring they are where the next ones will be.
+        self._release(sums)
         # Without their history, which would hold every activation of a network that is called without no_grad.
         for patch, place in zip(batch.detach(), places, strict=True):
             sums.add(patch, place)
             if self._cover is not None:
                 self._cover.add(patch.new_ones(1, dtype=self._cover.dtype).expand_as(patch[:1]), place)
             self._waiting[place[self._axis]] -= 1
-            self._release(sums)
-        if not len(batch):
             self._release(sums)
 
     def scores(self) -> Shaped[Tensor, "c i j k"]:
@@ -196,6 +196,8 @@ class GridAggregator:
             return
         front, waiting = self._front, self._waiting.copy()
         for place in places:
+            while front + 1 < len(waiting) and waiting[front] <= 0:
+                front += 1
             if place[self._axis] > front:
                 where = [self.grid.starts[self._axis][n] for n in (place[self._axis], front)]
                 raise LedgerError(
@@ -203,8 +205,6 @@ class GridAggregator:
                     f"at {where[1]} are missing; streaming takes them start by start, see Grid.streaming_order."
                 )
             waiting[place[self._axis]] -= 1
-            while front + 1 < len(waiting) and waiting[front] <= 0:
-                front += 1
 
     def _room_for(self, batch: Tensor) -> Sums:
         channels, dtype, sums = batch.shape[1], self._dtype(batch.dtype), self._sums
