@@ -12,13 +12,26 @@ import voxquilt
 SOURCE = Path(voxquilt.__file__).parent
 # The one-way flow: a module imports only modules before it. A new module takes its place here.
 ORDER = [
-    *("errors", "atomic", "names", "geometry", "grid", "blend", "ledger", "buffers", "sums", "aggregator", "space"),
-    *("nifti", "subject", "sampler", "skip", "inference", "preprocess", "products", "recipes", "volumes", "stitch"),
-    *("quilt", "predict", "cases", "dealing", "batch", "datamodule", "network", "weights", "module", "training"),
+    *("errors", "atomic", "names", "geometry", "grid", "blend", "parts", "ledger", "buffers", "sums", "blended"),
+    *("stream", "aggregator", "space"),
+    *("nifti", "subject", "sampler", "skip", "inference", "preprocess", "products", "recipes", "volumes", "finish"),
+    *(
+        "stitch",
+        "quilt",
+        "predict",
+        "cases",
+        "dealing",
+        "batch",
+        "datamodule",
+        "network",
+        "weights",
+        "module",
+        "training",
+    ),
     *("manifest", "overlay", "writer", "report", "fetch", "datasets", "overrides", "sections", "config", "status"),
     "app",
 ]
-CORE = ["errors", "atomic", "names", "geometry", "grid", "blend", "ledger", "buffers", "sums", "aggregator", "space"]
+CORE = ORDER[: ORDER.index("space") + 1]
 FRAMEWORKS = ["lightning", "hydra", "omegaconf", "nibabel", "monai", "scipy", "rich"]
 
 

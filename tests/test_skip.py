@@ -180,6 +180,7 @@ def test_a_mask_on_another_grid_is_an_error_that_names_it() -> None:
 
 # The whole way.
 
+
 @pytest.mark.parametrize("axis", range(3))
 def test_planes_may_begin_without_foreground(axis: int) -> None:
     """No patch of the first start along the streaming axis comes, nor of the last."""

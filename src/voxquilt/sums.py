@@ -87,6 +87,16 @@ class Sums:
             else:
                 into.copy_(values)
 
+    def join(self, start: int, planes: Shaped[Tensor, "c i j k"]) -> None:
+        """Add planes from `start` on that were summed elsewhere, or copy them."""
+        values = planes.to(self.device)
+        for plane, into in self.finished(start, start + planes.shape[self._axis + 1]):
+            some = values.narrow(self._axis + 1, plane - start, into.shape[self._axis + 1])
+            if self._averages:
+                into.add_(some)
+            else:
+                into.copy_(some)
+
     def finished(self, start: int, stop: int) -> list[tuple[int, Shaped[Tensor, "c i j k"]]]:
         """The planes `start` to `stop`, in the pieces in which they lie in memory, each with its first plane."""
         dim = self._axis + 1
