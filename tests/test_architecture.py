@@ -12,14 +12,16 @@ import voxquilt
 SOURCE = Path(voxquilt.__file__).parent
 # The one-way flow: a module imports only modules before it. A new module takes its place here.
 ORDER = [
-    *("errors", "atomic", "names", "geometry", "grid", "blend", "ledger", "buffers", "sums", "aggregator", "space"),
-    *("parts", "nifti", "subject", "sampler", "skip", "inference", "preprocess", "products", "recipes", "volumes"),
-    *("stitch", "quilt", "predict", "launch", "cases", "manifest", "fingerprint", "resume", "lock", "status"),
-    *("dealing", "tasks", "group", "line", "signals", "meter", "batch", "loader", "datamodule", "network", "weights"),
-    *("module", "training", "overlay", "files", "team", "cohort", "record", "writer", "processes", "report", "fetch"),
-    *("datasets", "overrides", "sections", "config", "app"),
+    *("errors", "atomic", "names", "geometry", "grid", "blend", "parts", "ledger", "buffers", "sums", "blended"),
+    *("stream", "aggregator", "space"),
+    *("nifti", "subject", "sampler", "skip", "inference", "preprocess", "products", "recipes", "volumes", "finish"),
+    *("stitch", "quilt", "predict"),
+    *("launch", "cases", "manifest", "fingerprint", "resume", "lock", "status", "dealing", "tasks", "group", "line"),
+    *("signals", "meter", "batch", "loader", "datamodule", "network", "weights", "module", "training"),
+    *("overlay", "files", "team", "cohort", "record", "writer", "processes", "report", "fetch", "datasets"),
+    *("overrides", "sections", "config", "app"),
 ]
-CORE = ["errors", "atomic", "names", "geometry", "grid", "blend", "ledger", "buffers", "sums", "aggregator", "space"]
+CORE = ORDER[: ORDER.index("space") + 1]
 FRAMEWORKS = ["lightning", "hydra", "omegaconf", "nibabel", "monai", "scipy", "rich"]
 
 

@@ -657,7 +657,7 @@ def test_leaving_out_what_cannot_win_changes_no_label(
     """Equal at every voxel, ties included, to the arg-max of every class interpolated; and less is interpolated."""
     rng = np.random.default_rng(7)
     image = zoom(rng.uniform(0, 10, (4, 3, 5)), (18, 14, 14), order=1).astype(np.float32)[None]
-    monkeypatch.setattr("voxquilt.quilt._TILE", 7)
+    monkeypatch.setattr("voxquilt.finish._TILE", 7)
     subject = Subject(t1=ScalarImage(image.round() if whole else image, affine=OBLIQUE))
     preprocess = Preprocess(orientation, spacing)  # type: ignore[arg-type]
 

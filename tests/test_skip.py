@@ -180,6 +180,16 @@ def test_a_mask_on_another_grid_is_an_error_that_names_it() -> None:
 
 # The whole way.
 
+
+@pytest.mark.parametrize("axis", range(3))
+def test_planes_may_begin_without_foreground(axis: int) -> None:
+    """No patch of the first start along the streaming axis comes, nor of the last."""
+    volume = torch.zeros(1, 8, 8, 8).repeat_interleave(3, axis + 1)
+    volume.narrow(axis + 1, 13, 5).fill_(20)
+    made = predict_volume(over15, Subject(t1=ScalarImage(volume)), 6, 2, skip=5.0)
+    np.testing.assert_array_equal(made["labels"], volume > 15)
+
+
 HEAD = torch.zeros(1, 24, 20, 22)
 HEAD[:, 2:9, 3:10, 4:12] = torch.from_numpy(np.random.default_rng(0).uniform(10, 20, (1, 7, 7, 8))).float()
 

@@ -2,9 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from itertools import repeat
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -13,12 +10,14 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from voxquilt.blend import Blend, to_blend
+from voxquilt.blended import Blended
 from voxquilt.buffers import Buffers
-from voxquilt.errors import BatchError, GridError, LedgerError, PatchShapeError
-from voxquilt.geometry import AXES, Padding, Triple, to_triple
+from voxquilt.errors import BatchError, ConfigError, GridError, LedgerError, PatchShapeError
+from voxquilt.geometry import AXES, Padding, to_triple
 from voxquilt.grid import Grid
 from voxquilt.ledger import Ledger
-from voxquilt.sums import Sums
+from voxquilt.parts import Part, whole
+from voxquilt.stream import Slab, Stream
 
 
 @runtime_checkable
@@ -31,20 +30,6 @@ class Placed(Protocol):
     def padding(self) -> Padding: ...
 
 
-@dataclass(frozen=True)
-class Slab:
-    """Planes `start` to `stop`, end exclusive, along `axis` that are complete.
-
-    `scores` is (C, I, J, K) with only these planes along the axis, on the sampler's padded (and downsampled) grid. It
-    is a view of memory that is used again: what is to be kept must be copied before the consumer returns.
-    """
-
-    axis: int
-    start: int
-    stop: int
-    scores: Shaped[Tensor, "c i j k"]
-
-
 class GridAggregator:
     """Quilts the patches of a GridSampler back into a volume.
 
@@ -54,11 +39,7 @@ class GridAggregator:
 
     With a consumer it streams: patches come start by start along `axis` (in any order within a start), and planes are
     handed over as soon as no later patch touches them. Then memory is a ring of as many planes as a patch has, however
-    long the volume is.
-
-        patches of start n      |=================|
-        patches of start n + 1            |=================|
-        complete after start n  |=========|                     handed over, and their place in the ring is free
+    long the volume is (see `voxquilt.stream`). Several processes may share a volume: each aggregates a `part` of it.
 
     Args:
         sampler: The sampler that cut the patches, or anything else that has its grid and padding.
@@ -72,9 +53,11 @@ class GridAggregator:
         skipped: Numbers of patches that never come. Where others overlap them, those are averaged alone; voxels that
             no patch has (of crop: whose owner is skipped) hold the fill.
         fill: A value for all channels, or one for each.
+        part: The rows along `axis` whose patches come, while streaming; the others come to aggregators elsewhere. What
+            neighbours owe each other goes from `head` to `join`. `skipped` names patches of all parts.
 
     Raises:
-        ConfigError: (a ValueError) an unknown overlap_mode.
+        ConfigError: (a ValueError) an unknown overlap_mode, or a part without a consumer or along another axis.
         GridError: (a ValueError) the grid is not a multiple of downsampling_factor.
     """
 
@@ -91,25 +74,25 @@ class GridAggregator:
         buffers: Buffers | None = None,
         skipped: Iterable[int] = (),
         fill: float | Sequence[float] = 0.0,
+        part: Part | None = None,
     ) -> None:
+        if part is not None and (consumer is None or part.axis != axis):
+            raise ConfigError(
+                f"{part} is aggregated while streaming along its axis: give a consumer and axis={part.axis}."
+            )
         self.factor = to_triple(downsampling_factor, "downsampling_factor", minimum=1)
         self.padding = sampler.padding
         self.grid = sampler.grid.downsampled(self.factor)
-        self.ledger = Ledger(sampler.grid, skipped)
+        part = part or whole(self.grid, axis)
+        self.ledger = Ledger(sampler.grid, skipped, part)
         self.device = torch.device(device)
         self.dtype = dtype
         self._blend = to_blend(overlap_mode)
-        self._axes = [self._blend.axis_weights(self.grid, n) for n in range(3)]
-        self._fill = fill
-        self._consumer = consumer
         self._axis = axis
+        self._fill = fill
         self._buffers = buffers or Buffers()
-        self._sums: Sums | None = None
-        # The weights that came, where some patches never come.
-        self._cover: Sums | None = None
-        # Patches that are missing at each start along the axis, and the first start where some are.
-        self._waiting = np.moveaxis(~self.ledger.arrived, axis, 0).reshape(self.grid.counts[axis], -1).sum(1).tolist()
-        self._front = 0
+        self._stream = None if consumer is None else Stream(self.ledger, self.grid, self._blend, part, consumer)
+        self._blended: Blended | None = None
 
     def add_batch(self, batch: Shaped[Tensor, "b c pi pj pk"], locations: Int[Tensor, "b 6"] | np.ndarray) -> None:
         """Add patches.
@@ -136,20 +119,65 @@ class GridAggregator:
                 f"location, {self.grid.patch_size}{after}."
             )
         places = [self.ledger.grid.find(location) for location in locations.tolist()]
-        self._check_order(places)
-        sums = self._room_for(batch)
+        if self.finished:
+            self.ledger.enter(places)  # nothing, or an error
+            return
+        if self._stream is not None:
+            self._stream.check_order(places)
+        blended = self._room_for(batch)
         self.ledger.enter(places)
         # From here on the batch is taken: a refused one decides neither channels nor type.
-        self._sums = sums
+        self._blended = blended
         # Without their history, which would hold every activation of a network that is called without no_grad.
-        for patch, place in zip(batch.detach(), places, strict=True):
-            sums.add(patch, place)
-            if self._cover is not None:
-                self._cover.add(patch.new_ones(1, dtype=self._cover.dtype).expand_as(patch[:1]), place)
-            self._waiting[place[self._axis]] -= 1
-            self._release(sums)
-        if not len(batch):
-            self._release(sums)
+        patches = zip(batch.detach(), places, strict=True)
+        if self._stream is not None:
+            self._stream.add(blended, patches)
+            if self.finished:
+                self.close()
+            return
+        for patch, place in patches:
+            blended.add(patch, place)
+        if self.finished:
+            for _, raw in blended.raw(0, self.grid.shape[self._axis]):
+                blended.finish(raw)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every plane is: while streaming, handed over, and those shared with the next part too."""
+        if self._stream is not None:
+            return self._stream.finished
+        return self._blended is not None and self.ledger.missing == 0
+
+    def head(self) -> list[Tensor] | None:
+        """What the part before this one needs, to be given to its `join`: sums of the first planes, not yet divided.
+
+        Returns:
+            (C, I, J, K) on the host with only these planes along the axis, and if patches are skipped the (1, I, J, K)
+            weights that came; None until they are complete; [] if no part is before this one.
+        """
+        return [] if self._stream is None else self._stream.head()
+
+    def join(self, head: list[Tensor]) -> None:
+        """Take in the `head` of the part that follows this one, and hand over the last planes.
+
+        Raises:
+            BatchError: (a ValueError) no part follows, or an empty batch has to tell channels and type.
+            PatchShapeError: (a RuntimeError) the head has other shapes or types than this part's neighbour would send.
+            LedgerError: (a RuntimeError and AssertionError) a patch of this part is missing, or a head came before.
+        """
+        if self._stream is None or not self._stream.follows:
+            raise BatchError(f"no part follows {self.ledger.part}: there is no head to join.")
+        self.ledger.check_complete()
+        if self.finished:
+            raise LedgerError(f"a head came twice to {self.ledger.part}.")
+        self._stream.join(self._open(), head)
+        self.close()
+
+    def check_finished(self) -> None:
+        """Raises LedgerError when a patch is missing, with its location, or the head of the part that follows."""
+        self.ledger.check_complete()
+        if not self.finished:
+            raise LedgerError(f"planes of {self.ledger.part} are not finished: the head of the next part is missing.")
 
     def scores(self) -> Shaped[Tensor, "c i j k"]:
         """The finished volume on the sampler's padded grid, not copied.
@@ -159,11 +187,9 @@ class GridAggregator:
             BatchError: the aggregator streams, so there never is a whole volume.
         """
         self.ledger.check_complete()
-        if self._consumer is not None:
+        if self._stream is not None:
             raise BatchError("a streaming aggregator hands its planes to the consumer and keeps no volume.")
-        if self._sums is None:
-            raise BatchError("every patch is skipped: an empty batch (0, C, I, J, K) tells channels and type.")
-        return self._sums.planes
+        return self._open().planes
 
     def get_output_tensor(self) -> Shaped[Tensor, "c i j k"]:
         """The finished volume, without the sampler's padding.
@@ -184,50 +210,47 @@ class GridAggregator:
         output = output[:, keep[0], keep[1], keep[2]]
         return _without_int64(output) if output.dtype == torch.int64 else output.clone()
 
+    def to(self, device: torch.device) -> None:
+        """Keep sums on another device from here on, also those that have come."""
+        self.device = device
+        if self._blended is not None:
+            self._blended.to(device)
+
     def close(self) -> None:
         """Leave the memory to the next volume; a streaming aggregator does so itself when it is complete."""
-        for sums in (self._sums, self._cover):
-            if sums is not None:
-                sums.close()
-        self._sums = self._cover = None
+        if self._blended is not None:
+            self._blended.close()
+        self._blended = None
 
-    def _check_order(self, places: list[Triple]) -> None:
-        if self._consumer is None:
-            return
-        front, waiting = self._front, self._waiting.copy()
-        for place in places:
-            if place[self._axis] > front:
-                where = [self.grid.starts[self._axis][n] for n in (place[self._axis], front)]
-                raise LedgerError(
-                    f"a patch that starts at {where[0]} along {AXES[self._axis]} came while {waiting[front]} of those "
-                    f"at {where[1]} are missing; streaming takes them start by start, see Grid.streaming_order."
-                )
-            waiting[place[self._axis]] -= 1
-            while front + 1 < len(waiting) and waiting[front] <= 0:
-                front += 1
+    def _open(self) -> Blended:
+        if self._blended is None:
+            raise BatchError("every patch is skipped: an empty batch (0, C, I, J, K) tells channels and type.")
+        return self._blended
 
-    def _room_for(self, batch: Tensor) -> Sums:
-        channels, dtype, sums = batch.shape[1], self._dtype(batch.dtype), self._sums
-        if sums is None:
+    def _room_for(self, batch: Tensor) -> Blended:
+        channels, dtype, blended = batch.shape[1], self._dtype(batch.dtype), self._blended
+        if blended is None:
             return self._opened(channels, dtype)
-        if channels != sums.channels:
-            raise PatchShapeError(f"patches with {channels} channels after patches with {sums.channels}.")
-        if dtype != sums.dtype and torch.promote_types(dtype, sums.dtype) != sums.dtype:
-            raise PatchShapeError(f"patches of {batch.dtype} after patches of {sums.dtype}, which cannot hold them.")
-        return sums
+        if channels != blended.channels:
+            raise PatchShapeError(f"patches with {channels} channels after patches with {blended.channels}.")
+        if dtype != blended.dtype and torch.promote_types(dtype, blended.dtype) != blended.dtype:
+            raise PatchShapeError(f"patches of {batch.dtype} after patches of {blended.dtype}, which cannot hold them.")
+        return blended
 
-    def _opened(self, channels: int, dtype: torch.dtype) -> Sums:
-        window = None if self._consumer is None else self.grid.patch_size[self._axis]
-        make = partial(
-            Sums, self.grid, self._blend, self._axes, self._axis, window, device=self.device, buffers=self._buffers
+    def _opened(self, channels: int, dtype: torch.dtype) -> Blended:
+        if self.ledger.skipped and isinstance(self._fill, Sequence) and len(self._fill) != channels:
+            raise BatchError(f"fill has {len(self._fill)} values for patches with {channels} channels.")
+        return Blended(
+            self.grid,
+            self._blend,
+            self._axis,
+            None if self._stream is None else self.grid.patch_size[self._axis],
+            channels=channels,
+            dtype=dtype,
+            device=self.device,
+            buffers=self._buffers,
+            fill=self._fill if self.ledger.skipped else None,
         )
-        if self.ledger.skipped:
-            if isinstance(self._fill, Sequence) and len(self._fill) != channels:
-                raise BatchError(f"fill has {len(self._fill)} values for patches with {channels} channels.")
-            # Of the same type, so that a voxel that one patch has is divided by the very weight it was multiplied with.
-            weights = dtype if dtype.is_floating_point else torch.float32
-            self._cover = make(channels=1, dtype=weights, blank=True)
-        return make(channels=channels, dtype=dtype)
 
     def _dtype(self, dtype: torch.dtype) -> torch.dtype:
         if dtype.is_complex:
@@ -237,40 +260,6 @@ class GridAggregator:
         if not self._blend.averages:
             return dtype
         return torch.float64 if dtype == torch.float64 else torch.float32
-
-    def _release(self, sums: Sums) -> None:
-        """Hand over, or in a whole volume finish, the planes that are complete."""
-        starts = self.grid.starts[self._axis]
-        if self._front == len(starts):
-            return  # an empty batch after the last
-        while self._front < len(starts) and self._waiting[self._front] == 0:
-            first, self._front = starts[self._front], self._front + 1
-            stop = starts[self._front] if self._front < len(starts) else self.grid.shape[self._axis]
-            if self._consumer is None:
-                continue
-            if self._cover is not None:
-                for (_, planes), (_, cover) in zip(
-                    sums.finished(first, stop), self._cover.finished(first, stop), strict=True
-                ):
-                    self._fill_up(planes, cover)
-                    self._cover.clear(cover)
-            for plane, planes in sums.finished(first, stop):
-                self._consumer(Slab(self._axis, plane, plane + planes.shape[self._axis + 1], planes))
-                sums.clear(planes)
-        if self._front == len(starts):
-            if self._consumer is not None:
-                self.close()
-            elif self._cover is not None:
-                self._fill_up(sums.planes, self._cover.planes)
-
-    def _fill_up(self, planes: Tensor, cover: Tensor) -> None:
-        """Divide by the weights that came; where none came, there is the fill."""
-        empty = cover[0] == 0
-        if self._blend.averages:
-            planes.div_(cover.masked_fill(empty, 1))
-        fills = self._fill if isinstance(self._fill, Sequence) else repeat(self._fill)
-        for channel, fill in zip(planes, fills, strict=False):
-            channel.masked_fill_(empty, fill)
 
 
 def _without_int64(output: Tensor) -> Tensor:

@@ -224,10 +224,10 @@ class Cohort:
 
     def _answer(self, team: Team, quilt: Quilt | None, error: Exception | None) -> None:
         head: list[Tensor] = []
-        parts: Parts = {}
+        parts: Parts = []
         if error is None and quilt is not None:
             try:
-                head, parts = quilt.head() or [], quilt.parts()
+                head, parts = quilt.head() or [], list(quilt.parts())
             except Exception as own:
                 error = own
         reason = "" if error is None else _reason(error)

@@ -107,8 +107,12 @@ class Grid:
     @cached_property
     def streaming_order(self) -> np.ndarray:
         """(n,) patch numbers, all patches of one start along the streaming axis before those of the next."""
+        return self.order_along(self.streaming_axis)
+
+    def order_along(self, axis: int) -> np.ndarray:
+        """(n,) patch numbers, all patches of one start along an axis before those of the next."""
         numbers = np.arange(len(self)).reshape(self.counts)
-        return np.moveaxis(numbers, self.streaming_axis, 0).ravel()
+        return np.moveaxis(numbers, axis, 0).ravel()
 
     def find(self, location: Iterable[int]) -> Triple:
         """The inverse of `location`: the patch's number along each axis.

@@ -7,6 +7,7 @@ import numpy as np
 from voxquilt.errors import LedgerError
 from voxquilt.geometry import Triple
 from voxquilt.grid import Grid
+from voxquilt.parts import Part, whole
 
 
 class Ledger:
@@ -15,15 +16,23 @@ class Ledger:
     Args:
         grid: Where patches lie.
         skipped: Numbers of patches that will not come and are not missed.
+        part: The rows whose patches come; None for all.
+
+    Raises:
+        ConfigError: (a ValueError) the grid has fewer rows than the part.
     """
 
-    def __init__(self, grid: Grid, skipped: Iterable[int] = ()) -> None:
+    def __init__(self, grid: Grid, skipped: Iterable[int] = (), part: Part | None = None) -> None:
         self.grid = grid
+        self.part = part or whole(grid, 0)
         self.skipped = frozenset(grid.place(int(n)) for n in skipped)
-        self.arrived = np.zeros(grid.counts, dtype=bool)
+        own = self.part.patches(grid)
+        self.total = len(own)
+        self.arrived = np.ones(grid.counts, dtype=bool)
+        self.arrived.flat[own] = False
         for place in self.skipped:
             self.arrived[place] = True
-        self.missing = len(grid) - len(self.skipped)
+        self.missing = int(np.count_nonzero(~self.arrived))
 
     def enter(self, places: list[Triple]) -> None:
         """Note that patches have come; either all of them are entered or, on an error, none.
@@ -32,6 +41,9 @@ class Ledger:
             LedgerError: one has come before, or was not to come.
         """
         again = [place for n, place in enumerate(places) if self.arrived[place] or place in places[:n]]
+        others = [place for place in again if place not in self.part]
+        if others:
+            raise LedgerError(f"a patch of another part came: {self._names(others)}. This one is {self.part}.")
         unasked = [place for place in again if place in self.skipped]
         if unasked:
             raise LedgerError(f"a patch that is skipped came: {self._names(unasked)}.")
@@ -46,7 +58,7 @@ class Ledger:
         if self.missing:
             holes = [(int(i), int(j), int(k)) for i, j, k in np.argwhere(~self.arrived)[:4]]
             raise LedgerError(
-                f"{self.missing} of {len(self.grid)} patches are missing, among them {self._names(holes)}. "
+                f"{self.missing} of {self.total} patches are missing, among them {self._names(holes)}. "
                 f"Add every patch of the sampler before asking for the output."
             )
 

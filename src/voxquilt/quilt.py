@@ -1,6 +1,6 @@
 """From a subject's patches to its finished volumes: blended sums per network output, then products in native space."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -8,111 +8,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from voxquilt.aggregator import GridAggregator, Placed, Slab
+from voxquilt.aggregator import GridAggregator, Placed
+from voxquilt.blend import to_blend
 from voxquilt.buffers import Buffers, home
-from voxquilt.errors import OutputError, PatchShapeError
+from voxquilt.errors import BatchError, LedgerError, OutputError, PatchShapeError
+from voxquilt.finish import Finish, WayBack
 from voxquilt.geometry import Triple
-from voxquilt.products import ArgMax, Kept, Product, Threshold, check_finite, contenders
+from voxquilt.parts import Part
+from voxquilt.parts import whole as all_rows
+from voxquilt.products import Threshold
 from voxquilt.recipes import Recipe, background
-from voxquilt.space import AxisMaps, Piece, Restorer, Space
+from voxquilt.space import Space, Where
 from voxquilt.stitch import Stitch
 from voxquilt.volumes import Scratch, Volumes
 
-# Voxels along an edge of the boxes in which labels are made of interpolated scores: small, so that few classes compete
-# in most of them, and large enough that there are few boxes.
-_TILE = 32
-
 Outputs = Mapping[str, Tensor]
 """What a network gives for a batch: (B, C, ...) by output name; a network with one output names it ''."""
-
-
-@dataclass(frozen=True)
-class _Way:
-    """How some products come out of finished planes.
-
-    Args:
-        before: Computed in model space, if anything is.
-        restorer: Brings that, or the scores, to native space.
-        after: What is made of a piece there for the volumes.
-        volumes: Where products are computed and kept.
-    """
-
-    before: Product | None
-    restorer: Restorer
-    after: Callable[[Piece], Tensor]
-    volumes: Volumes
-
-
-class _Finish:
-    """What happens to finished planes of one ring: into products, and back to native space.
-
-    Raises:
-        OutputError: (when called) scores that are NaN or infinite.
-    """
-
-    def __init__(
-        self,
-        recipes: Mapping[str, Recipe],
-        channels: int,
-        maps: AxisMaps,
-        axis: int,
-        shape: Triple,
-        scratch: Scratch | None,
-    ) -> None:
-        self._axis = axis
-        native = maps[0].size, maps[1].size, maps[2].size
-        self._ways: list[_Way] = []
-
-        def add(before: Product | None, after: Callable[[Piece], Tensor], products: Mapping[str, Product]) -> None:
-            labels = before is not None and before.form(channels)[1].kind != "f"
-            tile = _TILE if after is _best else None
-            restorer = Restorer(maps, axis, shape, linear=not labels, tile=tile)
-            volumes = Volumes(products, channels, native, restorer.axis, scratch)
-            self._ways.append(_Way(before, restorer, after, volumes))
-
-        for name, recipe in recipes.items():
-            if recipe.in_model:
-                add(recipe.product, Piece.restored, {name: Kept(recipe.product)})
-        of_scores = {name: recipe.product for name, recipe in recipes.items() if not recipe.in_model}
-        copied = not any(m.neighbours(shape[m.axis])[2].any() for m in maps)
-        if of_scores and (copied or not all(isinstance(product, ArgMax) for product in of_scores.values())):
-            add(None, _scores, of_scores)
-        elif of_scores:
-            add(None, _best, {name: Kept(product) for name, product in of_scores.items()})
-
-    def __call__(self, slab: Slab) -> None:
-        for way in self._ways:
-            slabs = [(slab.start, slab.scores)] if way.before is None else self._computed(way.before, slab)
-            for start, planes in slabs:
-                for piece in way.restorer.feed(start, planes):
-                    way.volumes.fill(piece.where, way.after(piece))
-
-    @property
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Finished products by name."""
-        return {name: array for way in self._ways for name, array in way.volumes.arrays.items()}
-
-    def _computed(self, product: Product, slab: Slab) -> Iterable[tuple[int, Tensor]]:
-        # A few planes at a time, which stay in the cache.
-        step = max(1, 2**22 * (slab.stop - slab.start) // slab.scores.numel())
-        for start in range(slab.start, slab.stop, step):
-            planes = slab.scores.narrow(self._axis + 1, start - slab.start, min(step, slab.stop - start))
-            check_finite(planes)
-            yield start, product(planes)
-
-
-def _scores(piece: Piece) -> Tensor:
-    restored = piece.restored()
-    check_finite(restored)
-    return restored
-
-
-def _best(piece: Piece) -> Tensor:
-    """The labels of a piece, from those classes alone that can win in it."""
-    channels = contenders(piece.source)
-    if len(channels) == 1:
-        return channels.reshape(1, 1, 1, 1)
-    return channels[ArgMax()(piece.restored(channels)).long()]
 
 
 @dataclass(frozen=True)
@@ -121,11 +32,19 @@ class _Ring:
 
     averaged: Callable[[Tensor], Tensor]
     aggregator: GridAggregator
-    finish: _Finish
+    finish: Finish
 
 
 class Quilt:
     """One subject's outputs while its patches come in, in the grid's `streaming_order`.
+
+    Several processes may share a subject, each with a `part` of its rows (see `voxquilt.parts.split`), whose patches
+    come in the part's order. Once they are in,
+
+        n + 1:  head()     what the part before needs, as soon as it is there, which can be long before the end
+        n:      join()     takes it in; then this part is finished
+        n:      parts()    this part of the products, to be sent to the owner,
+        owner:  place()    who puts all of them in their places; then it has volumes()
 
     Args:
         stitch: How patches become volumes.
@@ -134,8 +53,13 @@ class Quilt:
         device: Where sums are kept; None for where the outputs are.
         buffers: Where memory for them comes from and goes to.
         scratch: Where products that are too large for memory go.
-        skipped: Numbers of patches that are not predicted; if these are all, add any one of them nonetheless, which
-            tells the outputs' channels and is otherwise not used.
+        skipped: Numbers of patches, of all parts, that are not predicted; if no others are to come, add any one patch
+            nonetheless, which tells the outputs' channels and is otherwise not used.
+        part: The rows whose patches come here; None for all.
+        whole: Whether this process is the owner, and has room for the whole volumes.
+
+    Raises:
+        ConfigError: (a ValueError) the grid has fewer rows than the part.
     """
 
     def __init__(
@@ -148,6 +72,8 @@ class Quilt:
         buffers: Buffers | None = None,
         scratch: Scratch | None = None,
         skipped: Iterable[int] = (),
+        part: Part | None = None,
+        whole: bool = True,
     ) -> None:
         self.stitch = stitch
         self.placed = placed
@@ -156,6 +82,9 @@ class Quilt:
         self.buffers = buffers or Buffers()
         self.scratch = scratch
         self.skipped = frozenset(skipped)
+        self.part = part or all_rows(placed.grid, placed.grid.streaming_axis)
+        self.whole = whole
+        self._nothing = self.skipped.issuperset(self.part.patches(placed.grid).tolist())
         self._rings: dict[str, list[_Ring]] = {}
 
     def add(self, outputs: Outputs, locations: np.ndarray) -> None:
@@ -171,7 +100,7 @@ class Quilt:
             self._rings = {name: self._open(name, patches) for name, patches in outputs.items()}
         if outputs.keys() != self._rings.keys():
             raise PatchShapeError(f"the network's outputs are {list(outputs)} after {list(self._rings)}.")
-        taken = 0 if len(self.skipped) == len(self.placed.grid) else len(locations)
+        taken = 0 if self._nothing else len(locations)
         for name, patches in outputs.items():
             made: dict[Callable[[Tensor], Tensor], Tensor] = {}
             for ring in self._rings[name]:
@@ -181,43 +110,117 @@ class Quilt:
 
     @property
     def complete(self) -> bool:
-        """Whether every patch is in."""
-        return bool(self._rings) and all(
-            ring.aggregator.ledger.missing == 0 for rings in self._rings.values() for ring in rings
-        )
+        """Whether every patch, or every one of the part, is in."""
+        return bool(self._rings) and all(ring.aggregator.ledger.missing == 0 for ring in self._all)
+
+    def head(self) -> list[Tensor] | None:
+        """What the part before needs of this one, for its `join`.
+
+        Returns:
+            Tensors on the host; None until they are complete; [] if no part is before this one.
+        """
+        if self.part.first == 0:
+            return []
+        heads = [ring.aggregator.head() for ring in self._all]
+        known = [head for head in heads if head is not None]
+        return [planes for head in known for planes in head] if heads and len(known) == len(heads) else None
+
+    def join(self, head: list[Tensor]) -> None:
+        """Take in the `head` of the part that follows.
+
+        Raises:
+            BatchError: no part follows.
+            PatchShapeError: the head is not of this part's neighbour.
+            LedgerError: a patch of this part is missing, or a head came before.
+        """
+        rings = self._opened()
+        each, rest = divmod(len(head), len(rings))
+        if rest:
+            raise PatchShapeError(f"the head of the next part has {len(head)} tensors for {len(rings)} blends.")
+        for n, ring in enumerate(rings):
+            ring.aggregator.join(head[n * each : (n + 1) * each])
+
+    def parts(self) -> Iterator[tuple[str, Where, np.ndarray]]:
+        """This part of every product, one after the other: its name, native slices and a contiguous (C, I, J, K) array.
+
+        Raises:
+            LedgerError: a patch is missing, or the head of the part that follows.
+        """
+        self._check_finished()
+        for name, (product, volumes) in self._products.items():
+            yield name, *volumes.part(product)
+
+    def place(self, name: str, where: Where, array: np.ndarray) -> None:
+        """Put another part's planes of a product in their place.
+
+        Raises:
+            BatchError: this process has no room for them, or no such product.
+            PatchShapeError: an array of another shape or type.
+            LedgerError: some of the planes are here already.
+        """
+        if not self.whole or name not in self._products:
+            raise BatchError(f"{self.part} has no room for planes of {name!r}; it has products {list(self._products)}.")
+        product, volumes = self._products[name]
+        volumes.place(product, where, array)
 
     def volumes(self) -> dict[str, np.ndarray]:
         """The finished products in native space, (C, I, J, K), by '<product>' or '<output>_<product>'.
 
         Raises:
-            LedgerError: a patch is missing.
+            BatchError: this process has no room for them.
+            LedgerError: a patch is missing, or what another part made.
             OutputError: post-processing changed a volume's shape.
         """
+        if not self.whole:
+            raise BatchError(f"{self.part} keeps no whole volumes: its planes are in parts().")
+        self._check_finished()
         finished: dict[str, np.ndarray] = {}
-        for name, rings in self._rings.items():
-            for ring in rings:
-                ring.aggregator.ledger.check_complete()
-                for product, volume in ring.finish.arrays.items():
-                    finished["_".join(filter(None, (name, product)))] = (
-                        self._postprocessed(volume) if product.startswith("labels") else volume
-                    )
+        for name, (product, volumes) in self._products.items():
+            volumes.check_whole()
+            volume = volumes.arrays[product]
+            finished[name] = self._postprocessed(volume) if product.startswith("labels") else volume
         return finished
 
     @property
     def labels(self) -> list[str]:
         """Names of those among the volumes that hold labels."""
-        return [
-            "_".join(filter(None, (name, product)))
-            for name, rings in self._rings.items()
-            for ring in rings
-            for product in ring.finish.arrays
-            if product.startswith("labels")
-        ]
+        return [name for name, (product, _) in self._products.items() if product.startswith("labels")]
+
+    def to(self, device: torch.device) -> None:
+        """Keep sums on another device from here on, also those that have come."""
+        self.device = device
+        for ring in self._all:
+            ring.aggregator.to(device)
 
     def close(self) -> None:
         """Leave the memory of an unfinished subject to the next."""
-        for ring in (ring for rings in self._rings.values() for ring in rings):
+        for ring in self._all:
             ring.aggregator.close()
+
+    @property
+    def _all(self) -> list[_Ring]:
+        return [ring for rings in self._rings.values() for ring in rings]
+
+    @property
+    def _products(self) -> dict[str, tuple[str, Volumes]]:
+        """By full name: a product's name within its output, and where it is kept."""
+        return {
+            "_".join(filter(None, (output, product))): (product, volumes)
+            for output, rings in self._rings.items()
+            for ring in rings
+            for product, volumes in ring.finish.volumes.items()
+        }
+
+    def _check_finished(self) -> None:
+        for ring in self._opened():
+            ring.aggregator.check_finished()
+
+    def _opened(self) -> list[_Ring]:
+        if not self._rings:
+            raise LedgerError(
+                "no patch has come, so there are no outputs; of a part without foreground one comes, too."
+            )
+        return self._all
 
     def _check_products(self, outputs: Outputs) -> None:
         wanted = self.stitch.products
@@ -228,8 +231,8 @@ class Quilt:
     def _open(self, name: str, patches: Tensor) -> list[_Ring]:
         stitch, grid = self.stitch, self.placed.grid
         factor, channels = _factor(name, tuple(patches.shape), grid.patch_size), patches.shape[1]
-        maps = self.space.in_scores(self.placed.padding, factor)
-        shape = grid.downsampled(factor).shape
+        maps, axis = self.space.in_scores(self.placed.padding, factor), self.part.axis
+        scores = grid.downsampled(factor)
         recipes = [
             (mode, averaged, {product: recipe for product, recipe in some.items() if recipe.averaged == averaged})
             for mode, some in stitch.recipes(name, channels).items()
@@ -239,21 +242,24 @@ class Quilt:
         if self.skipped and stitch.fill is None:
             self._check_fill(fill, [recipe for _, _, some in recipes for recipe in some.values()])
         fills = [averaged(fill.reshape(1, channels, 1, 1, 1)).flatten().tolist() for _, averaged, _ in recipes]
-        planes = prod(shape) * grid.patch_size[grid.streaming_axis] // grid.shape[grid.streaming_axis]
+        planes = prod(scores.shape) * grid.patch_size[axis] // grid.shape[axis]
         size = sum(map(len, fills)) * planes * max(4, patches.element_size())
         rings = []
         for (mode, averaged, some), values in zip(recipes, fills, strict=True):
-            finish = _Finish(some, channels, maps, grid.streaming_axis, shape, self.scratch)
+            planes = self.part.planes(scores, to_blend(mode))
+            back = WayBack(maps, axis, scores.shape, channels, planes, self.whole, self.scratch)
+            finish = Finish(some, back)
             aggregator = GridAggregator(
                 self.placed,
                 mode,
                 downsampling_factor=factor,
                 device=home(patches.device, size) if self.device is None else self.device,
                 consumer=finish,
-                axis=grid.streaming_axis,
+                axis=axis,
                 buffers=self.buffers,
                 skipped=self.skipped,
                 fill=values,
+                part=self.part,
             )
             rings.append(_Ring(averaged, aggregator, finish))
         return rings

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from voxquilt.parts import Part
 from voxquilt.sampler import GridSampler
 from voxquilt.space import Space, inverse, resample
 from voxquilt.subject import LabelMap, Subject
@@ -68,10 +69,11 @@ def patches_to_skip(skip: float | LabelMap | None, sampler: GridSampler, subject
     return empty_patches(sampler, above(skip, sampler.subject))
 
 
-def to_predict(sampler: GridSampler, skipped: Iterable[int]) -> list[int]:
-    """Numbers of the patches that are predicted, in streaming order.
+def to_predict(sampler: GridSampler, skipped: Iterable[int], part: Part | None = None) -> list[int]:
+    """Numbers of the patches that are predicted, all or those of a part, in streaming order.
 
-    Of a subject without any foreground one patch is predicted nonetheless: it tells which outputs there are.
+    Where there is no foreground at all one patch is predicted nonetheless: it tells which outputs there are.
     """
-    order, left_out = sampler.grid.streaming_order.tolist(), frozenset(skipped)
+    order = (sampler.grid.streaming_order if part is None else part.patches(sampler.grid)).tolist()
+    left_out = frozenset(skipped)
     return [number for number in order if number not in left_out] or order[:1]

@@ -193,6 +193,8 @@ class Restorer:
         linear: Interpolate, or take the nearest voxel, as labels need it.
         voxels: About how many values are handed out at once.
         tile: The most native voxels of a piece along each axis; None for whole rows.
+        planes: Native planes are handed out whose lower plane of the scores is one of these. The scores' planes are fed
+            from the first of these on, up to the one behind the last. None for all.
     """
 
     def __init__(
@@ -204,6 +206,7 @@ class Restorer:
         linear: bool = True,
         voxels: int = 2**22,
         tile: int | None = None,
+        planes: range | None = None,
     ) -> None:
         self.axis = [m.axis for m in maps].index(axis)
         """The native axis that runs along `axis`."""
@@ -216,7 +219,11 @@ class Restorer:
         self._neighbours[self.axis] = below, torch.where(share > 0, above, below), share
         # Native planes in the order in which their model planes come, and how many have been handed out.
         self._ascending = maps[self.axis].scale > 0
-        self._done = 0
+        ends = torch.tensor([0, shape[axis]] if planes is None else [planes.start, planes.stop])
+        self._done, self._until = torch.searchsorted(self._ordered()[0], ends).tolist()
+        first, stop, size = self._done, self._until, maps[self.axis].size
+        self.native = range(first, stop) if self._ascending else range(size - stop, size - first)
+        """The planes along `self.axis` that are handed out."""
         self._last: Tensor | None = None
 
     def feed(self, start: int, planes: Shaped[Tensor, "c si sj sk"]) -> Iterator[Piece]:
@@ -224,15 +231,15 @@ class Restorer:
         dim = self._source_axis + 1
         stop = start + planes.shape[dim]
         below, above, _ = self._ordered()
-        ready = int(torch.searchsorted(above, torch.tensor(stop)))
-        held = int(torch.searchsorted(below, torch.tensor(start))) if start else 0
+        ready = min(int(torch.searchsorted(above, torch.tensor(stop))), self._until)
+        held = int(torch.searchsorted(below, torch.tensor(start)))
         if self._done < min(held, ready):
             # These lie between the last plane before and the first of these.
             assert self._last is not None
             yield from self._pieces(torch.cat([self._last, planes.narrow(dim, 0, 1)], dim), start - 1, min(held, ready))
         yield from self._pieces(planes, start, ready)
         self._last = None
-        if ready < len(below) and below[ready] < stop:
+        if ready < self._until and below[ready] < stop:
             self._last = planes.narrow(dim, planes.shape[dim] - 1, 1).clone()
 
     def _pieces(self, planes: Tensor, start: int, until: int) -> Iterator[Piece]:

@@ -87,6 +87,16 @@ class Sums:
             else:
                 into.copy_(values)
 
+    def join(self, start: int, planes: Shaped[Tensor, "c i j k"]) -> None:
+        """Add planes from `start` on that were summed elsewhere, or copy them."""
+        values = planes.to(self.device)
+        for plane, into in self.finished(start, start + planes.shape[self._axis + 1]):
+            some = values.narrow(self._axis + 1, plane - start, into.shape[self._axis + 1])
+            if self._averages:
+                into.add_(some)
+            else:
+                into.copy_(some)
+
     def finished(self, start: int, stop: int) -> list[tuple[int, Shaped[Tensor, "c i j k"]]]:
         """The planes `start` to `stop`, in the pieces in which they lie in memory, each with its first plane."""
         dim = self._axis + 1
@@ -96,6 +106,16 @@ class Sums:
         """Make ready what `finished` gave for the planes to come."""
         if self._blank:
             planes.zero_()
+
+    def to(self, device: torch.device) -> None:
+        """Move what is kept to another device."""
+        with torch.inference_mode(False):
+            memory = torch.empty_like(self._memory, device=device)
+            self._patch = torch.empty_like(self._patch, device=device)
+        memory.copy_(self._memory)
+        self.planes = memory.as_strided(self.planes.shape, self.planes.stride(), self.planes.storage_offset())
+        self._weights = [weights.to(device) for weights in self._weights]
+        self._memory, self.device = memory, device
 
     def close(self) -> None:
         """Leave the memory to the next volume."""

@@ -1,6 +1,6 @@
 """What do the processes that share a volume send each other? Sums where their slabs overlap, then finished planes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +13,8 @@ from voxquilt.quilt import Quilt
 from voxquilt.space import Where
 from voxquilt.tasks import Task
 
-Parts = Mapping[str, tuple[Where, np.ndarray]]
-"""Native planes by product: where they belong, and (C, I, J, K)."""
+Parts = Sequence[tuple[str, Where, np.ndarray]]
+"""Native planes of each product: its name, where they belong, and (C, I, J, K)."""
 
 
 class ElsewhereError(OutputError):
@@ -66,8 +66,8 @@ class Team:
 
     def send_planes(self, parts: Parts, error: str = "") -> None:
         """To the process that collects: this one's native planes of every product."""
-        where = {name: [[s.start, s.stop] for s in slices] for name, (slices, _) in parts.items()}
-        arrays = [torch.from_numpy(np.ascontiguousarray(array)) for _, array in parts.values()]
+        where = {name: [[s.start, s.stop] for s in slices] for name, slices, _ in parts}
+        arrays = [torch.from_numpy(array) for _, _, array in parts]
         self.group.send(self.task.team[0], self._tag(1), {"error": error, "where": where}, arrays)
 
     def receive_planes(self, quilt: Quilt | None) -> None:

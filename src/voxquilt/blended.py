@@ -1,0 +1,104 @@
+"""What do patches come to? Weighted sums, divided by the weights that came where some patches never come."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import repeat
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from voxquilt.blend import Blend
+from voxquilt.buffers import Buffers
+from voxquilt.geometry import Triple
+from voxquilt.grid import Grid
+from voxquilt.sums import Sums
+
+
+class Blended:
+    """Planes of blended patches.
+
+    Args:
+        grid, blend, axis, window, channels, dtype, device, buffers: See Sums.
+        fill: What voxels hold that no patch has, a value for each channel or one for all; None where every patch comes.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        blend: Blend,
+        axis: int,
+        window: int | None,
+        *,
+        channels: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        buffers: Buffers,
+        fill: float | Sequence[float] | None = None,
+    ) -> None:
+        weights = [blend.axis_weights(grid, n) for n in range(3)]
+        make = partial(Sums, grid, blend, weights, axis, window, device=device, buffers=buffers)
+        self._averages = blend.averages
+        self._fills = fill if isinstance(fill, Sequence) else repeat(fill or 0.0)
+        self._sums = make(channels=channels, dtype=dtype)
+        # Of the same type, so that a voxel that one patch has is divided by the very weight it was multiplied with.
+        of_weights = dtype if dtype.is_floating_point else torch.float32
+        self._cover = [] if fill is None else [make(channels=1, dtype=of_weights, blank=True)]
+        self.channels, self.dtype = channels, dtype
+
+    @property
+    def forms(self) -> list[tuple[int, torch.dtype]]:
+        """Channels and type of what is kept: sums, and the weights that came where some patches do not."""
+        return [(kept.channels, kept.dtype) for kept in self._kept]
+
+    @property
+    def planes(self) -> Shaped[Tensor, "c i j k"]:
+        """The sums, all planes in memory."""
+        return self._sums.planes
+
+    def add(self, patch: Shaped[Tensor, "c pi pj pk"], place: Triple) -> None:
+        """Add a patch with its weights."""
+        self._sums.add(patch, place)
+        for cover in self._cover:
+            cover.add(patch.new_ones(1, dtype=cover.dtype).expand_as(patch[:1]), place)
+
+    def join(self, start: int, raw: list[Tensor]) -> None:
+        """Take in planes from `start` on that were summed elsewhere."""
+        for kept, planes in zip(self._kept, raw, strict=True):
+            kept.join(start, planes)
+
+    def raw(self, start: int, stop: int) -> Iterator[tuple[int, list[Tensor]]]:
+        """The planes `start` to `stop` of what is kept, in the pieces in which they lie in memory, each with its first
+        plane."""
+        for pieces in zip(*(kept.finished(start, stop) for kept in self._kept), strict=True):
+            yield pieces[0][0], [planes for _, planes in pieces]
+
+    def finish(self, raw: list[Tensor]) -> Shaped[Tensor, "c i j k"]:
+        """Make scores of planes that are complete, in their place; once."""
+        planes, *covers = raw
+        for cover in covers:
+            empty = cover[0] == 0
+            if self._averages:
+                planes.div_(cover.masked_fill(empty, 1))
+            for channel, fill in zip(planes, self._fills, strict=False):
+                channel.masked_fill_(empty, fill)
+        return planes
+
+    def clear(self, raw: list[Tensor]) -> None:
+        """Make ready what `raw` gave for the planes to come."""
+        for kept, planes in zip(self._kept, raw, strict=True):
+            kept.clear(planes)
+
+    def to(self, device: torch.device) -> None:
+        """Move what is kept to another device."""
+        for kept in self._kept:
+            kept.to(device)
+
+    def close(self) -> None:
+        """Leave the memory to the next volume."""
+        for kept in self._kept:
+            kept.close()
+
+    @property
+    def _kept(self) -> list[Sums]:
+        return [self._sums, *self._cover]
