@@ -103,7 +103,12 @@ class VolumeWriter(Callback):
         cohort = self._running().cohort
         if isinstance(outputs, torch.OutOfMemoryError) and cohort.to_host():
             outputs = trainer.strategy.predict_step(batch, batch_idx)
-        cohort.take(outputs, batch)
+        if isinstance(outputs, Exception) and len(batch.runs) > 1:
+            # Which of the subjects is it? The others must not fail with it.
+            for alone in batch.by_subject():
+                cohort.take(trainer.strategy.predict_step(alone, batch_idx), alone)
+        else:
+            cohort.take(outputs, batch)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wait until everything is written, by all processes.
