@@ -149,7 +149,7 @@ def test_a_failed_subject_fails_alone_among_several_processes(distribute: str, t
     rows = manifest(tmp_path / "outputs")
     assert {name for name, row in rows.items() if row["status"] == "done"} == set(good)
     assert rows.keys() == {*good, "empty", "raises", "nan"}
-    reasons = {"empty": "the file is empty", "raises": "there is a 77", "nan": "not finite"}
+    reasons = {"empty": "the file is empty", "raises": "there is a 77", "nan": "NaN or infinite"}
     assert [name for name, reason in reasons.items() if reason not in rows[name]["error"]] == []
     for name, x in good.items():
         np.testing.assert_array_equal(read(tmp_path / f"outputs/{name}_labels.nii.gz"), x > 50)
