@@ -1,5 +1,6 @@
 """On a CUDA device: the same results as on the host."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ from synthetic import Over50, noise, read, save
 from voxquilt.datamodule import GridDataModule
 from voxquilt.module import PatchPredictor
 from voxquilt.names import OVERLAP_MODES
+from voxquilt.parts import Part, split
 from voxquilt.preprocess import Preprocess
 from voxquilt.quilt import Quilt
 from voxquilt.sampler import GridSampler
+from voxquilt.skip import to_predict
 from voxquilt.stitch import Stitch
 from voxquilt.subject import ScalarImage, Subject
 from voxquilt.writer import VolumeWriter
@@ -70,3 +73,36 @@ def test_a_run_on_the_device_writes_the_labels_of_the_host(tmp_path: Path) -> No
     data = GridDataModule(tmp_path / "in", 8, 4, batch_size=3)
     trainer.predict(PatchPredictor(Over50()), datamodule=data, return_predictions=False)
     np.testing.assert_array_equal(read(tmp_path / "out/a_labels.nii.gz"), np.asarray(volume) > 50)
+
+
+@pytest.mark.parametrize("mode", OVERLAP_MODES)
+@pytest.mark.parametrize("skipped", [[], [0, 5]])
+def test_parts_on_the_device_and_on_the_host_equal_one_process(mode: str, skipped: list[int]) -> None:
+    """Heads travel by way of the host, from either kind of process to either."""
+    generator = torch.Generator().manual_seed(0)
+    subject = Subject(t1=ScalarImage(tensor=torch.randn(1, 40, 14, 12, generator=generator)))
+    model_subject, space = Preprocess(spacing=0.9)(subject)
+    sampler = GridSampler(model_subject, 8, 4, fit=True)
+    patches = torch.randn(len(sampler), 3, 8, 8, 8, generator=generator)
+    stitch = Stitch(mode, ["logits", "disagreement"], fill=0)
+
+    def quilted(device: str, part: Part, *, whole: bool) -> Quilt:
+        quilt = Quilt(stitch, sampler, space, skipped=skipped, part=part, whole=whole)
+        for n in to_predict(sampler, skipped, part):
+            quilt.add({"": patches[n : n + 1].to(device)}, sampler.locations[n : n + 1])
+        return quilt
+
+    parts = split(sampler.grid, 3)
+    expected = quilted("cpu", Part(parts[0].axis, 0, parts[-1].stop), whole=True).volumes()
+    for devices in (("cuda", "cpu", "cuda"), ("cpu", "cuda", "cuda")):
+        team = [quilted(d, part, whole=n == 0) for n, (d, part) in enumerate(zip(devices, parts, strict=True))]
+        for quilt, following in reversed(list(pairwise(team))):
+            head = following.head()
+            assert head is not None
+            assert {planes.device.type for planes in head} == {"cpu"}
+            quilt.join(head)
+        for quilt in team[1:]:
+            for name, where, array in quilt.parts():
+                team[0].place(name, where, array)
+        for name, volume in team[0].volumes().items():
+            np.testing.assert_allclose(volume, expected[name], rtol=1e-4, atol=1e-5)
