@@ -98,7 +98,8 @@ class Server:
             }  # fmt: skip
             request = {
                 "arguments": [*arguments, *([f"trainer.devices={ranks}", "trainer.accelerator=cpu"] * (ranks > 1))],
-                "cwd": str(cwd), "log": str(log), "env": {MARK: mark, **(world if ranks > 1 else {}), **(env or {})},
+                "cwd": str(cwd), "log": str(log),
+                "env": {MARK: mark, "SLOW": os.environ.get("SLOW", "0"), **(world if ranks > 1 else {}), **(env or {})},
             }  # fmt: skip
             pids.append(self.ask(request)["pid"])
         return Run(self, pids, logs, mark)

@@ -23,7 +23,7 @@ from synthetic import noise, read, save
 
 SUBJECTS = [f"s{n:02}" for n in range(10)]
 JOB = (
-    "data.inputs=in", "model=state_dict", "model.net._target_=synthetic.Slow", "+model.net.seconds=0.02",
+    "data.inputs=in", "model=state_dict", "model.net._target_=synthetic.Slow",
     "ckpt_path=null", "data.patch_size=8", "data.patch_overlap=4", "data.batch_size=3",
 )  # fmt: skip
 FAULT = "+callbacks.fault._target_=synthetic.Fault"
@@ -84,7 +84,7 @@ class Place:
         """The same command does the rest, and nothing again."""
         before = {path.name: path.stat().st_mtime_ns for path in self.out.glob("*.nii.gz")}
         known = {name for name, row in rows(self.out).items() if row["status"] in ("done", "skipped")}
-        job = forks.start(*JOB, "+model.net.seconds=0", *options, cwd=self.folder)
+        job = forks.start(*JOB, *options, cwd=self.folder, env={"SLOW": "0"})
         assert job.wait() == [0], job.text
         found = rows(self.out)
         assert {name: row["status"] for name, row in found.items()} == {
@@ -96,7 +96,8 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    monkeypatch.setenv("SLOW", "0.02")
     return Place(tmp_path, SUBJECTS)
 
 
@@ -306,7 +307,7 @@ def test_a_full_disk_costs_the_subjects_that_do_not_fit(place: Place, forks: Ser
         for n in range(4):
             name = f"t{n}"
             place.volumes[name] = save(place.folder / f"in/{name}.nii.gz", noise((40, 40, 40), n))
-        job = forks.start(*JOB, "+model.net.seconds=0", cwd=place.folder)
+        job = forks.start(*JOB, cwd=place.folder, env={"SLOW": "0"})
         statuses = job.wait()
         assert statuses == [1], job.text
         place.check("the disk is full", job, statuses)
@@ -354,7 +355,7 @@ def test_broken_files_among_good_ones_cost_their_rows(place: Place, forks: Serve
     save(place.folder / "in/nan.nii.gz", x)
     for name in SUBJECTS:
         place.volumes[name] = save(place.folder / f"in/{name}.nii.gz", place.volumes[name] % 60)
-    job = forks.start(*JOB, "model.net._target_=synthetic.Touchy", "~model.net.seconds", cwd=place.folder)
+    job = forks.start(*JOB, "model.net._target_=synthetic.Touchy", cwd=place.folder)
     statuses = job.wait()
     assert statuses == [1], job.text
     place.check("truncated, empty and other files among good ones; NaN from the network", job, statuses)
@@ -378,7 +379,7 @@ def test_out_of_memory_on_the_device(
     options: tuple[str, ...], status: int, said: str, place: Place, forks: Server
 ) -> None:
     """First smaller batches, then sums on the host, then the subject fails."""
-    job = forks.start(*JOB, "model.net._target_=synthetic.Cramped", "~model.net.seconds", *options, cwd=place.folder)
+    job = forks.start(*JOB, "model.net._target_=synthetic.Cramped", *options, cwd=place.folder)
     statuses = job.wait()
     assert statuses == [status], job.text
     place.check(f"out of memory on the device, simulated ({said})", job, statuses)
