@@ -148,7 +148,7 @@ def ended(process: "subprocess.Popen[bytes]", job: Run) -> int:
     [
         ("a callback raises (one process)", fault("raise"), 1),
         ("rank 0 raises", fault("raise", 0), 2),
-        ("rank 1 raises late", fault("raise", 1, 40), 2),
+        ("rank 1 raises late", fault("raise", 1, 17), 2),
         ("rank 1 exits", fault("exit", 1), 2),
         ("rank 1 is killed (SIGKILL)", fault("kill", 1), 2),
         ("rank 0 is killed (SIGKILL)", fault("kill", 0), 2),
@@ -193,7 +193,7 @@ def test_stop_iteration_of_user_code_does_not_end_a_run_unseen(ranks: int, place
     ("name", "options", "killed"),
     [
         ("Lightning's ddp: rank 0 raises", fault("raise", 0), None),
-        ("Lightning's ddp: rank 1 raises late", fault("raise", 1, 40), None),
+        ("Lightning's ddp: rank 1 raises late", fault("raise", 1, 17), None),
         ("Lightning's ddp: rank 1 is killed (SIGKILL)", (), "child"),
         ("Lightning's ddp: rank 0 is killed (SIGKILL)", (), "parent"),
     ],
@@ -277,11 +277,11 @@ def test_a_run_killed_at_any_moment_is_completed_by_the_next(place: Place, forks
     killed = 0
     statuses: set[int] = set()
     while killed < 20:
-        ranks = 1 + killed % 2
+        ranks = 1 + killed % 2  # all at once, as when a machine goes down; one alone is another test
         overwrite = ("run.resume=false",) if killed in (5, 10, 15) else ()
         job = forks.start(*JOB, *overwrite, cwd=place.folder, ranks=ranks)
         time.sleep(random.uniform(0.3, 2.0))
-        for pid in job.pids[: 1 + killed % 3]:
+        for pid in job.pids:
             os.kill(pid, signal.SIGKILL)
         statuses |= set(job.wait())
         killed += 1
@@ -328,8 +328,7 @@ def test_a_folder_that_becomes_read_only_costs_no_finished_file(place: Place, fo
     try:
         job = forks.start(*JOB, cwd=place.folder)
         job.until(place.out / "manifest.csv", "done")
-        # A manifest that is open keeps a file system from being remounted, so it is frozen from above.
-        subprocess.run(["chattr", "+i", str(place.out)], capture_output=True)
+        # A manifest that is open keeps a file system from being remounted, so it is covered by itself, read-only.
         frozen = subprocess.run(["mount", "--bind", "-o", "ro", str(place.out), str(place.out)], capture_output=True)
         assert frozen.returncode == 0, frozen.stderr
         statuses = job.wait()
@@ -370,7 +369,7 @@ def test_broken_files_among_good_ones_cost_their_rows(place: Place, forks: Serve
     ("options", "status", "said"),
     [
         (("+model.net.most=1",), 0, "batches of 1"),
-        (("+model.net.most=2",), 0, "batches of 1"),
+        (("+model.net.most=2",), 0, "batches of 2"),
         (("+model.net.most=3", "+model.net.times=3"), 0, "sums are kept on the host"),
         (("+model.net.most=0",), 1, "out of memory"),
     ],
