@@ -112,7 +112,7 @@ class Cohort:
         Raises:
             Exception: what ended the writer thread, if anything did.
         """
-        stop, summary = self.line.stop, self._meter.summary()
+        stop = self.line.stop
         for work in list(self._open):
             if work.task.team:
                 self._fail(work, ElsewhereError(stop.reason if stop else "the run ended before all patches had come."))
@@ -124,7 +124,7 @@ class Cohort:
         self._submit()
         self._pool.shutdown(wait=True)
         self._drain()
-        return summary
+        return self._meter.summary()
 
     def _add(self, outputs: Outputs, run: Run) -> None:
         work = run.work
