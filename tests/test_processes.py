@@ -2,12 +2,14 @@
 
 import csv
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from forks import Server, checked
-from synthetic import noise, read, run, save
+from synthetic import Over50, noise, read, run, save
 
 NETWORK = ("model=state_dict", "model.net._target_=synthetic.Over50", "ckpt_path=null")
 GRID = ("data.patch_size=8", "data.patch_overlap=4", "data.batch_size=3")
@@ -109,9 +111,11 @@ def test_processes_that_lightning_starts(strategy: str, place: Path, tmp_path: P
         (tmp_path / "in").mkdir(exist_ok=True)
         (tmp_path / f"in/s{n}.nii.gz").write_bytes((place / f"in/s{n}.nii.gz").read_bytes())
     (tmp_path / "in/bad.nii.gz").write_bytes((place / "in/s0.nii.gz").read_bytes()[:300])
+    with warnings.catch_warnings(action="ignore"):  # torch calls TorchScript old; users have it
+        torch.jit.script(Over50()).save(tmp_path / "net.pt")  # which spawned processes are handed by pickle
     done = run(
-        "predict.py", *JOB, *options("gaussian"), "trainer.accelerator=cpu", "trainer.devices=2",
-        f"trainer.strategy={strategy}", cwd=tmp_path,
+        "predict.py", "data.inputs=in", *GRID, "model=torchscript", "ckpt_path=net.pt", *options("gaussian"),
+        "trainer.accelerator=cpu", "trainer.devices=2", f"trainer.strategy={strategy}", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     assert_same(tmp_path / "outputs", place / "in_gaussian", "gaussian")

@@ -1,7 +1,9 @@
 """How do weights come out of a checkpoint? Never by running what is pickled in it, unless the user trusts it."""
 
+import copyreg
 import importlib
 import inspect
+import io
 import pickle
 import warnings
 from collections.abc import Mapping, Sequence
@@ -185,3 +187,17 @@ def _import(name: str) -> object:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, ValueError, AttributeError) as error:
         raise ConfigError(f"model.module_class={name} cannot be imported: {error}") from error
+
+
+def _from_bytes(content: bytes) -> nn.Module:
+    return torch.jit.load(io.BytesIO(content), map_location="cpu").eval()
+
+
+def _pickled(module: torch.jit.ScriptModule) -> tuple[Any, tuple[bytes]]:
+    buffer = io.BytesIO()
+    torch.jit.save(module, buffer)
+    return _from_bytes, (buffer.getvalue(),)
+
+
+# torch refuses to pickle them, but ddp_spawn hands the network to its processes so.
+copyreg.pickle(torch.jit.RecursiveScriptModule, _pickled)  # type: ignore[reportPrivateImportUsage]
