@@ -65,10 +65,10 @@ def check_predict(cfg: DictConfig) -> dict[str, Any]:
     plain["shard"] = check_shard(plain["shard"])
     check_model(plain["model"])
     check_callbacks(plain["callbacks"])
-    if is_first():  # the others take rank 0's word, or a folder would be looked through by every process
-        _check_files(plain)
     multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     check_trainer(plain["trainer"], plain["shard"]["count"], multirun=multirun)
+    if is_first():  # the others take rank 0's word, or a folder would be looked through by every process
+        _check_files(plain)
     _check_targets(plain, _allowed(plain["run"].get("allowed_targets")))
     _check_output(plain)
     return plain
