@@ -224,7 +224,7 @@ def test_a_launcher_that_runs_jobs_elsewhere_gives_their_status(tmp_path: Path) 
     assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr
     assert {row["subject"]: row["status"] for row in rows(tmp_path / "outputs")} == {"good": "done", "bad": "failed"}
     np.testing.assert_array_equal(read(tmp_path / "outputs/good_labels.nii.gz"), good > 50)
-    done = run("predict.py", *ARGUMENTS, "--multirun", "hydra/launcher=submitit_slurm", "--cfg", "hydra", cwd=tmp_path)
+    done = run("predict.py", *ARGUMENTS, "hydra/launcher=submitit_slurm", "--cfg", "hydra", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "_target_: hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher" in done.stdout
 
