@@ -232,7 +232,9 @@ def test_a_launcher_that_runs_jobs_elsewhere_gives_their_status(tmp_path: Path) 
 # Worlds
 
 
-def test_the_tasks_of_srun_are_one_world(tmp_path: Path, volumes: dict[str, np.ndarray]) -> None:
+def test_the_tasks_of_srun_are_one_world(
+    tmp_path: Path, volumes: dict[str, np.ndarray], capfd: pytest.CaptureFixture[str]
+) -> None:
     """Each subject once, one manifest, status 0 from both; and as shards, each task by itself with its own manifest."""
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port()}
     command = [str(ROOT / "predict.py"), *ARGUMENTS]
@@ -243,6 +245,7 @@ def test_the_tasks_of_srun_are_one_world(tmp_path: Path, volumes: dict[str, np.n
     assert are_right(tmp_path / "outputs", volumes)
     record = json.loads((tmp_path / "outputs/run.json").read_text())
     assert (record["processes"], len(record["ranks"]), record["exit_status"]) == (2, 2, 0)
+    assert capfd.readouterr().out.count("subjects done; see") == 1
 
     shards = ["shard.count=${oc.env:SLURM_NTASKS}", "shard.index=${oc.env:SLURM_PROCID}", "output_dir=shards"]
     assert together([[*command, *shards]] * 2, tasks, tmp_path) == [0, 0]
@@ -251,6 +254,7 @@ def test_the_tasks_of_srun_are_one_world(tmp_path: Path, volumes: dict[str, np.n
     assert sorted(row["subject"] for part in parts for row in part) == sorted(volumes)
     records = [json.loads((tmp_path / f"shards/run_{n}_of_2.json").read_text()) for n in range(2)]
     assert [(record["processes"], record["exit_status"]) for record in records] == [(1, 0), (1, 0)]
+    assert capfd.readouterr().out.count("subjects done; see") == 2
 
 
 @pytest.mark.parametrize("distribute", ["subject", "slab"])
