@@ -1,5 +1,6 @@
 """What benchmarks share: contenders in processes of their own, their peak memory, medians, tables, a network."""
 
+import contextlib
 import json
 import os
 import platform
@@ -161,7 +162,10 @@ def machine(repeats: int, device: str) -> str:
     """One line on where and how was measured."""
     import importlib.metadata as metadata
 
-    here = [f"{package} {metadata.version(package)}" for package in ("torch", "torchio", "monai")]
+    here = []
+    for package in ("torch", "torchio", "monai"):
+        with contextlib.suppress(metadata.PackageNotFoundError):  # TorchIO runs on no GPU, and need not be there
+            here.append(f"{package} {metadata.version(package)}")
     text = f"{platform.processor() or platform.machine()}, {THREADS} threads, {device}, {', '.join(here)}"
     for environment, package in (("nnunet", "nnunetv2"), ("konfai", "konfai")):
         found = next(ENVIRONMENTS.glob(f"{environment}/lib/*/site-packages/{package}-*.dist-info"), None)

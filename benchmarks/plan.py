@@ -81,11 +81,11 @@ def row(case: Case) -> Row:
 def find(folder: Path, subjects: int, ranks: int) -> None:
     scans = cohort(folder / "find", subjects, ".nii.gz")
     took, cases = seconds(lambda: find_cases(str(scans)))
-    say("a folder's subjects found, a stat each, twice", f"{2 * took:.2f} s", "rank 0")
+    say("a folder's subjects found, a stat each", f"{took:.2f} s", "rank 0")
     table = folder / "table.csv"
     table.write_text("image\n" + "".join(f"{case.images['image']}\n" for case in cases))
     took, _ = seconds(lambda: find_cases(str(table)))
-    say("... of a .csv, no stat, twice", f"{2 * took:.2f} s", "rank 0")
+    say("... of a .csv, no stat", f"{took:.2f} s", "rank 0")
     took, _ = seconds(lambda: inputs(cases))
     say("a stat each for the fingerprints, 16 threads", f"{took:.2f} s", "rank 0")
     share = cases[: subjects // ranks]

@@ -1,15 +1,21 @@
 """Tiny volumes and networks whose right answer is known; subprocesses import it too, as `synthetic.Over50`."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+
+from voxquilt.datamodule import GridDataModule
+from voxquilt.files import Files
 
 ROOT = Path(__file__).parents[1]
 
@@ -82,3 +88,58 @@ def run(
         cwd=cwd, env=os.environ | {"COLUMNS": "200"} | dict(env or {}) | {"PYTHONPATH": path},
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
+
+
+class Slow(Over50):
+    """Takes so many seconds for every batch as the environment says, which is no setting of the run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(float(os.environ.get("SLOW", "0")))
+        return super().forward(x)
+
+
+class Cramped(Over50):
+    """Runs out of a device's memory with more than so many patches at once, or the first so many times."""
+
+    def __init__(self, most: int = 1, times: int = 0) -> None:
+        super().__init__()
+        self.most, self.times = most, times
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.times -= 1
+        if len(x) > self.most or self.times >= 0:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return super().forward(x)
+
+
+class Fault(Callback):
+    """Does something bad in one process after so many batches."""
+
+    def __init__(self, action: str, rank: int = 0, batch: int = 1) -> None:
+        self.action, self.rank, self.batch = action, rank, batch
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.global_rank == self.rank and self.action == "loader":
+            GridDataModule.load = _dies  # type: ignore[method-assign]
+        if trainer.global_rank == self.rank and self.action == "writer":
+            Files.write = _dies  # type: ignore[method-assign]
+
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if trainer.global_rank != self.rank or batch_idx != self.batch:
+            return
+        if self.action == "raise":
+            raise ValueError("a fault of the test")
+        if self.action == "stop":
+            raise StopIteration
+        if self.action == "exit":
+            os._exit(7)
+        if self.action == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.action == "term":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _dies(*_: object) -> None:
+    raise SystemExit("a thread's end")

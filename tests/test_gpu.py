@@ -1,5 +1,6 @@
 """On a CUDA device: the same results as on the host."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ from synthetic import Over50, noise, read, save
 from voxquilt.datamodule import GridDataModule
 from voxquilt.module import PatchPredictor
 from voxquilt.names import OVERLAP_MODES
+from voxquilt.parts import Part, split
 from voxquilt.preprocess import Preprocess
 from voxquilt.quilt import Quilt
 from voxquilt.sampler import GridSampler
+from voxquilt.skip import to_predict
 from voxquilt.stitch import Stitch
 from voxquilt.subject import ScalarImage, Subject
 from voxquilt.writer import VolumeWriter
@@ -70,3 +73,83 @@ def test_a_run_on_the_device_writes_the_labels_of_the_host(tmp_path: Path) -> No
     data = GridDataModule(tmp_path / "in", 8, 4, batch_size=3)
     trainer.predict(PatchPredictor(Over50()), datamodule=data, return_predictions=False)
     np.testing.assert_array_equal(read(tmp_path / "out/a_labels.nii.gz"), np.asarray(volume) > 50)
+
+
+@pytest.mark.parametrize("mode", OVERLAP_MODES)
+@pytest.mark.parametrize("skipped", [[], [0, 5]])
+def test_parts_on_the_device_and_on_the_host_equal_one_process(mode: str, skipped: list[int]) -> None:
+    """Heads travel by way of the host, from either kind of process to either."""
+    generator = torch.Generator().manual_seed(0)
+    subject = Subject(t1=ScalarImage(tensor=torch.randn(1, 40, 14, 12, generator=generator)))
+    model_subject, space = Preprocess(spacing=0.9)(subject)
+    sampler = GridSampler(model_subject, 8, 4, fit=True)
+    patches = torch.randn(len(sampler), 3, 8, 8, 8, generator=generator)
+    stitch = Stitch(mode, ["logits", "disagreement"], fill=0)
+
+    def quilted(device: str, part: Part, *, whole: bool) -> Quilt:
+        quilt = Quilt(stitch, sampler, space, skipped=skipped, part=part, whole=whole)
+        for n in to_predict(sampler, skipped, part):
+            quilt.add({"": patches[n : n + 1].to(device)}, sampler.locations[n : n + 1])
+        return quilt
+
+    parts = split(sampler.grid, 3)
+    expected = quilted("cpu", Part(parts[0].axis, 0, parts[-1].stop), whole=True).volumes()
+    for devices in (("cuda", "cpu", "cuda"), ("cpu", "cuda", "cuda")):
+        team = [quilted(d, part, whole=n == 0) for n, (d, part) in enumerate(zip(devices, parts, strict=True))]
+        for quilt, following in reversed(list(pairwise(team))):
+            head = following.head()
+            assert head is not None
+            assert {planes.device.type for planes in head} == {"cpu"}
+            quilt.join(head)
+        for quilt in team[1:]:
+            for name, where, array in quilt.parts():
+                team[0].place(name, where, array)
+        for name, volume in team[0].volumes().items():
+            np.testing.assert_allclose(volume, expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["crop", "gaussian"])
+def test_sums_that_move_to_the_host_halfway_equal_those_that_stay(mode: str) -> None:
+    """What came before the device was full is kept."""
+    subject = Subject(t1=ScalarImage(tensor=torch.zeros(1, 30, 22, 26)))
+    model_subject, space = Preprocess()(subject)
+    sampler = GridSampler(model_subject, 12, 4)
+    patches = torch.randn(len(sampler), 3, 12, 12, 12, generator=torch.Generator().manual_seed(0)).cuda()
+    made = []
+    for moved in (False, True):
+        quilt = Quilt(Stitch(mode, ["logits"]), sampler, space, skipped=[2])
+        for place, n in enumerate(sampler.grid.streaming_order.tolist()):
+            if n != 2:
+                quilt.add({"": patches[n : n + 1]}, sampler.locations[n : n + 1])
+            if moved and place == len(sampler) // 2:
+                quilt.to(torch.device("cpu"))
+        made.append(quilt.volumes()["logits"])
+    np.testing.assert_allclose(made[1], made[0], rtol=1e-5, atol=1e-5)
+
+
+class Hungry(Over50):
+    """Needs 256 MiB of the device for every patch."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        held = torch.empty(len(x) * 2**28, dtype=torch.uint8, device=x.device)
+        return super().forward(x) + held[0] * 0
+
+
+@pytest.mark.parametrize(("room", "wanted"), [(3 * 2**29, "done"), (2**27, "failed")])
+def test_a_full_device_makes_batches_smaller_before_subjects_fail(room: int, wanted: str, tmp_path: Path) -> None:
+    """CUDA's own error: with room for one patch the labels are right, without every subject has its reason."""
+    save(tmp_path / "in/a.nii", volume := noise((20, 17, 14)))
+    writer = VolumeWriter(tmp_path / "out")
+    trainer = Trainer(accelerator="gpu", devices=1, logger=False, callbacks=[writer], enable_progress_bar=False)
+    data = GridDataModule(tmp_path / "in", 8, 4, batch_size=8)
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(room / torch.cuda.mem_get_info()[1])
+    try:
+        trainer.predict(PatchPredictor(Hungry()), datamodule=data, return_predictions=False)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert [row.status for row in writer.rows] == [wanted]
+    if wanted == "done":
+        np.testing.assert_array_equal(read(tmp_path / "out/a_labels.nii.gz"), np.asarray(volume) > 50)
+    else:
+        assert "out of memory" in writer.rows[0].error

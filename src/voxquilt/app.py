@@ -3,12 +3,11 @@
 Heavy imports stand inside functions, so that a wrong configuration is answered in a second.
 """
 
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from voxquilt.cases import find_cases
 from voxquilt.config import check_predict, check_train
 from voxquilt.errors import ConfigError, VoxquiltError
 from voxquilt.fetch import fetch
-from voxquilt.launch import end_with_parent, is_first
+from voxquilt.launch import end_with_parent, is_external, is_first
 from voxquilt.lock import locked
 from voxquilt.manifest import of_shard, read_json, read_rows
 from voxquilt.overrides import to_overrides
@@ -127,23 +126,30 @@ def run_predict(cfg: DictConfig) -> int:
     folder = Path(plain["output_dir"]).expanduser().resolve()
     if plain["run"].get("status"):
         return print_status(find_cases(plain["data"].get("inputs"), plain["data"].get("images")), folder, shard[1])
-    _quiet()
+    from voxquilt.processes import SpawnedLogging, quiet
+
+    quiet()
     run = plain["run"]
     if run.get("seed") is not None:
         from lightning.pytorch import seed_everything
 
         seed_everything(run["seed"], verbose=False)
-    resume = Resume(folder, plain, run["resume"], run["overwrite"], run["content_hash"])
+    locks = ExitStack()
+    claim = partial(locks.enter_context, locked(folder, shard))
+    # Where a launcher started all processes, rank 0 claims the folder when it can tell the others that it could not.
+    later = claim if is_external() else None
+    resume = Resume(folder, plain, run["resume"], run["overwrite"], run["content_hash"], later)
     preprocess = build(plain["preprocess"], "preprocess")
     data = build(plain["data"], "data", preprocess=preprocess, shard=shard, distribute=run["distribute"], resume=resume)
     model = build(plain["model"], "model")
     stitch = build(plain["stitch"], "stitch")
     writer = build(plain["callbacks"]["writer"], "callbacks.writer", stitch=stitch, configuration=plain)
     others = {name: node for name, node in plain["callbacks"].items() if node and name != "writer"}
-    callbacks = [writer, *(build(node, f"callbacks.{name}") for name, node in others.items())]
+    callbacks = [writer, SpawnedLogging(), *(build(node, f"callbacks.{name}") for name, node in others.items())]
     trainer = build(plain["trainer"], "trainer", callbacks=callbacks, logger=False)
-    # One process holds the folder for all.
-    with locked(folder, shard) if is_first() else nullcontext():
+    with locks:
+        if is_first() and not is_external():
+            claim()
         return _predict(trainer, model, data, writer)
 
 
@@ -179,8 +185,11 @@ def run_train(cfg: DictConfig) -> int:
         VoxquiltError: the configuration is wrong, and nothing was started.
     """
     plain = check_train(cfg)
-    _quiet()
     from lightning.pytorch import seed_everything
+
+    from voxquilt.processes import quiet
+
+    quiet()
 
     seed_everything(plain["run"]["seed"], verbose=False)
     data = build(plain["data"], "data", preprocess=build(plain["preprocess"], "preprocess"))
@@ -227,12 +236,3 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__
-
-
-def _quiet() -> None:
-    """Lightning's advertisements and remarks on a loop that is not a DataLoader tell users nothing."""
-
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning.*")
-    warnings.filterwarnings("ignore", category=DeprecationWarning)

@@ -82,6 +82,11 @@ class PatchBatch:
         """The batch on another device."""
         return PatchBatch(self.data.to(device), self.runs)
 
+    def by_subject(self) -> "Iterator[PatchBatch]":
+        """A batch for each of its subjects."""
+        for run in self.runs:
+            yield PatchBatch(self.data[run.start : run.stop], [Run(run.work, run.first, 0, run.stop - run.start)])
+
     def pin_memory(self) -> "PatchBatch":
         """The batch in pinned memory."""
         return PatchBatch(self.data.pin_memory(), self.runs)

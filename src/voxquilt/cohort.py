@@ -79,6 +79,10 @@ class Cohort:
         self._room = BoundedSemaphore(2)
         self._pending: list[Future[None]] = []
 
+    def begin(self) -> None:
+        """The first batch comes next."""
+        self._meter.restart()
+
     def take(self, outputs: Any, batch: PatchBatch) -> None:
         """Feed a batch's outputs to its subjects; hand over those that are complete."""
         self._drain()

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from voxquilt.cases import find_cases
 from voxquilt.errors import ConfigError
 from voxquilt.geometry import to_triple
-from voxquilt.launch import is_first
+from voxquilt.launch import is_external, is_first
 from voxquilt.sections import (
     check_callbacks,
     check_data,
@@ -67,8 +67,9 @@ def check_predict(cfg: DictConfig) -> dict[str, Any]:
     check_callbacks(plain["callbacks"])
     multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     check_trainer(plain["trainer"], plain["shard"]["count"], multirun=multirun)
-    if is_first():  # the others take rank 0's word, or a folder would be looked through by every process
-        _check_files(plain)
+    _check_weights(plain)
+    if is_first() and not is_external():
+        _check_cases(plain)
     _check_targets(plain, _allowed(plain["run"].get("allowed_targets")))
     _check_output(plain)
     return plain
@@ -85,7 +86,8 @@ def check_train(cfg: DictConfig) -> dict[str, Any]:
     check_preprocess(plain["preprocess"])
     if "{subject}" not in str(plain["data"]["labels"]):
         raise ConfigError(f"data.labels needs {{subject}} in its path; it is {plain['data']['labels']!r}.")
-    _check_files(plain)
+    _check_cases(plain)
+    _check_weights(plain)
     return plain
 
 
@@ -137,12 +139,17 @@ def _check_keys(plain: Mapping[str, Any]) -> None:
                 raise ConfigError(f"there is no key {section}.{key}.{hint}")
 
 
-def _check_files(plain: Mapping[str, Any]) -> None:
+def _check_cases(plain: Mapping[str, Any]) -> None:
+    """Not in every process of a run: the others take rank 0's word, or each would look through a large folder. Where a
+    launcher started them all, rank 0 looks when it can tell the others what is wrong, or they would wait for it."""
     cases = find_cases(plain["data"].get("inputs"), plain["data"].get("images"))
     check_image_names(plain["preprocess"].get("intensity"), cases)
     skip = plain["data"].get("skip")
     if isinstance(skip, str) and not any(os.path.isfile(skip.replace("{subject}", case.subject)) for case in cases):
         raise ConfigError(f"data.skip={skip}: no subject has such a mask (looked from {Path.cwd()}).")
+
+
+def _check_weights(plain: Mapping[str, Any]) -> None:
     paths = plain["ckpt_path"]
     for path in paths if isinstance(paths, list) else [paths]:
         if path is not None and not os.path.isfile(os.path.expanduser(str(path))):

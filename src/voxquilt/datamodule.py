@@ -18,7 +18,7 @@ from voxquilt.errors import ConfigError, VoxquiltError
 from voxquilt.fingerprint import digest
 from voxquilt.geometry import to_triple
 from voxquilt.group import Group
-from voxquilt.launch import is_first, not_the_tasks, slurm_tasks
+from voxquilt.launch import is_external, is_first, not_the_tasks, slurm_tasks
 from voxquilt.loader import LoadFailure, PatchStream
 from voxquilt.manifest import Row
 from voxquilt.names import DISTRIBUTE, check_name
@@ -98,8 +98,8 @@ class GridDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self._inputs = inputs, images
-        if is_first():
-            _ = self.cases  # what is wrong with them is said at once
+        if is_first() and not is_external():
+            _ = self.cases  # what is wrong with them is said at once, or when all processes can hear it
         self.patch_size = to_triple(patch_size, "data.patch_size", minimum=1)
         self.patch_overlap = to_triple(patch_overlap, "data.patch_overlap")
         self.padding_mode = padding_mode

@@ -30,6 +30,10 @@ class Meter:
     _voxels: int = 0
     _began: float = field(default_factory=perf_counter)
 
+    def restart(self) -> None:
+        """Leave out the time until now."""
+        self._began = perf_counter()
+
     def count(self, patches: Tensor) -> None:
         """A (B, C, I, J, K) batch has been predicted."""
         self._patches += len(patches)

@@ -1,15 +1,19 @@
 """The LightningModule that predicts: it carries a PatchNetwork and knows nothing of subjects."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, Unpack
 
+import torch
 from lightning.pytorch import LightningModule
-from torch import nn
+from torch import Tensor, nn
 
 from voxquilt.batch import PatchBatch
 from voxquilt.errors import OutputError
 from voxquilt.network import Named, PatchNetwork
 from voxquilt.weights import Paths, read_lightning, read_state_dict, read_torchscript
+
+log = logging.getLogger("voxquilt")
 
 
 class Options(TypedDict, total=False):
@@ -33,19 +37,38 @@ class PatchPredictor(LightningModule):
     def __init__(self, networks: nn.Module | Sequence[nn.Module], **options: Unpack[Options]) -> None:
         super().__init__()
         self.network = PatchNetwork([networks] if isinstance(networks, nn.Module) else networks, **options)
+        self._most: int | None = None
 
     def forward(self, patches: Any) -> Named:
         """Outputs by name for a (B, C, I, J, K) batch."""
         return self.network(patches)
 
     def predict_step(self, batch: PatchBatch, batch_idx: int) -> Named | Exception:
-        """Outputs by name; an error of the network is returned, so that it costs these subjects and not the run."""
+        """Outputs by name; an error of the network is returned, so that it costs these subjects and not the run.
+
+        Where the device has too little memory for a batch, it and those to come are predicted in smaller ones.
+        """
         try:
-            return self(batch.data.to(self.dtype))
+            return self._within_memory(batch.data.to(self.dtype))
         except StopIteration:
             return OutputError("the network raised StopIteration.")  # raised on, it would end the run without an error
         except Exception as error:
             return error
+
+    def _within_memory(self, patches: Tensor) -> Named:
+        size = len(patches) if self._most is None else self._most
+        try:
+            made = [self(patches[n : n + size]) for n in range(0, len(patches), size)]
+        except torch.OutOfMemoryError:
+            if min(size, len(patches)) == 1:
+                raise
+            self._most = (min(size, len(patches)) + 1) // 2
+            log.warning("the device's memory is full: batches of %d from here on.", self._most)
+        else:
+            return made[0] if len(made) == 1 else {name: torch.cat([m[name] for m in made]) for name in made[0]}
+        # Here, where the error and the network's tensors that it holds are gone.
+        torch.cuda.empty_cache()
+        return self._within_memory(patches)
 
 
 def from_torchscript(ckpt_path: Paths, **options: Unpack[Options]) -> PatchPredictor:

@@ -1,10 +1,15 @@
-"""What does the process that launched others owe them? To forward signals, and to outlive them."""
+"""What do the processes of a run owe each other? To be quiet, to forward signals, and to outlive those they started."""
 
 import contextlib
+import logging
 import subprocess
+import sys
+import warnings
 from collections.abc import Iterator
 
-from lightning.pytorch import Trainer
+import lightning.fabric
+import lightning.pytorch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from voxquilt.errors import ConfigError, OutputError, RunError, VoxquiltError
@@ -13,6 +18,24 @@ from voxquilt.signals import Signals
 
 # Seconds that processes are given to end after the run has.
 _PATIENCE = 30
+
+
+def quiet() -> None:
+    """Lightning's advertisements and remarks on a loop that is not a DataLoader tell users nothing."""
+    for package in (lightning, lightning.fabric, lightning.pytorch):
+        logging.getLogger(package.__name__).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning.*")
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
+class SpawnedLogging(Callback):
+    """Has processes of ddp_spawn print what others print: they start without Hydra's logging."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """The first thing that can be done there."""
+        if not logging.getLogger().handlers:
+            logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
+            quiet()
 
 
 @contextlib.contextmanager

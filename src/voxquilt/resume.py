@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +37,7 @@ class Resume:
         skip_done: Leave out what was done with the same fingerprint; False predicts everything again.
         overwrite: Redo what was done with another fingerprint, instead of refusing.
         content: Tell input files by what is in them.
+        claim: Called before anything is read, such as to lock the folder; what it raises ends the run.
     """
 
     folder: Path
@@ -44,6 +45,7 @@ class Resume:
     skip_done: bool = True
     overwrite: bool = False
     content: bool = False
+    claim: Callable[[], object] | None = None
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -61,6 +63,8 @@ class Resume:
         Raises:
             ConfigError: subjects were done with other settings or inputs, and may not be overwritten.
         """
+        if self.claim is not None:
+            self.claim()
         files = inputs(cases, (self.plain.get("data") or {}).get("skip"), content=self.content)
         fingerprints = [f"{self.settings_digest}-{file}" for file in files]
         if not self.skip_done:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,22 +74,26 @@ class VolumeWriter(Callback):
         data = getattr(trainer, "datamodule", None)
         if not isinstance(data, GridDataModule):
             raise ConfigError(f"VolumeWriter needs a GridDataModule at predict; the trainer has {type(data).__name__}.")
-        self._run = _Run(self.output_dir, data, self._configuration)
-        self.rows = self._run.record.rows if self._run.record else []
+        line, record = _connected(self.output_dir, data, self._configuration)
+        data.stop_when(lambda: line.stop is not None)
+        self.rows = record.rows if record else []
+        files = Files(self.output_dir, self.stitch, self.form, data.plan.cases)
+        scratch, device = Scratch(self.output_dir, self.in_memory * 2**20), trainer.strategy.root_device
+        # Here, since the first subjects are loaded before on_predict_start, and what fails there has to be told.
+        cohort = Cohort(data, self.stitch, files, scratch, line, raise_first=self._raise, device=device)
+        signals = Signals(lambda name, status: line.ask_stop(Stop(name, status)))
+        self._run = _Run(data.plan.group.rank, line, record, cohort, signals)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin, once all processes are there."""
-        run, data = self._running(), trainer.datamodule  # type: ignore[attr-defined]
-        if self.stitch.restore == "labels" and data.plan.group.rank == 0:
+        run = self._running()
+        if self.stitch.restore == "labels" and run.record is not None:
             log.info(
                 "stitch.restore=labels: labels are made in model space and brought back by nearest neighbour; at "
                 "another spacing their borders have steps as large as its voxels."
             )
         disarm_observer()
-        files = Files(self.output_dir, self.stitch, self.form, data.plan.cases)
-        scratch = Scratch(self.output_dir, self.in_memory * 2**20)
-        device = trainer.strategy.root_device
-        run.begin(Cohort(data, self.stitch, files, scratch, run.line, raise_first=self._raise, device=device))
+        run.begin()
 
     def on_predict_batch_end(
         self,
@@ -103,7 +108,12 @@ class VolumeWriter(Callback):
         cohort = self._running().cohort
         if isinstance(outputs, torch.OutOfMemoryError) and cohort.to_host():
             outputs = trainer.strategy.predict_step(batch, batch_idx)
-        cohort.take(outputs, batch)
+        if isinstance(outputs, Exception) and len(batch.runs) > 1:
+            # Which of the subjects is it? The others must not fail with it.
+            for alone in batch.by_subject():
+                cohort.take(trainer.strategy.predict_step(alone, batch_idx), alone)
+        else:
+            cohort.take(outputs, batch)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wait until everything is written, by all processes.
@@ -127,66 +137,53 @@ class VolumeWriter(Callback):
         return self._run
 
 
+@dataclass(frozen=True)
 class _Run:
     """A predict run from its first to its last moment, as one process sees it.
 
     Args:
-        folder: Where outputs go.
-        data: Its subjects.
-        configuration: For the record.
+        rank: Of the process.
+        line: To the others.
+        record: Of the run, on rank 0.
+        cohort: The process's subjects.
+        signals: Ask it to stop.
     """
 
-    def __init__(self, folder: Path, data: GridDataModule, configuration: Mapping[str, Any]) -> None:
-        self._plan = data.plan
-        group = data.plan.group
-        self.record: Record | None = None
-        self.line: Line = Alone(self._take)
-        self._cohort: Cohort | None = None
-        self._signals = Signals(lambda name, status: self.line.ask_stop(Stop(name, status)))
+    rank: int
+    line: Line
+    record: Record | None
+    cohort: Cohort
+    signals: Signals
 
-        def opened() -> tuple[str, int, bytes] | None:
-            self.record = Record(folder, data.plan, data.shard, configuration)
-            if group.size == 1:
-                return None
-            self.line = Hub(group.size, self._take)
-            return self.line.address
-
-        address = group.first(opened)
-        if isinstance(self.line, Hub):
-            self.line.accept()
-        elif address is not None:
-            self.line = Spoke(group.rank, address)
-        data.stop_when(lambda: self.line.stop is not None)
-
-    @property
-    def cohort(self) -> Cohort:
-        """What `begin` was given."""
-        assert self._cohort is not None, "Lightning calls on_predict_start first"
-        return self._cohort
-
-    def begin(self, cohort: Cohort) -> None:
+    def begin(self) -> None:
         """The first batch comes next."""
-        self._cohort = cohort
-        self._signals.hold()
+        self.cohort.begin()
+        self.signals.hold()
 
     def end(self) -> int:
         """Finish, wait for the others, and leave the record; the exit status."""
         try:
             summary = self.cohort.close()
-        except Exception as error:
-            return self.fail(error, closed=True)
+        except BaseException as error:  # whatever ended the writer thread
+            return self._broken(error, {"rank": self.rank})
         return self._settle(summary)
 
-    def fail(self, exception: BaseException, *, closed: bool = False) -> int:
+    def fail(self, exception: BaseException) -> int:
         """The same, after an error that ends the run in all processes."""
-        self.line.ask_stop(Stop(f"rank {self._plan.group.rank}: {type(exception).__name__}: {exception}", BROKEN))
-        summary: Message = {"rank": self._plan.group.rank}
-        if self._cohort is not None and not closed:
-            try:
-                summary = self._cohort.close()
-            except Exception:
-                log.exception("closing failed as well")
+        summary: Message = {"rank": self.rank}
+        self.line.ask_stop(self._stop(exception))
+        try:
+            summary = self.cohort.close()
+        except Exception:
+            log.exception("closing failed as well")
+        return self._broken(exception, summary)
+
+    def _broken(self, exception: BaseException, summary: Message) -> int:
+        self.line.ask_stop(self._stop(exception))
         return self._settle(summary)
+
+    def _stop(self, exception: BaseException) -> Stop:
+        return Stop(f"rank {self.rank}: {type(exception).__name__}: {exception}", BROKEN)
 
     def _settle(self, summary: Message) -> int:
         try:
@@ -196,7 +193,7 @@ class _Run:
             log.error("%s", error)
             return BROKEN
         finally:
-            self._signals.release()
+            self.signals.release()
 
     def _close_record(self, summaries: list[Message]) -> int:
         try:
@@ -205,6 +202,24 @@ class _Run:
             self.line.ask_stop(Stop(str(error), BROKEN))
             return BROKEN
 
-    def _take(self, row: Message) -> None:
-        assert self.record is not None, "only rank 0 takes rows"
-        self.record.add(Row(**{**row, "outputs": tuple(row["outputs"])}))
+
+def _connected(folder: Path, data: GridDataModule, configuration: Mapping[str, Any]) -> tuple[Line, Record | None]:
+    """The line between the processes, and on rank 0 the record that it feeds."""
+    group, records = data.plan.group, list[Record]()
+    hubs: list[Hub] = []
+
+    def take(row: Message) -> None:
+        records[0].add(Row(**{**row, "outputs": tuple(row["outputs"])}))
+
+    def opened() -> tuple[str, int, bytes] | None:
+        records.append(Record(folder, data.plan, data.shard, configuration))
+        hubs.extend([Hub(group.size, take)] if group.size > 1 else [])
+        return hubs[0].address if hubs else None
+
+    address = group.first(opened)
+    if address is None:
+        return Alone(take), records[0]
+    if not hubs:
+        return Spoke(group.rank, address), None
+    hubs[0].accept()
+    return hubs[0], records[0]

@@ -1,0 +1,199 @@
+"""Runs of predict.py in processes of their own that start in a moment: forked from one that has imported everything.
+
+Several such processes make a world as torchrun would start it. Signals, deaths and exit statuses are real.
+"""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).parents[1]
+MARK = "VOXQUILT_TEST_RUN"
+
+
+@dataclass
+class Run:
+    """Processes of one run, by rank."""
+
+    server: "Server"
+    pids: list[int]
+    logs: list[Path]
+    mark: str
+    began: float = field(default_factory=time.monotonic)
+
+    def wait(self, timeout: float = 60) -> list[int]:
+        """Exit statuses, negative for a signal; a run that does not end in time is killed and told by 'timeout'."""
+        statuses = [self.server.ask({"wait": pid, "timeout": timeout})["status"] for pid in self.pids]
+        self.seconds = time.monotonic() - self.began
+        assert None not in statuses, f"still running after {timeout} s: {self.text}"
+        return statuses
+
+    @property
+    def text(self) -> str:
+        """What all processes printed."""
+        return "".join(log.read_text(errors="replace") for log in self.logs)
+
+    def until(self, path: Path, text: str = "", timeout: float = 30) -> None:
+        """Wait until a file is there, with this text in it."""
+        end = time.monotonic() + timeout
+        while not (path.exists() and text in path.read_text(errors="replace")):
+            assert time.monotonic() < end, f"{path} has no {text!r}: {self.text}"
+            time.sleep(0.01)
+
+    def orphans(self) -> list[int]:
+        """Processes of this run that are still there."""
+        return alive(self.mark)
+
+
+def alive(mark: str) -> list[int]:
+    """Processes whose environment has the mark of a run."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+    return found
+
+
+class Server:
+    """The process that forks."""
+
+    def __init__(self) -> None:
+        environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """One request, one answer."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def start(self, *arguments: str, cwd: Path, ranks: int = 1, env: Mapping[str, str] | None = None) -> Run:
+        """Begin a run with so many processes."""
+        mark, port = uuid.uuid4().hex, free_port()
+        logs, pids = [cwd / f"log_{mark}_{rank}.txt" for rank in range(ranks)], []
+        for rank, log in enumerate(logs):
+            world = {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "GROUP_RANK": "0",
+                "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                "TORCHELASTIC_RUN_ID": "test",
+            }  # fmt: skip
+            request = {
+                "arguments": [*arguments, *([f"trainer.devices={ranks}", "trainer.accelerator=cpu"] * (ranks > 1))],
+                "cwd": str(cwd), "log": str(log),
+                "env": {MARK: mark, "SLOW": os.environ.get("SLOW", "0"), **(world if ranks > 1 else {}), **(env or {})},
+            }  # fmt: skip
+            pids.append(self.ask(request)["pid"])
+        return Run(self, pids, logs, mark)
+
+    def close(self) -> None:
+        """No more runs."""
+        self._process.kill()
+        with self._process:  # closes its pipes
+            pass
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _serve() -> None:
+    import lightning.pytorch
+    import synthetic
+
+    import voxquilt.app
+    import voxquilt.processes
+    import voxquilt.report
+    import voxquilt.writer
+
+    _ = lightning.pytorch, synthetic, voxquilt.processes, voxquilt.report, voxquilt.writer
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            answer = {"status": _waited(request["wait"], request["timeout"])}
+        else:
+            answer = {"pid": _forked(request, voxquilt.app.predict)}
+        print(json.dumps(answer), flush=True)
+
+
+def _forked(request: Mapping[str, Any], main: Any) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 70
+    try:
+        os.chdir(request["cwd"])
+        os.environ.update(request["env"])
+        log = os.open(request["log"], os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        null = os.open(os.devnull, os.O_RDONLY)
+        for descriptor, target in ((null, 0), (log, 1), (log, 2)):
+            os.dup2(descriptor, target)
+        sys.argv = [str(ROOT / "predict.py"), *request["arguments"]]
+        status = _status(main)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _status(main: Any) -> int:
+    try:
+        main()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    return 0
+
+
+def _waited(pid: int, timeout: float) -> int | None:
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        select.select([], [], [], 0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return None
+
+
+def checked(statuses: Sequence[int]) -> int:
+    """The status that all processes of a run agree on."""
+    assert len(set(statuses)) == 1, statuses
+    return statuses[0]
+
+
+@contextlib.contextmanager
+def server() -> Iterator[Server]:
+    """For a fixture."""
+    found = Server()
+    try:
+        yield found
+    finally:
+        found.close()
+
+
+if __name__ == "__main__":
+    _serve()
