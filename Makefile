@@ -25,6 +25,7 @@ bench: $(READY) .bench/nnunet/.ready .bench/konfai/.ready
 	$(BIN)/python benchmarks/plot.py .bench/results.json
 	$(BIN)/python benchmarks/loop.py
 	$(BIN)/python benchmarks/ct.py
+	$(BIN)/python benchmarks/plan.py
 
 .bench/%/.ready: benchmarks/environments/%.txt constraints.txt | $(READY)
 	$(BIN)/python benchmarks/environments.py $*

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.errors import InstantiationException
+from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from voxquilt.cases import find_cases
 from voxquilt.config import check_predict, check_train
@@ -28,6 +29,9 @@ from voxquilt.resume import Resume
 from voxquilt.status import print_status
 
 DONE, FAILED, NOT_STARTED = 0, 1, 2
+
+# Of the runs of this command: one, or those of a sweep.
+_statuses: list[int] = []
 
 
 def conf_dir() -> Path:
@@ -52,37 +56,55 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("if_averaged", _scores_activation, replace=True)
 
 
+class _Status(int):
+    """A run's exit status. Where a launcher such as submitit ran it elsewhere, it is heard of as it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _heard, (int(self),)
+
+
+def _heard(status: int) -> _Status:
+    _statuses.append(status)
+    return _Status(status)
+
+
 def _main(name: str, task: Callable[[DictConfig], int]) -> None:
-    register_resolvers()
-    # Read by torch when it first allocates: a network's outputs are large and new for every batch, and with huge pages
-    # the operating system hands them out in a third less time.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    sys.path.append(str(Path.cwd()))  # the user's own classes; last, so that they hide nothing that is installed
-    statuses: list[int] = []
+    def guarded(cfg: DictConfig) -> _Status:
+        return _guarded(task, cfg)
 
-    def guarded(cfg: DictConfig) -> None:
-        statuses.append(NOT_STARTED)
-        statuses[-1] = _guarded(task, cfg)
-
+    _statuses.clear()
     try:
-        sys.argv[1:] = to_overrides(sys.argv[1:])
+        # Hydra wants --multirun and the like before or behind all overrides, not between them.
+        sys.argv[1:] = sorted(to_overrides(sys.argv[1:]), key=lambda text: "=" in text and not text.startswith("-"))
+        register_resolvers()
         hydra.main(config_path=str(conf_dir()), config_name=name, version_base="1.3")(guarded)()
     except ConfigError as error:
         print(f"voxquilt: {error}", file=sys.stderr)
         sys.exit(NOT_STARTED)
     except SystemExit as error:
-        # Hydra prints what it cannot compose and exits with 1, which means 'some subject failed' here.
-        sys.exit(NOT_STARTED if error.code not in (0, None) and not statuses else error.code)
-    sys.exit(max(statuses, default=0))  # none after --help or --cfg
+        if error.code in (0, None):
+            raise
+        # Hydra prints what it cannot compose and exits with 1, which means 'some subject failed' here. What else it
+        # exits for is an error in a run, or a run that a cluster ended.
+        began = _statuses or not isinstance(error.__context__, HydraException | OmegaConfBaseException | None)
+        sys.exit(max([error.code if isinstance(error.code, int) else FAILED, *_statuses]) if began else NOT_STARTED)
+    sys.exit(max(_statuses, default=0))  # none after --help or --cfg
 
 
-def _guarded(task: Callable[[DictConfig], int], cfg: DictConfig) -> int:
+def _guarded(task: Callable[[DictConfig], int], cfg: DictConfig) -> _Status:
+    register_resolvers()  # a launcher's process has not come through _main
+    # Read by torch when it first allocates: a network's outputs are large and new for every batch, and with huge pages
+    # the operating system hands them out in a third less time.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    sys.path.append(str(Path.cwd()))  # the user's own classes; last, so that they hide nothing that is installed
+    _statuses.append(FAILED)  # of an error that is none of ours
     try:
-        return task(cfg)
+        _statuses[-1] = task(cfg)
     except VoxquiltError as error:
         if is_first():  # of many processes that all say the same
             print(f"voxquilt: {error}", file=sys.stderr)
-        return NOT_STARTED
+        _statuses[-1] = NOT_STARTED
+    return _Status(_statuses[-1])
 
 
 def _scores_activation(average: str | None, activation: str | None) -> str | None:

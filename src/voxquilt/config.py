@@ -65,11 +65,11 @@ def check_predict(cfg: DictConfig) -> dict[str, Any]:
     plain["shard"] = check_shard(plain["shard"])
     check_model(plain["model"])
     check_callbacks(plain["callbacks"])
+    multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    check_trainer(plain["trainer"], plain["shard"]["count"], multirun=multirun)
     _check_weights(plain)
     if is_first() and not is_external():
         _check_cases(plain)
-    multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-    check_trainer(plain["trainer"], plain["shard"]["count"], multirun=multirun)
     _check_targets(plain, _allowed(plain["run"].get("allowed_targets")))
     _check_output(plain)
     return plain

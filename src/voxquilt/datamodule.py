@@ -4,17 +4,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import count
 from time import perf_counter
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
+from voxquilt.agreed import agreed
 from voxquilt.batch import Loaded, Work
 from voxquilt.cases import Case, find_cases
 from voxquilt.dealing import deal
 from voxquilt.errors import ConfigError, VoxquiltError
+from voxquilt.fingerprint import digest
 from voxquilt.geometry import to_triple
 from voxquilt.group import Group
 from voxquilt.launch import is_external, is_first, not_the_tasks, slurm_tasks
@@ -68,7 +69,7 @@ class GridDataModule(LightningDataModule):
             image's grid, given by a pattern with `{subject}`.
         preprocess: To model space; RAS with the file's spacing by default.
         shard: (index, count): predict one of `count` parts of the subjects, of about as many patches each. Every part
-            deals alike, from headers.
+            deals alike, from headers; with `resume` one of them reads these for all.
         distribute: With several processes, 'subject' gives each subject to one of them, 'slab' divides every volume's
             grid between all, 'auto' does so where there are fewer subjects than processes or one outweighs its share.
         resume: Finds what is done already; None predicts everything.
@@ -136,9 +137,9 @@ class GridDataModule(LightningDataModule):
         group = Group(self.trainer)
         # Rank 0 looks into folders, which may be changing; each header is read by one process.
         cases = group.first(lambda: self.cases)
-        todo = group.first(lambda: self._resume.todo(cases) if self._resume else Todo([""] * len(cases)))
-        tasks = [Task(case, *pair) for case, pair in zip(cases, zip(todo.fingerprints, count()), strict=False)]
-        tasks = self._of_shard(tasks, todo.done)
+        ours = group.first(lambda: self._of_shard(cases))
+        todo = group.first(lambda: self._resume.todo(ours) if self._resume else Todo([""] * len(ours)))
+        tasks = [Task(*parts) for parts in zip(ours, todo.fingerprints, range(len(ours)), strict=True)]
         left = [task for task in tasks if task.case.subject not in todo.done]
         mine = left
         if group.size > 1:
@@ -161,19 +162,23 @@ class GridDataModule(LightningDataModule):
             found.append(self._failures.pop(0))
         return found
 
-    def _of_shard(self, tasks: list[Task], done: Mapping[str, Row]) -> list[Task]:
+    def _of_shard(self, cases: list[Case]) -> list[Case]:
         index, shards = self.shard
         if shards == 1:
-            return tasks
-        # All subjects are dealt, done or not: a shard that starts late has to deal as the others did. A subject that is
-        # done has its patches in its row, and its header need not be read again.
-        unread = [task.case for task in tasks if task.case.subject not in done]
-        sizes = dict(zip((case.subject for case in unread), self._sizes(unread), strict=True))
-        costs = [
-            row.patches + row.skipped + 1 if (row := done.get(task.case.subject)) else sizes[task.case.subject].patches
-            for task in tasks
-        ]
-        return [tasks[n] for n in deal(costs, shards)[index]]
+            return cases
+
+        # All subjects are dealt, done or not: a shard that starts late has to deal as the others did. One shard reads
+        # the headers for all, or each of hundreds would open every file.
+        def costs() -> list[int]:
+            return [size.patches for size in self._sizes(cases)]
+
+        if self._resume is None:
+            return [cases[n] for n in deal(costs(), shards)[index]]
+        grid = self.patch_size, self.patch_overlap, self.padding_mode is not None, self.divisible_by
+        space = self.preprocess.orientation, self.preprocess.spacing
+        key = digest([grid, space, [[case.subject, list(case.images.values())] for case in cases]])
+        dealt = deal(agreed(self._resume.folder / f"plan_of_{shards}.json", key, costs), shards)
+        return [cases[n] for n in dealt[index]]
 
     def _sizes(self, cases: Sequence[Case], ranks: int = 1) -> list[Size]:
         # On a network's file system most of the time is waiting.

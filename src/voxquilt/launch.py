@@ -6,13 +6,28 @@ from time import sleep
 
 # Rank 0's process number, for the processes that Lightning starts for it.
 _PARENT = "VOXQUILT_PARENT"
+# Names of SLURM jobs whose tasks Lightning does not count.
+_INTERACTIVE = ("interactive", "bash")
 
 
 def slurm_tasks() -> int:
-    """Tasks of this SLURM job; 1 elsewhere, and in an interactive shell of SLURM, as Lightning sees it."""
-    if os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
+    """Processes of the run that SLURM started; 1 elsewhere.
+
+    As Lightning sees it: 1 in an interactive shell of SLURM too, and where SLURM's tasks are torchrun's agents.
+    """
+    if is_interactive() or "TORCHELASTIC_RUN_ID" in os.environ:
         return 1
     return int(os.environ.get("SLURM_NTASKS", "1"))
+
+
+def is_interactive() -> bool:
+    """Whether SLURM's tasks have nothing to do with the processes of a run, by the job's name."""
+    return os.environ.get("SLURM_JOB_NAME") in _INTERACTIVE
+
+
+def leave_slurm() -> None:
+    """Have this task of SLURM be a run of its own, for Lightning too."""
+    os.environ["SLURM_JOB_NAME"] = _INTERACTIVE[0]
 
 
 def not_the_tasks(world_size: int) -> str:

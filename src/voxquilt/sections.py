@@ -10,7 +10,7 @@ from voxquilt.cases import Case
 from voxquilt.errors import ConfigError, VoxquiltError
 from voxquilt.geometry import Triple, parse_axcodes, to_spacing, to_triple
 from voxquilt.grid import make_grid
-from voxquilt.launch import is_external, not_the_tasks, slurm_tasks
+from voxquilt.launch import is_external, is_interactive, leave_slurm, not_the_tasks, slurm_tasks
 from voxquilt.names import (
     ACTIVATIONS,
     AVERAGES,
@@ -133,14 +133,15 @@ def check_run(run: Mapping[str, Any]) -> None:
 def check_trainer(trainer: Mapping[str, Any], shards: int, *, multirun: bool) -> None:
     """Processes that belong together, as far as can be seen before torch is imported.
 
+    With several shards, SLURM's tasks may be runs of their own; from here on they are.
+
     Args:
         trainer: Its arguments.
-        shards: With several, SLURM's tasks may be runs of their own.
+        shards: How many.
         multirun: Whether Hydra runs a sweep.
     """
     devices, strategy = trainer.get("devices", 1), str(trainer.get("strategy", "auto"))
-    text = str(devices)
-    per_node = len(devices) if isinstance(devices, list) else int(text) if text.isdecimal() else None
+    per_node = _per_node(devices)
     if strategy.startswith(("fsdp", "deepspeed", "model_parallel")):
         raise ConfigError(
             f"trainer.strategy={strategy} divides the network between processes, so that none may predict more patches "
@@ -151,9 +152,30 @@ def check_trainer(trainer: Mapping[str, Any], shards: int, *, multirun: bool) ->
             f"--multirun with trainer.devices={devices}: each process of ddp would begin the whole sweep again. Use "
             f"trainer.strategy=ddp_spawn, or a launcher that starts the processes (hydra/launcher=submitit_slurm)."
         )
-    world = None if per_node is None else per_node * int(trainer.get("num_nodes", 1))
-    if world is not None and shards == 1 and slurm_tasks() not in (1, world):
-        raise ConfigError(not_the_tasks(world))
+    nodes = str(trainer.get("num_nodes", 1))
+    if not nodes.isdecimal():
+        raise ConfigError(f"trainer.num_nodes must be an integer; it is {nodes!r}.")
+    world = None if per_node is None else per_node * int(nodes)
+    if slurm_tasks() not in (1, world):
+        if shards > 1:
+            leave_slurm()
+        elif world is not None:
+            raise ConfigError(not_the_tasks(world))
+    if is_interactive() and "SLURMEnvironment" in str(trainer.get("plugins")):
+        raise ConfigError(
+            "this SLURM job has the name of an interactive shell, where its tasks are not taken for the processes of a "
+            "run: give it another, such as salloc --job-name=predict, or use trainer=gpu."
+        )
+
+
+def _per_node(devices: Any) -> int | None:
+    """Processes on each node; None where Lightning finds out."""
+    # As Lightning reads them: 4, '4', [0, 2], '0,2', '0,'.
+    text = str(devices).strip()
+    if text.isdecimal():
+        return int(text)
+    ids = devices if isinstance(devices, list) else [part for part in text.split(",") if part.strip()]
+    return len(ids) if all(str(part).strip().isdecimal() for part in ids) else None
 
 
 def _check_grid(patch_size: Triple, patch_overlap: Any) -> None:

@@ -1,7 +1,7 @@
 """Which process does what? Subjects whole to one process each, or a volume's grid in slabs to several."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from voxquilt.cases import Case
 from voxquilt.dealing import deal
@@ -65,8 +65,9 @@ def distributed(tasks: Sequence[Task], sizes: Sequence[Size], ranks: int, distri
     for place, n in enumerate(shared):
         # The collecting rank changes, since it also writes.
         team = tuple((place + member) % ranks for member in range(sizes[n].parts))
+        task = replace(tasks[n], team=team)
         for rank in team:
-            dealt[rank].append(Task(tasks[n].case, tasks[n].fingerprint, tasks[n].number, team))
+            dealt[rank].append(task)
             loads[rank] += sizes[n].patches / len(team)
     whole = sorted(set(range(len(tasks))) - set(shared))
     for mine, numbers in zip(dealt, deal([sizes[n].patches for n in whole], ranks, loads), strict=True):
