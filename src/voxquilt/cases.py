@@ -74,7 +74,9 @@ def _from_entry(entry: object) -> list[Case]:
         raise ConfigError(f"data.inputs: {entry!r} is {type(entry).__name__}, not a path; quote it: '\"{entry}\"'.")
     path = _path(entry)
     if path.is_dir():
-        found = sorted(p for p in path.iterdir() if is_image(p) and p.is_file())
+        # Unlike Path.iterdir and is_file this asks nothing of each file, which of 100,000 on a network takes minutes.
+        with os.scandir(path) as entries:
+            found = sorted(path / entry.name for entry in entries if is_image(Path(entry.name)) and entry.is_file())
         problem = f"the folder {path} has no NIfTI file ({', '.join(SUFFIXES)})"
     elif path.is_file():
         return _from_table(path) if path.suffix.lower() == ".csv" else _one_image([path])

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -150,9 +149,7 @@ def _new_header(array: np.ndarray, frame: Frame, source: Nifti1Header | None) ->
 
 
 def _load(path: Path) -> Nifti1Pair:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # nibabel's remarks on sloppy headers; what matters is checked here
-        image = nib.load(path)
+    image = nib.load(path)
     if not isinstance(image, Nifti1Pair):  # base of Nifti1Image, Nifti2Pair and Nifti2Image
         raise InputError(f"it is {type(image).__name__}, not NIfTI; convert it, since its orientation is not certain.")
     return image
