@@ -244,7 +244,9 @@ class Restorer:
 
     def _pieces(self, planes: Tensor, start: int, until: int) -> Iterator[Piece]:
         rows, columns = self._maps[self._across].size, self._maps[self._along].size
-        room, total = max(1, self._voxels // len(planes)), self._maps[self.axis].size
+        # A GPU has no cache to stay in, and each small piece costs it the start of many kernels.
+        larger = 8 if planes.is_cuda else 1
+        room, total = max(1, larger * self._voxels // len(planes)), self._maps[self.axis].size
         # Memory is read best plane by plane, or, where planes run along its fastest axis, many of them row by row.
         fastest = planes.stride(self._source_axis + 1) == 1
         step = min(max(1, until - self._done), max(1, room // (columns if fastest else rows * columns)))
@@ -252,7 +254,7 @@ class Restorer:
         # the operating system for each: its first touch costs more than interpolating.
         high, wide = max(1, min(rows, room // step // columns)), columns
         if self._tile is not None:
-            step = high = wide = self._tile
+            step = high = wide = self._tile * (4 if planes.is_cuda else 1)
         while self._done < until:
             count = min(step, until - self._done)
             first = self._done if self._ascending else total - self._done - count
