@@ -154,6 +154,8 @@ def ended(process: "subprocess.Popen[bytes]", job: Run) -> int:
         ("rank 0 is killed (SIGKILL)", fault("kill", 0), 2),
         ("rank 1 is killed (SIGKILL), slabs", (*fault("kill", 1), "run.distribute=slab"), 2),
         ("rank 0 is killed (SIGKILL), slabs", (*fault("kill", 0), "run.distribute=slab"), 2),
+        ("rank 1 of 3 is killed (SIGKILL), slabs", (*fault("kill", 1), "run.distribute=slab"), 3),
+        ("rank 2 of 3 is killed (SIGKILL), slabs", (*fault("kill", 2), "run.distribute=slab"), 3),
         ("rank 2 of 3 raises, slabs", (*fault("raise", 2), "run.distribute=slab"), 3),
         ("the writer thread dies (one process)", fault("writer"), 1),
         ("the writer thread of rank 1 dies", fault("writer", 1), 2),

@@ -160,7 +160,7 @@ def test_no_voxel_of_a_mask_is_lost_on_the_way_to_model_space(
     found = inside(LabelMap(mask.byte(), affine=affine), subject, space)
     model = np.stack(np.meshgrid(*map(np.arange, space.model.shape), indexing="ij"), -1).reshape(-1, 3)
     in_world = model @ space.model.affine[:3, :3].T + space.model.affine[:3, 3]
-    # Half a voxel along each axis, and half as much again where the field of view is not a whole number of model voxels.
+    # Half a voxel along each axis, and half as much again where the field of view is no whole number of voxels.
     reach = 0.76 * np.linalg.norm(np.maximum(space.model.spacing, np.array(subject.frame.spacing)[[1, 0, 2]].max()))
     voxels = mask[0].nonzero().numpy() @ affine[:3, :3].T + affine[:3, 3]
     for voxel in voxels:

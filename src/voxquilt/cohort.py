@@ -209,7 +209,7 @@ class Cohort:
             with torch.inference_mode():
                 # Messages are taken also where they are of no use any more, so that every one finds its receiver.
                 if not team.is_last:
-                    error = _tried(error, partial(self._join, team, None if error else quilt))
+                    error = self._joined(team, quilt, error)
                 if not team.collects:
                     self._answer(team, quilt, error)
                     return
@@ -226,6 +226,20 @@ class Cohort:
         if error is not None and not (self.line.stop and isinstance(error, ElsewhereError)):
             self._record(shared.task, error, perf_counter() - work.started if work else 0.0)
 
+    def _joined(self, team: Team, quilt: Quilt | None, error: Exception | None) -> Exception | None:
+        def join() -> None:
+            sums = team.receive_head()
+            if quilt is not None and error is None:
+                quilt.join(sums)
+
+        try:
+            return _tried(error, join)
+        except RunError as died:
+            # Those who live wait for this process's word nonetheless.
+            if not team.collects:
+                self._answer(team, None, died)
+            raise
+
     def _answer(self, team: Team, quilt: Quilt | None, error: Exception | None) -> None:
         head: list[Tensor] = []
         parts: Parts = []
@@ -235,14 +249,11 @@ class Cohort:
             except Exception as own:
                 error = own
         reason = "" if error is None else _reason(error)
-        if team.task.number not in self._heads:
-            team.send_head(head, reason)
-        team.send_planes(parts, reason)
-
-    def _join(self, team: Team, quilt: Quilt | None) -> None:
-        sums = team.receive_head()
-        if quilt is not None:
-            quilt.join(sums)
+        try:
+            if team.task.number not in self._heads:
+                team.send_head(head, reason)
+        finally:
+            team.send_planes(parts, reason)
 
     def _send_head(self, task: Task, quilt: Quilt) -> None:
         team = self._team(task)

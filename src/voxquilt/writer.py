@@ -174,6 +174,8 @@ class _Run:
         self.line.ask_stop(self._stop(exception))
         try:
             summary = self.cohort.close()
+        except RunError as error:
+            log.error("%s", error)
         except Exception:
             log.exception("closing failed as well")
         return self._broken(exception, summary)
