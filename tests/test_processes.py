@@ -165,14 +165,8 @@ def test_on_error_raise_stops_all_processes(tmp_path: Path, forks: Server) -> No
     for n in range(40):
         save(tmp_path / f"in/s{n:02}.nii.gz", noise((16, 16, 16), n))
     (tmp_path / "in/s05.nii.gz").write_bytes(b"")
-    job = forks.start(
-        *JOB,
-        "model.net._target_=synthetic.Slow",
-        "+model.net.seconds=0.02",
-        "run.on_error=raise",
-        cwd=tmp_path,
-        ranks=2,
-    )
+    slow = ("model.net._target_=synthetic.Slow", "run.on_error=raise")
+    job = forks.start(*JOB, *slow, cwd=tmp_path, ranks=2, env={"SLOW": "0.02"})
     assert checked(job.wait()) == 1, job.text
     rows = manifest(tmp_path / "outputs")
     assert rows["s05"]["status"] == "failed"

@@ -1,6 +1,6 @@
 """A batch of patches, which may come from several subjects, and whose they are."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from voxquilt.errors import OutputError
 from voxquilt.grid import Grid
 from voxquilt.nifti import NiftiFile
 from voxquilt.parts import Part
@@ -81,6 +82,24 @@ class PatchBatch:
     def to(self, device: torch.device) -> "PatchBatch":
         """The batch on another device."""
         return PatchBatch(self.data.to(device), self.runs)
+
+    def named(self, outputs: object) -> dict[str, Tensor]:
+        """What predict_step gave for the batch, by name; a single tensor has the name ''.
+
+        Raises:
+            Exception: the network's, where predict_step gave one.
+            OutputError: it is not of the batch.
+        """
+        if isinstance(outputs, Exception):
+            raise outputs
+        named = outputs if isinstance(outputs, Mapping) else {"": outputs}
+        for name, output in named.items():
+            if not isinstance(output, Tensor):
+                raise OutputError(f"predict_step gave {type(output).__name__}; wanted are tensors (B, C, I, J, K).")
+            if output.ndim == 0 or len(output) != len(self.data):
+                shape, patches = tuple(output.shape), len(self.data)
+                raise OutputError(f"output {name!r} has shape {shape} for a batch of {patches} patches.")
+        return dict(named)
 
     def by_subject(self) -> "Iterator[PatchBatch]":
         """A batch for each of its subjects."""

@@ -1,7 +1,7 @@
 """Where does a run stand? Its open subjects, the thread that finishes them, and what became of the others."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,7 +15,7 @@ from torch import Tensor
 from voxquilt.batch import PatchBatch, Run, Work
 from voxquilt.buffers import Buffers
 from voxquilt.datamodule import GridDataModule
-from voxquilt.errors import OutputError, RunError, VoxquiltError
+from voxquilt.errors import RunError, reason_of
 from voxquilt.files import Files
 from voxquilt.line import Line, Stop
 from voxquilt.manifest import Row
@@ -90,7 +90,7 @@ class Cohort:
         for run in batch.runs:
             if not run.work.failed:
                 try:
-                    self._add(_named(outputs, len(batch.data)), run)
+                    self._add(batch.named(outputs), run)
                 except Exception as error:
                     self._fail(run.work, error)
 
@@ -184,7 +184,7 @@ class Cohort:
             self._ready[task.number] = _Shared(task, error=error)
             self._submit()
             return
-        reason = _reason(error)
+        reason = reason_of(error)
         self.line.report(asdict(Row(task.case.subject, "failed", seconds=seconds, error=reason)))
         if self._raise_first:
             self.line.ask_stop(Stop(f"{task.case.subject}: {reason} (run.on_error=raise stops here.)", 1))
@@ -248,7 +248,7 @@ class Cohort:
                 head, parts = quilt.head() or [], list(quilt.parts())
             except Exception as own:
                 error = own
-        reason = "" if error is None else _reason(error)
+        reason = "" if error is None else reason_of(error)
         try:
             if team.task.number not in self._heads:
                 team.send_head(head, reason)
@@ -276,26 +276,3 @@ def _tried(error: Exception | None, action: Callable[[], object]) -> Exception |
     except Exception as own:
         return error or own
     return error
-
-
-def _named(outputs: Any, patches: int) -> Outputs:
-    """What predict_step gave, by name, once it is known to belong to the batch."""
-    if isinstance(outputs, Exception):
-        raise outputs
-    named = outputs if isinstance(outputs, Mapping) else {"": outputs}
-    for name, output in named.items():
-        if not isinstance(output, Tensor):
-            raise OutputError(f"predict_step gave {type(output).__name__}; wanted are tensors (B, C, I, J, K).")
-        if output.ndim == 0 or len(output) != patches:
-            raise OutputError(f"output {name!r} has shape {tuple(output.shape)} for a batch of {patches} patches.")
-    return named
-
-
-def _gist(error: Exception) -> str:
-    """TorchScript puts its own traceback before the message; other messages are kept as they are."""
-    text = str(error).strip()
-    return text.splitlines()[-1] if "TorchScript" in text.split("\n")[0] else text
-
-
-def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, VoxquiltError) else f"{type(error).__name__}: {_gist(error)}"

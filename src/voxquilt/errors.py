@@ -43,3 +43,14 @@ class OutputError(VoxquiltError, RuntimeError):
 
 class RunError(VoxquiltError, RuntimeError):
     """A run of several processes broke off: one of them died or stopped."""
+
+
+def reason_of(error: Exception) -> str:
+    """An error as a row of the manifest tells it."""
+    return str(error) if isinstance(error, VoxquiltError) else f"{type(error).__name__}: {_gist(error)}"
+
+
+def _gist(error: Exception) -> str:
+    """TorchScript puts its own traceback before the message; other messages are kept as they are."""
+    text = str(error).strip()
+    return text.splitlines()[-1] if "TorchScript" in text.split("\n")[0] else text
