@@ -9,8 +9,13 @@ from pathlib import Path
 
 from voxquilt.errors import OutputError
 
-TEMPORARY = r"\..+\.(?P<host>[^/]+)\.(?P<pid>\d+)\.voxquilt"
+TEMPORARY = r"\..+\.(?P<pid>\d+)\.voxquilt"
 """Matches the name of a file that is being written: whose it will be, and which process on which machine writes."""
+
+
+def temporary_suffix(pid: int) -> str:
+    """How names of files end that a process on this machine is writing."""
+    return f".{socket.gethostname()}.{pid}.voxquilt"
 
 
 @contextlib.contextmanager
@@ -23,7 +28,7 @@ def replacing(path: Path) -> Iterator[BufferedWriter]:
     Raises:
         OutputError: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.voxquilt")
+    temporary = path.with_name(f".{path.name}{temporary_suffix(os.getpid())}")
     try:
         with open(temporary, "wb") as file:
             yield file

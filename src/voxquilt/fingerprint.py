@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,13 +25,14 @@ _SINGLE = (("trainer", "precision"), ("run", "seed"), ("callbacks", "writer", "c
 _SINGLE = (*_SINGLE, ("callbacks", "writer", "overlay"))
 
 
-def settings(plain: Mapping[str, Any]) -> dict[str, Any]:
+def settings(plain: Mapping[str, Any], *, content: bool = False) -> dict[str, Any]:
     """The settings that change outputs, by their full keys, and the weights' checksums.
 
     Args:
         plain: The configuration.
+        content: Whether `inputs` tells files by what is in them.
     """
-    found: dict[str, Any] = {"format": FORMAT}
+    found: dict[str, Any] = {"format": FORMAT, "run.content_hash": content}
     for section, others in _SECTIONS.items():
         node = {key: value for key, value in (plain.get(section) or {}).items() if key not in others}
         found |= _flat(node, section)
@@ -39,7 +41,12 @@ def settings(plain: Mapping[str, Any]) -> dict[str, Any]:
         for key in path:
             node = (node or {}).get(key)
         found[".".join(path)] = node
-    paths = plain.get("ckpt_path")
+    images = (plain.get("data") or {}).get("images") or {}
+    if len(images) > 1:
+        found["data.images"] = list(images)  # the order of channels; which files they are is told by `inputs`
+    if content and isinstance(found.get("data.skip"), str):
+        found["data.skip"] = "a mask"  # wherever it lies
+    paths = (plain.get("model") or {}).get("ckpt_path") or plain.get("ckpt_path")
     for n, path in enumerate(paths if isinstance(paths, list) else [paths] if paths else []):
         found[f"weights.{n}"] = checksum(Path(os.path.expanduser(str(path))))
     return found
@@ -53,6 +60,7 @@ def digest(parts: Any) -> str:
 def inputs(cases: Iterable[Case], mask: Any = None, *, content: bool = False) -> list[str]:
     """For each case a digest of its files: path, size and time of change; or, with `content`, of what is in them.
 
+    Of several images their names and order count too: preprocessing may go by the name, channels go by the order.
     A file that cannot be looked at is told by its path: the run finds out what is wrong with it.
 
     Args:
@@ -64,7 +72,8 @@ def inputs(cases: Iterable[Case], mask: Any = None, *, content: bool = False) ->
 
     def of(case: Case) -> str:
         paths = [*case.images.values(), *([Path(pattern.replace("{subject}", case.subject))] if pattern else [])]
-        return digest([_identity(path, content) for path in paths])
+        names = list(case.images) if len(case.images) > 1 else []
+        return digest([names, [_identity(file, content) for path in paths for file in _files(path)]])
 
     # Each look at a network's file system takes a millisecond, and most of it is waiting.
     with ThreadPoolExecutor(16) as pool:
@@ -75,6 +84,12 @@ def checksum(path: Path) -> str:
     """sha256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files(path: Path) -> list[Path]:
+    """The path, and the .img of a .hdr or the other way round: they are one volume."""
+    other = re.sub(r"\.(hdr|img)(?=(\.gz)?$)", lambda match: {"hdr": ".img", "img": ".hdr"}[match[1]], str(path))
+    return [path, Path(other)] if other != str(path) else [path]
 
 
 def _identity(path: Path, content: bool) -> list[Any]:

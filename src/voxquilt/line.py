@@ -5,6 +5,7 @@ nothing. A connection that breaks is known at once. What is sent is JSON; connec
 the run and hands out through the process group.
 """
 
+import contextlib
 import json
 import os
 import secrets
@@ -24,6 +25,8 @@ BROKEN = 1
 """The exit status of a run that broke off."""
 # Seconds that a process is given to end by itself after rank 0 has died, and that rank 0 waits after a failure.
 _GRACE = 20.0
+# Seconds in which all processes have to connect; they come from a collective operation, so that none is late.
+_CONNECT = 300.0
 
 Message = dict[str, Any]
 
@@ -119,17 +122,32 @@ class Hub:
         return os.environ.get("MASTER_ADDR", socket.gethostname()), int(self._listener.address[1]), self._key
 
     def accept(self) -> None:
-        """Wait until every other rank has connected."""
-        while len(self._ranks) < self._size - 1:
-            try:
-                connection = self._listener.accept()
-            except (AuthenticationError, EOFError):  # somebody else's, such as a scan of ports
-                continue
-            self._ranks[connection] = json.loads(connection.recv_bytes())["rank"]
-            _keep_alive(connection)
-        self._listener.close()
+        """Wait until every other rank has connected.
+
+        Raises:
+            RunError: some did not.
+        """
+        # A thread, since neither a connection nor what it says first can be waited for with a time limit.
+        thread = threading.Thread(target=self._accept, daemon=True, name="voxquilt-line-accept")
+        thread.start()
+        thread.join(_CONNECT)
+        if absent := {*range(1, self._size)} - {*self._ranks.values()}:
+            raise RunError(
+                f"no connection from rank {', '.join(map(str, sorted(absent)))} to rank 0 (at {self.address[0]}, port "
+                f"{self.address[1]}) within {_CONNECT:.0f} s; is there a firewall, or is MASTER_ADDR wrong?"
+            )
         threading.Thread(target=self._hear, daemon=True, name="voxquilt-line-in").start()
         self._speaker.start()
+
+    def _accept(self) -> None:
+        while len(self._ranks) < self._size - 1:
+            # Somebody else's, such as a scan of ports, sends no key, or nonsense, or goes away.
+            with contextlib.suppress(AuthenticationError, EOFError, OSError):
+                connection = self._listener.accept()
+                rank = json.loads(connection.recv_bytes())["rank"]
+                _keep_alive(connection)
+                self._ranks[connection] = rank
+        self._listener.close()
 
     def ask_stop(self, stop: Stop) -> None:
         if self.stop is None:
@@ -197,6 +215,9 @@ class Spoke:
     Args:
         rank: Which one.
         address: Rank 0's `Hub.address`.
+
+    Raises:
+        RunError: there is no way to it.
     """
 
     def __init__(self, rank: int, address: tuple[str, int, bytes]) -> None:
@@ -204,8 +225,14 @@ class Spoke:
         self._status: int | None = None
         self._settled = threading.Event()
         host, port, key = address
-        self._connection = Client((host, port), family="AF_INET", authkey=key)
-        self._connection.send_bytes(json.dumps({"rank": rank}).encode())
+        try:
+            self._connection = Client((host, port), family="AF_INET", authkey=key)
+            self._connection.send_bytes(json.dumps({"rank": rank}).encode())
+        except (OSError, EOFError, AuthenticationError) as error:
+            raise RunError(
+                f"rank {rank} cannot connect to rank 0 at {host}, port {port}: {error}; is there a firewall, or is "
+                f"MASTER_ADDR wrong?"
+            ) from error
         _keep_alive(self._connection)
         self._outbox: SimpleQueue[Message] = SimpleQueue()
         threading.Thread(target=self._hear, daemon=True, name="voxquilt-line-in").start()

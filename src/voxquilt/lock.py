@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from time import monotonic, sleep
 
-from voxquilt.atomic import TEMPORARY
+from voxquilt.atomic import TEMPORARY, temporary_suffix
 from voxquilt.errors import ConfigError
 
 try:
@@ -37,20 +37,20 @@ def locked(folder: Path, shard: tuple[int, int] = (0, 1)) -> Iterator[None]:
         ConfigError: another run holds it, or the folder cannot be made.
     """
     index, count = shard
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as stack:
-            alone = stack.enter_context(_held(folder / _NAME, f"shards of {count}", shared=count > 1))
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_held(folder / _NAME, f"shards of {count}" if count > 1 else ""))
             if count > 1:
-                stack.enter_context(_held(folder / f".voxquilt_{index}_of_{count}.lock", f"shard {index}"))
-            _remove_temporaries(folder, everybody=alone)
-            yield
-    except _Busy as error:
-        raise ConfigError(
-            f"another run is writing to {folder} ({error}); wait for it, or choose another output_dir."
-        ) from None
-    except PermissionError as error:
-        raise ConfigError(f"output_dir={folder} cannot be written: {error.strerror}.") from error
+                stack.enter_context(_held(folder / f".voxquilt_{index}_of_{count}.lock"))
+            _remove_temporaries(folder, everybody=count == 1)
+        except _Busy as error:
+            raise ConfigError(
+                f"another run is writing to {folder} ({error}); wait for it, or choose another output_dir."
+            ) from None
+        except OSError as error:
+            raise ConfigError(f"output_dir={folder} cannot be written: {error.strerror}.") from error
+        yield
 
 
 class _Busy(Exception):
@@ -58,8 +58,8 @@ class _Busy(Exception):
 
 
 @contextlib.contextmanager
-def _held(path: Path, content: str, *, shared: bool = False) -> Iterator[bool]:
-    """The lock file, which is gone when its last holder is; gives whether no other process holds it too."""
+def _held(path: Path, shared: str = "") -> Iterator[None]:
+    """The lock file, which is gone when its last holder is; `shared` names those who may hold it together."""
     owner = f"process {os.getpid()} on {socket.gethostname()}"
     deadline, alone = monotonic() + 5, True
     with contextlib.ExitStack() as stack:
@@ -78,15 +78,15 @@ def _held(path: Path, content: str, *, shared: bool = False) -> Iterator[bool]:
                     break  # else it was removed by its holder while this process waited to open it
         if alone:
             file.truncate(0)
-            file.write(f"{content if shared else owner}\n")
+            file.write(f"{shared or owner}\n")
             file.flush()
-        elif _read(path) != content:
+        elif _read(path) != shared:
             raise _Busy(_read(path))
         if fcntl is not None and shared and alone:
             # For the others of its kind. Nobody comes between: a holder who is alone is replaced by itself.
             fcntl.flock(file.fileno(), fcntl.LOCK_SH)
         try:
-            yield fcntl is None or not shared
+            yield
         finally:
             if fcntl is None or not shared or _locks(file.fileno(), fcntl.LOCK_EX):
                 path.unlink(missing_ok=True)
@@ -107,7 +107,7 @@ def _locks(descriptor: int, kind: int) -> bool:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text("utf-8").strip()
+        return path.read_text("utf-8").strip() or "it has just begun"
     except OSError:
         return "it has just ended"
 
@@ -117,7 +117,8 @@ def _remove_temporaries(folder: Path, *, everybody: bool) -> None:
     with os.scandir(folder) as entries:
         found = [(entry.path, match) for entry in entries if (match := re.fullmatch(TEMPORARY, entry.name))]
     for path, match in found:
-        if everybody or (match["host"] == socket.gethostname() and not _lives(int(match["pid"]))):
+        pid = int(match["pid"])
+        if everybody or (path.endswith(temporary_suffix(pid)) and not _lives(pid)):
             with contextlib.suppress(OSError):
                 os.unlink(path)
                 log.info("removed %s, which a run that died had begun.", path)
@@ -126,7 +127,7 @@ def _remove_temporaries(folder: Path, *, everybody: bool) -> None:
 def _lives(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True

@@ -68,14 +68,16 @@ class Manifest:
     """
 
     def __init__(self, path: Path, kept: Iterable[Row] = ()) -> None:
+        kept = list(kept)
         self.path = path
+        self._kept = {row.subject for row in kept}
+        self._twice = False
         self._lock = threading.Lock()
-        with replacing(path) as file:
-            file.write("".join(map(_line, [_HEADER, *map(_cells, kept)])).encode())
+        _write(path, kept)
         self._file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115 (it is closed by `close`)
 
     def add(self, row: Row) -> None:
-        """Append a row and put it on disk.
+        """Append a row and put it on disk; it takes the place of a subject's row among those kept.
 
         Raises:
             OutputError: the disk is full, say.
@@ -87,14 +89,26 @@ class Manifest:
                 os.fsync(self._file.fileno())
             except OSError as error:
                 raise OutputError(f"{self.path}: writing failed: {error.strerror}.") from error
+            self._twice |= row.subject in self._kept
 
     def close(self) -> None:
-        """No more rows."""
+        """No more rows; leaves one for each subject.
+
+        Raises:
+            OutputError: the disk is full, say.
+        """
         with contextlib.suppress(OSError):  # a row that could not be written was an error before
             self._file.close()
+        if self._twice:
+            _write(self.path, read_rows([self.path]).values())
 
 
 _HEADER = [field.name for field in fields(Row)]
+
+
+def _write(path: Path, rows: Iterable[Row]) -> None:
+    with replacing(path) as file:
+        file.write("".join(map(_line, [_HEADER, *map(_cells, rows)])).encode())
 
 
 def _cells(row: Row) -> list[Any]:
@@ -116,21 +130,22 @@ def _line(cells: list[Any]) -> str:
 def read_rows(manifests: Iterable[Path]) -> dict[str, Row]:
     """What manifests say of each subject; the latest row counts.
 
-    A manifest may be growing, or its run may have died: a line that is not whole is left out.
+    A manifest may be growing, or its run may have died: a line that is not whole is left out. So is a last one without
+    its end, which could lack the end of its fingerprint. What older versions of voxquilt did not write is empty.
     """
     latest: dict[str, Row] = {}
     for path in sorted(path for path in manifests if path.is_file()):
-        with open(path, newline="", encoding="utf-8", errors="replace") as file:
-            for cells in csv.DictReader(file):
-                row = _row(cells)
-                if row is not None and (row.subject not in latest or latest[row.subject].finished <= row.finished):
-                    latest[row.subject] = row
+        text = path.read_bytes().decode("utf-8", errors="replace")
+        for cells in csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline="")):
+            row = _row(cells)
+            if row is not None and (row.subject not in latest or latest[row.subject].finished <= row.finished):
+                latest[row.subject] = row
     return latest
 
 
 def _row(cells: Mapping[str, str | None]) -> Row | None:
     try:
-        values = {name: cells[name] or "" for name in _HEADER if cells[name] is not None}
+        values = {name: value for name in _HEADER if (value := cells.get(name, "")) is not None}
         volume = values["volume_ml"]
         return Row(
             values["subject"],
@@ -140,7 +155,7 @@ def _row(cells: Mapping[str, str | None]) -> Row | None:
             float(values["seconds"]),
             values["error"],
             float(volume) if volume else None,
-            int(values["skipped"]),
+            int(values["skipped"] or 0),
             values["finished"],
             values["fingerprint"],
         )

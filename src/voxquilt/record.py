@@ -12,12 +12,14 @@ from typing import Any
 
 from voxquilt.datamodule import Plan
 from voxquilt.line import Message, Stop
-from voxquilt.manifest import Manifest, Row, of_shard, write_json
+from voxquilt.manifest import Manifest, Row, of_shard, read_rows, write_json
 from voxquilt.resume import finished, known_settings
 
 log = logging.getLogger("voxquilt")
 
 _PACKAGES = ("voxquilt", "torch", "lightning", "hydra-core", "nibabel", "monai", "numpy")
+
+_AGAIN = "is to be made again, and was not yet."
 
 
 class Record:
@@ -42,8 +44,13 @@ class Record:
         self._path = folder / of_shard("run.json", shard)
         path = folder / of_shard("manifest.csv", shard)
         ours = {*plan.everything, *(row.subject for row in plan.done)}
-        # Other subjects that earlier runs finished stay known, so that a run of one subject forgets no others.
-        others = [row for row in finished(folder, [path]).values() if row.subject not in ours]
+        # What became of other subjects stays known, so that a run of one subject forgets no others.
+        whole, others = finished(folder, [path]), read_rows([path])
+        others = [row for name, row in others.items() if name not in ours and (row.status == "failed" or name in whole)]
+        # A run that ends before it has made a subject again must not leave it to another manifest to call it done: the
+        # latest row counts.
+        done = finished(folder, {*folder.glob("manifest*.csv")} - {path}).keys()
+        again = [Row(subject, "failed", error=_AGAIN) for subject in plan.everything if subject in done]
         self._content: dict[str, Any] = {
             "status": "running",
             "exit_status": None,
@@ -57,7 +64,7 @@ class Record:
             "subjects": len(ours),
         }
         write_json(self._path, self._content)
-        self._manifest = Manifest(path, [*others, *self.rows])
+        self._manifest = Manifest(path, [*others, *again, *self.rows])
 
     def add(self, row: Row) -> None:
         """A subject is done or has failed.
@@ -65,8 +72,8 @@ class Record:
         Raises:
             OutputError: the manifest cannot be written.
         """
-        self.rows.append(row)
         self._manifest.add(row)
+        self.rows.append(row)
         if row.status == "failed":
             log.error("%s: failed: %s", row.subject, row.error)
         else:

@@ -50,7 +50,7 @@ class Resume:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """See `voxquilt.fingerprint.settings`; reads the weights."""
-        return settings(self.plain) | {"run.content_hash": self.content}
+        return settings(self.plain, content=self.content)
 
     @cached_property
     def settings_digest(self) -> str:
@@ -99,7 +99,7 @@ class Resume:
     def _changes(self, was: str, now: str) -> list[str]:
         if not was:
             return ["by a run that left no fingerprint"]
-        changes = ["the input file changed"] if was.partition("-")[2] != now.partition("-")[2] else []
+        changes = ["its input files changed"] if was.partition("-")[2] != now.partition("-")[2] else []
         if was.partition("-")[0] == self.settings_digest:
             return changes
         before = self._known.get(was.partition("-")[0])
@@ -108,7 +108,8 @@ class Resume:
         keys = [key for key in {**before, **self.settings} if before.get(key) != self.settings.get(key)]
         if "run.content_hash" in keys:
             changes = []  # then the digests of files cannot be compared
-        return [*changes, *(_change(key, before.get(key), self.settings.get(key)) for key in keys)]
+        said = [_change(key, before.get(key), self.settings.get(key)) for key in keys]
+        return [*changes, *dict.fromkeys(said)]  # several weights are one change
 
     @cached_property
     def _known(self) -> dict[str, dict[str, Any]]:
