@@ -236,7 +236,7 @@ class Spoke:
                 f"rank {rank} cannot connect to rank 0 at {host}, port {port}: {error}; is there a firewall, or is "
                 f"MASTER_ADDR wrong?"
             ) from error
-        self._outbox: SimpleQueue[Message] = SimpleQueue()
+        self._outbox: SimpleQueue[Message | None] = SimpleQueue()
         threading.Thread(target=self._hear, daemon=True, name="voxquilt-line-in").start()
         threading.Thread(target=self._speak, daemon=True, name="voxquilt-line-out").start()
 
@@ -254,6 +254,7 @@ class Spoke:
 
     def settle(self, status: int) -> int:
         self._settled.wait()
+        self._outbox.put(None)
         if self._status is None:
             raise RunError("the process of rank 0 died before the run had ended.")
         return self._status
@@ -275,7 +276,7 @@ class Spoke:
         self._settled.set()
 
     def _speak(self) -> None:
-        while _send(self._connection, self._outbox.get()):
+        while (message := self._outbox.get()) is not None and _send(self._connection, message):
             pass
 
 

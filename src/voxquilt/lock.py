@@ -21,6 +21,8 @@ except ImportError:  # Windows has other locks; a run there is not protected fro
 log = logging.getLogger("voxquilt")
 
 _NAME = ".voxquilt.lock"
+# Seconds that a shard waits for who holds the folder alone: another shard does so only while it begins or ends.
+_PATIENCE = 5.0
 
 
 @contextlib.contextmanager
@@ -60,8 +62,7 @@ class _Busy(Exception):
 @contextlib.contextmanager
 def _held(path: Path, shared: str = "") -> Iterator[None]:
     """The lock file, which is gone when its last holder is; `shared` names those who may hold it together."""
-    owner = f"process {os.getpid()} on {socket.gethostname()}"
-    deadline, alone = monotonic() + 5, True
+    deadline, alone = monotonic() + _PATIENCE, True
     with contextlib.ExitStack() as stack:
         while True:
             file = stack.enter_context(open(path, "a+", encoding="utf-8"))
@@ -71,14 +72,14 @@ def _held(path: Path, shared: str = "") -> Iterator[None]:
             if not alone and not (shared and _locks(file.fileno(), fcntl.LOCK_SH)):
                 if not shared or monotonic() > deadline:
                     raise _Busy(_read(path))
-                sleep(0.05)  # another shard holds it alone only while it begins or ends
+                sleep(0.05)
                 continue
             with contextlib.suppress(FileNotFoundError):
                 if os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:
                     break  # else it was removed by its holder while this process waited to open it
         if alone:
             file.truncate(0)
-            file.write(f"{shared or owner}\n")
+            file.write(f"{shared or f'process {os.getpid()} on {socket.gethostname()}'}\n")
             file.flush()
         elif _read(path) != shared:
             raise _Busy(_read(path))

@@ -1,0 +1,153 @@
+"""Laws of tasks: each subject to one process, or to each of its team once; no process with much more than its share."""
+
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from voxquilt.cases import Case
+from voxquilt.dealing import deal
+from voxquilt.names import DISTRIBUTE
+from voxquilt.tasks import Size, Task, distributed, shares
+
+RANKS = st.integers(1, 9)
+
+
+@st.composite
+def cohorts(draw: st.DrawFn, most: int = 200) -> tuple[list[Size], int]:
+    """Sizes and a number of processes; a grid has at most a part for each, and a patch for each part."""
+    ranks = draw(RANKS)
+    patches = draw(st.lists(st.integers(1, most), max_size=30))
+    return [Size(count, draw(st.integers(1, min(count, ranks)))) for count in patches], ranks
+
+
+def tasks(count: int) -> list[Task]:
+    return [Task(Case(f"s{n:02}", {"image": Path(f"{n}.nii")}), f"print {n}", n) for n in range(count)]
+
+
+def loads(dealt: list[list[Task]], sizes: list[Size]) -> list[float]:
+    return [sum(sizes[task.number].patches / max(1, len(task.team)) for task in mine) for mine in dealt]
+
+
+@given(cohorts(), st.sampled_from(DISTRIBUTE))
+def test_every_subject_is_done_once_whole_or_by_each_of_its_team(cohort: tuple[list[Size], int], mode: str) -> None:
+    """Nothing of it is lost or changed on the way."""
+    sizes, ranks = cohort
+    given_ = tasks(len(sizes))
+    dealt = distributed(given_, sizes, ranks, mode)
+    assert len(dealt) == ranks
+    doers: dict[int, list[int]] = {task.number: [] for task in given_}
+    for rank, mine in enumerate(dealt):
+        for task in mine:
+            doers[task.number].append(rank)
+            original = given_[task.number]
+            assert (task.case, task.fingerprint) == (original.case, original.fingerprint)
+    teams = {task.number: task.team for mine in dealt for task in mine}
+    for number, ranks_of in doers.items():
+        team = teams[number]
+        assert ranks_of == (sorted(team) if team else ranks_of[:1])
+        assert len(ranks_of) == (sizes[number].parts if team else 1)
+        assert len({*team}) == len(team)
+        assert all({task.team for task in mine if task.number == number} <= {team} for mine in dealt)
+
+
+@given(cohorts(), st.sampled_from(DISTRIBUTE))
+def test_shared_subjects_come_first_and_in_one_order_for_all(cohort: tuple[list[Size], int], mode: str) -> None:
+    """Otherwise processes would wait for each other in a ring. Whole ones come in their order too."""
+    sizes, ranks = cohort
+    for mine in distributed(tasks(len(sizes)), sizes, ranks, mode):
+        shared = [bool(task.team) for task in mine]
+        assert shared == sorted(shared, reverse=True)
+        for kind in (True, False):
+            numbers = [task.number for task in mine if bool(task.team) == kind]
+            assert all(a < b for a, b in pairwise(numbers))
+
+
+@given(cohorts())
+def test_which_subjects_are_shared(cohort: tuple[list[Size], int]) -> None:
+    """'subject' none, 'slab' all that can be divided, 'auto' those of few or that outweigh an even share."""
+    sizes, ranks = cohort
+    divisible = [n for n, size in enumerate(sizes) if size.parts > 1]
+    assert shares(sizes, ranks, "subject") == []
+    assert shares(sizes, ranks, "slab") == (divisible if ranks > 1 else [])
+    auto = shares(sizes, ranks, "auto")
+    if ranks == 1:
+        assert auto == []
+    elif len(sizes) < ranks:
+        assert auto == divisible
+    else:
+        total = sum(size.patches for size in sizes)
+        assert auto == [n for n in divisible if sizes[n].patches * ranks > total]
+
+
+def test_auto_shares_what_would_keep_the_others_waiting() -> None:
+    """Extreme examples: few subjects, one giant, an even cohort, and what cannot be divided."""
+    assert shares([Size(10, 3)] * 2, 3, "auto") == [0, 1]
+    assert shares([Size(100, 2), Size(1, 2), Size(1, 1)], 2, "auto") == [0]
+    assert shares([Size(10, 2)] * 2, 2, "auto") == []
+    assert shares([Size(100, 1), Size(1, 2)], 2, "auto") == []
+    assert shares([], 3, "auto") == []
+
+
+def test_the_process_that_collects_changes() -> None:
+    """It also writes; with as many volumes as processes each collects one."""
+    sizes = [Size(9, 3)] * 6
+    dealt = distributed(tasks(6), sizes, 3, "slab")
+    assert Counter(task.team[0] for task in dealt[0]) == {0: 2, 1: 2, 2: 2}
+    assert [task.team for task in dealt[1]] == [(0, 1, 2), (1, 2, 0), (2, 0, 1)] * 2
+
+
+@given(cohorts(), st.sampled_from(DISTRIBUTE))
+def test_no_process_has_much_more_than_its_share(cohort: tuple[list[Size], int], mode: str) -> None:
+    """At most an even share and the largest piece more: the rule of dealing to whoever has least."""
+    sizes, ranks = cohort
+    shared = {*shares(sizes, ranks, mode)}
+    whole = [size.patches for n, size in enumerate(sizes) if n not in shared]
+    dealt = distributed(tasks(len(sizes)), sizes, ranks, mode)
+    after, before = loads(dealt, sizes), loads([[task for task in mine if task.team] for mine in dealt], sizes)
+    assert abs(sum(after) - sum(size.patches for size in sizes)) < 1e-6
+    assert max(after) <= max(*before, 0, sum(after) / ranks + max(whole, default=0)) + 1e-6
+
+
+def test_whole_subjects_fill_up_where_slabs_are_few() -> None:
+    """A volume of two parts among four processes: the other two get the rest."""
+    dealt = distributed(tasks(3), [Size(20, 2), Size(10), Size(10)], 4, "slab")
+    assert [[task.number for task in mine] for mine in dealt] == [[0], [0], [1], [2]]
+
+
+# Dealing on top of what is there
+
+COSTS = st.lists(st.integers(1, 100), max_size=25)
+LOADS = st.lists(st.integers(0, 100), min_size=1, max_size=8)
+
+
+@given(COSTS, LOADS)
+def test_dealing_counts_what_each_part_has_already(costs: list[int], before: list[int]) -> None:
+    """All dealt once; nobody beyond an even share and one subject, save who had more before."""
+    dealt = deal(costs, len(before), before)
+    assert sorted(n for numbers in dealt for n in numbers) == list(range(len(costs)))
+    after = [load + sum(costs[n] for n in numbers) for load, numbers in zip(before, dealt, strict=True)]
+    even = (sum(costs) + sum(before)) / len(before)
+    for load, total in zip(before, after, strict=True):
+        assert total <= max(load, even + max(costs, default=0))
+
+
+@given(COSTS, st.integers(1, 8))
+def test_no_load_is_a_load_of_nothing(costs: list[int], parts: int) -> None:
+    """The default."""
+    assert deal(costs, parts) == deal(costs, parts, [0] * parts)
+
+
+@given(COSTS, LOADS)
+def test_dealing_is_alike_on_every_machine(costs: list[int], before: list[int]) -> None:
+    """The same costs give the same parts, also as floating-point numbers."""
+    assert deal(costs, len(before), before) == deal([float(c) for c in costs], len(before), [float(x) for x in before])
+
+
+def test_a_part_that_is_full_gets_nothing() -> None:
+    """Its load is more than all the rest."""
+    assert deal([5, 5, 5], 3, [100, 0, 0])[0] == []
+    assert deal([4, 3], 2, [0, 2]) == [[0], [1]]
+    assert deal([], 2, [3, 1]) == [[], []]
