@@ -120,9 +120,10 @@ def tiny() -> None:
 def watched(folder: Path) -> tuple[float, dict[str, object], tuple[float, float]]:
     """Seconds, the record, and the most memory in MB during the first and the second half of the subjects."""
     start = time.perf_counter()
-    command = [sys.executable, str(ROOT / "predict.py"), f"data.inputs={folder}/in", f"output_dir={folder}/out",
-               "model=state_dict", "model.net._target_=torch.nn.Conv3d", "model.net.in_channels=1",
-               "model.net.out_channels=2", "model.net.kernel_size=1", "ckpt_path=null", "data.patch_size=16"]  # fmt: skip
+    network = ("_target_=torch.nn.Conv3d", "in_channels=1", "out_channels=2", "kernel_size=1")
+    options = ("model=state_dict", *(f"model.net.{argument}" for argument in network), "ckpt_path=null")
+    folders = (f"data.inputs={folder}/in", f"output_dir={folder}/out", "data.patch_size=16")
+    command = [sys.executable, str(ROOT / "predict.py"), *folders, *options]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
     manifest, most, end = folder / "out/manifest.csv", [0.0, 0.0], start
     while process.poll() is None:
