@@ -273,6 +273,18 @@ def test_sigterm_to_the_parent_of_spawned_processes(place: Place, forks: Server)
     place.goes_on(forks)
 
 
+def test_a_spawned_process_that_is_killed(place: Place, forks: Server) -> None:
+    """torch ends the others, and the parent says so."""
+    with started_by_lightning(place, "trainer.strategy=ddp_spawn") as (process, job):
+        job.until(place.out / "manifest.csv", "done")
+        spawned = [c for c in psutil.Process(process.pid).children() if "spawn_main" in " ".join(c.cmdline())]
+        spawned[-1].kill()
+        status = ended(process, job)
+        assert status == 1, job.text
+        place.check("ddp_spawn: a process is killed (SIGKILL)", job, [status])
+    place.goes_on(forks)
+
+
 def test_a_run_killed_at_any_moment_is_completed_by_the_next(place: Place, forks: Server) -> None:
     """SIGKILL at 20 random moments, each followed by the same command; then nothing is missing, wrong or left over."""
     random.seed(0)

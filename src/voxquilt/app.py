@@ -171,11 +171,14 @@ def _predict(trainer: Any, model: Any, data: Any, writer: Any) -> int:
         return writer.status
     outcome = read_json(writer.output_dir / of_shard("run.json", data.shard))
     rows = read_rows([writer.output_dir / of_shard("manifest.csv", data.shard)])
-    print_table([rows[case.subject] for case in data.cases if case.subject in rows], writer.output_dir)
+    ours = [rows[case.subject] for case in data.cases if case.subject in rows]
+    status = max(writer.status, outcome.get("exit_status") or 0)
+    print_table(ours, writer.output_dir, outcome.get("subjects", len(ours)))
     if outcome.get("status") == "stopped":
-        left = f"{outcome['missing']} of {outcome['subjects']} subjects are left: the same command goes on"
-        print(f"voxquilt: stopped by {outcome['reason']}; {left}" if writer.status > FAILED else left, file=sys.stderr)
-    return max(writer.status, outcome.get("exit_status") or 0)
+        left = f"{outcome['missing']} subjects are left: the same command goes on."
+        # Where the run broke off, the reason was printed as the error that it was.
+        print(f"voxquilt: stopped by {outcome['reason']}; {left}" if status > FAILED else left, file=sys.stderr)
+    return status
 
 
 def run_train(cfg: DictConfig) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import lightning.fabric
 import lightning.pytorch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch.multiprocessing.spawn import ProcessRaisedException
+from torch.multiprocessing.spawn import ProcessException
 
 from voxquilt.errors import ConfigError, OutputError, RunError, VoxquiltError
 from voxquilt.launch import disarm_observer
@@ -52,7 +52,7 @@ def attended(trainer: Trainer) -> Iterator[None]:
         signals.hold()
     try:
         yield
-    except ProcessRaisedException as error:
+    except ProcessException as error:
         raise _as_ours(str(error)) from error
     finally:
         signals.release()
@@ -71,4 +71,4 @@ def _as_ours(text: str) -> VoxquiltError:
         _, found, message = text.rpartition(f"{kind.__module__}.{kind.__name__}: ")
         if found:
             return kind(message.strip())
-    return RunError(f"a process ended with an error:\n{text}")
+    return RunError(f"a process of the run ended: {text}")

@@ -13,8 +13,14 @@ from voxquilt.manifest import Row
 _ROWS = 100
 
 
-def print_table(rows: Sequence[Row], folder: Path) -> None:
-    """A line per subject: what became of it, the labels' volume, the time; then what failed and where files are."""
+def print_table(rows: Sequence[Row], folder: Path, subjects: int) -> None:
+    """A line per subject: what became of it, the labels' volume, the time; then what failed and where files are.
+
+    Args:
+        rows: Of the subjects that are done or have failed.
+        folder: Where files are.
+        subjects: How many there are in the run.
+    """
     table = Table(title="voxquilt")
     for heading in ("subject", "status"):
         table.add_column(heading)
@@ -34,4 +40,4 @@ def print_table(rows: Sequence[Row], folder: Path) -> None:
             console.print(f"[red]{escape(row.subject)}[/red]: {escape(row.error)}")
     before, failed = (sum(row.status == status for row in rows) for status in ("skipped", "failed"))
     earlier = f", {before} of them before" if before else ""
-    console.print(f"{len(rows) - failed} of {len(rows)} subjects done{earlier}; see {escape(str(folder))}")
+    console.print(f"{len(rows) - failed} of {subjects} subjects done{earlier}; see {escape(str(folder))}")
