@@ -58,7 +58,7 @@ from voxquilt.launch import end_with_parent
 end_with_parent()
 if sys.argv[1] == "by hand":
     del os.environ["VOXQUILT_PARENT"]
-pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
 child = subprocess.Popen([sys.executable, "-c", sys.argv[2]], text=True, **pipes)
 print(child.stdout.readline(), flush=True)
 os._exit(0)

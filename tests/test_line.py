@@ -233,8 +233,9 @@ def test_a_process_that_dies_stops_the_run_and_is_missing() -> None:
     assert world.rows == [{"last": "words"}]
 
 
-def test_a_process_that_dies_while_rank_0_waits_ends_the_waiting() -> None:
+def test_a_process_that_dies_while_rank_0_waits_ends_the_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """At once, not after a time."""
+    monkeypatch.setattr(voxquilt.line, "_GRACE", 60.0)
     world = World(2)
     threading.Timer(0.3, cut, [world.spokes[0]._connection]).start()
     assert together(lambda: world.hub.gather({"rank": 0})) == [[{"rank": 0}]]

@@ -239,6 +239,25 @@ def test_of_many_runs_that_begin_at_once_one_has_the_folder(tmp_path: Path) -> N
     assert hidden(tmp_path / "out") == set()
 
 
+@pytest.mark.parametrize("shard", [(0, 1), (0, 2)])
+def test_a_lock_file_that_its_holder_removed_meanwhile_is_made_anew(
+    shard: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lock on a file that nobody can find any more would keep nobody out."""
+    locks, calls = voxquilt.lock._locks, []
+
+    def late(descriptor: int, kind: int) -> bool:
+        calls.append(kind)
+        if len(calls) == 1:  # opened, and not yet locked
+            (tmp_path / LOCK).unlink()
+        return locks(descriptor, kind)
+
+    monkeypatch.setattr(voxquilt.lock, "_locks", late)
+    with locked(tmp_path, shard):
+        assert LOCK in hidden(tmp_path)
+    assert hidden(tmp_path) == set()
+
+
 def test_an_error_of_the_run_is_not_one_of_the_lock(tmp_path: Path) -> None:
     """What is raised while the lock is held arrives as it is, and the lock is free."""
 

@@ -127,12 +127,16 @@ def test_a_second_run_does_nothing(place: Place) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        ("data.batch_size=1", "data.num_workers=0", "callbacks.writer.in_memory=0", "run.on_error=raise"),
-        ("output_dir=../{name}/./outputs", "run.distribute=slab", "data.inputs=[./in]", "trainer.benchmark=true"),
-        ("model.trust_checkpoint=true", "+callbacks.timer._target_=lightning.pytorch.callbacks.Timer"),
-        ("ckpt_path=./copy.pt",),
+        (
+            "data.batch_size=1", "data.num_workers=0", "callbacks.writer.in_memory=0", "run.on_error=raise",
+            "model.trust_checkpoint=true", "+callbacks.timer._target_=lightning.pytorch.callbacks.Timer",
+        ),
+        (
+            "output_dir=../{name}/./outputs", "run.distribute=slab", "data.inputs=[./in]", "trainer.benchmark=true",
+            "ckpt_path=./copy.pt",
+        ),
     ],
-)
+)  # fmt: skip
 def test_settings_that_change_no_voxel_redo_nothing(options: tuple[str, ...], place: Place) -> None:
     """How fast, where and under which name; weights are told by what is in them."""
     shutil.copyfile(place.folder / "w.pt", place.folder / "copy.pt")
