@@ -26,6 +26,7 @@ bench: $(READY) .bench/nnunet/.ready .bench/konfai/.ready
 	$(BIN)/python benchmarks/loop.py
 	$(BIN)/python benchmarks/ct.py
 	$(BIN)/python benchmarks/plan.py
+	$(BIN)/python benchmarks/processes.py
 
 .bench/%/.ready: benchmarks/environments/%.txt constraints.txt | $(READY)
 	$(BIN)/python benchmarks/environments.py $*

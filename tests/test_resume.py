@@ -133,7 +133,7 @@ def test_a_second_run_does_nothing(place: Place) -> None:
         ),
         (
             "output_dir=../{name}/./outputs", "run.distribute=slab", "data.inputs=[./in]", "trainer.benchmark=true",
-            "ckpt_path=./copy.pt",
+            "ckpt_path=./copy.pt", "data.patch_size=[8,8,8]",
         ),
     ],
 )  # fmt: skip
@@ -168,7 +168,7 @@ OTHERWISE = [
     ("data.divisible_by=4", "data.divisible_by was 1 and is 4"),
     ("data.nonfinite=zero", 'data.nonfinite was "error" and is "zero"'),
     ("data.skip=20", "data.skip was null and is 20"),
-    ("preprocess.spacing=2.0", "preprocess.spacing was null and is 2.0"),
+    ("preprocess.spacing=2.0", "preprocess.spacing was null and is 2"),
     ("preprocess.orientation=LPS", 'preprocess.orientation was "RAS" and is "LPS"'),
     ("preprocess.intensity=[{_target_: monai.transforms.NormalizeIntensity}]", "preprocess.intensity was null and is"),
     ("stitch.postprocess=[{_target_: monai.transforms.FillHoles}]", "stitch.postprocess was [] and is [{"),

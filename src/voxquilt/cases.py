@@ -43,7 +43,8 @@ def find_cases(inputs: object, images: object = None) -> list[Case]:
         raise ConfigError("data.inputs names no image: the list is empty.")
     seen: dict[str, Case] = {}
     for case in cases:
-        if not case.subject or Path(case.subject).name != case.subject:
+        # In a manifest, a semicolon stands between the names of files.
+        if not case.subject or Path(case.subject).name != case.subject or ";" in case.subject:
             raise ConfigError(f"{case.subject!r} is no id, since files are to be named by it ({_files(case)}).")
         if case.subject in seen:
             raise ConfigError(

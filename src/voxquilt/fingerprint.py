@@ -24,6 +24,8 @@ _SECTIONS = {
 _SINGLE = (("trainer", "precision"), ("run", "seed"), ("callbacks", "writer", "compress"))
 _SINGLE = (*_SINGLE, ("callbacks", "writer", "overlay"))
 
+_ALONG_AXES = ("data.patch_size", "data.patch_overlap", "data.divisible_by", "preprocess.spacing")
+
 
 def settings(plain: Mapping[str, Any], *, content: bool = False) -> dict[str, Any]:
     """The settings that change outputs, by their full keys, and the weights' checksums.
@@ -49,7 +51,16 @@ def settings(plain: Mapping[str, Any], *, content: bool = False) -> dict[str, An
     paths = (plain.get("model") or {}).get("ckpt_path") or plain.get("ckpt_path")
     for n, path in enumerate(paths if isinstance(paths, list) else [paths] if paths else []):
         found[f"weights.{n}"] = checksum(Path(os.path.expanduser(str(path))))
-    return found
+    return {key: _alike(key, value) for key, value in found.items()}
+
+
+def _alike(key: str, value: Any) -> Any:
+    """One way of writing what means the same: 1.0 and 1, and along three axes [8, 8, 8] and 8."""
+    if isinstance(value, list):
+        values = [_alike(key, one) for one in value]
+        same = key in _ALONG_AXES and len(values) == 3 and values[0] == values[1] == values[2]
+        return values[0] if same else values
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def digest(parts: Any) -> str:

@@ -30,7 +30,9 @@ class Signals:
     def hold(self) -> None:
         """Take over; in the main thread only, since signals arrive nowhere else."""
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+            # What is ignored stays so, as SIGINT is in a script's background jobs.
+            wanted = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._handle) for number in wanted}
 
     def release(self) -> None:
         """Give back to who had them."""
