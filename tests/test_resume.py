@@ -556,3 +556,14 @@ def test_todo_compares_case_by_case(tmp_path: Path) -> None:
         changed.todo(cases)
     assert Resume(tmp_path / "out", {"data": {"skip": 2}}, overwrite=True).todo(cases).done == {}
     assert Resume(tmp_path / "out", {"data": {"skip": 1}}, skip_done=False).todo(cases).done == {}
+
+
+def test_files_of_an_earlier_making_do_not_stay_beside_the_new(place: Place) -> None:
+    """Fewer products, another suffix: what is in the folder was made in one way. Other people's files stay."""
+    place.run("stitch.products=[labels,entropy]", "run.overwrite=true")
+    assert (place.out / "a_entropy.nii.gz").exists()
+    (place.out / "a_notes.txt").write_text("mine")
+    place.run("data.inputs=in/a.nii.gz", "callbacks.writer.compress=false", "run.overwrite=true")
+    names = sorted(path.name for path in place.out.iterdir())
+    assert [name for name in names if name.startswith("a_")] == ["a_labels.nii", "a_notes.txt"]
+    assert [name for name in names if name.startswith("b_")] == ["b_entropy.nii.gz", "b_labels.nii.gz"]

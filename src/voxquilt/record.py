@@ -3,7 +3,7 @@
 import logging
 import platform
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -48,9 +48,10 @@ class Record:
         whole, others = finished(folder, [path]), read_rows([path])
         others = [row for name, row in others.items() if name not in ours and (row.status == "failed" or name in whole)]
         # A run that ends before it has made a subject again must not leave it to another manifest to call it done: the
-        # latest row counts.
-        done = finished(folder, {*folder.glob("manifest*.csv")} - {path}).keys()
-        again = [Row(subject, "failed", error=_AGAIN) for subject in plan.everything if subject in done]
+        # latest row counts. Which files it had stays known too.
+        earlier = read_rows(folder.glob("manifest*.csv"))
+        self._before = {name: earlier[name].outputs for name in plan.everything if name in earlier}
+        again = [Row(name, "failed", outputs, error=_AGAIN) for name, outputs in self._before.items() if outputs]
         self._content: dict[str, Any] = {
             "status": "running",
             "exit_status": None,
@@ -74,10 +75,19 @@ class Record:
         """
         self._manifest.add(row)
         self.rows.append(row)
+        if row.status == "done":
+            self._remove_stale({*self._before.get(row.subject, ())} - {*row.outputs})
         if row.status == "failed":
             log.error("%s: failed: %s", row.subject, row.error)
         else:
             log.info("%s: done: %d patches, %.1f s: %s", row.subject, row.patches, row.seconds, ", ".join(row.outputs))
+
+    def _remove_stale(self, names: Iterable[str]) -> None:
+        """Files of a subject as it was made before, beside which those made now would be taken for of one kind."""
+        for path in [self._path.parent / name for name in names if name == Path(name).name]:
+            inputs = {image.resolve() for case in self._plan.cases for image in case.images.values()}
+            if path.resolve() not in inputs:
+                path.unlink(missing_ok=True)
 
     def close(self, summaries: Sequence[Message], stop: Stop | None) -> int:
         """Write down how it ended; the exit status.
