@@ -31,6 +31,7 @@ from voxquilt.preprocess import Preprocess
 from voxquilt.quilt import Quilt
 from voxquilt.stitch import Stitch
 from voxquilt.subject import ScalarImage, Subject
+from voxquilt.sums import Sums
 from voxquilt.writer import VolumeWriter
 
 pytestmark = [
@@ -748,6 +749,30 @@ def test_a_writer_and_a_data_module_may_be_used_again(cohort: Path, tmp_path: Pa
         trainer(writer).predict(module, datamodule=data, return_predictions=False)
         assert [row.status for row in writer.rows] == ["done"] * len(SHAPES)
         assert len(manifest(tmp_path)) == len(SHAPES)
+
+
+@pytest.mark.parametrize(("times", "wanted"), [(1, ["done", "done"]), (2, ["failed", "done"])])
+def test_sums_without_room_on_the_device_are_begun_again_on_the_host(
+    times: int, wanted: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once is made good; a second time costs the subject."""
+    volumes = {name: save(tmp_path / f"in/{name}.nii", noise((9, 9, 9))) for name in ("a", "b")}
+    left, make = [times], Sums.__init__
+
+    def full(*arguments: Any, **options: Any) -> None:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        make(*arguments, **options)
+
+    monkeypatch.setattr(Sums, "__init__", full)
+    rows = predict(tmp_path / "out", tmp_path / "in", Over50())
+    assert list(statuses(rows).values()) == wanted
+    for name, status in statuses(rows).items():
+        if status == "done":
+            np.testing.assert_array_equal(read(tmp_path / f"out/{name}_labels.nii.gz"), volumes[name] > 50)
+        else:
+            assert "out of memory" in errors(rows)[name]
 
 
 @pytest.fixture(autouse=True)

@@ -90,7 +90,7 @@ class Cohort:
         for run in batch.runs:
             if not run.work.failed:
                 try:
-                    self._add(batch.named(outputs), run)
+                    self._add_somewhere(batch.named(outputs), run)
                 except Exception as error:
                     self._fail(run.work, error)
 
@@ -125,6 +125,18 @@ class Cohort:
         self._pool.shutdown(wait=True)
         self._drain()
         return self._meter.summary()
+
+    def _add_somewhere(self, outputs: Outputs, run: Run) -> None:
+        try:
+            self._add(outputs, run)
+        except torch.OutOfMemoryError:
+            # Where the sums of a subject that begins find no room on the device, nothing of it is lost yet.
+            quilt = self._open.pop(run.work, None)
+            if quilt is not None:
+                quilt.close()
+            if run.first > 0 or not self.to_host():
+                raise
+            self._add(outputs, run)
 
     def _add(self, outputs: Outputs, run: Run) -> None:
         work = run.work
