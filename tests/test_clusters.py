@@ -205,7 +205,7 @@ def test_the_status_of_a_sweep_is_that_of_its_worst_run(tmp_path: Path, volumes:
     save(tmp_path / "scans/f.nii", np.full((9, 9, 9), 77, np.int16))
     done = run("predict.py", "-m", *ARGUMENTS, "data.inputs=scans/f.nii,scans/a.nii", cwd=tmp_path)
     assert done.returncode == 1, done.stderr
-    assert {row["subject"]: row["status"] for row in rows(tmp_path / "outputs")} == {"a": "skipped"}
+    assert {row["subject"]: row["status"] for row in rows(tmp_path / "outputs")} == {"f": "failed", "a": "skipped"}
     done = run("predict.py", *ARGUMENTS, "shard.count=2", "shard.index=0,2", "-m", cwd=tmp_path)
     assert done.returncode == 2
     assert "shard.index=2 is not below" in done.stderr

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -567,3 +568,16 @@ def test_files_of_an_earlier_making_do_not_stay_beside_the_new(place: Place) -> 
     names = sorted(path.name for path in place.out.iterdir())
     assert [name for name in names if name.startswith("a_")] == ["a_labels.nii", "a_notes.txt"]
     assert [name for name in names if name.startswith("b_")] == ["b_entropy.nii.gz", "b_labels.nii.gz"]
+
+
+def test_a_run_that_dies_while_it_makes_again_does_not_forget_the_files_that_were(place: Place, forks: Server) -> None:
+    """Killed before anything was made: the next run still knows what to take away."""
+    place.run("stitch.products=[labels,entropy]", "run.overwrite=true")
+    job = forks.start(*JOB, "run.overwrite=true", cwd=place.folder, env={"SLOW": "60"})
+    job.until(place.out / "run.json", '"running"')
+    os.kill(job.pids[0], signal.SIGKILL)
+    job.wait()
+    place.run("run.overwrite=true")
+    assert sorted(path.name for path in place.out.glob("*entropy*")) == []
+    assert place.statuses() == dict.fromkeys(NAMES, "done")
+    assert json.loads((place.out / "run.json").read_text())["replaces"] == {}

@@ -12,7 +12,7 @@ from typing import Any
 
 from voxquilt.datamodule import Plan
 from voxquilt.line import Message, Stop
-from voxquilt.manifest import Manifest, Row, of_shard, read_rows, write_json
+from voxquilt.manifest import Manifest, Row, of_shard, read_json, read_rows, write_json
 from voxquilt.resume import finished, known_settings
 
 log = logging.getLogger("voxquilt")
@@ -48,10 +48,13 @@ class Record:
         whole, others = finished(folder, [path]), read_rows([path])
         others = [row for name, row in others.items() if name not in ours and (row.status == "failed" or name in whole)]
         # A run that ends before it has made a subject again must not leave it to another manifest to call it done: the
-        # latest row counts. Which files it had stays known too.
+        # latest row counts.
+        done = finished(folder, {*folder.glob("manifest*.csv")} - {path}).keys()
+        again = [Row(subject, "failed", error=_AGAIN) for subject in plan.everything if subject in done]
+        # Nor forget which files it had.
         earlier = read_rows(folder.glob("manifest*.csv"))
-        self._before = {name: earlier[name].outputs for name in plan.everything if name in earlier}
-        again = [Row(name, "failed", outputs, error=_AGAIN) for name, outputs in self._before.items() if outputs]
+        before = {name: list(row.outputs) for name, row in earlier.items()} | read_json(self._path).get("replaces", {})
+        self._before: dict[str, list[str]] = {name: before[name] for name in plan.everything if before.get(name)}
         self._content: dict[str, Any] = {
             "status": "running",
             "exit_status": None,
@@ -63,6 +66,7 @@ class Record:
             "processes": plan.group.size,
             "host": socket.gethostname(),
             "subjects": len(ours),
+            "replaces": self._before,
         }
         write_json(self._path, self._content)
         self._manifest = Manifest(path, [*others, *again, *self.rows])
@@ -103,6 +107,7 @@ class Record:
                 self.add(Row(subject, "failed", error="the run ended before all of its patches had come."))
         self._manifest.close()
         rows = self.rows
+        made = {row.subject for row in rows if row.status == "done"}
         failed = sum(row.status == "failed" for row in rows)
         status = stop.status if stop else int(failed > 0)
         seconds = max((summary.get("seconds", 0.0) for summary in summaries), default=0.0)
@@ -125,6 +130,7 @@ class Record:
                 "patches_per_second": _rate(patches, seconds),
                 "voxels_per_second": _rate(voxels, seconds),
                 "ranks": list(summaries),
+                "replaces": {name: self._before[name] for name in self._before if name not in made},
             },
         )
         return status
