@@ -131,13 +131,10 @@ def files(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("mode", ["crop", "average", "hann", "gaussian"])
 @pytest.mark.parametrize("spacing", [None, 1.7])
 @pytest.mark.parametrize("orientation", ["RAS", "PIL", None])
-def test_a_run_writes_what_the_plain_loop_writes(
+def test_a_run_writes_the_bytes_that_the_plain_loop_writes(
     mode: str, spacing: float | None, orientation: str | None, cohort: Path, tmp_path: Path
 ) -> None:
-    """Whatever the batch size: batches span subjects, and volumes smaller than a patch are among them.
-
-    Probabilities but for rounding: once in thousands of runs, on a busy machine, their last bit differed.
-    """
+    """Whatever the batch size: batches span subjects, and volumes smaller than a patch are among them."""
     stitch = Stitch(mode, ["labels", "probabilities"])
     preprocess = Preprocess(orientation, spacing)
     options = {"patch_size": 8, "patch_overlap": 4, "preprocess": preprocess}
@@ -149,13 +146,10 @@ def test_a_run_writes_what_the_plain_loop_writes(
         rows = predict(folder, cohort, Ramp(), stitch=stitch, preprocess=preprocess, batch_size=batch_size)
         assert set(statuses(rows).values()) == {"done"}
         found = files(folder)
-        assert found.keys() == expected.keys()
+        # Voxels first: they tell what differs, where bytes alone do not.
         for name in expected:
-            if "labels" in name:
-                assert found[name] == expected[name], name
-            else:
-                ours, theirs = read(folder / name), read(tmp_path / "plain" / name)
-                np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-7, err_msg=name)
+            np.testing.assert_array_equal(read(folder / name), read(tmp_path / "plain" / name), err_msg=name)
+        assert found == expected
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 7])
