@@ -19,7 +19,6 @@ lint: $(READY)
 
 # About an hour. Peers that do not fit into .venv get environments of their own in .bench, once.
 bench: $(READY) .bench/nnunet/.ready .bench/konfai/.ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/stitching.py --json .bench/results.json
 	$(BIN)/python benchmarks/files.py --json .bench/results.json
 	$(BIN)/python benchmarks/plot.py .bench/results.json

@@ -4,8 +4,8 @@ import csv
 import glob
 import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from voxquilt.errors import ConfigError
@@ -15,19 +15,28 @@ SUFFIXES = (".nii.gz", ".nii", ".hdr.gz", ".img.gz", ".hdr", ".img")
 
 @dataclass(frozen=True)
 class Case:
-    """A subject before anything is read: its id and the file of each image, in the order of the network's channels."""
+    """A subject before anything is read.
+
+    Args:
+        subject: Its id.
+        images: The file of each image, in the order of the network's channels.
+        values: What a table says of it in columns that are no images, such as the split it belongs to.
+    """
 
     subject: str
     images: Mapping[str, Path]
+    values: Mapping[str, str] = field(default_factory=dict)
 
 
-def find_cases(inputs: object, images: object = None) -> list[Case]:
+def find_cases(inputs: object, images: object = None, apart: Collection[str] = ()) -> list[Case]:
     """The cases that `data.inputs` and `data.images` name, in the order of their ids.
 
     Args:
         inputs: A NIfTI file, a folder, a glob, a .csv (a column per image, an optional column `subject`), or a list of
             these. With `images`, the folder that their patterns start from, or None for the working folder.
         images: A mapping, name -> pattern with `{subject}`, one per image of a subject.
+        apart: Columns of tables that are no images; their cells become the cases' values, paths made from where the
+            table lies if a file is there.
 
     Raises:
         ConfigError: nothing found, a path that is not there, two subjects with one id, entries that are no strings.
@@ -38,7 +47,7 @@ def find_cases(inputs: object, images: object = None) -> list[Case]:
         raise ConfigError("data.inputs is missing: name a NIfTI file, a folder, a glob, or a .csv; or set data.images.")
     else:
         entries = inputs if isinstance(inputs, Iterable) and not isinstance(inputs, str) else [inputs]
-        cases = [case for entry in entries for case in _from_entry(entry)]
+        cases = [case for entry in entries for case in _from_entry(entry, apart)]
     if not cases:
         raise ConfigError("data.inputs names no image: the list is empty.")
     seen: dict[str, Case] = {}
@@ -70,7 +79,7 @@ def is_image(path: Path) -> bool:
     return path.name.lower().endswith(SUFFIXES) and not path.name.startswith(".")
 
 
-def _from_entry(entry: object) -> list[Case]:
+def _from_entry(entry: object, apart: Collection[str]) -> list[Case]:
     if not isinstance(entry, str | Path):
         raise ConfigError(f"data.inputs: {entry!r} is {type(entry).__name__}, not a path; quote it: '\"{entry}\"'.")
     path = _path(entry)
@@ -80,7 +89,7 @@ def _from_entry(entry: object) -> list[Case]:
             found = sorted(path / entry.name for entry in entries if is_image(Path(entry.name)) and entry.is_file())
         problem = f"the folder {path} has no NIfTI file ({', '.join(SUFFIXES)})"
     elif path.is_file():
-        return _from_table(path) if path.suffix.lower() == ".csv" else _one_image([path])
+        return _from_table(path, apart) if path.suffix.lower() == ".csv" else _one_image([path])
     elif glob.has_magic(str(path)):
         found = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if is_image(p) and p.is_file())
         problem = f"no NIfTI file matches {path}"
@@ -101,7 +110,7 @@ def _one_image(paths: Iterable[Path]) -> list[Case]:
     return [Case(stem(path), {"image": path}) for path in single]
 
 
-def _from_table(table: Path) -> list[Case]:
+def _from_table(table: Path, apart: Collection[str]) -> list[Case]:
     try:
         with open(table, newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, skipinitialspace=True)
@@ -109,18 +118,22 @@ def _from_table(table: Path) -> list[Case]:
     except (UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"{table} is not a .csv in UTF-8: {error}.") from error
     columns = rows[0][1] if rows else []
-    if len(rows) < 2 or not {*columns} - {"subject"} or len({*columns}) < len(columns):
+    if len(rows) < 2 or not {*columns} - {"subject", *apart} or len({*columns}) < len(columns):
         raise ConfigError(f"{table}: a table needs a header, a column per image and a row per subject; has {columns}.")
-    return [_from_row(table, line, row, columns) for line, row in rows[1:]]
+    return [_from_row(table, line, row, columns, apart) for line, row in rows[1:]]
 
 
-def _from_row(table: Path, line: int, row: list[str], columns: list[str]) -> Case:
+def _from_row(table: Path, line: int, row: list[str], columns: list[str], apart: Collection[str]) -> Case:
     if len(row) != len(columns) or not all(row):
         raise ConfigError(f"{table}, line {line}: a value for each of {', '.join(columns)} is wanted; it has {row}.")
     # Paths in a table are meant from where the table lies.
-    images = {name: table.parent / _path(cell) for name, cell in zip(columns, row, strict=True) if name != "subject"}
-    given = dict(zip(columns, row, strict=True)).get("subject")
-    return Case(given or stem(next(iter(images.values()))), images)
+    cells = dict(zip(columns, row, strict=True))
+    images = {name: table.parent / _path(cell) for name, cell in cells.items() if name not in ("subject", *apart)}
+    values = {name: cells[name] for name in apart if name in cells}
+    values = {
+        name: str(path) if (path := table.parent / _path(cell)).is_file() else cell for name, cell in values.items()
+    }
+    return Case(cells.get("subject") or stem(next(iter(images.values()))), images, values)
 
 
 def _from_patterns(inputs: object, images: object) -> list[Case]:

@@ -37,6 +37,22 @@ _VIEWS = (_View(0, 1, 2, "PAIS"), _View(1, 0, 2, "LRIS"), _View(2, 0, 1, "LRPA")
 
 
 def overlay_png(image: np.ndarray, labels: np.ndarray, affine: np.ndarray, path: str | Path) -> None:
+    """Write `overlay` as a PNG.
+
+    Args:
+        image, labels, affine: See `overlay`.
+        path: The PNG, complete under its name or not there at all; its folder must exist.
+
+    Raises:
+        InputError: image and labels are not 3-D or differ in shape, or the affine is degenerate.
+        OutputError: the file cannot be written.
+    """
+    picture = overlay(image, labels, affine)
+    with replacing(Path(path)) as file:
+        picture.save(file, format="PNG")
+
+
+def overlay(image: np.ndarray, labels: np.ndarray, affine: np.ndarray) -> Image.Image:
     """Draw a sagittal, a coronal and an axial plane side by side, with the outline of each label in its own colour.
 
     The planes meet in the centre of mass of all labels, or in the middle of the volume without any. Whatever the
@@ -46,11 +62,9 @@ def overlay_png(image: np.ndarray, labels: np.ndarray, affine: np.ndarray, path:
         image: (I, J, K) numbers; black to white is the 1st to the 99th percentile of what is not 0 in the planes.
         labels: (I, J, K) integers, 0 for background.
         affine: (4, 4) voxel indices to mm in RAS.
-        path: The PNG, complete under its name or not there at all; its folder must exist.
 
     Raises:
         InputError: image and labels are not 3-D or differ in shape, or the affine is degenerate.
-        OutputError: the file cannot be written.
     """
     if image.ndim != 3 or image.shape != labels.shape:
         raise InputError(
@@ -69,8 +83,7 @@ def overlay_png(image: np.ndarray, labels: np.ndarray, affine: np.ndarray, path:
         size = tuple(max(1, round(extents[axis] * scale)) for axis in (view.up, view.right))
         outlined = _outlined(_resized(grey, size), _nearest(_plane(labels, view, centre), size))
         panels.append(_captioned(outlined, view.letters))
-    with replacing(Path(path)) as file:
-        _side_by_side(panels).save(file, format="PNG")
+    return _side_by_side(panels)
 
 
 def _to_ras(volume: np.ndarray, frame: Frame) -> np.ndarray:
