@@ -293,7 +293,7 @@ def test_validation_is_what_predicting_gives(blobs: Path, tmp_path: Path) -> Non
         labels = predict_volume(module.net, subject, 16, 4, stitch=Stitch("hann"))["labels"]
         truth = np.asarray(nib.load(blobs / f"labels/{case.subject}.nii.gz").dataobj)
         dice.append(float(class_dice(torch.from_numpy(labels[0]).long(), torch.from_numpy(truth).long(), 2)[1]))
-    assert len(dice) == 2
+    assert len(dice) == 3
     assert float(trainer.callback_metrics["val_dice"]) == pytest.approx(np.mean(dice), abs=1e-6)
     assert float(trainer.callback_metrics["val_score"]) == pytest.approx(np.mean(dice), abs=1e-6)
     assert [one.subject for one in module.validated] == sorted(case.subject for case in data.validation_cases)
@@ -479,7 +479,7 @@ def test_an_image_out_of_an_image_trains(forks: Server, blobs: Path, tmp_path: P
         nib.save(nib.Nifti1Image(clean.astype(np.float32), file.affine), tmp_path / f"clean/s{n}.nii.gz")
     run = forks.start(
         f"data.inputs={blobs}/images", "data.labels=clean/{subject}.nii.gz", "data.patch_size=16", "task=image",
-        "model.net.channels=[8,8]", "model.net.strides=[1]", "model.net.num_res_units=1", "trainer.max_epochs=15",
+        "model.net.channels=[8,8]", "model.net.strides=[1]", "model.net.norm=batch", "trainer.max_epochs=15",
         "model.optimizer.lr=0.01", "trainer.accelerator=cpu", "trainer.check_val_every_n_epoch=15", cwd=tmp_path,
         script="train",
     )  # fmt: skip

@@ -1,5 +1,6 @@
 """Do network, patches and classes fit each other? Asked before a run, of shapes alone."""
 
+import logging
 from collections.abc import Sequence
 
 from torch import nn
@@ -59,10 +60,15 @@ def check_fits(
 
 
 def _probed(network: nn.Module, channels: int | None, patch_size: Triple) -> Probe | Exception:
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # which prints a traceback of what is caught here
+    level = log.level
+    log.setLevel(logging.CRITICAL)
     try:
         return probe(network, channels or 1, patch_size)
     except Exception as error:  # a network's own code may raise anything
         return error
+    finally:
+        log.setLevel(level)
 
 
 def _wanted_channels(network: nn.Module) -> int | None:
