@@ -28,7 +28,7 @@ from voxquilt.names import (
 def check_data(data: Mapping[str, Any]) -> None:
     """Grid and loader."""
     if "patch_size" in data:
-        _check_grid(to_triple(data["patch_size"], "data.patch_size", minimum=1), data.get("patch_overlap", 0))
+        check_grid(to_triple(data["patch_size"], "data.patch_size", minimum=1), data.get("patch_overlap", 0))
     to_triple(data.get("divisible_by", 1), "data.divisible_by", minimum=1)
     for key, least in (("batch_size", 1), ("num_workers", 0)):
         check_integer(data, key, least, f"data.{key}")
@@ -176,7 +176,8 @@ def _per_node(devices: Any) -> int | None:
     return len(ids) if all(str(part).strip().isdecimal() for part in ids) else None
 
 
-def _check_grid(patch_size: Triple, patch_overlap: Any) -> None:
+def check_grid(patch_size: Triple, patch_overlap: Any) -> None:
+    """A patch and an overlap of it that make a grid."""
     try:
         make_grid(patch_size, patch_size, patch_overlap)
     except VoxquiltError as error:
