@@ -30,7 +30,8 @@ ORDER = [
         "group",
         "line",
     ),
-    *("signals", "meter", "batch", "loader", "datamodule", "network", "weights", "module", "metrics", "training"),
+    *("signals", "meter", "batch", "loader", "datamodule", "chunks", "network", "archive"),
+    *("exported", "weights", "module", "metrics", "training"),
     *("overlay", "files", "team", "cohort", "record", "writer", "processes", "report", "fetch", "datasets"),
     *("overrides", "sections", "config", "app"),
 ]

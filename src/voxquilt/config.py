@@ -30,7 +30,7 @@ from voxquilt.sections import (
 
 _HINTS = {
     "ckpt_path": "the file that holds the network's weights; null for a network as it is built",
-    "model": "model=torchscript, model=state_dict or model=lightning",
+    "model": "model=torchscript, model=exported, model=state_dict or model=lightning",
     "data.labels": "the label map of each subject, such as labels/{subject}.nii.gz",
     "model.net": "the network: model/net=unet, or model.net._target_=monai.networks.nets.UNet and its arguments",
     "model.module_class": "the LightningModule's class, such as my_package.MyModule",

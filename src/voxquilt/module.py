@@ -1,7 +1,7 @@
 """The LightningModule that predicts: it carries a PatchNetwork and knows nothing of subjects."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -9,9 +9,10 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from voxquilt.batch import PatchBatch
-from voxquilt.errors import OutputError
+from voxquilt.errors import ConfigError, OutputError
+from voxquilt.geometry import to_triple
 from voxquilt.network import Named, PatchNetwork
-from voxquilt.weights import Paths, read_lightning, read_state_dict, read_torchscript
+from voxquilt.weights import Paths, read_exported, read_lightning, read_state_dict, read_torchscript
 
 log = logging.getLogger("voxquilt")
 
@@ -74,6 +75,39 @@ class PatchPredictor(LightningModule):
 def from_torchscript(ckpt_path: Paths, **options: Unpack[Options]) -> PatchPredictor:
     """A predictor from TorchScript archives; see `voxquilt.weights.read_torchscript`."""
     return PatchPredictor(read_torchscript(ckpt_path), **options)
+
+
+def from_exported(
+    ckpt_path: Paths,
+    *,
+    patch_size: int | Iterable[int] | None = None,
+    trust_checkpoint: bool = False,
+    **options: Unpack[Options],
+) -> PatchPredictor:
+    """A predictor from exported programs; see `voxquilt.weights.read_exported`.
+
+    Args:
+        ckpt_path: The archives.
+        patch_size: Of the patches to come, in voxels, to be refused at once where a program takes only others.
+        trust_checkpoint: Load what could run code.
+        options: See PatchNetwork.
+
+    Raises:
+        ConfigError: a file cannot be used, or not for such patches.
+    """
+    programs = read_exported(ckpt_path, trust=trust_checkpoint)
+    if patch_size is not None:
+        squeezed = options.get("squeeze_axis")
+        size = to_triple(patch_size, "data.patch_size", minimum=1)
+        seen = [n for axis, n in enumerate(size) if axis != squeezed]
+        for program in programs:
+            wanted = program.sizes[2:]
+            if len(wanted) != len(seen) or any(n not in (None, m) for n, m in zip(wanted, seen, strict=True)):
+                raise ConfigError(
+                    f"data.patch_size={list(size)} does not fit the exported program, which takes "
+                    f"{['any' if n is None else n for n in wanted]}."
+                )
+    return PatchPredictor(programs, **options)
 
 
 def from_state_dict(
