@@ -30,7 +30,7 @@ ORDER = [
         "group",
         "line",
     ),
-    *("signals", "meter", "batch", "loader", "datamodule", "chunks", "network", "archive"),
+    *("signals", "meter", "batch", "loader", "datamodule", "chunks", "members", "network", "archive"),
     *("exported", "weights", "module", "metrics", "training"),
     *("overlay", "files", "team", "cohort", "record", "writer", "processes", "report", "fetch", "datasets"),
     *("overrides", "sections", "config", "app"),

@@ -24,16 +24,18 @@ def in_chunks(
     """
     chunks = patches.split(most)
     # What is no tensor, or none of the batch, is left for whoever checks outputs.
-    made = [tree_map(partial(_cut, count=len(chunk)), run(_filled(chunk, least))) for chunk in chunks]
+    made = [_run(run, chunk, least or 0) for chunk in chunks]
     if len(made) == 1:
         return made[0]
     return tree_map(lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0], *made)
 
 
-def _filled(chunk: Tensor, least: int | None) -> Tensor:
-    missing = (least or 0) - len(chunk)
-    return chunk if missing <= 0 else torch.cat([chunk, chunk[-1:].expand(missing, *chunk.shape[1:])])
+def _run(run: Callable[[Tensor], Any], chunk: Tensor, least: int) -> Any:
+    if len(chunk) >= least:
+        return run(chunk)
+    full = torch.cat([chunk, chunk[-1:].expand(least - len(chunk), *chunk.shape[1:])])
+    return tree_map(partial(_cut, count=len(chunk), of=least), run(full))
 
 
-def _cut(output: Any, count: int) -> Any:
-    return output[:count] if isinstance(output, Tensor) and output.ndim > 0 else output
+def _cut(output: Any, count: int, of: int) -> Any:
+    return output[:count] if isinstance(output, Tensor) and output.ndim > 0 and len(output) == of else output
