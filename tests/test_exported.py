@@ -15,7 +15,8 @@ from test_weights import Bomb
 from torch import Tensor, nn
 
 from voxquilt.errors import ConfigError, OutputError
-from voxquilt.module import from_exported
+from voxquilt.fits import check_fits
+from voxquilt.module import from_exported, from_file
 from voxquilt.weights import read_exported
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.export's own
@@ -108,17 +109,16 @@ def test_a_program_of_any_patch_size_takes_them_all(tmp_path: Path) -> None:
     """Exported with dynamic spatial axes."""
     auto = torch.export.Dim.AUTO
     path = export(tmp_path / "a.pt2", net(), 2, ({0: auto, 2: auto, 3: auto, 4: auto},))
-    predictor = from_exported(path, patch_size=9)
+    predictor = from_exported(path)
     with torch.no_grad():
         torch.testing.assert_close(predictor(patches(1, 9))[""], net()(patches(1, 9)), atol=1e-6, rtol=1e-6)
 
 
 def test_another_patch_size_is_refused(archive: Path) -> None:
-    """At once where it is known, else when the patch comes; both say what is wanted."""
-    with pytest.raises(ConfigError, match=r"data\.patch_size=\[8, 8, 8\] does not fit .* takes \[6, 6, 6\]"):
-        from_exported(archive, patch_size=8)
-    with pytest.raises(ConfigError, match="does not fit"):
-        from_exported(archive, patch_size=6, squeeze_axis=2)
+    """Before a run, and when such a patch comes; both say what is wanted."""
+    with pytest.raises(ConfigError, match=r"exported for inputs of 1 x 6 x 6 x 6 .*Set data\.patch_size"):
+        check_fits(from_exported(archive), ["image"], 1, (8, 8, 8), None)
+    assert check_fits(from_exported(archive), ["image"], 1, (6, 6, 6), None) is not None
     (loaded,) = read_exported(archive)
     with pytest.raises(OutputError, match=r"exported for inputs of 1 x 6 x 6 x 6 .*these are 1 x 8 x 8 x 8"):
         loaded(patches(2, 8))
@@ -286,6 +286,12 @@ def test_guards_are_dropped_not_executed(archive: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(read_exported(path)[0](patches(2)), net()(patches(2)), atol=1e-6, rtol=1e-6)
     assert not marker.exists()
+
+
+def test_the_file_itself_says_that_it_is_a_program(archive: Path) -> None:
+    """model=auto needs no more than the path."""
+    with torch.no_grad():
+        assert torch.equal(from_file(archive)(patches(2))[""], from_exported(archive)(patches(2))[""])
 
 
 def test_a_trusted_archive_is_loaded_as_it_is(archive: Path) -> None:

@@ -71,6 +71,8 @@ FORMATS = {
     "Lightning as a state dict": (*STATE, "ckpt_path=lit.ckpt", "model.prefix=net."),
     "TorchScript": ("model=torchscript", "ckpt_path=script.pt"),
     "exported": ("model=exported", "ckpt_path=net.pt2"),
+    "TorchScript by itself": ("ckpt_path=script.pt",),
+    "exported by itself": ("ckpt_path=net.pt2",),
     "ensemble": (*STATE, "ckpt_path=[net.pt,net.safetensors]", "model.offload=true"),
     "channels last": (*STATE, "ckpt_path=net.pt", "model.channels_last=true"),
 }
@@ -162,6 +164,11 @@ BOMBS: dict[str, tuple[tuple[str, ...], str, Callable[[Path, Bomb], bytes]]] = {
         ("model=exported",), "bomb.pt2",
         lambda place, bomb: with_record(place / "net.pt2", "data/sample_inputs/model.pt", saved(((bomb,), {}))),
     ),
+    "exported .pt2 by itself": (
+        (), "bomb.pt2",
+        lambda place, bomb: with_record(place / "net.pt2", "data/sample_inputs/model.pt", saved(((bomb,), {}))),
+    ),
+    "checkpoint by itself": ((), "bomb.ckpt", lit_bomb),
     "checkpoint as .pt2": (("model=exported",), "bomb.pt2", state_bomb),
 }  # fmt: skip
 

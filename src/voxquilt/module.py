@@ -1,7 +1,7 @@
 """The LightningModule that predicts: it carries a PatchNetwork and knows nothing of subjects."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -9,11 +9,11 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from voxquilt.batch import PatchBatch
+from voxquilt.carried import EXPORTED, LIGHTNING, TORCHSCRIPT, kind_of
 from voxquilt.chunks import in_chunks
 from voxquilt.errors import ConfigError, OutputError
-from voxquilt.geometry import to_triple
 from voxquilt.network import Named, PatchNetwork
-from voxquilt.weights import Paths, read_exported, read_lightning, read_state_dict, read_torchscript
+from voxquilt.weights import Paths, listed, read_exported, read_lightning, read_state_dict, read_torchscript
 
 log = logging.getLogger("voxquilt")
 
@@ -81,42 +81,46 @@ class PatchPredictor(LightningModule):
         return self._within_memory(patches)
 
 
+def from_file(
+    ckpt_path: Paths,
+    net: nn.Module | None = None,
+    *,
+    prefix: str | None = None,
+    strict: bool = True,
+    trust_checkpoint: bool = False,
+    **options: Unpack[Options],
+) -> PatchPredictor:
+    """A predictor from weights that say what they are, or from a network and its weights.
+
+    Raises:
+        ConfigError: weights without a network, or files of several kinds.
+    """
+    if net is not None:
+        members = read_state_dict(net, ckpt_path, prefix=prefix, strict=strict, trust=trust_checkpoint)
+        return PatchPredictor(members, **options)
+    kinds = {kind_of(path) for path in listed(ckpt_path)}
+    if kinds == {TORCHSCRIPT}:
+        return from_torchscript(ckpt_path, **options)
+    if kinds == {EXPORTED}:
+        return from_exported(ckpt_path, trust_checkpoint=trust_checkpoint, **options)
+    what = (
+        "a Lightning checkpoint without settings of voxquilt" if kinds == {LIGHTNING} else "weights without a network"
+    )
+    raise ConfigError(
+        f"{listed(ckpt_path)[0]} is {what}: say which network they are for, by model.net._target_=my_package.MyNet and "
+        f"its arguments (model.prefix=net. for a LightningModule's self.net), or by model=lightning "
+        f"model.module_class=my_package.MyModule."
+    )
+
+
 def from_torchscript(ckpt_path: Paths, **options: Unpack[Options]) -> PatchPredictor:
     """A predictor from TorchScript archives; see `voxquilt.weights.read_torchscript`."""
     return PatchPredictor(read_torchscript(ckpt_path), **options)
 
 
-def from_exported(
-    ckpt_path: Paths,
-    *,
-    patch_size: int | Iterable[int] | None = None,
-    trust_checkpoint: bool = False,
-    **options: Unpack[Options],
-) -> PatchPredictor:
-    """A predictor from exported programs; see `voxquilt.weights.read_exported`.
-
-    Args:
-        ckpt_path: The archives.
-        patch_size: Of the patches to come, in voxels, to be refused at once where a program takes only others.
-        trust_checkpoint: Load what could run code.
-        options: See PatchNetwork.
-
-    Raises:
-        ConfigError: a file cannot be used, or not for such patches.
-    """
-    programs = read_exported(ckpt_path, trust=trust_checkpoint)
-    if patch_size is not None:
-        squeezed = options.get("squeeze_axis")
-        size = to_triple(patch_size, "data.patch_size", minimum=1)
-        seen = [n for axis, n in enumerate(size) if axis != squeezed]
-        for program in programs:
-            wanted = program.sizes[2:]
-            if len(wanted) != len(seen) or any(n not in (None, m) for n, m in zip(wanted, seen, strict=True)):
-                raise ConfigError(
-                    f"data.patch_size={list(size)} does not fit the exported program, which takes "
-                    f"{['any' if n is None else n for n in wanted]}."
-                )
-    return PatchPredictor(programs, **options)
+def from_exported(ckpt_path: Paths, *, trust_checkpoint: bool = False, **options: Unpack[Options]) -> PatchPredictor:
+    """A predictor from exported programs; see `voxquilt.weights.read_exported`."""
+    return PatchPredictor(read_exported(ckpt_path, trust=trust_checkpoint), **options)
 
 
 def from_state_dict(
