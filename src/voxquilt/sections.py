@@ -16,6 +16,7 @@ from voxquilt.names import (
     AVERAGES,
     DISTRIBUTE,
     NONFINITE,
+    OFFLOAD,
     ON_ERROR,
     OVERLAP_MODES,
     PADDING_MODES,
@@ -89,6 +90,9 @@ def check_model(model: Any) -> None:
     if model.get("activation") is not None:
         check_name(model["activation"], ACTIVATIONS, "model.activation")
     check_word(model, "average", AVERAGES, "model.average")
+    for key, words in {"compile": (), "channels_last": (), "offload": OFFLOAD}.items():
+        if key in model and not isinstance(model[key], bool):
+            check_name(model[key], ("true", "false", *words), f"model.{key}")
     check_list(model.get("flips"), "model.flips", "0,1")
     check_list(model.get("outputs"), "model.outputs", "seg,null")
 
