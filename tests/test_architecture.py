@@ -15,7 +15,7 @@ ORDER = [
     *("errors", "atomic", "names", "geometry", "grid", "blend", "parts", "ledger", "buffers", "sums", "blended"),
     *("stream", "aggregator", "space"),
     *("nifti", "subject", "sampler", "skip", "inference", "preprocess", "products", "recipes", "volumes", "finish"),
-    *("stitch", "quilt", "predict", "probe"),
+    *("stitch", "quilt", "predict", "probe", "outline"),
     *(
         "launch",
         "cases",
