@@ -86,8 +86,10 @@ class Server:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
-    def start(self, *arguments: str, cwd: Path, ranks: int = 1, env: Mapping[str, str] | None = None) -> Run:
-        """Begin a run with so many processes."""
+    def start(
+        self, *arguments: str, cwd: Path, ranks: int = 1, env: Mapping[str, str] | None = None, script: str = "predict"
+    ) -> Run:
+        """Begin a run of predict.py or train.py with so many processes."""
         mark, port = uuid.uuid4().hex, free_port()
         logs, pids = [cwd / f"log_{mark}_{rank}.txt" for rank in range(ranks)], []
         for rank, log in enumerate(logs):
@@ -98,7 +100,7 @@ class Server:
             }  # fmt: skip
             request = {
                 "arguments": [*arguments, *([f"trainer.devices={ranks}", "trainer.accelerator=cpu"] * (ranks > 1))],
-                "cwd": str(cwd), "log": str(log),
+                "cwd": str(cwd), "log": str(log), "script": script,
                 "env": {MARK: mark, "SLOW": os.environ.get("SLOW", "0"), **(world if ranks > 1 else {}), **(env or {})},
             }  # fmt: skip
             pids.append(self.ask(request)["pid"])
@@ -123,17 +125,18 @@ def _serve() -> None:
     import synthetic
 
     import voxquilt.app
+    import voxquilt.fit
     import voxquilt.processes
     import voxquilt.report
     import voxquilt.writer
 
-    _ = lightning.pytorch, synthetic, voxquilt.processes, voxquilt.report, voxquilt.writer
+    _ = lightning.pytorch, synthetic, voxquilt.fit, voxquilt.processes, voxquilt.report, voxquilt.writer
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
             answer = {"status": _waited(request["wait"], request["timeout"])}
         else:
-            answer = {"pid": _forked(request, voxquilt.app.predict)}
+            answer = {"pid": _forked(request, getattr(voxquilt.app, request["script"]))}
         print(json.dumps(answer), flush=True)
 
 
@@ -149,7 +152,7 @@ def _forked(request: Mapping[str, Any], main: Any) -> int:
         null = os.open(os.devnull, os.O_RDONLY)
         for descriptor, target in ((null, 0), (log, 1), (log, 2)):
             os.dup2(descriptor, target)
-        sys.argv = [str(ROOT / "predict.py"), *request["arguments"]]
+        sys.argv = [str(ROOT / f"{request['script']}.py"), *request["arguments"]]
         status = _status(main)
     except BaseException:
         traceback.print_exc()

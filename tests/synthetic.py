@@ -143,3 +143,14 @@ class Fault(Callback):
 
 def _dies(*_: object) -> None:
     raise SystemExit("a thread's end")
+
+
+class StopAfter(Callback):
+    """Ends a training in order after so many epochs, as a time limit would."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Ask the trainer to stop."""
+        trainer.should_stop = trainer.current_epoch + 1 >= self.epochs

@@ -168,7 +168,7 @@ def test_keys_that_need_a_value_are_all_named_at_once(place: Path) -> None:
     done = light(place)
     assert done.returncode == 2
     keys = [line.split(":")[0].strip() for line in done.stderr.splitlines()[1:]]
-    assert keys == ["ckpt_path", "data.inputs", "data.patch_size", "model"]
+    assert keys == ["ckpt_path", "data.inputs", "data.patch_size"]
 
 
 def test_help_and_the_configuration_are_printed_in_a_moment(place: Path) -> None:

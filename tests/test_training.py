@@ -1,138 +1,492 @@
-"""Training: patches are cut where they should be, and what is trained predicts."""
+"""Training: patches are cut where they should be, whatever process cuts them; what is trained predicts."""
 
-import os
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from forks import Server, checked
+from hypothesis import given
+from hypothesis import strategies as st
+from lightning.pytorch import Trainer
+from monai.losses import DiceCELoss
+from monai.networks.nets import UNet
+from monai.transforms import Compose, RandFlipd, RandGaussianNoised
 from scipy.ndimage import gaussian_filter
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from voxquilt.carried import carried
+from voxquilt.cases import Case
 from voxquilt.errors import ConfigError, InputError
-from voxquilt.sampler import GridSampler
-from voxquilt.subject import LabelMap, ScalarImage, Subject
-from voxquilt.training import RandomPatches, TrainingDataModule
+from voxquilt.metrics import class_dice
+from voxquilt.patches import CachedVolumes, EpochOrder, Labelled, RandomPatches, centres_of
+from voxquilt.predict import predict_volume
+from voxquilt.splits import make_split
+from voxquilt.stitch import Stitch
+from voxquilt.subject import ScalarImage, Subject
+from voxquilt.traindata import TrainingDataModule
+from voxquilt.training import PatchTrainer, polynomial, warmup_cosine
 
-ROOT = Path(__file__).parents[1]
+NET = (
+    "model.net.channels=[4,8]", "model.net.strides=[2]", "model.net.num_res_units=0",
+)  # fmt: skip
 
 
-def blobs(folder: Path, count: int = 5) -> None:
+@pytest.fixture(scope="module")
+def blobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Noisy images in images/ and what is bright in them in labels/."""
+    folder = tmp_path_factory.mktemp("blobs")
     rng = np.random.default_rng(0)
     for name in ("images", "labels"):
         (folder / name).mkdir()
-    for n in range(count):
-        smooth = gaussian_filter(rng.normal(size=(40, 44, 36)), 4)
+    for n in range(5):
+        smooth = gaussian_filter(rng.normal(size=(24, 28, 20 + n)), 3)
         smooth /= smooth.std()
         image = (smooth + 0.3 * rng.normal(size=smooth.shape)).astype(np.float32)
-        nib.save(nib.Nifti1Image(image, np.eye(4)), folder / f"images/s{n}.nii.gz")
-        nib.save(nib.Nifti1Image((smooth > 0.7).astype(np.uint8), np.eye(4)), folder / f"labels/s{n}.nii.gz")
+        affine = np.diag([-1.0, 2, 1.5, 1])  # LAS
+        nib.save(nib.Nifti1Image(image, affine), folder / f"images/s{n}.nii.gz")
+        nib.save(nib.Nifti1Image((smooth > 0.7).astype(np.uint8), affine), folder / f"labels/s{n}.nii.gz")
+    return folder
 
 
-def sampler(shape: tuple[int, int, int], patch: int) -> GridSampler:
+def data_of(blobs: Path, **options: object) -> TrainingDataModule:
+    """Training data of the blobs."""
+    return TrainingDataModule(blobs / "images", f"{blobs}/labels/{{subject}}.nii.gz", 16, **options)  # type: ignore[arg-type]
+
+
+def numbered(shape: tuple[int, int, int]) -> Labelled:
     """An image whose voxels hold their own number, and a label with one rare class."""
-    image = torch.arange(np.prod(shape), dtype=torch.float32).reshape(shape)
-    label = torch.zeros(shape, dtype=torch.uint8)
-    label[0, 0, 0] = 3
-    return GridSampler(Subject(image=ScalarImage(tensor=image), label=LabelMap(tensor=label)), patch, fit=True)
+    image = torch.arange(np.prod(shape), dtype=torch.float32).reshape(1, *shape)
+    label = torch.zeros((1, *shape), dtype=torch.uint8)
+    label[0, 0, 0, 0] = 3
+    return Labelled("one", image, label, centres_of(label))
+
+
+def net() -> UNet:
+    """A small one, the same each time."""
+    torch.manual_seed(0)
+    return UNet(3, 1, 2, channels=(4, 8), strides=(2,))
+
+
+def cases_of(count: int, column: list[str] | None = None) -> list[Case]:
+    """Subjects without files."""
+    return [
+        Case(f"s{n:02}", {"image": Path(f"{n}.nii")}, {} if column is None else {"split": column[n]})
+        for n in range(count)
+    ]
+
+
+# Patches
 
 
 def test_image_and_label_of_a_random_patch_come_from_one_place() -> None:
     """The label at a voxel of a patch is the label of the voxel whose number the image patch holds there."""
-    one = sampler((12, 9, 14), 6)
-    patches = RandomPatches([one], 50, 0.5, torch.Generator().manual_seed(0))
-    volume = one.volume("label")[0].flatten()
+    volume = numbered((12, 9, 14))
+    patches = RandomPatches([volume], (6, 5, 4), 50)
     for n in range(len(patches)):
-        image, label = patches[n]
-        assert image.shape == label.shape == (1, 6, 6, 6)
-        assert torch.equal(volume[image[0].long()], label[0])
+        patch = patches[n]
+        assert patch["image"].shape == patch["label"].shape == (1, 6, 5, 4)
+        assert torch.equal(volume.label.flatten()[patch["image"].flatten().long()], patch["label"].flatten())
 
 
 def test_balanced_patches_hold_a_rare_class_half_of_the_time() -> None:
     """With two classes and balanced=1, half of the patches are centred on the class that has one voxel."""
-    patches = RandomPatches([sampler((40, 40, 40), 4)], 400, 1.0, torch.Generator().manual_seed(0))
-    share = np.mean([bool((patches[n][1] == 3).any()) for n in range(len(patches))])
+    patches = RandomPatches([numbered((40, 40, 40))], (4, 4, 4), 400, balanced=1.0)
+    share = np.mean([bool((patches[n]["label"] == 3).any()) for n in range(len(patches))])
     assert 0.4 < share < 0.6
 
 
 def test_unbalanced_patches_reach_every_voxel() -> None:
     """Starts are uniform over all that fit, the outermost included."""
-    patches = RandomPatches([sampler((4, 3, 3), 3)], 60, 0.0, torch.Generator().manual_seed(0))
-    firsts = {int(patches[n][0].min()) for n in range(len(patches))}
-    assert firsts == {0, 9}
+    patches = RandomPatches([numbered((4, 3, 3))], (3, 3, 3), 60, balanced=0.0)
+    assert {int(patches[n]["image"].min()) for n in range(len(patches))} == {0, 9}
 
 
-def test_volumes_smaller_than_the_patch_are_padded() -> None:
-    """A patch larger than the volume holds all of it."""
-    image, label = RandomPatches([sampler((3, 9, 9), 8)], 1, 0.0, torch.Generator())[0]
-    assert image.shape == label.shape == (1, 8, 8, 8)
+def test_each_class_and_each_mask_has_its_centres() -> None:
+    """Positions lie in their class: by value for one channel; for several, in each mask and in none of them."""
+    label = torch.zeros(1, 5, 6, 7, dtype=torch.uint8)
+    label[0, 2:4] = 7
+    zero, seven = centres_of(label)
+    assert len(zero) + len(seven) == label.numel()
+    assert all(label[0, i, j, k] == 7 for i, j, k in seven.tolist())
+    masks = torch.zeros(2, 4, 4, 4, dtype=torch.uint8)
+    masks[0, 0], masks[1, 0:2] = 1, 1
+    first, second, neither = centres_of(masks)
+    assert (len(first), len(second), len(neither)) == (16, 32, 32)
 
 
-def test_the_split_depends_on_the_seed_alone_and_shares_no_subject(tmp_path: Path) -> None:
-    """Training and validation subjects are disjoint, complete, and the same for one seed."""
-    blobs(tmp_path)
+def test_augmentation_is_the_same_whenever_a_patch_is_made() -> None:
+    """Patch n depends on the seed and n alone; image and label are flipped together, and only the image gets noise."""
 
-    def split(seed: int) -> tuple[list[str], list[str]]:
-        data = TrainingDataModule(tmp_path / "images", f"{tmp_path}/labels/{{subject}}.nii.gz", 16, seed=seed)
-        return [c.subject for c in data.training_cases], [c.subject for c in data.validation_cases]
+    def made(seed: int) -> list[dict[str, torch.Tensor]]:
+        augment = Compose([
+            RandFlipd(["image", "label"], prob=0.5, spatial_axis=0),
+            RandGaussianNoised(["image"], prob=1.0, std=0.01),
+        ])  # fmt: skip
+        patches = RandomPatches([numbered((12, 9, 14))], (6, 5, 4), 20, balanced=1.0, seed=seed, augment=augment)
+        return [patches[n] for n in (*range(20), 3)]
 
-    training, validating = split(1)
-    assert sorted(training + validating) == ["s0", "s1", "s2", "s3", "s4"]
-    assert len(validating) == 1
-    assert split(1) == (training, validating)
-    assert len({tuple(split(seed)[1]) for seed in range(8)}) > 1
-
-
-def test_a_missing_label_or_too_few_subjects_are_named_before_training(tmp_path: Path) -> None:
-    """Both are configuration errors with the subject or the number in them."""
-    blobs(tmp_path, 2)
-    labels = f"{tmp_path}/labels/{{subject}}.nii.gz"
-    with pytest.raises(ConfigError, match="leave none to train on"):
-        TrainingDataModule(tmp_path / "images/s0.nii.gz", labels, 16)
-    (tmp_path / "labels/s1.nii.gz").unlink()
-    with pytest.raises(ConfigError, match=r"s1: data\.labels names .*s1\.nii\.gz"):
-        TrainingDataModule(tmp_path / "images", labels, 16)
+    first, again, other = made(1), made(1), made(2)
+    assert all(torch.equal(a["image"], b["image"]) for a, b in zip(first, again, strict=True))
+    assert torch.equal(first[3]["image"], first[20]["image"])
+    assert not all(torch.equal(a["image"], b["image"]) for a, b in zip(first, other, strict=True))
+    label = numbered((12, 9, 14)).label.flatten()
+    for patch in first:
+        assert torch.equal(
+            label[patch["image"].round().clamp(0, len(label) - 1).flatten().long()], patch["label"].flatten()
+        )
+    assert type(first[0]["image"]) is torch.Tensor
 
 
-def test_a_label_on_another_grid_is_named(tmp_path: Path) -> None:
-    """Training never silently goes on with labels beside their image."""
-    blobs(tmp_path, 2)
-    nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4)), tmp_path / "labels/s1.nii.gz")
-    data = TrainingDataModule(tmp_path / "images", f"{tmp_path}/labels/{{subject}}.nii.gz", 16, validation=0)
-    with pytest.raises(InputError, match=r"s1: .*'image' and 'label'.*different grids"):
+@given(
+    volumes=st.integers(1, 12), per=st.integers(1, 6), group=st.integers(1, 5), ranks=st.integers(1, 3),
+    epoch=st.integers(0, 3), seed=st.integers(0, 5),
+)  # fmt: skip
+def test_an_epoch_has_every_patch_once_and_the_ranks_share_it(
+    volumes: int, per: int, group: int, ranks: int, epoch: int, seed: int
+) -> None:
+    """Together the ranks have what one process has, but for a rest below their number; few volumes are open."""
+
+    def numbers(rank: int, count: int) -> list[int]:
+        order = EpochOrder(volumes, per, group=group, seed=seed, rank=rank, ranks=count)
+        order.set_epoch(epoch)
+        assert len(list(order)) == len(order)
+        return list(order)
+
+    total = volumes * per
+    alone = numbers(0, 1)
+    assert sorted(alone) == list(range(epoch * total, (epoch + 1) * total))
+    each = [numbers(rank, ranks) for rank in range(ranks)]
+    assert len({len(some) for some in each}) == 1
+    # In turns they are the order of one process, so batches together are its batches.
+    together = [n for some in zip(*each, strict=True) for n in some]
+    assert together == alone[: total // ranks * ranks]
+    for first in range(0, total, group * per):
+        some = alone[first : first + group * per]
+        assert len({n % total // per for n in some}) <= group
+
+
+@given(st.integers(1, 9), st.integers(0, 9), st.integers(1, 4), st.integers(0, 3))
+def test_each_volume_is_read_once_an_epoch_and_few_are_in_memory(count: int, kept: int, group: int, epoch: int) -> None:
+    """What fits is read once for good; of the others a group is open."""
+    reads: list[int] = []
+
+    def load(n: int) -> Labelled:
+        reads.append(n)
+        return numbered((2, 2, 2))
+
+    volumes = CachedVolumes(load, count, numbered((2, 2, 2)).nbytes * kept, group)
+    assert volumes.preload(2) == min(count, kept)
+    reads.clear()
+    order = EpochOrder(count, 3, group=group, seed=0)
+    order.set_epoch(epoch)
+    for number in order:
+        _ = volumes[number % (3 * count) // 3]
+        assert len(volumes._recent) <= group
+    assert sorted(reads) == list(range(min(count, kept), count))
+
+
+# Splits
+
+
+@given(st.integers(2, 30), st.data())
+def test_folds_are_disjoint_complete_and_even(count: int, data: st.DataObject) -> None:
+    """Every subject validates in one fold and trains in the others; sizes differ by one at most."""
+    folds, seed = data.draw(st.integers(2, count)), data.draw(st.integers(0, 3))
+    parts = [make_split(cases_of(count), folds, fold, seed) for fold in range(folds)]
+    validating = [case.subject for part in parts for case in part.validation]
+    assert sorted(validating) == [case.subject for case in cases_of(count)]
+    assert max(len(p.validation) for p in parts) - min(len(p.validation) for p in parts) <= 1
+    for part in parts:
+        assert {c.subject for c in part.training} | {c.subject for c in part.validation} == set(validating)
+        assert not {c.subject for c in part.training} & {c.subject for c in part.validation}
+    assert parts == [make_split(cases_of(count), folds, fold, seed) for fold in range(folds)]
+
+
+def test_a_column_says_who_trains_and_who_validates() -> None:
+    """Words, or numbers of folds; other words leave a subject out."""
+    words = make_split(cases_of(4, ["train", "VAL", "test", "train"]), 5, column="split")
+    assert [[c.subject for c in part] for part in words] == [["s00", "s03"], ["s01"]]
+    numbers = make_split(cases_of(4, ["0", "1", "2", "1"]), 5, 1, column="split")
+    assert [[c.subject for c in part] for part in numbers] == [["s00", "s02"], ["s01", "s03"]]
+
+
+def test_a_split_that_leaves_nobody_to_train_is_refused() -> None:
+    """So are folds that are more than the subjects, a fold that is none of them, and a column that is not there."""
+    for arguments, message in (
+        ((cases_of(2, ["val", "val"]), 5, 0, 0, "split"), r"no subject is left to train on: 2 .* has: val"),
+        ((cases_of(2), 3), r"data\.folds=3 needs .* there are 2"),
+        ((cases_of(2), 2, 2), r"data\.fold=2 is not one of data\.folds=2"),
+        ((cases_of(2), 5, 0, 0, "part"), r"data\.split=part is no column of the table of s00"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make_split(*arguments)  # type: ignore[arg-type]
+
+
+# Data
+
+
+def test_a_missing_label_and_one_on_another_grid_are_named(blobs: Path, tmp_path: Path) -> None:
+    """The first before anything is read, the other from headers alone; training never goes on beside them."""
+    with pytest.raises(ConfigError, match=r"s0: its label .*nowhere/s0\.nii\.gz is not there"):
+        TrainingDataModule(blobs / "images", "nowhere/{subject}.nii.gz", 16)
+    for n in range(5):
+        nib.save(nib.Nifti1Image(np.zeros((4, 4, 4 + n), np.uint8), np.eye(4)), tmp_path / f"s{n}.nii.gz")
+    data = TrainingDataModule(blobs / "images", f"{tmp_path}/{{subject}}.nii.gz", 16)
+    with pytest.raises(InputError, match=r"s\d: .*'image' and 'label label'.*different grids"):
         data.setup("fit")
 
 
-@pytest.mark.slow
-def test_what_train_py_trains_predict_py_predicts(tmp_path: Path) -> None:
-    """Eight epochs on noisy blobs give a checkpoint whose labels have a Dice above 0.85; curves are in TensorBoard."""
-    blobs(tmp_path)
-    environment = os.environ | {"PYTHONWARNINGS": "default"}
-
-    def run(script: str, *arguments: str) -> None:
-        command = [sys.executable, str(ROOT / script), "data.inputs=images", "data.patch_size=32", *arguments]
-        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stdout + result.stderr
-
-    run(
-        "train.py", "data.labels=labels/{subject}.nii.gz", "trainer.max_epochs=8", "output_dir=trained",
-        "trainer.enable_progress_bar=false", "data.patches_per_volume=6",
-    )  # fmt: skip
-    checkpoint = "ckpt_path=trained/checkpoints/epoch_007.ckpt"
-    run("predict.py", "model=state_dict", "model/net=unet", "model.prefix=net.", checkpoint, "data.patch_overlap=16")
+@pytest.mark.parametrize(("value", "message"), [(0.5, "no classes"), (-1.0, "no classes")])
+def test_labels_that_are_no_classes_are_named(blobs: Path, tmp_path: Path, value: float, message: str) -> None:
+    """Fractions and negative numbers, with the subject."""
     for n in range(5):
-        found = nib.load(tmp_path / f"outputs/s{n}_labels.nii.gz").get_fdata() > 0
-        truth = nib.load(tmp_path / f"labels/s{n}.nii.gz").get_fdata() > 0
-        assert 2 * (found & truth).sum() / (found.sum() + truth.sum()) > 0.85
+        file = nib.load(blobs / f"labels/s{n}.nii.gz")
+        nib.save(nib.Nifti1Image(file.get_fdata().astype(np.float32) * value, file.affine), tmp_path / f"s{n}.nii.gz")
+    data = TrainingDataModule(blobs / "images", f"{tmp_path}/{{subject}}.nii.gz", 16)
+    with pytest.raises(InputError, match=rf"s\d: .*{message}"):
+        data.setup("fit")
 
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    (events,) = (tmp_path / "trained").rglob("events.out.tfevents.*")
-    curves = EventAccumulator(str(events))
-    curves.Reload()
-    losses = [scalar.value for scalar in curves.Scalars("train_loss")]
-    assert len(losses) == len(curves.Scalars("val_loss")) == 8
-    assert losses[-1] < 0.7 * losses[0]
+def test_volumes_smaller_than_the_patch_are_padded(blobs: Path) -> None:
+    """A patch larger than the volume holds all of it."""
+    data = TrainingDataModule(blobs / "images", f"{blobs}/labels/{{subject}}.nii.gz", 32)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    assert batch["image"].shape == batch["label"].shape == (2, 1, 32, 32, 32)
+
+
+# Training and validation
+
+
+def fitted(blobs: Path, folder: Path, epochs: int = 1, **options: object) -> tuple[Trainer, PatchTrainer]:
+    """Trained in this process."""
+    module = PatchTrainer(net(), DiceCELoss(to_onehot_y=True, softmax=True), stitch=Stitch("hann"))
+    trainer = Trainer(
+        max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        num_sanity_val_steps=0, use_distributed_sampler=False, default_root_dir=folder, enable_checkpointing=False,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data_of(blobs, patch_overlap=4, **options))
+    return trainer, module
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """Lightning warns of few workers and of few steps."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        yield
+
+
+def test_validation_is_what_predicting_gives(blobs: Path, tmp_path: Path) -> None:
+    """val_dice is the mean over subjects of class_dice of predict_volume's labels and the label file."""
+    trainer, module = fitted(blobs, tmp_path, folds=2)
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    module.eval()
+    dice = []
+    for case in data.validation_cases:
+        subject = Subject(image=ScalarImage(case.images["image"]))
+        labels = predict_volume(module.net, subject, 16, 4, stitch=Stitch("hann"))["labels"]
+        truth = np.asarray(nib.load(blobs / f"labels/{case.subject}.nii.gz").dataobj)
+        dice.append(float(class_dice(torch.from_numpy(labels[0]).long(), torch.from_numpy(truth).long(), 2)[1]))
+    assert len(dice) == 2
+    assert float(trainer.callback_metrics["val_dice"]) == pytest.approx(np.mean(dice), abs=1e-6)
+    assert float(trainer.callback_metrics["val_score"]) == pytest.approx(np.mean(dice), abs=1e-6)
+    assert [one.subject for one in module.validated] == sorted(case.subject for case in data.validation_cases)
+
+
+def test_a_label_without_a_class_in_the_network_is_named(blobs: Path, tmp_path: Path) -> None:
+    """The subject, the class, and what the network has."""
+    for n in range(5):
+        file = nib.load(blobs / f"labels/s{n}.nii.gz")
+        nib.save(nib.Nifti1Image(file.get_fdata().astype(np.uint8) * 2, file.affine), tmp_path / f"s{n}.nii.gz")
+    module = PatchTrainer(net(), DiceCELoss(to_onehot_y=True, softmax=True))
+    trainer = Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False, num_sanity_val_steps=0,
+        enable_checkpointing=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    data = TrainingDataModule(blobs / "images", f"{tmp_path}/{{subject}}.nii.gz", 16, balanced=1.0)
+    with pytest.raises(InputError, match=r"labels of s\d.* have class 2; the network gives 2, 0 to 1"):
+        trainer.fit(module, datamodule=data)
+
+
+@pytest.mark.parametrize("schedule", [warmup_cosine, polynomial])
+def test_a_schedule_ends_at_zero(schedule: object) -> None:
+    """And never exceeds the learning rate."""
+    optimizer = torch.optim.SGD(net().parameters(), lr=0.1)
+    scheduler = schedule(optimizer, 40)  # type: ignore[operator]
+    rates = []
+    for _ in range(40):
+        optimizer.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+        scheduler.step()
+    assert max(rates) == pytest.approx(0.1)
+    assert rates[20] < 0.08
+    assert rates[-1] < 0.005
+
+
+# The command
+
+
+def train(forks: Server, blobs: Path, cwd: Path, *arguments: str, ranks: int = 1, labels: str = "labels") -> str:
+    """train.py on the blobs; what it printed."""
+    run = forks.start(
+        f"data.inputs={blobs}/images", f"data.labels={blobs}/{labels}/{{subject}}.nii.gz", "data.patch_size=16",
+        "trainer.accelerator=cpu", "trainer.check_val_every_n_epoch=1", *NET, *arguments,
+        cwd=cwd, ranks=ranks, script="train",
+    )  # fmt: skip
+    assert checked(run.wait(120)) == 0, run.text
+    return run.text
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Of a checkpoint, which holds plain types alone."""
+    return torch.load(checkpoint, weights_only=True)["state_dict"]
+
+
+def test_a_checkpoint_predicts_with_nothing_but_inputs(forks: Server, blobs: Path, tmp_path: Path) -> None:
+    """It brings patch size, model space, intensities, network and class names; what the user says wins."""
+    train(
+        forks, blobs, tmp_path, "trainer.max_epochs=2", "stitch.class_names=[none,blob]", "preprocess.spacing=1.5",
+        "preprocess.intensity=[{_target_: monai.transforms.NormalizeIntensity}]", "stitch.overlap_mode=hann",
+    )  # fmt: skip
+    checkpoint = tmp_path / "outputs/checkpoints/best.ckpt"
+    assert checkpoint.is_file()
+    loaded = torch.load(checkpoint, weights_only=True)
+    assert loaded["voxquilt"] == carried(checkpoint)
+    run = forks.start(f"data.inputs={blobs}/images", f"ckpt_path={checkpoint}", "output_dir=short", cwd=tmp_path)
+    assert checked(run.wait()) == 0, run.text
+    assert "from best.ckpt: data.patch_size=16, data.patch_overlap=8" in run.text
+    said = (
+        f"data.inputs={blobs}/images", f"ckpt_path={checkpoint}", "output_dir=long", "data.patch_size=16",
+        "data.patch_overlap=8", "preprocess.spacing=1.5", "stitch.overlap_mode=hann", "model=state_dict",
+        "preprocess.intensity=[{_target_: monai.transforms.NormalizeIntensity}]", "model/net=unet", "model.prefix=net.",
+        *NET,
+    )  # fmt: skip
+    run = forks.start(*said, cwd=tmp_path)
+    assert checked(run.wait()) == 0, run.text
+    for n in range(5):
+        short, long = (nib.load(tmp_path / f"{name}/s{n}_labels.nii.gz") for name in ("short", "long"))
+        assert np.array_equal(np.asarray(short.dataobj), np.asarray(long.dataobj))
+        assert short.header.extensions
+    run = forks.start(
+        f"data.inputs={blobs}/images/s0.nii.gz", f"ckpt_path={checkpoint}", "output_dir=own",
+        "stitch.overlap_mode=crop", "data.patch_overlap=0", cwd=tmp_path,
+    )  # fmt: skip
+    assert checked(run.wait()) == 0, run.text
+    assert "yours: data.patch_overlap=0, stitch.overlap_mode=crop" in run.text
+
+
+def test_a_training_that_goes_on_ends_where_one_that_was_not_interrupted_does(
+    forks: Server, blobs: Path, tmp_path: Path
+) -> None:
+    """Weights are equal to the bit: data, optimizer and schedule go on where they were."""
+    common = ("trainer.max_epochs=4", "data.patches_per_volume=4")
+    train(forks, blobs, tmp_path, *common, "output_dir=whole")
+    fault = "+callbacks.fault._target_=synthetic.StopAfter"
+    run = forks.start(
+        f"data.inputs={blobs}/images", f"data.labels={blobs}/labels/{{subject}}.nii.gz", "data.patch_size=16", *NET,
+        "trainer.accelerator=cpu", "trainer.check_val_every_n_epoch=1", *common, "output_dir=parts", fault,
+        "+callbacks.fault.epochs=2", cwd=tmp_path, script="train",
+    )  # fmt: skip
+    assert checked(run.wait(120)) == 0, run.text
+    train(forks, blobs, tmp_path, *common, "output_dir=parts", "ckpt_path=parts/checkpoints/last.ckpt")
+    whole, parts = (weights(tmp_path / f"{name}/checkpoints/last.ckpt") for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_two_processes_train_and_validate_as_one(forks: Server, blobs: Path, tmp_path: Path) -> None:
+    """With batches half as large each: the same losses, metrics and weights but for rounding; subjects counted once."""
+    common = (
+        "trainer.max_epochs=2",
+        "data.patches_per_volume=4",
+        "data.folds=2",
+        "model.optimizer._target_=torch.optim.SGD",
+    )
+    train(forks, blobs, tmp_path, *common, "data.batch_size=4", "output_dir=one")
+    train(forks, blobs, tmp_path, *common, "data.batch_size=2", "output_dir=two", "trainer.strategy=ddp", ranks=2)
+    one, two = (curves(tmp_path / name) for name in ("one", "two"))
+    assert {"train_loss", "val_dice", "val_score"} <= one.keys()
+    assert one.keys() == two.keys()
+    for name in one:
+        assert one[name] == pytest.approx(two[name], abs=1e-4), name
+    first, second = (weights(tmp_path / f"{name}/checkpoints/last.ckpt") for name in ("one", "two"))
+    for key in first:
+        torch.testing.assert_close(first[key], second[key], atol=1e-4, rtol=1e-3)
+
+
+def curves(folder: Path) -> dict[str, list[float]]:
+    """What TensorBoard's event files hold."""
+    (events,) = {
+        path.parent for path in (folder / "tensorboard").rglob("events.out.tfevents.*") if "hparams" not in str(path)
+    }
+    found = EventAccumulator(str(events))
+    found.Reload()
+    return {tag: [s.value for s in found.Scalars(tag)] for tag in found.Tags()["scalars"] if "final" not in tag}
+
+
+def test_tensorboard_has_curves_pictures_and_hyperparameters(forks: Server, blobs: Path, tmp_path: Path) -> None:
+    """Losses fall; a picture of each validation subject after each validation; settings with the final metrics."""
+    train(forks, blobs, tmp_path, "trainer.max_epochs=6", "model.optimizer.lr=0.01")
+    found = curves(tmp_path / "outputs")
+    assert len(found["train_loss"]) == len(found["val_dice"]) == 6
+    assert found["train_loss"][-1] < found["train_loss"][0]
+    assert {"val_dice_1", "lr-AdamW"} <= found.keys() or "val_dice_1" in found
+    (folder,) = {p.parent for p in (tmp_path / "outputs/tensorboard").rglob("events*") if "hparams" not in str(p)}
+    events = EventAccumulator(str(folder), size_guidance={"images": 0})
+    events.Reload()
+    (tag,) = events.Tags()["images"]
+    assert tag.startswith("validation/s")
+    assert len(events.Images(tag)) == 6
+    text = b"".join(path.read_bytes() for path in (tmp_path / "outputs/tensorboard").rglob("events*"))
+    assert b"model.optimizer.lr" in text
+    assert b"final/val_dice" in text
+
+
+def test_several_labels_a_voxel_train(forks: Server, blobs: Path, tmp_path: Path) -> None:
+    """Two masks, from two files, one of them in the other; the checkpoint predicts both, each by itself."""
+    (tmp_path / "core").mkdir()
+    for n in range(5):
+        file = nib.load(blobs / f"labels/s{n}.nii.gz")
+        core = np.asarray(nib.load(blobs / f"images/s{n}.nii.gz").dataobj) > 1.2
+        nib.save(nib.Nifti1Image(core.astype(np.uint8), file.affine), tmp_path / f"core/s{n}.nii.gz")
+    labels = f"data.labels={{blob: '{blobs}/labels/{{subject}}.nii.gz', core: 'core/{{subject}}.nii.gz'}}"
+    run = forks.start(
+        f"data.inputs={blobs}/images", labels, "data.patch_size=16", "task=multilabel", *NET, "trainer.max_epochs=12",
+        "stitch.class_names=[blob,core]", "model.optimizer.lr=0.01", "trainer.accelerator=cpu",
+        "trainer.check_val_every_n_epoch=6", cwd=tmp_path, script="train",
+    )  # fmt: skip
+    assert checked(run.wait(120)) == 0, run.text
+    assert curves(tmp_path / "outputs")["val_dice_blob"][-1] > 0.5
+    run = forks.start(f"data.inputs={blobs}/images", "ckpt_path=outputs/checkpoints/best.ckpt", cwd=tmp_path)
+    assert checked(run.wait()) == 0, run.text
+    assert nib.load(tmp_path / "outputs/s0_labels.nii.gz").shape == (24, 28, 20, 2)
+
+
+def test_an_image_out_of_an_image_trains(forks: Server, blobs: Path, tmp_path: Path) -> None:
+    """The error falls below that of the noisy image; the checkpoint predicts an image of floats."""
+    (tmp_path / "clean").mkdir()
+    noise = []
+    for n in range(5):
+        file = nib.load(blobs / f"images/s{n}.nii.gz")
+        clean = gaussian_filter(file.get_fdata(), 1)
+        noise.append(np.abs(clean - file.get_fdata()).mean())
+        nib.save(nib.Nifti1Image(clean.astype(np.float32), file.affine), tmp_path / f"clean/s{n}.nii.gz")
+    run = forks.start(
+        f"data.inputs={blobs}/images", "data.labels=clean/{subject}.nii.gz", "data.patch_size=16", "task=image",
+        "model.net.channels=[8,8]", "model.net.strides=[1]", "model.net.num_res_units=1", "trainer.max_epochs=15",
+        "model.optimizer.lr=0.01", "trainer.accelerator=cpu", "trainer.check_val_every_n_epoch=15", cwd=tmp_path,
+        script="train",
+    )  # fmt: skip
+    assert checked(run.wait(120)) == 0, run.text
+    found = curves(tmp_path / "outputs")
+    assert found["val_mae"][-1] < 0.8 * np.mean(noise)
+    assert found["val_psnr"] == found["val_score"]
+    run = forks.start(f"data.inputs={blobs}/images", "ckpt_path=outputs/checkpoints/best.ckpt", cwd=tmp_path)
+    assert checked(run.wait()) == 0, run.text
+    assert nib.load(tmp_path / "outputs/s0_image.nii.gz").get_data_dtype() == np.float32

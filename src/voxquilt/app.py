@@ -5,28 +5,31 @@ Heavy imports stand inside functions, so that a wrong configuration is answered 
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.errors import HydraException, InstantiationException
-from hydra.utils import instantiate
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from voxquilt.build import build, check_classes
 from voxquilt.cases import find_cases
-from voxquilt.config import check_predict, check_train
+from voxquilt.config import check_predict
 from voxquilt.errors import ConfigError, VoxquiltError
 from voxquilt.fetch import fetch
+from voxquilt.inherit import check_images, inherit
 from voxquilt.launch import end_with_parent, is_external, is_first
 from voxquilt.lock import locked
 from voxquilt.manifest import of_shard, read_json, read_rows
 from voxquilt.overrides import to_overrides
 from voxquilt.resume import Resume
 from voxquilt.status import print_status
+from voxquilt.trainconfig import check_train
 
 DONE, FAILED, NOT_STARTED = 0, 1, 2
 
@@ -52,8 +55,9 @@ def train() -> None:
 
 def register_resolvers() -> None:
     """What conf/ uses in interpolations: `${example:name}` is the path of an example file, fetched once."""
-    OmegaConf.register_new_resolver("example", lambda name: str(fetch(name)), replace=True, use_cache=True)
+    OmegaConf.register_new_resolver("example", _example, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("if_averaged", _scores_activation, replace=True)
+    OmegaConf.register_new_resolver("half", _half, replace=True)
 
 
 class _Status(int):
@@ -114,6 +118,27 @@ def _scores_activation(average: str | None, activation: str | None) -> str | Non
     return "applied_sigmoid" if activation == "sigmoid" else "applied"
 
 
+def _example(name: str) -> str:
+    if name != "tissue":
+        return str(fetch(name))
+    from voxquilt.datasets import tissue_table  # which imports torch, and this name is train.py's alone
+
+    return str(tissue_table())
+
+
+def _half(size: Any) -> Any:
+    """The even number of voxels that is about half of a patch; along each axis, if they differ."""
+    return [_half(one) for one in size] if isinstance(size, Iterable) else size // 4 * 2
+
+
+def run_train(cfg: DictConfig) -> int:
+    """Check, build, train; the exit status. Imported here, since it imports torch."""
+    plain = check_train(cfg)
+    from voxquilt.fit import fit
+
+    return fit(plain)
+
+
 def run_predict(cfg: DictConfig) -> int:
     """Check, build, predict; the exit status.
 
@@ -121,6 +146,7 @@ def run_predict(cfg: DictConfig) -> int:
         VoxquiltError: the configuration is wrong, and nothing was started.
     """
     end_with_parent()
+    inherited = inherit(cfg, HydraConfig.get().overrides.task if HydraConfig.initialized() else (), conf_dir())
     plain = check_predict(cfg)
     shard = plain["shard"]["index"], plain["shard"]["count"]
     folder = Path(plain["output_dir"]).expanduser().resolve()
@@ -139,9 +165,14 @@ def run_predict(cfg: DictConfig) -> int:
     # Where a launcher started all processes, rank 0 claims the folder when it can tell the others that it could not.
     later = claim if is_external() else None
     resume = Resume(folder, plain, run["resume"], run["overwrite"], run["content_hash"], later)
+    check_classes(inherited, run["checkpoint_targets"])
     preprocess = build(plain["preprocess"], "preprocess")
     data = build(plain["data"], "data", preprocess=preprocess, shard=shard, distribute=run["distribute"], resume=resume)
+    if is_first() and not is_external():
+        check_images(inherited.get("images", []), data.cases)
     model = build(plain["model"], "model")
+    if is_first() and not is_external():
+        _check_fits(model, data, plain["stitch"].get("class_names"))
     stitch = build(plain["stitch"], "stitch")
     writer = build(plain["callbacks"]["writer"], "callbacks.writer", stitch=stitch, configuration=plain)
     others = {name: node for name, node in plain["callbacks"].items() if node and name != "writer"}
@@ -151,6 +182,20 @@ def run_predict(cfg: DictConfig) -> int:
         if is_first() and not is_external():
             claim()
         return _predict(trainer, model, data, writer)
+
+
+def _check_fits(model: Any, data: Any, class_names: Any) -> None:
+    """Of the first subject whose headers can be read; the run finds out what is wrong with the others."""
+    from voxquilt.fits import check_fits
+    from voxquilt.subject import ScalarImage
+
+    for case in data.cases:
+        try:
+            channels = sum(ScalarImage(path).shape[0] for path in case.images.values())
+        except VoxquiltError:
+            continue
+        check_fits(model, list(case.images), channels, data.patch_size, class_names)
+        return
 
 
 def _predict(trainer: Any, model: Any, data: Any, writer: Any) -> int:
@@ -179,63 +224,3 @@ def _predict(trainer: Any, model: Any, data: Any, writer: Any) -> int:
         # Where the run broke off, the reason was printed as the error that it was.
         print(f"voxquilt: stopped by {outcome['reason']}; {left}" if status > FAILED else left, file=sys.stderr)
     return status
-
-
-def run_train(cfg: DictConfig) -> int:
-    """Check, build, train; the exit status.
-
-    Raises:
-        VoxquiltError: the configuration is wrong, and nothing was started.
-    """
-    plain = check_train(cfg)
-    from lightning.pytorch import seed_everything
-
-    from voxquilt.processes import quiet
-
-    quiet()
-
-    seed_everything(plain["run"]["seed"], verbose=False)
-    data = build(plain["data"], "data", preprocess=build(plain["preprocess"], "preprocess"))
-    model = build(plain["model"], "model")
-    callbacks = [build(node, f"callbacks.{name}") for name, node in plain["callbacks"].items() if node]
-    logger = build(plain["logger"], "logger") if plain["logger"] else False
-    trainer = build(plain["trainer"], "trainer", callbacks=callbacks, logger=logger)
-    trainer.fit(model, datamodule=data, ckpt_path=plain["ckpt_path"])
-    best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-    if best:
-        print(f"voxquilt: best checkpoint: {best}")
-    return DONE
-
-
-def build(node: Mapping[str, Any], key: str, **objects: Any) -> Any:
-    """The object that a configuration node describes: the one place that calls Hydra's instantiate.
-
-    Args:
-        node: A constructor call; nodes inside with a _target_ are built first.
-        key: Where it stands, for messages.
-        objects: Further arguments, built before.
-
-    Raises:
-        ConfigError: a target that cannot be imported or called so; HYDRA_FULL_ERROR=1 shows the whole traceback.
-    """
-    try:
-        return instantiate(OmegaConf.create(dict(node)), _convert_="all", _partial_=True)(**objects)
-    except Exception as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        causes = list(_causes(error))
-        ours = next((cause for cause in causes if isinstance(cause, VoxquiltError)), None)
-        if ours is not None:
-            raise ConfigError(str(ours)) from error
-        # Hydra's own words say less than what it wraps: what the class raised, or what could not be imported.
-        cause = next((cause for cause in causes if not isinstance(cause, InstantiationException)), error)
-        raise ConfigError(
-            f"{key} cannot be built from {node.get('_target_')}: {type(cause).__name__}: {cause}\n"
-            f"  (set HYDRA_FULL_ERROR=1 for the traceback)"
-        ) from error
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__

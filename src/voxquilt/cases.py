@@ -33,7 +33,7 @@ def find_cases(inputs: object, images: object = None, apart: Collection[str] = (
 
     Args:
         inputs: A NIfTI file, a folder, a glob, a .csv (a column per image, an optional column `subject`), or a list of
-            these. With `images`, the folder that their patterns start from, or None for the working folder.
+            these, or of cases. With `images`, the folder that their patterns start from, or None for the working one.
         images: A mapping, name -> pattern with `{subject}`, one per image of a subject.
         apart: Columns of tables that are no images; their cells become the cases' values, paths made from where the
             table lies if a file is there.
@@ -80,6 +80,8 @@ def is_image(path: Path) -> bool:
 
 
 def _from_entry(entry: object, apart: Collection[str]) -> list[Case]:
+    if isinstance(entry, Case):
+        return [entry]
     if not isinstance(entry, str | Path):
         raise ConfigError(f"data.inputs: {entry!r} is {type(entry).__name__}, not a path; quote it: '\"{entry}\"'.")
     path = _path(entry)

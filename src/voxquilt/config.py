@@ -13,8 +13,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from voxquilt.cases import find_cases
 from voxquilt.errors import ConfigError
-from voxquilt.geometry import to_triple
 from voxquilt.launch import is_external, is_first
+from voxquilt.names import matches
 from voxquilt.sections import (
     check_callbacks,
     check_data,
@@ -30,8 +30,6 @@ from voxquilt.sections import (
 
 _HINTS = {
     "ckpt_path": "the file that holds the network's weights; null for a network as it is built",
-    "model": "model=torchscript, model=state_dict or model=lightning",
-    "data.labels": "the label map of each subject, such as labels/{subject}.nii.gz",
     "model.net": "the network: model/net=unet, or model.net._target_=monai.networks.nets.UNet and its arguments",
     "model.module_class": "the LightningModule's class, such as my_package.MyModule",
     "data.inputs": "a NIfTI file, a folder, a glob, a list of those, or a .csv",
@@ -44,7 +42,8 @@ _KEYS = {
     "preprocess": {"orientation", "spacing", "intensity"},
     "stitch": {"overlap_mode", "products", "compare", "activation", "threshold", "restore", "fill", "class_names",
                "postprocess"},
-    "run": {"on_error", "seed", "allowed_targets", "status", "distribute", "resume", "overwrite", "content_hash"},
+    "run": {"on_error", "seed", "allowed_targets", "checkpoint_targets", "status", "distribute", "resume", "overwrite",
+            "content_hash"},
     "shard": {"index", "count"},
 }  # fmt: skip
 _SECTIONS = (*_KEYS, "model", "callbacks", "trainer", "ckpt_path", "output_dir", "experiment")
@@ -57,7 +56,7 @@ def check_predict(cfg: DictConfig) -> dict[str, Any]:
         ConfigError: (or another VoxquiltError) what is wrong, by its key, and what would be right.
     """
     plain = to_plain(cfg)
-    _check_keys(plain)
+    check_keys(plain, _KEYS)
     check_data(plain["data"])
     check_preprocess(plain["preprocess"])
     check_stitch(plain["stitch"])
@@ -67,27 +66,11 @@ def check_predict(cfg: DictConfig) -> dict[str, Any]:
     check_callbacks(plain["callbacks"])
     multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     check_trainer(plain["trainer"], plain["shard"]["count"], multirun=multirun)
-    _check_weights(plain)
+    check_weights(plain)
     if is_first() and not is_external():
         _check_cases(plain)
     _check_targets(plain, _allowed(plain["run"].get("allowed_targets")))
-    _check_output(plain)
-    return plain
-
-
-def check_train(cfg: DictConfig) -> dict[str, Any]:
-    """The configuration of a training as plain values, once it is complete and its files are there.
-
-    Raises:
-        ConfigError: (or another VoxquiltError) what is wrong, by its key, and what would be right.
-    """
-    plain = to_plain(cfg)
-    to_triple(plain["data"]["patch_size"], "data.patch_size", minimum=1)
-    check_preprocess(plain["preprocess"])
-    if "{subject}" not in str(plain["data"]["labels"]):
-        raise ConfigError(f"data.labels needs {{subject}} in its path; it is {plain['data']['labels']!r}.")
-    _check_cases(plain)
-    _check_weights(plain)
+    check_output(plain)
     return plain
 
 
@@ -120,13 +103,22 @@ def _missing(node: Any, key: str = "") -> Iterator[str]:
         yield from _missing(child, f"{key}.{name}".lstrip("."))
 
 
-def _check_keys(plain: Mapping[str, Any]) -> None:
+def check_keys(plain: Mapping[str, Any], sections: Mapping[str, set[str]]) -> None:
+    """No key that nobody reads, since a typo would pass unseen.
+
+    Args:
+        plain: The configuration.
+        sections: The keys of each.
+
+    Raises:
+        ConfigError: a key that is not there; the nearest one is suggested.
+    """
     for key in plain:
         # Other names are the user's, for interpolations; only what looks like a slip is refused.
         near = get_close_matches(key, _SECTIONS, 1, cutoff=0.8)
         if near and key not in _SECTIONS:
             raise ConfigError(f"there is no key {key}. Did you mean {near[0]}?")
-    for section, known in _KEYS.items():
+    for section, known in sections.items():
         if not isinstance(plain.get(section), Mapping):
             raise ConfigError(f"{section} must hold keys ({', '.join(sorted(known))}); it is {plain.get(section)!r}.")
         target = plain[section].get("_target_", "voxquilt.")
@@ -149,7 +141,8 @@ def _check_cases(plain: Mapping[str, Any]) -> None:
         raise ConfigError(f"data.skip={skip}: no subject has such a mask (looked from {Path.cwd()}).")
 
 
-def _check_weights(plain: Mapping[str, Any]) -> None:
+def check_weights(plain: Mapping[str, Any]) -> None:
+    """Raises ConfigError where ckpt_path names no file."""
     paths = plain["ckpt_path"]
     for path in paths if isinstance(paths, list) else [paths]:
         if path is not None and not os.path.isfile(os.path.expanduser(str(path))):
@@ -168,7 +161,7 @@ def _check_targets(node: Any, allowed: Any, key: str = "") -> None:
     if isinstance(node, Mapping):
         for name in ("_target_", "module_class"):  # both are imported
             target = node.get(name)
-            if target is not None and not any(_matches(str(target), str(pattern)) for pattern in allowed):
+            if target is not None and not matches(str(target), allowed):
                 raise ConfigError(
                     f"{key}.{name}={target} is not among run.allowed_targets={allowed}; add it, or 'package.*'."
                 )
@@ -179,11 +172,8 @@ def _check_targets(node: Any, allowed: Any, key: str = "") -> None:
             _check_targets(value, allowed, f"{key}[{n}]")
 
 
-def _matches(target: str, pattern: str) -> bool:
-    return target == pattern or (pattern.endswith(".*") and target.startswith(pattern[:-1]))
-
-
-def _check_output(plain: Mapping[str, Any]) -> None:
+def check_output(plain: Mapping[str, Any]) -> None:
+    """Raises ConfigError where output_dir cannot be written, or is where inputs are."""
     name, inputs = plain["output_dir"], plain["data"].get("inputs")
     if not isinstance(name, str) or not name.strip():
         raise ConfigError(f"output_dir must be a folder's name, a number in quotes ('\"12\"'); it is {name!r}.")

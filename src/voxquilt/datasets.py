@@ -6,9 +6,13 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
+from voxquilt.atomic import replacing
 from voxquilt.fetch import cache_dir, fetch
+from voxquilt.geometry import Frame
 from voxquilt.nifti import read_header, write
 from voxquilt.subject import LabelMap, ScalarImage, Subject
+
+_HALVES = (("posterior", "train"), ("anterior", "val"))
 
 
 class Colin27(Subject):
@@ -55,6 +59,37 @@ class MeanHead(Subject):
 
     def __init__(self) -> None:
         super().__init__(t1=ScalarImage(fetch("mean_head")))
+
+
+def tissue_table() -> Path:
+    """A .csv for `train.py`: the halves of MNI152 with classes 0 other, 1 grey matter, 2 white matter.
+
+    Columns `subject`, `t1`, `label`, `split`: posterior, to train on, and anterior, to validate on. A voxel's class is
+    the largest of its two tissue maps and what they leave of 255.
+
+    Raises:
+        FetchError: the images are not in the cache and could not be fetched.
+    """
+    table = cache_dir() / "tissue_v1" / "subjects.csv"
+    if table.is_file():
+        return table
+    brain = MNI152()
+    t1, gm, wm = (brain[name].file.read()[0].numpy() for name in ("t1", "gm", "wm"))
+    other = 255 - np.minimum(gm.astype(np.int16) + wm, 255)
+    classes = np.stack([other, gm, wm]).argmax(0).astype(np.uint8)
+    frame = brain["t1"].frame
+    middle = t1.shape[1] // 2
+    table.parent.mkdir(exist_ok=True)
+    for subject, first, last in (("posterior", 0, middle), ("anterior", middle, t1.shape[1])):
+        affine = frame.affine.copy()
+        affine[:3, 3] += affine[:3, 1] * first
+        for name, volume in (("t1", t1), ("label", classes)):
+            half = np.ascontiguousarray(volume[:, first:last])
+            write(table.parent / f"{subject}_{name}.nii.gz", half[None], Frame(half.shape, affine))
+    rows = ["subject,t1,label,split", *(f"{s},{s}_t1.nii.gz,{s}_label.nii.gz,{part}" for s, part in _HALVES)]
+    with replacing(table) as file:
+        file.write("\n".join(rows).encode() + b"\n")
+    return table
 
 
 def head_mask(t1: np.ndarray) -> np.ndarray:

@@ -9,9 +9,10 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from voxquilt.batch import PatchBatch
-from voxquilt.errors import OutputError
+from voxquilt.carried import LIGHTNING, TORCHSCRIPT, kind_of
+from voxquilt.errors import ConfigError, OutputError
 from voxquilt.network import Named, PatchNetwork
-from voxquilt.weights import Paths, read_lightning, read_state_dict, read_torchscript
+from voxquilt.weights import Paths, listed, read_lightning, read_state_dict, read_torchscript
 
 log = logging.getLogger("voxquilt")
 
@@ -69,6 +70,36 @@ class PatchPredictor(LightningModule):
         # Here, where the error and the network's tensors that it holds are gone.
         torch.cuda.empty_cache()
         return self._within_memory(patches)
+
+
+def from_file(
+    ckpt_path: Paths,
+    net: nn.Module | None = None,
+    *,
+    prefix: str | None = None,
+    strict: bool = True,
+    trust_checkpoint: bool = False,
+    **options: Unpack[Options],
+) -> PatchPredictor:
+    """A predictor from weights that say what they are, or from a network and its weights.
+
+    Raises:
+        ConfigError: weights without a network, or files of several kinds.
+    """
+    if net is not None:
+        members = read_state_dict(net, ckpt_path, prefix=prefix, strict=strict, trust=trust_checkpoint)
+        return PatchPredictor(members, **options)
+    kinds = {kind_of(path) for path in listed(ckpt_path)}
+    if kinds == {TORCHSCRIPT}:
+        return from_torchscript(ckpt_path, **options)
+    what = (
+        "a Lightning checkpoint without settings of voxquilt" if kinds == {LIGHTNING} else "weights without a network"
+    )
+    raise ConfigError(
+        f"{listed(ckpt_path)[0]} is {what}: say which network they are for, by model.net._target_=my_package.MyNet and "
+        f"its arguments (model.prefix=net. for a LightningModule's self.net), or by model=lightning "
+        f"model.module_class=my_package.MyModule."
+    )
 
 
 def from_torchscript(ckpt_path: Paths, **options: Unpack[Options]) -> PatchPredictor:

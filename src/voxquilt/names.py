@@ -14,6 +14,7 @@ RESTORES = ("scores", "labels")
 AVERAGES = ("logits", "probabilities")
 NONFINITE = ("error", "zero")
 ON_ERROR = ("skip", "raise")
+TASKS = ("segmentation", "multilabel", "image")
 DISTRIBUTE = ("subject", "slab", "auto")
 PADDING_MODES = (
     "constant", "edge", "linear_ramp", "maximum", "mean", "median", "minimum", "reflect", "symmetric", "wrap", "empty",
@@ -32,3 +33,8 @@ def check_name(value: object, allowed: Iterable[str], key: str) -> str:
     near = get_close_matches(str(value), allowed, 1)
     hint = f" Did you mean {near[0]}?" if near else ""
     raise ConfigError(f"{key} must be one of {', '.join(allowed)}; it is {value!r}.{hint}")
+
+
+def matches(target: str, patterns: Iterable[str]) -> bool:
+    """Whether a full name is one of the patterns, or in a package 'package.*'."""
+    return any(target == one or (one.endswith(".*") and target.startswith(one[:-1])) for one in map(str, patterns))

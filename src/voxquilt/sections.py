@@ -31,9 +31,7 @@ def check_data(data: Mapping[str, Any]) -> None:
         _check_grid(to_triple(data["patch_size"], "data.patch_size", minimum=1), data.get("patch_overlap", 0))
     to_triple(data.get("divisible_by", 1), "data.divisible_by", minimum=1)
     for key, least in (("batch_size", 1), ("num_workers", 0)):
-        value = data.get(key, least)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ConfigError(f"data.{key} must be an integer of at least {least}; it is {value!r}.")
+        check_integer(data, key, least, f"data.{key}")
     mode = data.get("padding_mode")
     if mode is not None and (isinstance(mode, bool) or not isinstance(mode, (int, float))):
         check_name(mode, PADDING_MODES, "data.padding_mode (null, a number, or a mode of numpy.pad)")
@@ -188,6 +186,13 @@ def _check_grid(patch_size: Triple, patch_overlap: Any) -> None:
 def _check_callables(nodes: Any, key: str) -> None:
     if not isinstance(nodes, list) or not all(isinstance(node, Mapping) and "_target_" in node for node in nodes):
         raise ConfigError(f"{key} must be a list of callables, each with its _target_; it is {nodes!r}.")
+
+
+def check_integer(section: Mapping[str, Any], key: str, least: int, full_key: str) -> None:
+    """An integer of at least so much, where the key is there."""
+    value = section.get(key, least)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{full_key} must be an integer of at least {least}; it is {value!r}.")
 
 
 def check_list(value: Any, key: str, example: str) -> None:

@@ -28,7 +28,7 @@ def read_torchscript(ckpt_path: Paths) -> list[nn.Module]:
     Raises:
         ConfigError: not such an archive.
     """
-    return [_read_torchscript(path) for path in _listed(ckpt_path)]
+    return [_read_torchscript(path) for path in listed(ckpt_path)]
 
 
 def read_state_dict(
@@ -50,7 +50,7 @@ def read_state_dict(
     if ckpt_path is None:
         return [net]
     members = []
-    for path in _listed(ckpt_path):
+    for path in listed(ckpt_path):
         state = _strip(_state_of(path, _read(path, trust=trust)), prefix, path)
         member = deepcopy(net)
         _check(path, member.state_dict(), state, strict=strict)
@@ -81,7 +81,7 @@ def read_lightning(
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         # Lightning would drop them in silence.
         raise ConfigError(f"model.module_args names {unknown}; {module_class} takes {list(parameters)}.")
-    return [_read_lightning(found, path, module_args or {}, trust=trust) for path in _listed(ckpt_path)]
+    return [_read_lightning(found, path, module_args or {}, trust=trust) for path in listed(ckpt_path)]
 
 
 def _read_lightning(
@@ -96,7 +96,12 @@ def _read_lightning(
         raise ConfigError(f"{path} does not fit {cls.__qualname__}: {error}") from error
 
 
-def _listed(ckpt_path: Paths) -> list[Path]:
+def listed(ckpt_path: Paths) -> list[Path]:
+    """One or several files.
+
+    Raises:
+        ConfigError: none.
+    """
     paths = [ckpt_path] if isinstance(ckpt_path, str | Path) else list(ckpt_path or ())
     if not paths:
         raise ConfigError("ckpt_path names no file.")

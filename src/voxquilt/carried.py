@@ -1,0 +1,145 @@
+"""What does a file of weights say of itself? Its kind, and the settings that it carries; read without torch.
+
+Nothing that is pickled is run or imported on the way: what is no plain value becomes an inert stand-in.
+"""
+
+import json
+import pickle
+import struct
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from voxquilt.errors import ConfigError
+
+KEY = "voxquilt"
+"""Of the settings in a checkpoint."""
+FORMAT = 1
+
+TORCHSCRIPT, EXPORTED, LIGHTNING, TENSORS = "TorchScript", "torch.export", "Lightning", "tensors"
+
+# What predicting needs of a training's configuration, by section.
+_SECTIONS = {
+    "data": ("patch_size", "patch_overlap", "padding_mode", "divisible_by"),
+    "preprocess": None,
+    "model": ("net", "squeeze_axis"),
+    "stitch": ("overlap_mode", "products", "threshold", "class_names"),
+}
+
+
+def to_carry(plain: Mapping[str, Any], images: Sequence[str]) -> dict[str, Any]:
+    """The settings that a training puts into its checkpoints: plain values.
+
+    Args:
+        plain: The training's configuration.
+        images: Names of the images, in the order of the network's channels.
+    """
+    found: dict[str, Any] = {"format": FORMAT, "images": list(images)}
+    for section, keys in _SECTIONS.items():
+        node = plain.get(section) or {}
+        found[section] = {key: node[key] for key in (node if keys is None else keys) if key in node}
+    # Where predict.py has it, since flips and ensembles may be averaged as probabilities.
+    found["model"]["activation"] = plain["stitch"].get("activation")
+    return found
+
+
+def kind_of(path: Path) -> str:
+    """TORCHSCRIPT, EXPORTED, LIGHTNING (any checkpoint of Lightning's), or TENSORS for all else."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            if any("/code/" in name or name.endswith("/constants.pkl") for name in names):
+                return TORCHSCRIPT
+            if any("/models/" in name or "serialized_exported_program" in name for name in names):
+                return EXPORTED
+    except (OSError, zipfile.BadZipFile):
+        return TENSORS
+    content = _pickled(path)
+    return LIGHTNING if isinstance(content, Mapping) and "pytorch-lightning_version" in content else TENSORS
+
+
+def carried(path: Path) -> dict[str, Any] | None:
+    """The settings that a checkpoint carries, or None.
+
+    Raises:
+        ConfigError: settings of a newer version than this, or that are none.
+    """
+    content = _of_safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
+    found = content.get(KEY) if isinstance(content, Mapping) else None
+    if found is None:
+        return None
+    if not isinstance(found, Mapping) or not _is_plain(found):
+        raise ConfigError(f"{path}: its settings are no plain values; choose model=state_dict, and set them yourself.")
+    if found.get("format") != FORMAT:
+        raise ConfigError(f"{path}: its settings have format {found.get('format')!r}; this voxquilt reads {FORMAT}.")
+    return dict(found)
+
+
+def _pickled(path: Path) -> Any:
+    """What torch.save put into a zip archive, tensors and objects left out."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            name = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
+            if name is None or "/" in name.removesuffix("/data.pkl"):
+                return None
+            with archive.open(name) as file:
+                return _Plain(file).load()
+    except Exception:  # whatever may be wrong with the file; whoever loads the weights says so
+        return None
+
+
+def _of_safetensors(path: Path) -> Any:
+    # https://github.com/huggingface/safetensors: the header's length in 8 bytes, the header as JSON, the tensors.
+    try:
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            text = json.loads(file.read(min(length, 100 * 2**20))).get("__metadata__", {}).get(KEY)
+        return {KEY: json.loads(text)} if text else None
+    except (OSError, ValueError, struct.error, AttributeError):
+        return None
+
+
+class _StandIn(dict[Any, Any]):
+    """Takes the place of any class or function that a pickle names, and of what it would make."""
+
+    def __new__(cls, *_: Any, **__: Any) -> "_StandIn":
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        super().__init__()
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+    def append(self, _: Any) -> None:
+        pass
+
+    def extend(self, _: Any) -> None:
+        pass
+
+    def add(self, _: Any) -> None:
+        pass
+
+
+class _Plain(pickle.Unpickler):
+    """Imports nothing and calls nothing but the stand-in."""
+
+    def __init__(self, file: BinaryIO | Any) -> None:
+        super().__init__(file)
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        return _StandIn
+
+    def persistent_load(self, pid: Any) -> Any:
+        return None
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) is dict:
+        return all(isinstance(key, str) and _is_plain(child) for key, child in value.items())
+    if type(value) is list:
+        return all(map(_is_plain, value))
+    if type(value) is str:
+        return "${" not in value  # what would be looked up where it is read
+    return value is None or type(value) in (bool, int, float)

@@ -1,0 +1,104 @@
+"""How does a training run, from a checked configuration to its exit status?"""
+
+import logging
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from monai.data.meta_obj import set_track_meta
+
+from voxquilt.build import build
+from voxquilt.carried import to_carry
+from voxquilt.errors import ConfigError, InputError, VoxquiltError
+from voxquilt.fits import check_fits
+from voxquilt.launch import is_first
+from voxquilt.processes import SpawnedLogging, attended, quiet
+from voxquilt.subject import ScalarImage
+
+log = logging.getLogger("voxquilt")
+
+DONE, FAILED = 0, 1
+
+
+class Lines(Callback):
+    """A line after each validation, or each epoch without any."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what the epoch came to."""
+        if not trainer.is_global_zero:
+            return
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        validated = (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0
+        shown = {n: v for n, v in metrics.items() if n == "train_loss" or (validated and n != "val_score")}
+        text = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        log.info("epoch %d of %s: %s", trainer.current_epoch + 1, trainer.max_epochs, text)
+
+
+def fit(plain: dict[str, Any]) -> int:
+    """Build and train.
+
+    Args:
+        plain: The checked configuration.
+
+    Returns:
+        The exit status: 0 if training ended, 1 if it broke off, 130 or 143 if it was stopped.
+
+    Raises:
+        ConfigError: something cannot be built, or an image or label cannot be used; nothing was trained.
+    """
+    quiet()
+    set_track_meta(False)  # MONAI would carry affines along with patches, which are of no use here
+    seed_everything(plain["run"]["seed"], verbose=False, workers=True)
+    data = build(plain["data"], "data", preprocess=build(plain["preprocess"], "preprocess"))
+    settings = to_carry(plain, plain.pop("images"))
+    stitch = build(plain["stitch"], "stitch")
+    model = build(plain["model"], "model", stitch=stitch, settings=settings)
+    logger = build(plain["logger"], "logger") if plain["logger"] else False
+    callbacks = [_callback(name, node, plain) for name, node in plain["callbacks"].items() if node]
+    options = dict(plain["trainer"])
+    if options.get("enable_progress_bar") is None:
+        options["enable_progress_bar"] = sys.stdout.isatty()
+    trainer = build(options, "trainer", callbacks=[*callbacks, Lines(), SpawnedLogging()], logger=logger)
+    case = data.training_cases[0]
+    channels = sum(ScalarImage(path).shape[0] for path in case.images.values())
+    check_fits(model.network, list(case.images), channels, data.patch_size, plain["stitch"].get("class_names"))
+    _say(data)
+    status = _fit(trainer, model, data, plain["ckpt_path"])
+    checkpoint = trainer.checkpoint_callback
+    best = getattr(checkpoint, "best_model_path", "")
+    if best and is_first():
+        score = getattr(checkpoint, "best_model_score", None)
+        print(f"voxquilt: {best}" + ("" if score is None else f", score {float(score):.4f}"))
+        print(f"voxquilt: predict with it: python predict.py ckpt_path={best} data.inputs=...")
+    return status
+
+
+def _fit(trainer: Trainer, model: Any, data: Any, ckpt_path: str | None) -> int:
+    try:
+        with attended(trainer):
+            trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    except VoxquiltError as error:
+        if isinstance(error, ConfigError | InputError) and not trainer.global_step:
+            raise ConfigError(str(error)) from error
+        print(f"voxquilt: {error}", file=sys.stderr)
+        return FAILED
+    except SystemExit as error:  # Lightning's, of Ctrl-C
+        return error.code if isinstance(error.code, int) and error.code > FAILED else 130
+    return 143 if trainer.received_sigterm else DONE
+
+
+def _callback(name: str, node: Mapping[str, Any], plain: Mapping[str, Any]) -> Any:
+    configuration = {"configuration": plain} if node["_target_"] == "voxquilt.board.Board" else {}
+    return build(node, f"callbacks.{name}", **configuration)
+
+
+def _say(data: Any) -> None:
+    if is_first():
+        names = [
+            ", ".join(case.subject for case in cases[:5]) for cases in (data.training_cases, data.validation_cases)
+        ]
+        for what, cases, some in zip(
+            ("train", "validate"), (data.training_cases, data.validation_cases), names, strict=True
+        ):
+            log.info("%d subjects %s: %s%s", len(cases), what, some, ", ..." if len(cases) > 5 else "")

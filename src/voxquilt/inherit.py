@@ -1,0 +1,128 @@
+"""Which settings does predicting take from its checkpoint? Those that the user did not choose."""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from voxquilt.carried import carried
+from voxquilt.cases import Case
+from voxquilt.errors import ConfigError
+
+log = logging.getLogger("voxquilt")
+
+AUTO = "voxquilt.module.from_file"
+"""The model of `model=auto`, which asks the file what it is."""
+
+
+def inherit(cfg: DictConfig, overrides: Iterable[str], conf: Path) -> dict[str, Any]:
+    """Fill in what the checkpoints carry.
+
+    A value is the user's if the command line names its key, or if it is another than the default of conf/.
+
+    Args:
+        cfg: The composed configuration; changed in place.
+        overrides: Of the command line, as Hydra has them.
+        conf: The folder of the defaults.
+
+    Returns:
+        The settings that are in use, by section, and the names of the images; empty without any.
+
+    Raises:
+        ConfigError: checkpoints of an ensemble that carry different settings.
+    """
+    paths = _files(cfg)
+    settings = _agreed(paths)
+    if not settings:
+        return {}
+    given = [text.lstrip("+~").partition("=")[0] for text in overrides]
+    used: dict[str, Any] = {}
+    kept: list[str] = []
+    OmegaConf.set_struct(cfg, False)
+    for section in ("data", "preprocess", "model", "stitch"):
+        if section == "model" and cfg.model.get("_target_") != AUTO:
+            continue  # the user says how to read the file
+        own = _plain(cfg[section])
+        default: dict[str, Any] = {}
+        for name in ("_options", "auto") if section == "model" else ("default",):
+            default |= _plain(OmegaConf.load(conf / section / f"{name}.yaml"))
+        for key, value in settings[section].items():
+            full = f"{section}.{key}"
+            chosen = own.get(key) != default.get(key) if key in default else own.get(key) is not None
+            if isinstance(own.get(key), Mapping) and isinstance(value, Mapping) and f"{full}._target_" not in given:
+                value = OmegaConf.to_container(OmegaConf.merge(value, own[key]))  # such as model.net.dropout=0
+            elif chosen or any(_covers(name, full) for name in given if name != "model"):
+                kept += [f"{full}={own.get(key)}"] if own.get(key) != value else []
+                continue
+            OmegaConf.update(cfg, full, value, merge=False)
+            used.setdefault(section, {})[key] = value
+        if section == "model" and "net" in used.get("model", {}):
+            cfg.model.prefix = "net."
+    shown = [
+        (f"{s}.{key}", value)
+        for s, node in used.items()
+        for key, value in node.items()
+        if value is not None and key != "_target_"
+    ]
+    lines = [f"{key}={_short(value)}" for key, value in shown]
+    log.info("from %s: %s%s", paths[0].name, ", ".join(lines), f"; yours: {', '.join(kept)}" if kept else "")
+    return {**used, "images": settings.get("images", [])}
+
+
+def check_images(wanted: Sequence[str], cases: Iterable[Case]) -> None:
+    """Refuse subjects whose images are not those that the network was trained on, in their order.
+
+    Raises:
+        ConfigError: other images; of a single one the name does not count.
+    """
+    for case in cases:
+        if wanted and list(case.images) != list(wanted) and not len(case.images) == len(wanted) == 1:
+            patterns = ", ".join(f"{name}: '{{subject}}/{name}.nii.gz'" for name in wanted)
+            raise ConfigError(
+                f"{case.subject} has the image{'s' * (len(case.images) > 1)} {', '.join(case.images)}; the checkpoint "
+                f"was trained on {', '.join(wanted)}, in this order. Name them by data.images='{{{patterns}}}', or by "
+                f"the columns of a .csv."
+            )
+
+
+def _files(cfg: DictConfig) -> list[Path]:
+    try:
+        value = cfg.ckpt_path
+    except OmegaConfBaseException:
+        return []  # ??? or an interpolation that leads nowhere: whoever checks the configuration says so
+    paths = [Path(str(path)).expanduser() for path in (value if isinstance(value, ListConfig) else [value]) if path]
+    return paths if all(path.is_file() for path in paths) else []
+
+
+def _agreed(paths: Sequence[Path]) -> dict[str, Any]:
+    found = [carried(path) for path in paths]
+    if not found or found[0] is None:
+        return {}
+    for path, settings in zip(paths, found, strict=True):
+        if settings != found[0]:
+            other = settings or {}
+            keys = [key for key in found[0] if other.get(key) != found[0][key]]
+            raise ConfigError(
+                f"{paths[0]} and {path} carry different settings ({', '.join(keys)}): they are no ensemble. Predict "
+                f"with each by itself, or choose model=state_dict and say the settings."
+            )
+    return found[0]
+
+
+def _covers(given: str, full: str) -> bool:
+    return given == full or full.startswith(f"{given}.")
+
+
+def _plain(node: Any) -> dict[str, Any]:
+    return OmegaConf.to_container(node, resolve=False) if isinstance(node, DictConfig) else {}  # type: ignore[return-value]
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Mapping) and "_target_" in value:
+        return str(value["_target_"]).rpartition(".")[2]
+    if isinstance(value, list) and any(isinstance(one, Mapping) for one in value):
+        return f"[{', '.join(map(_short, value))}]"
+    return str(value)

@@ -1,0 +1,95 @@
+"""Is the configuration of a training right? Answered before torch or anything else heavy is imported."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import DictConfig
+
+from voxquilt.cases import find_cases
+from voxquilt.config import check_keys, check_output, check_weights, to_plain
+from voxquilt.errors import ConfigError
+from voxquilt.geometry import to_triple
+from voxquilt.grid import make_grid
+from voxquilt.names import TASKS, check_name
+from voxquilt.sections import check_image_names, check_integer, check_preprocess, check_stitch
+from voxquilt.splits import make_split
+
+_KEYS = {
+    "data": {"inputs", "labels", "images", "task", "patch_size", "patch_overlap", "padding_mode", "divisible_by",
+             "batch_size", "num_workers", "patches_per_volume", "balanced", "augment", "cache", "folds", "fold",
+             "split", "seed"},
+    "preprocess": {"orientation", "spacing", "intensity"},
+    "stitch": {"overlap_mode", "products", "compare", "activation", "threshold", "restore", "fill", "class_names",
+               "postprocess"},
+    "run": {"seed"},
+}  # fmt: skip
+
+
+def check_train(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as plain values, once it is complete and its files are there.
+
+    Raises:
+        ConfigError: (or another VoxquiltError) what is wrong, by its key, and what would be right.
+    """
+    plain = to_plain(cfg)
+    check_keys(plain, _KEYS)
+    data = plain["data"]
+    _check_data(data)
+    check_preprocess(plain["preprocess"])
+    check_stitch(plain["stitch"])
+    _check_model(plain["model"], data["task"], plain["stitch"].get("class_names"))
+    check_integer(plain["run"], "seed", 0, "run.seed")
+    check_weights(plain)
+    cases = find_cases(data["inputs"], data["images"], apart=["label", *([data["split"]] if data["split"] else [])])
+    check_image_names(plain["preprocess"].get("intensity"), cases)
+    parts = make_split(cases, data["folds"], data["fold"], data["seed"], data["split"])
+    if not parts.validation:
+        # Nothing has a score, so the last weights are what is kept.
+        for node in plain["callbacks"].values():
+            if isinstance(node, dict) and node.get("monitor") == "val_score":
+                node["monitor"] = None
+    check_output(plain)
+    plain["images"] = list(parts.training[0].images)
+    return plain
+
+
+def _check_data(data: Mapping[str, Any]) -> None:
+    patch_size = to_triple(data["patch_size"], "data.patch_size", minimum=1)
+    make_grid(patch_size, patch_size, data["patch_overlap"])
+    to_triple(data["divisible_by"], "data.divisible_by", minimum=1)
+    for key, least in (("batch_size", 1), ("num_workers", 0), ("patches_per_volume", 1), ("fold", 0)):
+        check_integer(data, key, least, f"data.{key}")
+    if data["folds"] is not None:
+        check_integer(data, "folds", 2, "data.folds (null: no validation)")
+    check_name(data["task"], TASKS, "data.task")
+    balanced = data["balanced"]
+    if isinstance(balanced, bool) or not isinstance(balanced, int | float) or not 0 <= balanced <= 1:
+        raise ConfigError(f"data.balanced is a share, 0 to 1; it is {balanced!r}.")
+    labels = data["labels"]
+    patterns = labels.values() if isinstance(labels, Mapping) else [] if labels is None else [labels]
+    for pattern in patterns:
+        if "{subject}" not in str(pattern):
+            raise ConfigError(
+                f"data.labels needs {{subject}} in its path, as labels/{{subject}}.nii.gz; it is {labels!r}."
+            )
+    if labels is None and not str(data["inputs"]).lower().endswith(".csv"):
+        raise ConfigError(
+            "data.labels is missing: the label of each subject, such as 'labels/{subject}.nii.gz'; or data.inputs is a "
+            ".csv with a column 'label'."
+        )
+
+
+def _check_model(model: Any, task: str, names: Any) -> None:
+    if not isinstance(model, Mapping) or not isinstance(model.get("net"), Mapping) or "_target_" not in model["net"]:
+        raise ConfigError(
+            "model.net needs a _target_: model/net=unet, dynunet, segresnet, swinunetr, or your own class."
+        )
+    channels = model["net"].get("out_channels")
+    if names is None or not isinstance(channels, int) or task == "image":
+        return
+    if channels != len(names):
+        raise ConfigError(
+            f"stitch.class_names has {len(names)} names ({', '.join(map(str, names))}) and model.net.out_channels is "
+            f"{channels}; with task={task} they are the same"
+            f"{', the background being class 0' if task == 'segmentation' else ''}."
+        )

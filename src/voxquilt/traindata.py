@@ -1,0 +1,237 @@
+"""What does a training see? Random patches of some subjects, and the whole volumes of others to validate on."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from voxquilt.cases import Case, find_cases
+from voxquilt.datamodule import GridDataModule
+from voxquilt.dealing import deal
+from voxquilt.errors import ConfigError, InputError, VoxquiltError
+from voxquilt.geometry import to_triple
+from voxquilt.loader import LoadFailure, PatchStream
+from voxquilt.names import TASKS, check_name
+from voxquilt.patches import Augment, CachedVolumes, EpochOrder, Labelled, RandomPatches, centres_of
+from voxquilt.preprocess import Preprocess
+from voxquilt.sampler import GridSampler
+from voxquilt.splits import make_split
+from voxquilt.subject import Image, LabelMap, ScalarImage, Subject
+from voxquilt.tasks import Task
+
+LABEL = "label"
+"""The column of a table that holds labels."""
+
+# Volumes whose patches are mixed, and of those that are not kept so many are in memory at a time.
+_GROUP = 8
+
+
+class TrainingDataModule(LightningDataModule):
+    """Random patches of subjects to train on, and the grids of those to validate on, by `GridDataModule`.
+
+    Args:
+        inputs, images: See `voxquilt.cases.find_cases`.
+        labels: The label of each subject: a path with {subject}, from the working folder, or several by name, which
+            become channels; None for the column `label` of a table. For segmentation a file of classes 0, 1, ...; for
+            several labels a voxel a file for each, or one with a mask a channel; else the image that is wanted.
+        patch_size: Voxels in model space, an integer or three.
+        patch_overlap, padding_mode, divisible_by: Of validation's grid; see GridDataModule.
+        task: 'segmentation', 'multilabel' or 'image'.
+        batch_size: Patches a batch.
+        num_workers: Processes that cut and augment patches; 0 does so in the main one.
+        patches_per_volume: Patches of each training subject an epoch.
+        balanced: The share of patches that are centred on a voxel of a class drawn evenly.
+        augment: See RandomPatches.
+        cache: MiB of volumes that each process keeps in memory; None is half of what is free, shared by the processes
+            of this machine.
+        folds, fold, split: See `voxquilt.splits.make_split`; `split` is its column.
+        seed: Of the folds and of the patches.
+        preprocess: To model space; RAS with the file's spacing by default.
+
+    Raises:
+        ConfigError: nothing found, too few subjects, or a label that is not there.
+    """
+
+    def __init__(
+        self,
+        inputs: object,
+        labels: str | Mapping[str, str] | None,
+        patch_size: int | Iterable[int],
+        *,
+        images: Mapping[str, str] | None = None,
+        patch_overlap: int | Iterable[int] = 0,
+        padding_mode: str | float | None = None,
+        divisible_by: int | Iterable[int] = 1,
+        task: str = "segmentation",
+        batch_size: int = 2,
+        num_workers: int = 0,
+        patches_per_volume: int = 8,
+        balanced: float = 0.5,
+        augment: Augment | None = None,
+        cache: float | None = None,
+        folds: int | None = 5,
+        fold: int = 0,
+        split: str | None = None,
+        seed: int = 0,
+        preprocess: Preprocess | None = None,
+    ) -> None:
+        super().__init__()
+        self.task = check_name(task, TASKS, "data.task")
+        self.patch_size = to_triple(patch_size, "data.patch_size", minimum=1)
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.patches_per_volume, self.balanced, self.augment = patches_per_volume, balanced, augment
+        self.cache, self.seed = cache, seed
+        self.preprocess = preprocess or Preprocess()
+        self._labels, self._divisible_by = labels, divisible_by
+        cases = find_cases(inputs, images, apart=[LABEL, *([split] if split else [])])
+        self.training_cases, self.validation_cases = make_split(cases, folds, fold, seed, split)
+        self._grids: GridDataModule | None = None
+        if self.validation_cases:
+            self._grids = GridDataModule(
+                self.validation_cases, patch_size, patch_overlap, padding_mode=padding_mode, divisible_by=divisible_by,
+                batch_size=batch_size, preprocess=self.preprocess,
+            )  # fmt: skip
+        for case in (*self.training_cases, *self.validation_cases):
+            for path in self.label_files(case).values():
+                if not path.is_file():
+                    raise ConfigError(f"{case.subject}: its label {path} is not there (looked from {Path.cwd()}).")
+        self._failures: list[LoadFailure] = []
+        self._volumes: CachedVolumes | None = None
+
+    def label_files(self, case: Case) -> dict[str, Path]:
+        """The files of a subject's label, by channel.
+
+        Raises:
+            ConfigError: data.labels names none.
+        """
+        patterns = {LABEL: self._labels} if isinstance(self._labels, str) else self._labels
+        if patterns is None:
+            if LABEL not in case.values:
+                raise ConfigError(
+                    f"{case.subject}: there is no column {LABEL!r}; set data.labels=labels/{{subject}}.nii.gz."
+                )
+            return {LABEL: Path(case.values[LABEL])}
+        return {name: Path(text.replace("{subject}", case.subject)).expanduser() for name, text in patterns.items()}
+
+    def labelled(self, case: Case) -> Subject:
+        """A subject with its images, then its labels under other names; reads headers only.
+
+        Raises:
+            InputError: they do not lie on one grid, or cannot be read.
+        """
+        kind = ScalarImage if self.task == "image" else LabelMap
+        labels: dict[str, Image] = {_named(name): kind(path) for name, path in self.label_files(case).items()}
+        subject = Subject({name: ScalarImage(path) for name, path in case.images.items()} | labels)
+        try:
+            _ = subject.frame
+        except InputError as error:
+            raise InputError(f"{case.subject}: {error}") from error
+        return subject
+
+    def truth(self, case: Case) -> Tensor:
+        """A subject's label as its files have it: (L, I, J, K), classes and masks as integers.
+
+        Raises:
+            InputError: it cannot be read, or holds numbers that are no classes.
+        """
+        images = self.labelled(case).images
+        return self._checked(case, torch.cat([images[_named(name)].stored() for name in self.label_files(case)]))
+
+    def setup(self, stage: str) -> None:
+        """Look at every header, and read as many training subjects as memory is for.
+
+        Raises:
+            InputError: an image or label that cannot be used; training on what is left would be another training.
+        """
+        if self._volumes is not None:
+            return
+        channels = {}
+        for case in (*self.training_cases, *self.validation_cases):
+            subject = self.labelled(case)
+            channels[case.subject] = sum(subject.images[name].shape[0] for name in case.images)
+        if len(set(channels.values())) > 1:
+            raise InputError(f"subjects differ in the number of channels of their images: {channels}.")
+        share = 2 * (self.trainer.num_devices if self.trainer else 1)
+        limit = psutil.virtual_memory().available / share if self.cache is None else self.cache * 2**20
+        cases = self.training_cases
+        self._volumes = CachedVolumes(lambda n: self._load(cases[n]), len(cases), limit, _GROUP)
+        self._volumes.preload(2)
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Random patches, others each epoch."""
+        assert self._volumes is not None, "Lightning calls setup first"
+        patches = RandomPatches(
+            self._volumes, self.patch_size, self.patches_per_volume,
+            balanced=self.balanced if self.task != "image" else 0, seed=self.seed, augment=self.augment,
+        )  # fmt: skip
+        rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        order = EpochOrder(
+            len(self._volumes), self.patches_per_volume, group=_GROUP, seed=self.seed, rank=rank, ranks=ranks
+        )
+        if len(order) == 0:
+            raise ConfigError(f"{len(patches)} patches an epoch are too few for {ranks} processes.")
+        return DataLoader(
+            patches,
+            self.batch_size,
+            sampler=order,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            # Less than a batch would be a step of another kind, and batch norm fails on a single small patch.
+            drop_last=len(order) >= self.batch_size,
+        )
+
+    def val_dataloader(self) -> PatchStream | list[Any]:
+        """The grids of this process's share of the validation subjects; every subject is of one process."""
+        if self._grids is None:
+            return []
+        cases = self.validation_cases
+        rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        dealt = deal([self._grids.size(case).patches for case in cases], ranks)[rank]
+        tasks = [Task(cases[n], number=n) for n in dealt]
+        return PatchStream(tasks, self._grids.load, self.batch_size, 1, self._failures.append, bool)
+
+    def raise_failures(self) -> None:
+        """Raise InputError for a validation subject that could not be loaded."""
+        if self._failures:
+            failure = self._failures[0]
+            raise InputError(f"{failure.task.case.subject}: {failure.error}") from failure.error
+
+    def _load(self, case: Case) -> Labelled:
+        subject = self.labelled(case)
+        images, labels = (
+            {n: i for n, i in subject.images.items() if (n in case.images) == one} for one in (True, False)
+        )
+        try:
+            in_model, _ = self.preprocess(Subject(images))
+            # Labels are not subject to what intensities are.
+            wanted, _ = Preprocess(self.preprocess.orientation, self.preprocess.spacing)(Subject(labels))
+            sampler = GridSampler(
+                Subject(in_model.images | wanted.images), self.patch_size, fit=True, divisible_by=self._divisible_by
+            )
+            label = self._checked(case, torch.cat([sampler.volume(name) for name in labels]))
+        except VoxquiltError as error:
+            raise InputError(f"{case.subject}: {error}") from error
+        image = torch.cat([sampler.volume(name) for name in images])
+        return Labelled(case.subject, image, label, centres_of(label) if self.task != "image" else [])
+
+    def _checked(self, case: Case, label: Tensor) -> Tensor:
+        if self.task == "image":
+            return label.float()
+        if self.task == "segmentation" and len(label) > 1:
+            raise InputError(
+                f"{case.subject}: its label has {len(label)} channels; one of classes is wanted, or task=multilabel."
+            )
+        if (label.is_floating_point() and not torch.equal(label, label.round())) or label.min() < 0:
+            raise InputError(f"{case.subject}: its label holds numbers that are no classes 0, 1, 2, ...")
+        if self.task == "multilabel":
+            return (label > 0).to(torch.uint8)
+        return label.to(torch.uint8 if label.max() < 256 else torch.int32)
+
+
+def _named(name: str) -> str:
+    return f"label {name}"  # with a space, as no image's name that a configuration or a table gives

@@ -1,0 +1,163 @@
+"""How good is a network while it trains? Whole validation volumes, predicted as predict.py does, and compared."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isnan
+from statistics import fmean
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics.functional import mean_absolute_error
+from torchmetrics.functional.image import peak_signal_noise_ratio
+
+from voxquilt.batch import PatchBatch, Run, Work
+from voxquilt.buffers import Buffers
+from voxquilt.cases import Case
+from voxquilt.errors import InputError, OutputError, VoxquiltError
+from voxquilt.metrics import class_dice
+from voxquilt.overlay import overlay
+from voxquilt.quilt import Outputs, Quilt
+from voxquilt.stitch import Stitch
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Validated:
+    """A subject's whole volume, predicted and compared.
+
+    Args:
+        subject: Its id.
+        metrics: By name; NaN for a class that neither the label nor the prediction has.
+        picture: (H, W, 3) uint8: the prediction above what was wanted, or nothing.
+    """
+
+    subject: str
+    metrics: Metrics
+    picture: np.ndarray | None = None
+
+
+@dataclass
+class Validator:
+    """Quilts the patches of validation subjects, in native space, and compares each volume when it is complete.
+
+    Args:
+        task: 'segmentation', 'multilabel' or 'image'.
+        stitch: Blend, activation, and the classes' names.
+        truth: The label of a subject, (L, I, J, K).
+        pictures: Of so many subjects, the first ones.
+    """
+
+    task: str
+    stitch: Stitch
+    truth: Callable[[Case], Tensor]
+    pictures: int = 0
+    found: list[Validated] = field(default_factory=list)
+    _open: dict[Work, Quilt] = field(default_factory=dict)
+    _buffers: Buffers = field(default_factory=Buffers)
+
+    def take(self, outputs: Mapping[str, Tensor], batch: PatchBatch) -> None:
+        """Feed a batch's outputs to its subjects.
+
+        Raises:
+            VoxquiltError: what is wrong with a subject, which is named.
+        """
+        for run in batch.runs:
+            try:
+                self._add({name: output[run.start : run.stop] for name, output in outputs.items()}, run)
+            except VoxquiltError as error:
+                raise type(error)(f"{run.work.task.case.subject}: {error}") from error
+
+    def close(self) -> list[Validated]:
+        """What became of the subjects since the last call; those that are not complete are dropped."""
+        for quilt in self._open.values():
+            quilt.close()
+        self._open.clear()
+        found, self.found = self.found, []
+        return found
+
+    def _add(self, outputs: Outputs, run: Run) -> None:
+        work = run.work
+        if work not in self._open:
+            self._open[work] = Quilt(self.stitch, work, work.space, buffers=self._buffers)
+        self._open[work].add(outputs, run.locations)
+        if self._open[work].complete:
+            volume = next(iter(self._open.pop(work).volumes().values()))  # of several outputs the first
+            channels = next(iter(outputs.values())).shape[1]
+            self.found.append(self._compared(work, torch.from_numpy(np.ascontiguousarray(volume)), channels))
+
+    def _compared(self, work: Work, volume: Tensor, channels: int) -> Validated:
+        case, truth = work.task.case, self.truth(work.task.case)
+        names = list(self.stitch.class_names or map(str, range(channels)))
+        if self.task == "image":
+            metrics = _of_images(volume.float(), truth)
+        else:
+            metrics = (
+                _of_masks(volume, truth, names) if self.task == "multilabel" else _of_classes(volume, truth, names)
+            )
+        picture = self._picture(work, volume, truth) if len(self.found) < self.pictures else None
+        return Validated(case.subject, metrics, picture)
+
+    def _picture(self, work: Work, volume: Tensor, truth: Tensor) -> np.ndarray:
+        affine = work.space.native.affine
+        if self.task == "image":
+            none = np.zeros(volume.shape[1:], np.uint8)
+            pictures = [overlay(image[0].float().numpy(), none, affine) for image in (volume, truth)]
+        else:
+            image = work.file.read()[0].numpy()
+            pictures = [overlay(image, _flat(labels), affine) for labels in (volume, truth)]
+        return np.concatenate([np.asarray(picture) for picture in pictures])
+
+
+def mean_metrics(found: Sequence[Validated], task: str) -> Metrics:
+    """Means over the subjects that have a metric, and `score`, of which more is better: mean Dice, or PSNR in dB."""
+    names = dict.fromkeys(name for one in found for name in one.metrics)
+    values = {name: [v for one in found if not isnan(v := one.metrics.get(name, float("nan")))] for name in names}
+    means = {name: fmean(some) for name, some in values.items() if some}
+    if means:
+        means["score"] = means["psnr"] if task == "image" else means.get("dice", 0.0)
+    return means
+
+
+def _of_classes(labels: Tensor, truth: Tensor, names: Sequence[str]) -> Metrics:
+    highest = int(truth.max())
+    if highest >= len(names):
+        raise InputError(
+            f"its label has class {highest}; the network gives {len(names)}, 0 to {len(names) - 1}. Set "
+            f"model.net.out_channels and stitch.class_names, or change the label."
+        )
+    # Background is left out, as everywhere: it is large, and nobody asks for it.
+    return _of_dice(
+        dict(zip(names, class_dice(labels.long(), truth.long(), len(names)).tolist(), strict=True)), names[1:]
+    )
+
+
+def _of_masks(labels: Tensor, truth: Tensor, names: Sequence[str]) -> Metrics:
+    if len(truth) != len(labels):
+        raise InputError(f"its label has {len(truth)} channels, and the network gives {len(labels)}.")
+    pairs = zip(names, labels, truth, strict=True)
+    return _of_dice({name: float(class_dice((a > 0).long(), (b > 0).long(), 2)[1]) for name, a, b in pairs}, names)
+
+
+def _of_dice(dice: Metrics, counted: Sequence[str]) -> Metrics:
+    present = [dice[name] for name in counted if not isnan(dice[name])]
+    return {"dice": fmean(present) if present else float("nan")} | {f"dice_{name}": dice[name] for name in counted}
+
+
+def _of_images(image: Tensor, truth: Tensor) -> Metrics:
+    if image.shape != truth.shape:
+        raise OutputError(f"the network's image has {len(image)} channels, and what is wanted {len(truth)}.")
+    span = float(truth.max() - truth.min()) or 1.0
+    return {
+        "mae": float(mean_absolute_error(image.flatten(), truth.flatten())),
+        "psnr": float(peak_signal_noise_ratio(image, truth, data_range=span)),
+    }
+
+
+def _flat(labels: Tensor) -> np.ndarray:
+    """One label a voxel, for a picture: of several masks the last."""
+    if len(labels) == 1:
+        return labels[0].numpy()
+    numbers = torch.arange(1, len(labels) + 1).reshape(-1, 1, 1, 1)
+    return ((labels > 0) * numbers).amax(0).numpy()
