@@ -56,7 +56,7 @@ class Plan:
     done: list[Row]
     settings: Mapping[str, Any]
     sizes: list[Size] = field(default_factory=list)
-    extent: Extent = Extent()
+    extent: Extent = field(default_factory=Extent)
     loads: list[float] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
 
@@ -70,7 +70,7 @@ class GridDataModule(LightningDataModule):
         patch_overlap: Voxels that neighbours share, even, an integer or three.
         padding_mode: See GridSampler; volumes smaller than a patch are padded in any case.
         divisible_by: Pad model space to a multiple of so many voxels.
-        batch_size: Patches a batch.
+        batch_size: Patches a batch; 'auto' is settled by `voxquilt.settle.settled`, which VolumeWriter calls.
         num_workers: Threads that load subjects ahead, each one subject; 0 loads in the main thread.
         nonfinite: What to do with NaN and infinite voxels: 'error' or 'zero'.
         skip: Patches without foreground are not predicted and count as background. Foreground is what is above a
@@ -96,7 +96,7 @@ class GridDataModule(LightningDataModule):
         images: Mapping[str, str] | None = None,
         padding_mode: str | float | None = None,
         divisible_by: int | Iterable[int] = 1,
-        batch_size: int = 1,
+        batch_size: int | str = 1,
         num_workers: int = 1,
         nonfinite: str = "error",
         skip: float | str | None = None,
@@ -242,7 +242,7 @@ class GridDataModule(LightningDataModule):
     def predict_dataloader(self) -> PatchStream:
         """All patches of this process, subject by subject."""
         return PatchStream(
-            self.plan.tasks, self.load, self.batch_size, self.num_workers, self._failures.append, self._stopped
+            self.plan.tasks, self.load, int(self.batch_size), self.num_workers, self._failures.append, self._stopped
         )
 
     def load(self, task: Task) -> Loaded:

@@ -12,8 +12,8 @@ from voxquilt.stitch import Stitch
 
 MIB = 2**20
 
-# Measured: what a process grows by once it runs (code that is loaded late, threads, oneDNN's kernels), and the pieces in
-# which scores go back to native space.
+# Measured: what a process grows by once it runs (code that is loaded late, threads, oneDNN's kernels), and the pieces
+# in which scores go back to native space.
 _LATE, _PIECES = 70 * MIB, 60 * MIB
 # Tensors up to 32 MiB are kept by malloc when they are freed, at most so much in all.
 _KEPT = 110 * MIB

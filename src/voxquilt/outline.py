@@ -102,9 +102,14 @@ def extent(outlines: Iterable[Outline | None]) -> Extent:
 
     voxels = [prod(one.native) for one in there]
     return Extent(
-        len(known), sum(one.patches for one in there), sum(voxels), sum(one.file for one in there),
-        max(voxels, default=0), most("channels"), most("ring"), most("loaded"), most("reading"), len(known) - len(there),
-    )  # fmt: skip
+        subjects=len(known),
+        patches=sum(one.patches for one in there),
+        voxels=sum(voxels),
+        file=sum(one.file for one in there),
+        largest=max(voxels, default=0),
+        unread=len(known) - len(there),
+        **{key: most(key) for key in ("channels", "ring", "loaded", "reading")},
+    )
 
 
 def together(extents: Iterable[Extent]) -> Extent:
@@ -117,7 +122,5 @@ def together(extents: Iterable[Extent]) -> Extent:
     def most(key: str) -> int:
         return max((getattr(one, key) for one in known), default=0)
 
-    return Extent(
-        total("subjects"), total("patches"), total("voxels"), total("file"), most("largest"), most("channels"),
-        most("ring"), most("loaded"), most("reading"), total("unread"),
-    )  # fmt: skip
+    sums = {key: total(key) for key in ("subjects", "patches", "voxels", "file", "unread")}
+    return Extent(**sums, **{key: most(key) for key in ("largest", "channels", "ring", "loaded", "reading")})

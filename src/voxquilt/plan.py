@@ -1,18 +1,17 @@
-"""Will it fit? What a run needs beside what the machine has, the batches that fit, and what to change if nothing does."""
+"""Will it fit? What a run needs beside what the machine has, and what to change if that is too little."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from voxquilt.errors import ConfigError, VoxquiltError
+from voxquilt.errors import VoxquiltError
 from voxquilt.geometry import Triple
 from voxquilt.module import PatchPredictor
 from voxquilt.needs import MIB, Forms, Needs, Settings, forms, needs
@@ -21,11 +20,10 @@ from voxquilt.probe import Probe, probe
 from voxquilt.room import disk_free, memory_available
 from voxquilt.stitch import Stitch
 
-AUTO = "auto"
-
 # Voxels of a batch beyond which a CPU's throughput no longer rises: its cores are busy with one patch.
-_CPU_VOXELS = 64**3
-_MOST = 64
+_CPU_VOXELS = 2**20
+MOST = 64
+"""Patches of a batch that is found."""
 # What is left to the operating system and to what cannot be foreseen, when a batch size is chosen.
 _SHARE = 0.8
 
@@ -57,6 +55,7 @@ class Planned:
         needs: In bytes.
         room: On this process's machine.
         notes: What a reader of the numbers should know.
+        refusal: Why the run cannot fit, and what would; None if it can.
     """
 
     extent: Extent
@@ -66,6 +65,7 @@ class Planned:
     needs: Needs
     room: Room
     notes: list[str]
+    refusal: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """For plan.json; bytes."""
@@ -91,7 +91,7 @@ class Planner:
         module: Its network.
         stitch: What becomes of outputs.
         of: The run's subjects.
-        settings: Of the run; its batch size counts if it is not to be found.
+        settings: Of the run.
         folder: Of the outputs.
     """
 
@@ -105,25 +105,26 @@ class Planner:
         self._notes: list[str] = []
         self._passes: dict[tuple[Triple, int], Probe] = {}
 
-    def plan(self, *, auto: bool) -> Planned:
-        """With the settings' batch size, or with the largest that fits.
+    def plan(self) -> Planned:
+        """What the settings need.
 
         Raises:
             OutputError: a product that the network's output does not have.
         """
-        settings = replace(self._settings, batch_size=self._largest()) if auto else self._settings
+        settings = self._settings
         passed, become, required = self._needs(settings)
         if self._of.unread:
             self._notes.append(f"the headers of {self._of.unread} subjects cannot be read: these will fail.")
-        return Planned(self._of, settings, become, passed, required, self._room, self._notes)
+        return Planned(
+            self._of, settings, become, passed, required, self._room, self._notes, self._refusal(settings, required)
+        )
 
-    def refusal(self, planned: Planned) -> str | None:
-        """Why the run cannot fit, and the smallest change by which it would; None if it can."""
-        over = self._over(planned.needs)
+    def _refusal(self, settings: Settings, required: Needs) -> str | None:
+        over = self._over(required)
         if over is None:
             return None
-        ways = [said for said, settings, stitch in self._ways(planned.settings) if self._fits(settings, stitch)]
-        advice = f"It would with {ways[0]}." if ways else "No single setting makes it fit; use a larger machine or disk."
+        ways = [said for said, changed, stitch in self._ways(settings) if self._fits(changed, stitch)]
+        advice = f"It would with {ways[0]}." if ways else "No single setting does it; use a larger machine or disk."
         return f"{over} {advice} (run.dry_run=true shows what takes how much. Nothing was started.)"
 
     def _over(self, required: Needs) -> str | None:
@@ -138,7 +139,9 @@ class Planner:
         disk = required.disk + required.scratch * room.processes
         if disk > room.disk:
             beside = f", of which {_gib(required.scratch * room.processes)} for a while" if required.scratch else ""
-            return f"the run does not fit the disk: it needs about {_gib(disk)}{beside}, and {_gib(room.disk)} are free."
+            return (
+                f"the run does not fit the disk: it needs about {_gib(disk)}{beside}, and {_gib(room.disk)} are free."
+            )
         return None
 
     def _ways(self, settings: Settings) -> Iterator[tuple[str, Settings, Stitch]]:
@@ -193,8 +196,8 @@ class Planner:
             except Exception as error:
                 problem = f"{type(error).__name__}: {error}".split("\n")[0]
         self._note(
-            "the network cannot be run without voxels, so its memory is a guess, 64 channels of a patch, and so are its "
-            f"outputs, 2 channels ({problem})."
+            "the network cannot be run without voxels, so its memory is a guess, 64 channels of a patch, and so are "
+            f"its outputs, 2 channels ({problem})."
         )
         voxels = batch_size * prod(patch_size)
         return Probe({"": (batch_size, 2, *patch_size)}, 64 * 4 * voxels, 2 * 4 * voxels, {"": torch.float32})
@@ -203,10 +206,8 @@ class Planner:
         if text not in self._notes:
             self._notes.append(text)
 
-    def _largest(self) -> int:
-        """Patches of a batch that fit, doubled from one on."""
-        if self._device.type == "cuda":
-            return _largest_by_trial(self._module, self._of.channels, self._settings.patch_size, self._device)
+    def largest(self) -> int:
+        """Patches of a batch that fit the host, doubled from one on."""
 
         def fits(size: int) -> bool:
             required = self._needs(replace(self._settings, batch_size=size))[2]
@@ -214,81 +215,13 @@ class Planner:
             return new <= _SHARE * self._room.memory
 
         size, voxels = 1, prod(self._settings.patch_size)
-        while 2 * size <= _MOST and 2 * size * voxels <= _CPU_VOXELS and fits(2 * size):
+        while 2 * size <= MOST and 2 * size * voxels <= _CPU_VOXELS and fits(2 * size):
             size *= 2
         return size
 
 
-def settings_of(data: Any, writer: Any, stitch: Stitch, device: torch.device) -> Settings:
-    """What decides memory and disk, of a GridDataModule and a VolumeWriter."""
-    return Settings(
-        data.patch_size,
-        1 if data.batch_size == AUTO else data.batch_size,
-        data.num_workers,
-        writer.in_memory * MIB,
-        writer.form.suffix.endswith(".gz"),
-        psutil.Process().memory_info().rss,
-        gpu=device.type == "cuda",
-        skips=data.skip is not None,
-        postprocess=bool(stitch.postprocess),
-        overlay=writer.form.overlay,
-    )
-
-
-def settled(trainer: Trainer, module: LightningModule, data: Any, writer: Any) -> Planned | None:
-    """Work out the plan, agree on the batch size, and refuse what does not fit, alike in all processes.
-
-    Args:
-        trainer, module: Of the run.
-        data: Its GridDataModule, set up; its batch size is settled.
-        writer: Its VolumeWriter.
-
-    Returns:
-        None if there is nothing to predict, or no header can be read.
-
-    Raises:
-        ConfigError: the run cannot fit; what would make it fit is said.
-    """
-    group, of = data.plan.group, data.plan.extent
-    if not of.channels:
-        data.batch_size = 1 if data.batch_size == AUTO else data.batch_size
-        return None
-    settings = settings_of(data, writer, writer.stitch, trainer.strategy.root_device)
-    planner = Planner(trainer, module, writer.stitch, of, settings, writer.output_dir)
-    auto = data.batch_size == AUTO
-    planned = error = None
-    try:
-        planned = planner.plan(auto=auto)
-    except VoxquiltError as wrong:  # such as a product that an output does not have
-        error = ConfigError(str(wrong))
-    size = min(group.gather(planned.settings.batch_size if planned else 1))
-    if planned is not None and size != planned.settings.batch_size:
-        planner = Planner(trainer, module, writer.stitch, of, replace(settings, batch_size=size), writer.output_dir)
-        planned = planner.plan(auto=False)
-    said = str(error) if error or planned is None else planner.refusal(planned)
-    data.batch_size = size if auto else data.batch_size
-    for reason in filter(None, group.gather(said)):
-        raise ConfigError(reason)
-    return planned
-
-
 def _autocast(precision: str) -> torch.dtype | None:
     return {"16": torch.float16, "bf16": torch.bfloat16}.get(precision.partition("-")[0])
-
-
-def _largest_by_trial(module: LightningModule, channels: int, patch: Triple, device: torch.device) -> int:
-    """Patches that a device takes in a real forward pass, with room for as many as were tried and a fifth."""
-    forward: Callable[[torch.Tensor], object] = module.to(device).eval()
-    size = 1
-    with torch.inference_mode():
-        while size <= _MOST:
-            try:
-                forward(torch.zeros(size * 5 // 4 + 1, channels, *patch, device=device, dtype=module.dtype))
-            except torch.OutOfMemoryError:
-                break
-            size *= 2
-    torch.cuda.empty_cache()
-    return max(1, size // 2)
 
 
 def _gib(count: float) -> str:

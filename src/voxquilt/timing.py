@@ -60,7 +60,9 @@ class Rates:
 
 
 @torch.inference_mode()
-def measure(trainer: Trainer, data: GridDataModule, stitch: Stitch, task: Task, folder: Path, suffix: str) -> Rates:
+def measure(
+    trainer: Trainer, data: GridDataModule, stitch: Stitch, task: Task, size: int, folder: Path, suffix: str
+) -> Rates:
     """Do a subject with a few real forward passes; its volumes go to a temporary folder.
 
     Args:
@@ -68,6 +70,7 @@ def measure(trainer: Trainer, data: GridDataModule, stitch: Stitch, task: Task, 
         data: Reads the subject.
         stitch: Makes volumes of it.
         task: The subject.
+        size: Bytes of its files, unpacked.
         folder: On the disk of the outputs; it exists.
         suffix: '.nii.gz' or '.nii'.
 
@@ -78,7 +81,7 @@ def measure(trainer: Trainer, data: GridDataModule, stitch: Stitch, task: Task, 
     began = perf_counter()
     loaded = data.load(replace(task, team=()))
     read = perf_counter() - began
-    work, channels_bytes = loaded.work, _file_bytes(loaded.work.task)
+    work = loaded.work
     stream = batches([loaded], int(data.batch_size))
     quilt = Quilt(stitch, work, work.space, skipped=work.skipped)
     first = next(stream)
@@ -111,7 +114,7 @@ def measure(trainer: Trainer, data: GridDataModule, stitch: Stitch, task: Task, 
             write(Path(place) / f"{name}{suffix}", volume, work.space.native, header=work.file.header)
     written = perf_counter() - began
     return Rates(
-        read / channels_bytes,
+        read / size,
         median(passes) + (cut + added) / patches,
         written / prod(work.space.native.shape),
         torch.get_num_threads() if device.type == "cpu" else 0,
