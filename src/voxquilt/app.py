@@ -160,10 +160,11 @@ def run_predict(cfg: DictConfig) -> int:
         from lightning.pytorch import seed_everything
 
         seed_everything(run["seed"], verbose=False)
+    dry = run["dry_run"]
     locks = ExitStack()
     claim = partial(locks.enter_context, locked(folder, shard))
     # Where a launcher started all processes, rank 0 claims the folder when it can tell the others that it could not.
-    later = claim if is_external() else None
+    later = claim if is_external() and not dry else None
     resume = Resume(folder, plain, run["resume"], run["overwrite"], run["content_hash"], later)
     check_classes(inherited, run["checkpoint_targets"])
     preprocess = build(plain["preprocess"], "preprocess")
@@ -176,8 +177,12 @@ def run_predict(cfg: DictConfig) -> int:
     stitch = build(plain["stitch"], "stitch")
     writer = build(plain["callbacks"]["writer"], "callbacks.writer", stitch=stitch, configuration=plain)
     others = {name: node for name, node in plain["callbacks"].items() if node and name != "writer"}
-    callbacks = [writer, SpawnedLogging(), *(build(node, f"callbacks.{name}") for name, node in others.items())]
+    sink = _dry_run(data, writer, timed=dry == "time") if dry else writer
+    callbacks = [sink, SpawnedLogging(), *(build(node, f"callbacks.{name}") for name, node in others.items())]
     trainer = build(plain["trainer"], "trainer", callbacks=callbacks, logger=False)
+    if dry:
+        trainer.predict(model, datamodule=data, return_predictions=False)
+        return DONE
     with locks:
         if is_first() and not is_external():
             claim()
@@ -196,6 +201,13 @@ def _check_fits(model: Any, data: Any, class_names: Any) -> None:
             continue
         check_fits(model, list(case.images), channels, data.patch_size, class_names)
         return
+
+
+def _dry_run(data: Any, writer: Any, *, timed: bool) -> Any:
+    from voxquilt.dryrun import DryRun
+
+    data.detailed = True
+    return DryRun(writer, timed=timed)
 
 
 def _predict(trainer: Any, model: Any, data: Any, writer: Any) -> int:

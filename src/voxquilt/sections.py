@@ -31,8 +31,9 @@ def check_data(data: Mapping[str, Any]) -> None:
     if "patch_size" in data:
         check_grid(to_triple(data["patch_size"], "data.patch_size", minimum=1), data.get("patch_overlap", 0))
     to_triple(data.get("divisible_by", 1), "data.divisible_by", minimum=1)
-    for key, least in (("batch_size", 1), ("num_workers", 0)):
-        check_integer(data, key, least, f"data.{key}")
+    if data.get("batch_size") != "auto":
+        check_integer(data, "batch_size", 1, "data.batch_size")
+    check_integer(data, "num_workers", 0, "data.num_workers")
     mode = data.get("padding_mode")
     if mode is not None and (isinstance(mode, bool) or not isinstance(mode, (int, float))):
         check_name(mode, PADDING_MODES, "data.padding_mode (null, a number, or a mode of numpy.pad)")
@@ -127,6 +128,8 @@ def check_run(run: Mapping[str, Any]) -> None:
     """How a run behaves."""
     check_word(run, "on_error", ON_ERROR, "run.on_error")
     check_word(run, "distribute", DISTRIBUTE, "run.distribute")
+    if not isinstance(run.get("dry_run"), bool) and run.get("dry_run") != "time":
+        raise ConfigError(f"run.dry_run must be true, false or time; it is {run.get('dry_run')!r}.")
     for key in ("resume", "overwrite", "content_hash", "status"):
         if not isinstance(run.get(key), bool):
             raise ConfigError(f"run.{key} must be true or false; it is {run.get(key)!r}.")
