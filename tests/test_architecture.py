@@ -35,7 +35,7 @@ ORDER = [
     *("room", "needs", "plan", "settle", "timing"),
     *("overlay", "metrics", "validation", "splits", "patches", "traindata", "training", "board"),
     *("files", "team", "cohort", "record", "writer", "dryrun", "processes", "report", "fetch", "datasets"),
-    *("overrides", "sections", "config", "trainconfig", "inherit", "build", "fit", "app"),
+    *("overrides", "explain", "sections", "config", "trainconfig", "inherit", "build", "fit", "app"),
 ]
 CORE = ORDER[: ORDER.index("space") + 1]
 FRAMEWORKS = ["lightning", "hydra", "omegaconf", "nibabel", "monai", "scipy", "rich"]

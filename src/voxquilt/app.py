@@ -3,10 +3,11 @@
 Heavy imports stand inside functions, so that a wrong configuration is answered in a second.
 """
 
+import io
 import os
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from voxquilt.build import build, check_classes
 from voxquilt.cases import find_cases
 from voxquilt.config import check_predict
 from voxquilt.errors import ConfigError, VoxquiltError
+from voxquilt.explain import explain
 from voxquilt.fetch import fetch
 from voxquilt.inherit import check_images, inherit
 from voxquilt.launch import end_with_parent, is_external, is_first
@@ -74,6 +76,7 @@ def _heard(status: int) -> _Status:
 
 def _main(name: str, task: Callable[[DictConfig], int]) -> None:
     def guarded(cfg: DictConfig) -> _Status:
+        release()
         return _guarded(task, cfg)
 
     _statuses.clear()
@@ -81,18 +84,43 @@ def _main(name: str, task: Callable[[DictConfig], int]) -> None:
         # Hydra wants --multirun and the like before or behind all overrides, not between them.
         sys.argv[1:] = sorted(to_overrides(sys.argv[1:]), key=lambda text: "=" in text and not text.startswith("-"))
         register_resolvers()
-        hydra.main(config_path=str(conf_dir()), config_name=name, version_base="1.3")(guarded)()
+        with _held() as release:
+            hydra.main(config_path=str(conf_dir()), config_name=name, version_base="1.3")(guarded)()
     except ConfigError as error:
         print(f"voxquilt: {error}", file=sys.stderr)
         sys.exit(NOT_STARTED)
     except SystemExit as error:
         if error.code in (0, None):
             raise
-        # Hydra prints what it cannot compose and exits with 1, which means 'some subject failed' here. What else it
-        # exits for is an error in a run, or a run that a cluster ended.
-        began = _statuses or not isinstance(error.__context__, HydraException | OmegaConfBaseException | None)
+        # Hydra exits with 1 where it cannot compose, which means 'some subject failed' here. What else it exits for is
+        # an error in a run, or a run that a cluster ended.
+        cause = error.__context__
+        if not _statuses and isinstance(cause, HydraException | OmegaConfBaseException):
+            print(f"voxquilt: {explain(cause, name, conf_dir())}", file=sys.stderr)
+        began = _statuses or not isinstance(cause, HydraException | OmegaConfBaseException | None)
         sys.exit(max([error.code if isinstance(error.code, int) else FAILED, *_statuses]) if began else NOT_STARTED)
     sys.exit(max(_statuses, default=0))  # none after --help or --cfg
+
+
+@contextmanager
+def _held() -> Iterator[Callable[[], None]]:
+    """Keep what Hydra writes to stderr back: what it says of an error is said better. What is yielded ends it."""
+    real, kept = sys.stderr, io.StringIO()
+
+    def release() -> None:
+        if sys.stderr is kept:
+            sys.stderr = real
+            real.write(kept.getvalue())
+
+    sys.stderr = kept
+    try:
+        yield release
+    except SystemExit as error:
+        if isinstance(error.__context__, HydraException | OmegaConfBaseException):
+            sys.stderr = real
+        raise
+    finally:
+        release()
 
 
 def _guarded(task: Callable[[DictConfig], int], cfg: DictConfig) -> _Status:
