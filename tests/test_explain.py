@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
     [
         ("predict", "data.inptus=x", "there is no key data.inptus. Did you mean data.inputs?"),
         ("predict", "patch_size=3", "there is no key patch_size. Did you mean data.patch_size?"),
-        ("predict", "trainer.acelerator=cpu", "there is no key trainer.acelerator. Did you mean trainer.accelerator?"),
+        ("predict", "trainer.acelerator=cpu", "Did you mean trainer.accelerator?"),
         ("predict", "stich.overlap_mode=crop", "Did you mean stitch.overlap_mode?"),
         ("predict", "experimnt=tissue", "there is no key experimnt. Did you mean experiment?"),
         ("predict", "model=torchscrpt", "there is no model=torchscrpt; there are auto, exported, lightning, state_dict, "

@@ -45,7 +45,7 @@ class TrainingDataModule(LightningDataModule):
         batch_size: Patches a batch.
         num_workers: Processes that cut and augment patches; 0 does so in the main one.
         patches_per_volume: Patches of each training subject an epoch.
-        balanced: The share of patches that are centred on a voxel of a class drawn evenly.
+        balanced: See RandomPatches.
         augment: See RandomPatches.
         cache: MiB of volumes that each process keeps in memory; None is half of what is free, shared by the processes
             of this machine.
