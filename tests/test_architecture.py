@@ -33,7 +33,8 @@ ORDER = [
     *("signals", "meter", "batch", "loader", "datamodule", "chunks", "members", "network", "probe"),
     *("fits", "carried", "archive", "exported", "weights", "module"),
     *("overlay", "metrics", "validation", "splits", "patches", "traindata", "training", "board"),
-    *("files", "team", "cohort", "record", "writer", "processes", "report", "fetch", "datasets"),
+    *("files", "team", "cohort", "record", "writer", "processes", "evaluation", "charts", "report"),
+    *("fetch", "datasets"),
     *("overrides", "sections", "config", "trainconfig", "inherit", "build", "fit", "app"),
 ]
 CORE = ORDER[: ORDER.index("space") + 1]

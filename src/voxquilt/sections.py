@@ -36,6 +36,12 @@ def check_data(data: Mapping[str, Any]) -> None:
     mode = data.get("padding_mode")
     if mode is not None and (isinstance(mode, bool) or not isinstance(mode, (int, float))):
         check_name(mode, PADDING_MODES, "data.padding_mode (null, a number, or a mode of numpy.pad)")
+    labels = data.get("labels")
+    patterns = list(labels.values()) if isinstance(labels, Mapping) else [labels]
+    if labels is not None and not all(isinstance(text, str) and "{subject}" in text for text in patterns):
+        raise ConfigError(
+            f"data.labels is a path with {{subject}}, or one for each channel of the labels; it is {labels!r}."
+        )
     check_word(data, "nonfinite", NONFINITE, "data.nonfinite")
     skip = data.get("skip")
     if skip is not None and (isinstance(skip, bool) or not isinstance(skip, (int, float, str))):
@@ -127,6 +133,9 @@ def check_run(run: Mapping[str, Any]) -> None:
     """How a run behaves."""
     check_word(run, "on_error", ON_ERROR, "run.on_error")
     check_word(run, "distribute", DISTRIBUTE, "run.distribute")
+    tolerance = run.get("surface_tolerance", 1.0)
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 <= tolerance < float("inf"):
+        raise ConfigError(f"run.surface_tolerance must be a number of mm from 0; it is {tolerance!r}.")
     for key in ("resume", "overwrite", "content_hash", "status"):
         if not isinstance(run.get(key), bool):
             raise ConfigError(f"run.{key} must be true or false; it is {run.get(key)!r}.")
