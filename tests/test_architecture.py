@@ -15,7 +15,7 @@ ORDER = [
     *("errors", "atomic", "names", "geometry", "grid", "blend", "parts", "ledger", "buffers", "sums", "blended"),
     *("stream", "aggregator", "space"),
     *("nifti", "subject", "sampler", "skip", "inference", "preprocess", "products", "recipes", "volumes", "finish"),
-    *("stitch", "quilt", "predict"),
+    *("stitch", "quilt", "predict", "outline"),
     *(
         "launch",
         "cases",
@@ -32,8 +32,9 @@ ORDER = [
     ),
     *("signals", "meter", "batch", "loader", "datamodule", "chunks", "members", "network", "probe"),
     *("fits", "carried", "archive", "exported", "weights", "module"),
+    *("room", "needs", "plan", "settle", "timing"),
     *("overlay", "metrics", "validation", "splits", "patches", "traindata", "training", "board"),
-    *("files", "team", "cohort", "record", "writer", "processes", "evaluation", "charts", "report"),
+    *("files", "team", "cohort", "record", "writer", "dryrun", "processes", "evaluation", "charts", "report"),
     *("fetch", "datasets"),
     *("overrides", "sections", "config", "trainconfig", "inherit", "build", "fit", "app"),
 ]

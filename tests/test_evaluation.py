@@ -154,6 +154,17 @@ def test_a_label_that_is_missing_is_said_and_is_no_failure(tmp_path: Path, forks
     assert not (tmp_path / "none").exists()
 
 
+def test_metrics_that_cannot_be_written_do_not_undo_the_run(tmp_path: Path, forks: Server) -> None:
+    """Status 1, not 2: labels are there."""
+    place(tmp_path, "a")
+    (tmp_path / "outputs/metrics.csv").mkdir(parents=True)
+    job = forks.start("data.inputs=in", LABELS, *JOB, cwd=tmp_path)
+    assert checked(job.wait()) == 1, job.text
+    assert "metrics.csv: writing failed" in job.text
+    assert "1 of 1 subjects compared" in job.text
+    assert (tmp_path / "outputs/a_labels.nii.gz").exists()
+
+
 # Without a run
 
 

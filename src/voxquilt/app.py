@@ -161,10 +161,11 @@ def run_predict(cfg: DictConfig) -> int:
         from lightning.pytorch import seed_everything
 
         seed_everything(run["seed"], verbose=False)
+    dry = run["dry_run"]
     locks = ExitStack()
     claim = partial(locks.enter_context, locked(folder, shard))
     # Where a launcher started all processes, rank 0 claims the folder when it can tell the others that it could not.
-    later = claim if is_external() else None
+    later = claim if is_external() and not dry else None
     resume = Resume(folder, plain, run["resume"], run["overwrite"], run["content_hash"], later)
     check_classes(inherited, run["checkpoint_targets"])
     preprocess = build(plain["preprocess"], "preprocess")
@@ -177,8 +178,12 @@ def run_predict(cfg: DictConfig) -> int:
     stitch = build(plain["stitch"], "stitch")
     writer = build(plain["callbacks"]["writer"], "callbacks.writer", stitch=stitch, configuration=plain)
     others = {name: node for name, node in plain["callbacks"].items() if node and name != "writer"}
-    callbacks = [writer, SpawnedLogging(), *(build(node, f"callbacks.{name}") for name, node in others.items())]
+    sink = _dry_run(data, writer, timed=dry == "time") if dry else writer
+    callbacks = [sink, SpawnedLogging(), *(build(node, f"callbacks.{name}") for name, node in others.items())]
     trainer = build(plain["trainer"], "trainer", callbacks=callbacks, logger=False)
+    if dry:
+        trainer.predict(model, datamodule=data, return_predictions=False)
+        return DONE
     with locks:
         if is_first() and not is_external():
             claim()
@@ -197,6 +202,13 @@ def _check_fits(model: Any, data: Any, class_names: Any) -> None:
             continue
         check_fits(model, list(case.images), channels, data.patch_size, class_names)
         return
+
+
+def _dry_run(data: Any, writer: Any, *, timed: bool) -> Any:
+    from voxquilt.dryrun import DryRun
+
+    data.detailed = True
+    return DryRun(writer, timed=timed)
 
 
 def _predict(trainer: Any, model: Any, data: Any, writer: Any, tolerance: float) -> int:
@@ -237,7 +249,11 @@ def _evaluate(data: Any, writer: Any, rows: list[Any], tolerance: float) -> int:
 
     evaluation = Evaluation(writer.output_dir, data.cases, data.labels, writer.stitch.class_names, tolerance)
     scores = evaluation.scores(rows)
-    write_scores(writer.output_dir / of_shard("metrics.csv", data.shard), scores)
-    write_boxes(writer.output_dir / of_shard("metrics.png", data.shard), scores)
     print_scores(scores, writer.output_dir)
+    try:
+        write_scores(writer.output_dir / of_shard("metrics.csv", data.shard), scores)
+        write_boxes(writer.output_dir / of_shard("metrics.png", data.shard), scores)
+    except VoxquiltError as error:  # the run itself was started, and its outputs are there
+        print(f"voxquilt: {error}", file=sys.stderr)
+        return FAILED
     return FAILED if any(score.failed for score in scores) else DONE

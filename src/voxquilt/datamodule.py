@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from time import perf_counter
 from typing import Any
@@ -22,6 +22,7 @@ from voxquilt.launch import is_external, is_first, not_the_tasks, slurm_tasks
 from voxquilt.loader import LoadFailure, PatchStream
 from voxquilt.manifest import Row
 from voxquilt.names import DISTRIBUTE, check_name
+from voxquilt.outline import Extent, extent, outline, together
 from voxquilt.parts import split
 from voxquilt.preprocess import Preprocess
 from voxquilt.resume import Resume, Todo
@@ -42,6 +43,10 @@ class Plan:
         everything: Ids of all subjects of the run, or of its shard, that are not done.
         done: Rows of those that were done before.
         settings: What made them, for the record; empty without `resume`.
+        sizes: On rank 0, of `everything`; with outlines where `GridDataModule.detailed` is set.
+        extent: Of `everything`.
+        loads: Patches of each rank, a subject's reading and writing counted as one.
+        counts: Subjects of each rank.
     """
 
     group: Group
@@ -50,6 +55,10 @@ class Plan:
     everything: list[str]
     done: list[Row]
     settings: Mapping[str, Any]
+    sizes: list[Size] = field(default_factory=list)
+    extent: Extent = field(default_factory=Extent)
+    loads: list[float] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
 
 
 class GridDataModule(LightningDataModule):
@@ -61,7 +70,7 @@ class GridDataModule(LightningDataModule):
         patch_overlap: Voxels that neighbours share, even, an integer or three.
         padding_mode: See GridSampler; volumes smaller than a patch are padded in any case.
         divisible_by: Pad model space to a multiple of so many voxels.
-        batch_size: Patches a batch.
+        batch_size: Patches a batch; 'auto' is settled by `voxquilt.settle.settled`, which VolumeWriter calls.
         num_workers: Threads that load subjects ahead, each one subject; 0 loads in the main thread.
         nonfinite: What to do with NaN and infinite voxels: 'error' or 'zero'.
         skip: Patches without foreground are not predicted and count as background. Foreground is what is above a
@@ -89,7 +98,7 @@ class GridDataModule(LightningDataModule):
         images: Mapping[str, str] | None = None,
         padding_mode: str | float | None = None,
         divisible_by: int | Iterable[int] = 1,
-        batch_size: int = 1,
+        batch_size: int | str = 1,
         num_workers: int = 1,
         nonfinite: str = "error",
         skip: float | str | None = None,
@@ -118,6 +127,9 @@ class GridDataModule(LightningDataModule):
         self._plan: Plan | None = None
         self._stopped: Callable[[], bool] = bool
         self._failures: list[LoadFailure] = []
+        self._known: dict[str, Size] = {}
+        self.detailed = False
+        """Whether `plan.sizes` is to have outlines; set before `setup`."""
 
     @cached_property
     def cases(self) -> list[Case]:
@@ -144,15 +156,26 @@ class GridDataModule(LightningDataModule):
         todo = group.first(lambda: self._resume.todo(ours) if self._resume else Todo([""] * len(ours)))
         tasks = [Task(*parts) for parts in zip(ours, todo.fingerprints, range(len(ours)), strict=True)]
         left = [task for task in tasks if task.case.subject not in todo.done]
-        mine = left
+        # Each header is read once, by one process; outlines travel only where somebody wants to look at them.
+        stride = self._sizes([task.case for task in left[group.rank :: group.size]], group.size)
+        self._known.clear()
+        sent = stride if self.detailed else [replace(size, outline=None) for size in stride]
+        gathered = group.gather((sent, extent(size.outline for size in stride)))
+        # Back from one list for each rank to one for all.
+        sizes = [gathered[n % group.size][0][n // group.size] for n in range(len(left))]
+        mine, dealt = left, [left]
         if group.size > 1:
-            sizes = group.gather(self._sizes([task.case for task in left[group.rank :: group.size]], group.size))
-            # Back from one list for each rank to one for all.
-            by_task = [sizes[n % group.size][n // group.size] for n in range(len(left))]
-            mine = distributed(left, by_task, group.size, self.distribute)[group.rank]
+            dealt = distributed(left, sizes, group.size, self.distribute)
+            mine = dealt[group.rank]
+        patches = {task.number: size.patches for task, size in zip(left, sizes, strict=True)}
+        loads = [sum(patches[task.number] / max(1, len(task.team)) for task in tasks) for tasks in dealt]
         done = [todo.done[task.case.subject] for task in tasks if task.case.subject in todo.done]
         settings = {self._resume.settings_digest: self._resume.settings} if self._resume and group.rank == 0 else {}
-        self._plan = Plan(group, mine, cases, [task.case.subject for task in left], done, settings)
+        self._plan = Plan(
+            group, mine, cases, [task.case.subject for task in left], done, settings,
+            sizes if group.rank == 0 else [], together(of_rank for _, of_rank in gathered), loads,
+            [len(tasks) for tasks in dealt],
+        )  # fmt: skip
 
     def stop_when(self, stopped: Callable[[], bool]) -> None:
         """End the stream of batches before the next one as soon as `stopped` says so."""
@@ -186,7 +209,13 @@ class GridDataModule(LightningDataModule):
     def _sizes(self, cases: Sequence[Case], ranks: int = 1) -> list[Size]:
         # On a network's file system most of the time is waiting.
         with ThreadPoolExecutor(8) as pool:
-            return list(pool.map(partial(self.size, ranks=ranks), cases))
+            sizes = list(pool.map(partial(self._size, ranks=ranks), cases))
+        # The first of several shards reads all headers, and then needs those of its own subjects.
+        self._known = {case.subject: size for case, size in zip(cases, sizes, strict=True)}
+        return sizes
+
+    def _size(self, case: Case, ranks: int) -> Size:
+        return self._known[case.subject] if ranks == 1 and case.subject in self._known else self.size(case, ranks)
 
     def size(self, case: Case, ranks: int = 1) -> Size:
         """What a subject takes, in patches, from its headers alone; reading and writing count as one.
@@ -198,8 +227,9 @@ class GridDataModule(LightningDataModule):
             ranks: Among how many processes its grid might be divided.
         """
         try:
-            space = self.preprocess.space(Subject({name: ScalarImage(path) for name, path in case.images.items()}))
-            grid, _ = lay_grid(
+            subject = Subject({name: ScalarImage(path) for name, path in case.images.items()})
+            space = self.preprocess.space(subject)
+            grid, padding = lay_grid(
                 space.model.shape,
                 self.patch_size,
                 self.patch_overlap,
@@ -209,12 +239,13 @@ class GridDataModule(LightningDataModule):
             )
         except VoxquiltError:
             return Size(1)
-        return Size(len(grid) + 1, len(split(grid, ranks)))
+        of_headers = outline(subject, space, grid, padding, transformed=bool(self.preprocess.intensity))
+        return Size(len(grid) + 1, len(split(grid, ranks)), of_headers)
 
     def predict_dataloader(self) -> PatchStream:
         """All patches of this process, subject by subject."""
         return PatchStream(
-            self.plan.tasks, self.load, self.batch_size, self.num_workers, self._failures.append, self._stopped
+            self.plan.tasks, self.load, int(self.batch_size), self.num_workers, self._failures.append, self._stopped
         )
 
     def load(self, task: Task) -> Loaded:

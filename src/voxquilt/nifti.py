@@ -38,12 +38,14 @@ class NiftiFile:
         channels: Volumes along the 4th axis, 1 for a 3-D file.
         frame: Native shape and affine.
         header: nibabel's header, from which outputs take qform, sform, their codes and units.
+        voxel_bytes: Of a voxel as `read` gives it.
     """
 
     path: Path
     channels: int
     frame: Frame
     header: Nifti1Header
+    voxel_bytes: int = 4
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -86,7 +88,9 @@ def read_header(path: Path | str) -> NiftiFile:
             raise InputError(f"the voxels are {kind} ({dtype}); convert the file to real numbers, one per channel.")
         i, j, k = (int(n) for n in shape[:3])
         frame = Frame((i, j, k), np.asarray(image.affine))
-        return NiftiFile(path, int(shape[3]) if len(shape) == 4 else 1, frame, image.header)
+        scaled = (image.dataobj.slope, image.dataobj.inter) != (1, 0)  # type: ignore[attr-defined]
+        size = 4 if scaled else np.dtype(_WIDER.get(f"{dtype.kind}{dtype.itemsize}", dtype)).itemsize
+        return NiftiFile(path, int(shape[3]) if len(shape) == 4 else 1, frame, image.header, size)
 
 
 def write(

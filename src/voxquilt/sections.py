@@ -29,10 +29,11 @@ from voxquilt.names import (
 def check_data(data: Mapping[str, Any]) -> None:
     """Grid and loader."""
     if "patch_size" in data:
-        _check_grid(to_triple(data["patch_size"], "data.patch_size", minimum=1), data.get("patch_overlap", 0))
+        check_grid(to_triple(data["patch_size"], "data.patch_size", minimum=1), data.get("patch_overlap", 0))
     to_triple(data.get("divisible_by", 1), "data.divisible_by", minimum=1)
-    for key, least in (("batch_size", 1), ("num_workers", 0)):
-        check_integer(data, key, least, f"data.{key}")
+    if data.get("batch_size") != "auto":
+        check_integer(data, "batch_size", 1, "data.batch_size")
+    check_integer(data, "num_workers", 0, "data.num_workers")
     mode = data.get("padding_mode")
     if mode is not None and (isinstance(mode, bool) or not isinstance(mode, (int, float))):
         check_name(mode, PADDING_MODES, "data.padding_mode (null, a number, or a mode of numpy.pad)")
@@ -136,6 +137,8 @@ def check_run(run: Mapping[str, Any]) -> None:
     tolerance = run.get("surface_tolerance", 1.0)
     if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 <= tolerance < float("inf"):
         raise ConfigError(f"run.surface_tolerance must be a number of mm from 0; it is {tolerance!r}.")
+    if not isinstance(run.get("dry_run"), bool) and run.get("dry_run") != "time":
+        raise ConfigError(f"run.dry_run must be true, false or time; it is {run.get('dry_run')!r}.")
     for key in ("resume", "overwrite", "content_hash", "status"):
         if not isinstance(run.get(key), bool):
             raise ConfigError(f"run.{key} must be true or false; it is {run.get(key)!r}.")
@@ -189,7 +192,8 @@ def _per_node(devices: Any) -> int | None:
     return len(ids) if all(str(part).strip().isdecimal() for part in ids) else None
 
 
-def _check_grid(patch_size: Triple, patch_overlap: Any) -> None:
+def check_grid(patch_size: Triple, patch_overlap: Any) -> None:
+    """A patch and an overlap of it that make a grid."""
     try:
         make_grid(patch_size, patch_size, patch_overlap)
     except VoxquiltError as error:

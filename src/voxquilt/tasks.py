@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from voxquilt.cases import Case
 from voxquilt.dealing import deal
+from voxquilt.outline import Outline
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,12 @@ class Size:
     Args:
         patches: From its headers; reading and writing count as one more.
         parts: Into how many slabs its grid can be divided for the ranks of a run.
+        outline: What else its headers say; None where they cannot be read, and where it was left out.
     """
 
     patches: int
     parts: int = 1
+    outline: Outline | None = None
 
 
 def shares(sizes: Sequence[Size], ranks: int, distribute: str) -> list[int]:

@@ -19,6 +19,7 @@ from voxquilt.line import BROKEN, Alone, Hub, Line, Message, Spoke, Stop
 from voxquilt.manifest import Row
 from voxquilt.names import ON_ERROR, check_name
 from voxquilt.record import Record
+from voxquilt.settle import settled
 from voxquilt.signals import Signals
 from voxquilt.stitch import Stitch
 from voxquilt.volumes import Scratch
@@ -70,10 +71,15 @@ class VolumeWriter(Callback):
         self._run: _Run | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Open the manifest on rank 0, and connect the other processes to it."""
+        """Refuse what cannot fit, open the manifest on rank 0, and connect the other processes to it.
+
+        Raises:
+            ConfigError: too little memory or disk; or the data are not a GridDataModule's.
+        """
         data = getattr(trainer, "datamodule", None)
         if not isinstance(data, GridDataModule):
             raise ConfigError(f"VolumeWriter needs a GridDataModule at predict; the trainer has {type(data).__name__}.")
+        settled(trainer, pl_module, data, self)
         line, record = _connected(self.output_dir, data, self._configuration)
         data.stop_when(lambda: line.stop is not None)
         self.rows = record.rows if record else []

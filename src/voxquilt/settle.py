@@ -1,0 +1,103 @@
+"""With which batches does a run go on, and does it go on at all? Agreed by all processes before the first patch."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import psutil
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from voxquilt.errors import ConfigError, VoxquiltError
+from voxquilt.geometry import Triple
+from voxquilt.needs import MIB, Settings
+from voxquilt.plan import MOST, Planned, Planner
+from voxquilt.stitch import Stitch
+
+log = logging.getLogger("voxquilt")
+
+T = TypeVar("T")
+
+AUTO = "auto"
+
+
+def settings_of(data: Any, writer: Any, stitch: Stitch, device: torch.device) -> Settings:
+    """What decides memory and disk, of a GridDataModule and a VolumeWriter."""
+    return Settings(
+        data.patch_size,
+        1 if data.batch_size == AUTO else data.batch_size,
+        data.num_workers,
+        writer.in_memory * MIB,
+        writer.form.suffix.endswith(".gz"),
+        psutil.Process().memory_info().rss,
+        gpu=device.type == "cuda",
+        skips=data.skip is not None,
+        postprocess=bool(stitch.postprocess),
+        overlay=writer.form.overlay,
+    )
+
+
+def settled(
+    trainer: Trainer, module: LightningModule, data: Any, writer: Any, *, refuse: bool = True
+) -> Planned | None:
+    """Work out the plan, agree on the batch size, and refuse what does not fit, alike in all processes.
+
+    Args:
+        trainer, module: Of the run.
+        data: Its GridDataModule, set up; its batch size is settled.
+        writer: Its VolumeWriter.
+        refuse: False leaves the refusal in the plan.
+
+    Returns:
+        None if there is nothing to predict, no header can be read, or an output does not have a product: every subject
+        fails by that.
+
+    Raises:
+        ConfigError: the run cannot fit; what would make it fit is said.
+    """
+    group, of, auto = data.plan.group, data.plan.extent, data.batch_size == AUTO
+    settings = settings_of(data, writer, writer.stitch, trainer.strategy.root_device)
+
+    def planner(settings: Settings) -> Planner:
+        return Planner(trainer, module, writer.stitch, of, settings, writer.output_dir)
+
+    def largest() -> int:
+        device = trainer.strategy.root_device
+        if device.type == "cuda":
+            return _by_trial(module, of.channels, data.patch_size, device)
+        return planner(settings).largest()
+
+    if auto:
+        # One for all: what fits the smallest device.
+        data.batch_size = min(group.gather(_tried(largest) or 1 if of.channels else 1))
+        settings = replace(settings, batch_size=data.batch_size)
+    found = _tried(lambda: planner(settings).plan()) if of.channels else None
+    reasons = list(filter(None, group.gather(found.refusal if found else None)))
+    if reasons and refuse:
+        raise ConfigError(reasons[0])
+    return found
+
+
+def _tried(make: Callable[[], T]) -> T | None:
+    """Nothing where an output does not have a product: each subject fails by that, and says so."""
+    try:
+        return make()
+    except VoxquiltError as error:
+        log.debug("no plan: %s", error)
+        return None
+
+
+def _by_trial(module: LightningModule, channels: int, patch: Triple, device: torch.device) -> int:
+    """Patches that a device takes in a real forward pass, with room for as many as were tried and a fifth."""
+    forward: Callable[[torch.Tensor], object] = module.to(device).eval()
+    size = 1
+    with torch.inference_mode():
+        while size <= MOST:
+            try:
+                forward(torch.zeros(size * 5 // 4 + 1, channels, *patch, device=device, dtype=torch.float32))
+            except torch.OutOfMemoryError:
+                break
+            size *= 2
+    torch.cuda.empty_cache()
+    return max(1, size // 2)

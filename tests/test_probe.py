@@ -1,0 +1,149 @@
+"""Laws of the probe: shapes without voxels, live bytes counted to the byte, and the memory that a real pass takes."""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from monai.networks.nets.unet import UNet
+from torch import Tensor, nn
+
+from voxquilt.network import PatchNetwork
+from voxquilt.probe import probe
+
+MIB = 2**20
+
+
+class Two(nn.Module):
+    """Outputs by name, of which one is half as large."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"seg": torch.cat([x, x, x], 1), "low": nn.functional.avg_pool3d(x, 2)}
+
+
+class Chain(nn.Module):
+    """Five pointwise steps: two tensors live at a time, or all with `kept`."""
+
+    def __init__(self, kept: bool) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = [x + 1]
+        for _ in range(4):
+            steps.append(steps[-1] * 2)
+            if not self.kept:
+                del steps[0]
+        return steps[-1]
+
+
+def test_shapes_of_all_outputs_are_found_without_computing() -> None:
+    """By name, of a batch that no machine could hold."""
+    found = probe(PatchNetwork([Two()]), 1, (2**14, 2**14, 2**14), 8)
+    assert found.outputs == {"seg": (8, 3, 2**14, 2**14, 2**14), "low": (8, 1, 2**13, 2**13, 2**13)}
+    assert found.output_bytes == 8 * 4 * (3 * 2**42 + 2**39)
+    assert found.types == {"seg": torch.float32, "low": torch.float32}
+
+
+@pytest.mark.parametrize(("kept", "tensors"), [(False, 2), (True, 5)])
+def test_bytes_are_counted_while_tensors_live(kept: bool, tensors: int) -> None:
+    """To the byte: views and what is done in place cost nothing."""
+    found = probe(Chain(kept), 1, (16, 16, 16), 2)
+    assert found.peak_bytes == tensors * 2 * 16**3 * 4
+    views = nn.Sequential(nn.Flatten(2), nn.ReLU(inplace=True), nn.Unflatten(2, (16, 16, 16)))
+    assert probe(views, 1, (16, 16, 16), 2).peak_bytes == 0
+
+
+def test_weights_are_not_counted_and_the_network_is_left_as_it_was() -> None:
+    """Neither copied nor changed; modules that train go on to."""
+    net = nn.Sequential(nn.Conv3d(1, 512, 1), nn.Dropout(), nn.Conv3d(512, 2, 1)).train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    assert probe(net, 1, (4, 4, 4)).peak_bytes < sum(p.nbytes for p in net.parameters()) * 1000
+    assert all(module.training for module in net.modules())
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    assert type(net[0].weight.data) is Tensor
+
+
+def test_what_does_not_fit_is_the_networks_own_error() -> None:
+    """Another number of channels, before anything runs."""
+    with pytest.raises(RuntimeError, match="4 channels"):
+        probe(UNet(3, 1, 2, [8, 16], [2]), 4, (16, 16, 16))
+
+
+def test_torchscript_runs_without_voxels_too() -> None:
+    """Scripted and traced."""
+    net = UNet(3, 1, 5, [8, 16], [2], num_res_units=1).eval()
+    with warnings.catch_warnings(action="ignore"):  # torch calls TorchScript old; users have it
+        traced = torch.jit.trace(net, torch.zeros(1, 1, 16, 16, 16))
+        scripted = torch.jit.script(nn.Sequential(nn.Conv3d(1, 7, 3, padding=1), nn.ReLU()))
+    assert probe(PatchNetwork([traced]), 1, (32, 32, 16), 3).outputs == {"": (3, 5, 32, 32, 16)}
+    assert probe(PatchNetwork([scripted]), 1, (32, 32, 16), 3).outputs == {"": (3, 7, 32, 32, 16)}
+
+
+def test_half_precision_takes_half() -> None:
+    """As autocast computes it, and as the weights' own type."""
+    net = nn.Sequential(nn.Conv3d(1, 32, 3, padding=1), nn.Conv3d(32, 32, 3, padding=1))
+    full = probe(net, 1, (32, 32, 32))
+    auto, half = probe(net, 1, (32, 32, 32), autocast=torch.bfloat16), probe(net.bfloat16(), 1, (32, 32, 32))
+    assert auto.types == half.types == {"": torch.bfloat16}
+    assert half.output_bytes == full.output_bytes // 2
+    assert auto.peak_bytes < 0.8 * full.peak_bytes
+
+
+_MEASURE = """
+import ctypes, sys
+ctypes.CDLL(None).mallopt(-3, 2**20)  # what is freed goes back at once, so that the peak is what is live
+import torch
+from test_probe import NETWORKS, hwm, resident
+from voxquilt.probe import probe
+torch.set_num_threads(2)
+name, size, batch = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+net = NETWORKS[name]().eval()
+found = probe(net, 1, (size,) * 3, batch)
+with torch.inference_mode():
+    net(torch.zeros(1, 1, 32, 32, 32))
+    patches = torch.ones(batch, 1, size, size, size)
+    before = resident()
+    open('/proc/self/clear_refs', 'w').write('5')
+    made = net(patches)
+    print(found.peak_bytes, hwm() - before)
+"""
+
+
+def resident() -> int:
+    """Of this process, in bytes."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+def hwm() -> int:
+    """The highest `resident` since it was reset."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+
+
+NETWORKS = {
+    "small": lambda: UNet(3, 1, 4, [16, 32, 64], [2, 2], num_res_units=1),
+    "many classes": lambda: UNet(3, 1, 100, [32, 64, 128], [2, 2], num_res_units=1),
+    "flips": lambda: PatchNetwork([UNet(3, 1, 4, [16, 32, 64], [2, 2], num_res_units=1)], flips=[0]),
+    "one layer": lambda: nn.Conv3d(1, 105, 1),
+    "two layers": lambda: nn.Sequential(nn.Conv3d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv3d(32, 60, 3, padding=1)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("name", "size", "batch"),
+    [("small", 96, 2), ("many classes", 64, 2), ("flips", 96, 2), ("one layer", 96, 2), ("one layer", 96, 1),
+     ("two layers", 64, 3)],
+)  # fmt: skip
+def test_a_real_pass_on_the_host_takes_what_was_predicted(name: str, size: int, batch: int) -> None:
+    """Within 15 % and 30 MiB, oneDNN's own copies included; in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURE, name, str(size), str(batch)], capture_output=True, text=True, check=True,
+        cwd=__file__.rsplit("/", 1)[0], timeout=300,
+    )  # fmt: skip
+    predicted, measured = map(int, done.stdout.split())
+    assert abs(predicted - measured) <= 0.15 * measured + 30 * MIB
