@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from voxquilt.build import build, check_classes
-from voxquilt.cases import find_cases
+from voxquilt.cases import LABEL, find_cases
 from voxquilt.config import check_predict
 from voxquilt.errors import ConfigError, VoxquiltError
 from voxquilt.explain import explain
@@ -179,7 +179,8 @@ def run_predict(cfg: DictConfig) -> int:
     shard = plain["shard"]["index"], plain["shard"]["count"]
     folder = Path(plain["output_dir"]).expanduser().resolve()
     if plain["run"].get("status"):
-        return print_status(find_cases(plain["data"].get("inputs"), plain["data"].get("images")), folder, shard[1])
+        cases = find_cases(plain["data"].get("inputs"), plain["data"].get("images"), [LABEL])
+        return print_status(cases, folder, shard[1])
     from voxquilt.processes import SpawnedLogging, quiet
 
     quiet()
@@ -214,7 +215,7 @@ def run_predict(cfg: DictConfig) -> int:
     with locks:
         if is_first() and not is_external():
             claim()
-        return _predict(trainer, model, data, writer)
+        return _predict(trainer, model, data, writer, run["surface_tolerance"])
 
 
 def _check_fits(model: Any, data: Any, class_names: Any) -> None:
@@ -238,7 +239,7 @@ def _dry_run(data: Any, writer: Any, *, timed: bool) -> Any:
     return DryRun(writer, timed=timed)
 
 
-def _predict(trainer: Any, model: Any, data: Any, writer: Any) -> int:
+def _predict(trainer: Any, model: Any, data: Any, writer: Any, tolerance: float) -> int:
     """Run, and say how it ended; what is on disk tells it, also where the run was in other processes than this."""
     from voxquilt.processes import attended
     from voxquilt.report import print_table
@@ -263,4 +264,24 @@ def _predict(trainer: Any, model: Any, data: Any, writer: Any) -> int:
         left = f"{outcome['missing']} subjects are left: the same command goes on."
         # Where the run broke off, the reason was printed as the error that it was.
         print(f"voxquilt: stopped by {outcome['reason']}; {left}" if status > FAILED else left, file=sys.stderr)
+    elif data.labels is not None or any(LABEL in case.values for case in data.cases):
+        status = max(status, _evaluate(data, writer, ours, tolerance))
     return status
+
+
+def _evaluate(data: Any, writer: Any, rows: list[Any], tolerance: float) -> int:
+    """Compare what is on disk with the true labels: metrics.csv, metrics.png, a table; 1 if some subject cannot be."""
+    from voxquilt.charts import write_boxes
+    from voxquilt.evaluation import Evaluation, write_scores
+    from voxquilt.report import print_scores
+
+    evaluation = Evaluation(writer.output_dir, data.cases, data.labels, writer.stitch.class_names, tolerance)
+    scores = evaluation.scores(rows)
+    print_scores(scores, writer.output_dir)
+    try:
+        write_scores(writer.output_dir / of_shard("metrics.csv", data.shard), scores)
+        write_boxes(writer.output_dir / of_shard("metrics.png", data.shard), scores)
+    except VoxquiltError as error:  # the run itself was started, and its outputs are there
+        print(f"voxquilt: {error}", file=sys.stderr)
+        return FAILED
+    return FAILED if any(score.failed for score in scores) else DONE

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from voxquilt.cases import Case, find_cases
+from voxquilt.cases import LABEL, Case, find_cases
 from voxquilt.datamodule import GridDataModule
 from voxquilt.dealing import deal
 from voxquilt.errors import ConfigError, InputError, VoxquiltError
@@ -24,7 +24,6 @@ from voxquilt.splits import make_split
 from voxquilt.subject import Image, LabelMap, ScalarImage, Subject
 from voxquilt.tasks import Task
 
-LABEL = "label"
 """The column of a table that holds labels."""
 
 # Volumes whose patches are mixed, and of those that are not kept so many are in memory at a time.
