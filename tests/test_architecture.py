@@ -33,7 +33,21 @@ ORDER = [
     *("signals", "meter", "batch", "loader", "datamodule", "network", "probe", "fits", "carried", "weights", "module"),
     *("room", "needs", "plan", "settle", "timing"),
     *("overlay", "metrics", "validation", "splits", "patches", "traindata", "training", "board"),
-    *("files", "team", "cohort", "record", "writer", "dryrun", "processes", "report", "fetch", "datasets"),
+    *(
+        "files",
+        "team",
+        "cohort",
+        "record",
+        "tally",
+        "progress",
+        "events",
+        "writer",
+        "dryrun",
+        "processes",
+        "report",
+        "fetch",
+        "datasets",
+    ),
     *("overrides", "sections", "config", "trainconfig", "inherit", "build", "fit", "app"),
 ]
 CORE = ORDER[: ORDER.index("space") + 1]

@@ -16,6 +16,7 @@ from voxquilt.manifest import of_shard, write_json
 from voxquilt.needs import needs, voxels_of
 from voxquilt.outline import Outline, extent
 from voxquilt.plan import Planned
+from voxquilt.progress import say
 from voxquilt.settle import settled
 from voxquilt.timing import Rates, measure
 from voxquilt.writer import VolumeWriter
@@ -30,10 +31,11 @@ class DryRun(Callback):
     Args:
         writer: What would have written.
         timed: Also predict a few patches, to say how long the run would take.
+        as_json: Print the plan as a line of JSON.
     """
 
-    def __init__(self, writer: VolumeWriter, *, timed: bool) -> None:
-        self._writer, self._timed = writer, timed
+    def __init__(self, writer: VolumeWriter, *, timed: bool, as_json: bool = False) -> None:
+        self._writer, self._timed, self._as_json = writer, timed, as_json
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Plan."""
@@ -58,9 +60,22 @@ class DryRun(Callback):
         }  # fmt: skip
         ranks = group.gather(mine)
         if group.rank == 0:
-            group.first(lambda: _say(data, self._planned, ranks, folder))
+            group.first(lambda: self._say(data, ranks))
         else:
             group.first(lambda: None)
+
+    def _say(self, data: GridDataModule, ranks: Sequence[dict[str, Any]]) -> None:
+        content = _content(data, self._planned, ranks)
+        folder = self._writer.output_dir
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / of_shard("plan.json", data.shard)
+        if data.shard[1] > 1:  # plan_of_<n>.json is what shards agreed on
+            path = folder / f"dry_{path.name}"
+        write_json(path, content)
+        if self._as_json:
+            say("plan", content)
+        else:
+            _print(content, self._planned, path)
 
     def _measured(self, trainer: Trainer, data: GridDataModule) -> Rates | None:
         # The smallest subject of this process that can be predicted.
@@ -80,7 +95,7 @@ def _data(trainer: Trainer) -> GridDataModule:
     return data
 
 
-def _say(data: GridDataModule, planned: Planned | None, ranks: Sequence[dict[str, Any]], folder: Path) -> None:
+def _content(data: GridDataModule, planned: Planned | None, ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     plan = data.plan
     outlines = [size.outline for size in plan.sizes]
     rates = [rank["rates"] for rank in ranks if rank["rates"] is not None]
@@ -105,18 +120,13 @@ def _say(data: GridDataModule, planned: Planned | None, ranks: Sequence[dict[str
         "seconds": max((one["seconds"] for one in told if one["seconds"] is not None), default=None),
     }
     refusal = planned.refusal if planned else None
-    content = total | {
+    return total | {
         "fits": refusal is None,
         "refusal": refusal or "",
         **(planned.as_json() if planned else {"notes": ["there is nothing to predict, or no header can be read."]}),
         "ranks": told,
         "per_subject": subjects,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    # Not plan_<i>_of_<n>.json, where shards keep what they agreed on.
-    path = folder / of_shard("plan.json", data.shard)
-    write_json(path, content)
-    _print(content, planned, path)
 
 
 def _share(one: Outline | None, parts: int) -> Outline | None:
@@ -145,6 +155,8 @@ def _subject(name: str, one: Outline | None, planned: Planned | None, pace: Rate
 
 def _print(content: dict[str, Any], planned: Planned | None, path: Path) -> None:
     console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = max(console.width, 140)
     subjects = content["per_subject"]
     timed = any("seconds" in one for one in subjects)
     gpu = any(one.get("device") for one in subjects)

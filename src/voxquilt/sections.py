@@ -15,6 +15,7 @@ from voxquilt.names import (
     ACTIVATIONS,
     AVERAGES,
     DISTRIBUTE,
+    LOGS,
     NONFINITE,
     ON_ERROR,
     OVERLAP_MODES,
@@ -124,6 +125,7 @@ def check_run(run: Mapping[str, Any]) -> None:
     """How a run behaves."""
     check_word(run, "on_error", ON_ERROR, "run.on_error")
     check_word(run, "distribute", DISTRIBUTE, "run.distribute")
+    check_word(run, "log", LOGS, "run.log")
     if not isinstance(run.get("dry_run"), bool) and run.get("dry_run") != "time":
         raise ConfigError(f"run.dry_run must be true, false or time; it is {run.get('dry_run')!r}.")
     for key in ("resume", "overwrite", "content_hash", "status"):
