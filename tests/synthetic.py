@@ -152,6 +152,6 @@ class StopAfter(Callback):
     def __init__(self, epochs: int) -> None:
         self.epochs = epochs
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask the trainer to stop."""
         trainer.should_stop = trainer.current_epoch + 1 >= self.epochs

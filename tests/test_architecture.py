@@ -30,7 +30,8 @@ ORDER = [
         "group",
         "line",
     ),
-    *("signals", "meter", "batch", "loader", "datamodule", "network", "probe", "fits", "carried", "weights", "module"),
+    *("signals", "meter", "batch", "loader", "datamodule", "chunks", "members", "network", "probe"),
+    *("fits", "carried", "archive", "exported", "weights", "module"),
     *("room", "needs", "plan", "settle", "timing"),
     *("overlay", "metrics", "validation", "splits", "patches", "traindata", "training", "board"),
     *(

@@ -293,7 +293,7 @@ def test_validation_is_what_predicting_gives(blobs: Path, tmp_path: Path) -> Non
         labels = predict_volume(module.net, subject, 16, 4, stitch=Stitch("hann"))["labels"]
         truth = np.asarray(nib.load(blobs / f"labels/{case.subject}.nii.gz").dataobj)
         dice.append(float(class_dice(torch.from_numpy(labels[0]).long(), torch.from_numpy(truth).long(), 2)[1]))
-    assert len(dice) == 2
+    assert len(dice) == 3
     assert float(trainer.callback_metrics["val_dice"]) == pytest.approx(np.mean(dice), abs=1e-6)
     assert float(trainer.callback_metrics["val_score"]) == pytest.approx(np.mean(dice), abs=1e-6)
     assert [one.subject for one in module.validated] == sorted(case.subject for case in data.validation_cases)
@@ -479,7 +479,7 @@ def test_an_image_out_of_an_image_trains(forks: Server, blobs: Path, tmp_path: P
         nib.save(nib.Nifti1Image(clean.astype(np.float32), file.affine), tmp_path / f"clean/s{n}.nii.gz")
     run = forks.start(
         f"data.inputs={blobs}/images", "data.labels=clean/{subject}.nii.gz", "data.patch_size=16", "task=image",
-        "model.net.channels=[8,8]", "model.net.strides=[1]", "model.net.num_res_units=1", "trainer.max_epochs=15",
+        "model.net.channels=[8,8]", "model.net.strides=[1]", "model.net.norm=batch", "trainer.max_epochs=15",
         "model.optimizer.lr=0.01", "trainer.accelerator=cpu", "trainer.check_val_every_n_epoch=15", cwd=tmp_path,
         script="train",
     )  # fmt: skip
@@ -490,3 +490,73 @@ def test_an_image_out_of_an_image_trains(forks: Server, blobs: Path, tmp_path: P
     run = forks.start(f"data.inputs={blobs}/images", "ckpt_path=outputs/checkpoints/best.ckpt", cwd=tmp_path)
     assert checked(run.wait()) == 0, run.text
     assert nib.load(tmp_path / "outputs/s0_image.nii.gz").get_data_dtype() == np.float32
+
+
+SMALL = {
+    "ct": ("data.patch_size=16", "model.net.kernel_size=[3,3,3]", "model.net.strides=[1,2,2]",
+           "model.net.upsample_kernel_size=[2,2]", "model.net.filters=[4,8,8]"),
+    "mr_t1": ("data.patch_size=16", "model.net.kernel_size=[3,3,3]", "model.net.strides=[1,2,2]",
+              "model.net.upsample_kernel_size=[2,2]", "model.net.filters=[4,8,8]"),
+    "multimodal": ("data.patch_size=16", "model.net.init_filters=8", "model.net.out_channels=2"),
+    "slices_2d": ("data.patch_size=[16,16,1]", "data.patch_overlap=[8,8,0]", "model.net.channels=[4,8]",
+                  "model.net.strides=[2]"),
+    "denoising": ("data.patch_size=16", "model.net.channels=[4,4]", "model.net.strides=[1]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("experiment", SMALL)
+def test_an_experiment_trains_and_its_checkpoint_predicts(
+    forks: Server, blobs: Path, tmp_path: Path, experiment: str
+) -> None:
+    """With its network made small; nothing is said to predict.py but inputs and checkpoint."""
+    inputs, labels = f"data.inputs={blobs}/images", f"data.labels={blobs}/labels/{{subject}}.nii.gz"
+    if experiment == "multimodal":
+        for n in range(5):
+            (tmp_path / f"raw/s{n}").mkdir(parents=True)
+            for name in ("t1", "t1c", "t2", "flair"):
+                (tmp_path / f"raw/s{n}/{name}.nii.gz").symlink_to(blobs / f"images/s{n}.nii.gz")
+        inputs = "data.inputs=raw"
+    common = ("trainer.max_epochs=1", "trainer.check_val_every_n_epoch=1", "trainer.accelerator=cpu", "output_dir=o")
+    run = forks.start(
+        f"experiment={experiment}", inputs, labels, *common, *SMALL[experiment], cwd=tmp_path, script="train"
+    )
+    assert checked(run.wait(120)) == 0, run.text
+    images = "data.images={t1: '{subject}/t1.nii.gz', t1c: '{subject}/t1c.nii.gz', t2: '{subject}/t2.nii.gz'"
+    more = [f"{images}, flair: '{{subject}}/flair.nii.gz'}}"] if experiment == "multimodal" else []
+    run = forks.start(inputs, *more, "ckpt_path=o/checkpoints/best.ckpt", "output_dir=p", cwd=tmp_path)
+    assert checked(run.wait()) == 0, run.text
+    product = "image" if experiment == "denoising" else "labels"
+    assert nib.load(tmp_path / f"p/s1_{product}.nii.gz").shape == (24, 28, 21)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data.labels=labels"], "data.labels needs {subject} in its path"),
+        (["data.labels=null"], "data.labels is missing"),
+        (["data.folds=9"], "data.folds=9 needs at least 2 folds and as many subjects; there are 5"),
+        (["data.folds=1"], "data.folds (null: no validation) must be an integer of at least 2"),
+        (["data.balanced=2"], "data.balanced is a share, 0 to 1; it is 2"),
+        (["data.batch_size=0"], "data.batch_size must be an integer of at least 1"),
+        (["stitch.class_names=[a,b,c]"], "stitch.class_names has 3 names (a, b, c) and model.net.out_channels is 2"),
+        (["+data.patchsize=3"], "there is no key data.patchsize. Did you mean data.patch_size?"),
+        (["data.patch_overlap=20"], "data.patch_overlap"),
+        (["ckpt_path=nowhere.ckpt"], "ckpt_path: there is no file nowhere.ckpt"),
+        (["task=segmentatoin"], "segmentation"),
+        (["data.patch_size=17"], "data.patch_size=[18, 18, 18] would do"),
+        (["model.net.in_channels=2"], "the network takes 2 channels; subjects have 1 (image)"),
+        (["model.net._target_=monai.networks.nets.UNett"], "model cannot be built"),
+    ],
+)
+def test_a_training_that_cannot_be_is_one_message_and_status_2(
+    forks: Server, blobs: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    """Before anything is trained, without a traceback; nothing is written."""
+    run = forks.start(
+        f"data.inputs={blobs}/images", f"data.labels={blobs}/labels/{{subject}}.nii.gz", "data.patch_size=16",
+        "trainer.accelerator=cpu", *NET, *arguments, cwd=tmp_path, script="train",
+    )  # fmt: skip
+    assert checked(run.wait(60)) == 2, run.text
+    assert message in run.text
+    assert "Traceback" not in run.text
+    assert not (tmp_path / "outputs").exists()

@@ -18,7 +18,7 @@ FORMAT = 1
 _SECTIONS = {
     "data": {"inputs", "images", "batch_size", "num_workers"},
     "preprocess": set[str](),
-    "model": {"ckpt_path", "trust_checkpoint"},
+    "model": {"ckpt_path", "trust_checkpoint", "offload", "compile", "channels_last"},
     "stitch": set[str](),
 }
 _SINGLE = (("trainer", "precision"), ("run", "seed"), ("callbacks", "writer", "compress"))

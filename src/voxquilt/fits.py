@@ -1,10 +1,11 @@
 """Do network, patches and classes fit each other? Asked before a run, of shapes alone."""
 
+import logging
 from collections.abc import Sequence
 
 from torch import nn
 
-from voxquilt.errors import ConfigError, OutputError
+from voxquilt.errors import ConfigError, OutputError, PatchShapeError
 from voxquilt.geometry import AXES, Triple
 from voxquilt.probe import Probe, probe
 
@@ -59,10 +60,22 @@ def check_fits(
 
 
 def _probed(network: nn.Module, channels: int | None, patch_size: Triple) -> Probe | Exception:
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # which prints a traceback of what is caught here
+    level = log.level
+    log.setLevel(logging.CRITICAL)
     try:
-        return probe(network, channels or 1, patch_size)
+        found = probe(network, channels or 1, patch_size)
+        bad = [shape for shape in found.outputs.values() if not _divides(patch_size, shape)]
+        return PatchShapeError(f"its output is {bad[0]}.") if bad else found
     except Exception as error:  # a network's own code may raise anything
         return error
+    finally:
+        log.setLevel(level)
+
+
+def _divides(patch_size: Triple, shape: Sequence[int]) -> bool:
+    """Whether an output has the patch's voxels, or fewer by a whole factor."""
+    return len(shape) == 5 and all(n and p % n == 0 for p, n in zip(patch_size, shape[2:], strict=True))
 
 
 def _wanted_channels(network: nn.Module) -> int | None:

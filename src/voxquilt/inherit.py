@@ -59,7 +59,7 @@ def inherit(cfg: DictConfig, overrides: Iterable[str], conf: Path) -> dict[str, 
                 continue
             OmegaConf.update(cfg, full, value, merge=False)
             used.setdefault(section, {})[key] = value
-        if section == "model" and "net" in used.get("model", {}):
+        if section == "model" and own.get("prefix") is None:
             cfg.model.prefix = "net."
     shown = [
         (f"{s}.{key}", value)

@@ -1,6 +1,12 @@
 """How well do labels agree with others? Per class, of one volume."""
 
-from jaxtyping import Float, Integer
+from dataclasses import dataclass
+from math import inf, nan
+
+import numpy as np
+from jaxtyping import Float, Int, Integer, Shaped
+from scipy import ndimage
+from scipy.spatial import KDTree
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
@@ -16,3 +22,117 @@ def class_dice(
     """
     counts = multiclass_confusion_matrix(labels.flatten(), truth.flatten(), classes).double()
     return 2 * counts.diagonal() / (counts.sum(0) + counts.sum(1))
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well one class agrees with the truth.
+
+    Args:
+        dice: 2 |A and B| / (|A| + |B|); NaN where both are empty.
+        surface_dice: The share of both surfaces that lies within the tolerance of the other; NaN where both are empty.
+        hd95: mm; the larger of both directions' 95th percentiles of distances from surface to surface. Infinite where
+            one is empty, NaN where both are.
+        volume_ml, true_volume_ml: Millilitres.
+    """
+
+    dice: float
+    surface_dice: float
+    hd95: float
+    volume_ml: float
+    true_volume_ml: float
+
+    @property
+    def error_ml(self) -> float:
+        """Millilitres too many."""
+        return self.volume_ml - self.true_volume_ml
+
+    @property
+    def relative_error(self) -> float:
+        """Of the true volume; infinite where that is nothing and ours is not, NaN where both are nothing."""
+        if self.true_volume_ml:
+            return self.error_ml / self.true_volume_ml
+        return inf if self.volume_ml else nan
+
+
+def agreements(
+    labels: Shaped[np.ndarray, "i j k"], truth: Shaped[np.ndarray, "i j k"], affine: np.ndarray, tolerance: float
+) -> dict[int, Agreement]:
+    """How well every class above 0 agrees that either volume has.
+
+    A surface is those voxels of a class that have a voxel outside it as one of their six neighbours, what is beyond the
+    volume being outside. Distances are between centres of voxels, in mm by the affine, also of sheared ones.
+
+    Args:
+        labels, truth: Integers, of one shape.
+        affine: (4, 4) voxel indices to mm.
+        tolerance: mm, of the surface Dice.
+    """
+    classes, (labels, truth) = _numbered(labels, truth)
+    sizes, true_sizes, shared = (
+        np.bincount(numbers, minlength=len(classes)).tolist()
+        for numbers in (labels.ravel(), truth.ravel(), labels[labels == truth])
+    )
+    boxes, true_boxes = (ndimage.find_objects(volume, len(classes)) for volume in (labels, truth))
+    millilitres = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
+    found = {}
+    for n in range(1, len(classes)):
+        ours, theirs = _surface(labels, boxes[n - 1], n), _surface(truth, true_boxes[n - 1], n)
+        to_truth, to_labels = _distances(ours, theirs, affine), _distances(theirs, ours, affine)
+        found[classes[n]] = Agreement(
+            2 * shared[n] / (sizes[n] + true_sizes[n]),
+            float(np.mean(np.concatenate([to_truth, to_labels]) <= tolerance)),
+            max(_percentile(to_truth), _percentile(to_labels)),
+            sizes[n] * millilitres,
+            true_sizes[n] * millilitres,
+        )
+    return found
+
+
+def _numbered(*volumes: np.ndarray) -> tuple[list[int], list[np.ndarray]]:
+    """The values that there are, 0 first, and the volumes with a value's number for the value."""
+    highest = max(int(volume.max()) for volume in volumes)
+    if highest < 2**16:  # counting is faster than sorting
+        present = np.zeros(highest + 1, bool)
+        for volume in volumes:
+            present |= np.bincount(volume.ravel(), minlength=highest + 1) > 0
+        values = np.flatnonzero(present)
+    else:
+        values = np.unique(np.concatenate([np.unique(volume) for volume in volumes]))
+    values = np.union1d([0], values).astype(np.int64)
+    kind = np.min_scalar_type(len(values))
+    if highest < 2**16:
+        table = np.zeros(highest + 1, kind)
+        table[values] = np.arange(len(values))
+        return values.tolist(), [table[volume] for volume in volumes]
+    return values.tolist(), [np.searchsorted(values, volume).astype(kind) for volume in volumes]
+
+
+def _surface(volume: np.ndarray, box: tuple[slice, ...] | None, number: int) -> Int[np.ndarray, "n 3"]:
+    """Indices of voxels, in the order of the volume."""
+    if box is None:
+        return np.zeros((0, 3), np.int64)
+    mask = volume[box] == number
+    return np.argwhere(mask & ~ndimage.binary_erosion(mask)) + [axis.start for axis in box]
+
+
+def _distances(
+    points: Int[np.ndarray, "n 3"], others: Int[np.ndarray, "m 3"], affine: np.ndarray
+) -> Float[np.ndarray, " n"]:
+    """mm from each point to the nearest of the others."""
+    if not len(others):
+        return np.full(len(points), inf)
+    found = np.zeros(len(points))
+    limits = np.maximum(points.max(0, initial=0), others.max(0)) + 1
+    apart = ~np.isin(*(np.ravel_multi_index(tuple(p.T), tuple(limits)) for p in (points, others)), assume_unique=True)
+    if apart.any():  # surfaces of good labels are mostly the same voxels
+        tree = KDTree(others @ affine[:3, :3].T, balanced_tree=False, compact_nodes=False)
+        found[apart] = tree.query(points[apart] @ affine[:3, :3].T)[0]
+    return found
+
+
+def _percentile(distances: np.ndarray) -> float:
+    # numpy interpolates between infinities as NaN.
+    if not len(distances) or not np.isfinite(distances).all():
+        return inf
+    return float(np.percentile(distances, 95))

@@ -9,10 +9,11 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from voxquilt.batch import PatchBatch
-from voxquilt.carried import LIGHTNING, TORCHSCRIPT, kind_of
+from voxquilt.carried import EXPORTED, LIGHTNING, TORCHSCRIPT, kind_of
+from voxquilt.chunks import in_chunks
 from voxquilt.errors import ConfigError, OutputError
 from voxquilt.network import Named, PatchNetwork
-from voxquilt.weights import Paths, listed, read_lightning, read_state_dict, read_torchscript
+from voxquilt.weights import Paths, listed, read_exported, read_lightning, read_state_dict, read_torchscript
 
 log = logging.getLogger("voxquilt")
 
@@ -25,6 +26,9 @@ class Options(TypedDict, total=False):
     average: str
     activation: str | None
     squeeze_axis: int | None
+    offload: bool | str
+    compile: bool
+    channels_last: bool
 
 
 class PatchPredictor(LightningModule):
@@ -39,6 +43,11 @@ class PatchPredictor(LightningModule):
         super().__init__()
         self.network = PatchNetwork([networks] if isinstance(networks, nn.Module) else networks, **options)
         self._most: int | None = None
+        self._full = 0
+
+    def setup(self, stage: str) -> None:
+        """Compile, in each process: what is compiled is not handed from one to another."""
+        self.network.compile_members()
 
     def forward(self, patches: Any) -> Named:
         """Outputs by name for a (B, C, I, J, K) batch."""
@@ -57,16 +66,16 @@ class PatchPredictor(LightningModule):
             return error
 
     def _within_memory(self, patches: Tensor) -> Named:
-        size = len(patches) if self._most is None else self._most
+        # What is compiled is compiled for one size of batches, so that smaller ones are filled up.
+        self._full = max(self._full, len(patches)) if self.network.compiled else len(patches)
+        size = min(self._full, self._most or self._full)
         try:
-            made = [self(patches[n : n + size]) for n in range(0, len(patches), size)]
+            return in_chunks(self, patches, most=size, least=size if self.network.compiled else None)
         except torch.OutOfMemoryError:
-            if min(size, len(patches)) == 1:
+            if size == 1:
                 raise
-            self._most = (min(size, len(patches)) + 1) // 2
+            self._most = (size + 1) // 2
             log.warning("the device's memory is full: batches of %d from here on.", self._most)
-        else:
-            return made[0] if len(made) == 1 else {name: torch.cat([m[name] for m in made]) for name in made[0]}
         # Here, where the error and the network's tensors that it holds are gone.
         torch.cuda.empty_cache()
         return self._within_memory(patches)
@@ -92,6 +101,8 @@ def from_file(
     kinds = {kind_of(path) for path in listed(ckpt_path)}
     if kinds == {TORCHSCRIPT}:
         return from_torchscript(ckpt_path, **options)
+    if kinds == {EXPORTED}:
+        return from_exported(ckpt_path, trust_checkpoint=trust_checkpoint, **options)
     what = (
         "a Lightning checkpoint without settings of voxquilt" if kinds == {LIGHTNING} else "weights without a network"
     )
@@ -105,6 +116,11 @@ def from_file(
 def from_torchscript(ckpt_path: Paths, **options: Unpack[Options]) -> PatchPredictor:
     """A predictor from TorchScript archives; see `voxquilt.weights.read_torchscript`."""
     return PatchPredictor(read_torchscript(ckpt_path), **options)
+
+
+def from_exported(ckpt_path: Paths, *, trust_checkpoint: bool = False, **options: Unpack[Options]) -> PatchPredictor:
+    """A predictor from exported programs; see `voxquilt.weights.read_exported`."""
+    return PatchPredictor(read_exported(ckpt_path, trust=trust_checkpoint), **options)
 
 
 def from_state_dict(

@@ -11,6 +11,7 @@ ACTIVATIONS = ("softmax", "sigmoid", "none")
 APPLIED = ("applied", "applied_sigmoid")
 """Scores that were made probabilities before they were averaged: of one label per voxel, or of several."""
 RESTORES = ("scores", "labels")
+OFFLOAD = ("auto",)
 AVERAGES = ("logits", "probabilities")
 NONFINITE = ("error", "zero")
 ON_ERROR = ("skip", "raise")

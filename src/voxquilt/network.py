@@ -3,12 +3,14 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, combinations
 
+import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from voxquilt.errors import ConfigError, OutputError
 from voxquilt.geometry import AXES
-from voxquilt.names import ACTIVATIONS, AVERAGES, check_name
+from voxquilt.members import Members
+from voxquilt.names import ACTIVATIONS, AVERAGES, OFFLOAD, check_name
 
 Named = dict[str, Tensor]
 
@@ -25,6 +27,9 @@ class PatchNetwork(nn.Module):
         average: 'logits' averages outputs as they are, 'probabilities' after the activation.
         activation: With average='probabilities': 'softmax', 'sigmoid', 'none'; None is soft-max over several channels.
         squeeze_axis: The axis of one voxel that a 2-D network does not have: it sees (B, C, I, J) for axis 2.
+        offload: Whether members wait on the host while others run; see `voxquilt.members.Members`.
+        compile: Whether `compile_members` is to compile them, which is for whoever runs it to call, in each process.
+        channels_last: Keep weights and patches channels last in memory, which some devices compute faster.
 
     Raises:
         ConfigError: one of these is wrong.
@@ -39,13 +44,26 @@ class PatchNetwork(nn.Module):
         average: str = "logits",
         activation: str | None = None,
         squeeze_axis: int | None = None,
+        offload: bool | str = "auto",
+        compile: bool = False,
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
         if any(axis not in (0, 1, 2) for axis in flips) or len(set(flips)) != len(flips):
             raise ConfigError(f"flips must be different axes out of 0, 1, 2; they are {list(flips)}.")
         if squeeze_axis not in (None, 0, 1, 2):
             raise ConfigError(f"squeeze_axis must be null, 0, 1 or 2; it is {squeeze_axis!r}.")
-        self.networks = nn.ModuleList(networks)
+        if not isinstance(offload, bool):
+            check_name(offload, OFFLOAD, "offload (true, false)")
+        if compile and any(isinstance(network, torch.jit.ScriptModule) for network in networks):
+            raise ConfigError("compile=true does nothing for TorchScript, which is compiled; leave it out.")
+        self.networks = Members(networks, offload)
+        self.compiled = compile
+        self._calls: list[Callable[[Tensor], object]] = []
+        self._channels_last = channels_last
+        if channels_last:
+            for parameter in self.parameters():
+                parameter.data = _channels_last(parameter.data)
         self._outputs = outputs
         self._flips = list(chain.from_iterable(combinations(flips, n) for n in range(len(flips) + 1)))
         self._squeeze = None if squeeze_axis is None else squeeze_axis + 2
@@ -70,15 +88,23 @@ class PatchNetwork(nn.Module):
             total = {name: total[name].float() + outputs[name] for name in total}
         return {name: tensor / count for name, tensor in total.items()}
 
+    def compile_members(self) -> None:
+        """Let torch compile every member when it first runs, if that was asked for."""
+        # Not nn.Module.compile, which leaves a network made of torch.nn's own modules alone, such as nn.Sequential.
+        self._calls = [torch.compile(network) for network in self.networks] if self.compiled else []
+
     def _runs(self, patches: Tensor) -> Iterator[Named]:
         alone = len(self.networks) * len(self._flips) == 1
-        for network in self.networks:
-            for axes in self._flips:
-                spatial = [axis + 2 for axis in axes]
-                seen = patches if alone else patches.flip(spatial)  # a copy for each, since networks may work in place
-                outputs = self._named(network(self._squeezed(seen)))
-                unsqueezed = {name: self._unsqueezed(name, output) for name, output in outputs.items()}
-                yield {name: self._activate(_flipped(output, spatial)) for name, output in unsqueezed.items()}
+        for n in range(len(self.networks)):
+            with self.networks.ready(n) as member:
+                network = self._calls[n] if self._calls else member
+                for axes in self._flips:
+                    spatial = [axis + 2 for axis in axes]
+                    # A copy for each, since networks may work in place.
+                    seen = self._squeezed(patches if alone else patches.flip(spatial))
+                    outputs = self._named(network(_channels_last(seen) if self._channels_last else seen))
+                    unsqueezed = {name: self._unsqueezed(name, output) for name, output in outputs.items()}
+                    yield {name: self._activate(_flipped(output, spatial)) for name, output in unsqueezed.items()}
 
     def _squeezed(self, patches: Tensor) -> Tensor:
         if self._squeeze is None:
@@ -132,6 +158,11 @@ def to_activation(name: str | None) -> Callable[[Tensor], Tensor]:
 
 def _flipped(batch: Tensor, dims: list[int]) -> Tensor:
     return batch.flip(dims) if dims else batch  # flipping along nothing would copy
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim, torch.preserve_format)
+    return tensor if form is torch.preserve_format else tensor.contiguous(memory_format=form)
 
 
 def _as_it_is(batch: Tensor) -> Tensor:

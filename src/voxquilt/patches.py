@@ -188,7 +188,8 @@ def centres_of(label: Shaped[Tensor, "l i j k"]) -> list[Integer[Tensor, "_ 3"]]
 
     With several channels a class is a channel's mask, or what no mask covers.
     """
-    masks = [label[0] == value for value in label[0].unique()] if len(label) == 1 else [*(label > 0), ~(label > 0).any(0)]
+    inside = label > 0
+    masks = [label[0] == value for value in label[0].unique()] if len(label) == 1 else [*inside, ~inside.any(0)]
     found = []
     for mask in masks:
         flat = mask.flatten().nonzero().flatten()

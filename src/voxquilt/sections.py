@@ -17,6 +17,7 @@ from voxquilt.names import (
     DISTRIBUTE,
     LOGS,
     NONFINITE,
+    OFFLOAD,
     ON_ERROR,
     OVERLAP_MODES,
     PADDING_MODES,
@@ -29,7 +30,7 @@ from voxquilt.names import (
 def check_data(data: Mapping[str, Any]) -> None:
     """Grid and loader."""
     if "patch_size" in data:
-        _check_grid(to_triple(data["patch_size"], "data.patch_size", minimum=1), data.get("patch_overlap", 0))
+        check_grid(to_triple(data["patch_size"], "data.patch_size", minimum=1), data.get("patch_overlap", 0))
     to_triple(data.get("divisible_by", 1), "data.divisible_by", minimum=1)
     if data.get("batch_size") != "auto":
         check_integer(data, "batch_size", 1, "data.batch_size")
@@ -91,6 +92,9 @@ def check_model(model: Any) -> None:
     if model.get("activation") is not None:
         check_name(model["activation"], ACTIVATIONS, "model.activation")
     check_word(model, "average", AVERAGES, "model.average")
+    for key, words in {"compile": (), "channels_last": (), "offload": OFFLOAD}.items():
+        if key in model and not isinstance(model[key], bool):
+            check_name(model[key], ("true", "false", *words), f"model.{key}")
     check_list(model.get("flips"), "model.flips", "0,1")
     check_list(model.get("outputs"), "model.outputs", "seg,null")
 
@@ -181,7 +185,8 @@ def _per_node(devices: Any) -> int | None:
     return len(ids) if all(str(part).strip().isdecimal() for part in ids) else None
 
 
-def _check_grid(patch_size: Triple, patch_overlap: Any) -> None:
+def check_grid(patch_size: Triple, patch_overlap: Any) -> None:
+    """A patch and an overlap of it that make a grid."""
     try:
         make_grid(patch_size, patch_size, patch_overlap)
     except VoxquiltError as error:

@@ -9,9 +9,8 @@ from voxquilt.cases import find_cases
 from voxquilt.config import check_keys, check_output, check_weights, to_plain
 from voxquilt.errors import ConfigError
 from voxquilt.geometry import to_triple
-from voxquilt.grid import make_grid
 from voxquilt.names import TASKS, check_name
-from voxquilt.sections import check_image_names, check_integer, check_preprocess, check_stitch
+from voxquilt.sections import check_grid, check_image_names, check_integer, check_preprocess, check_stitch
 from voxquilt.splits import make_split
 
 _KEYS = {
@@ -55,7 +54,7 @@ def check_train(cfg: DictConfig) -> dict[str, Any]:
 
 def _check_data(data: Mapping[str, Any]) -> None:
     patch_size = to_triple(data["patch_size"], "data.patch_size", minimum=1)
-    make_grid(patch_size, patch_size, data["patch_overlap"])
+    check_grid(patch_size, data["patch_overlap"])
     to_triple(data["divisible_by"], "data.divisible_by", minimum=1)
     for key, least in (("batch_size", 1), ("num_workers", 0), ("patches_per_volume", 1), ("fold", 0)):
         check_integer(data, key, least, f"data.{key}")

@@ -16,7 +16,9 @@ from lightning.pytorch import LightningModule
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from voxquilt.archive import checked
 from voxquilt.errors import ConfigError
+from voxquilt.exported import ExportedNetwork
 
 Paths = str | Path | Sequence[str | Path]
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "network_weights")
@@ -29,6 +31,19 @@ def read_torchscript(ckpt_path: Paths) -> list[nn.Module]:
         ConfigError: not such an archive.
     """
     return [_read_torchscript(path) for path in listed(ckpt_path)]
+
+
+def read_exported(ckpt_path: Paths, *, trust: bool = False) -> list[ExportedNetwork]:
+    """Programs, as `torch.export.save` writes them (.pt2).
+
+    Args:
+        ckpt_path: A list makes an ensemble.
+        trust: Load the file as it is, which can run its code; else only numbers and a program of torch's operators.
+
+    Raises:
+        ConfigError: not such an archive, or one that holds more than is loaded without trust.
+    """
+    return [_read_exported(path, trust=trust) for path in listed(ckpt_path)]
 
 
 def read_state_dict(
@@ -118,6 +133,25 @@ def _read_torchscript(path: Path) -> nn.Module:
         raise ConfigError(
             f"{path} is no TorchScript archive ({detail}); use model=state_dict or model=lightning for other weights."
         ) from error
+
+
+def _read_exported(path: Path, *, trust: bool) -> ExportedNetwork:
+    try:
+        content = path.expanduser() if trust else checked(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} was not loaded as an exported program, since {error}. If it is one and you know where it comes "
+            f"from, set model.trust_checkpoint=true; use model=torchscript or model=state_dict for other weights."
+        ) from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return ExportedNetwork(torch.export.load(content))
+    except Exception as error:  # torch raises of any kind where a program does not fit this version
+        detail = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ConfigError(f"{path} cannot be used as an exported program: {detail}.") from error
 
 
 def _read(path: Path, *, trust: bool) -> Any:

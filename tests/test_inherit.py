@@ -1,0 +1,317 @@
+"""What a checkpoint brings along is used where the user says nothing, and trusted with little."""
+
+import json
+import pickle
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from forks import Server, checked
+from hypothesis import given
+from hypothesis import strategies as st
+from monai.networks.nets import UNet
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+from synthetic import Over50
+
+from voxquilt.build import check_classes
+from voxquilt.carried import FORMAT, KEY, LIGHTNING, TENSORS, TORCHSCRIPT, carried, kind_of, to_carry
+from voxquilt.errors import ConfigError
+from voxquilt.fits import check_fits
+from voxquilt.network import PatchNetwork
+
+NET = {
+    "_target_": "monai.networks.nets.UNet", "spatial_dims": 3, "in_channels": 1, "out_channels": 2, "channels": [4, 8],
+    "strides": [2],
+}  # fmt: skip
+SETTINGS: dict[str, Any] = {
+    "format": FORMAT,
+    "images": ["image"],
+    "data": {"patch_size": 16, "patch_overlap": 8, "padding_mode": None, "divisible_by": 1},
+    "preprocess": {
+        "_target_": "voxquilt.preprocess.Preprocess",
+        "orientation": "RAS",
+        "spacing": None,
+        "intensity": None,
+    },
+    "model": {"net": NET, "squeeze_axis": None, "activation": None},
+    "stitch": {"overlap_mode": "hann", "products": None, "threshold": None, "class_names": ["none", "some"]},
+}
+
+ALLOWED = ["voxquilt.*", "monai.networks.*", "monai.transforms.*", "torch.nn.*"]
+
+
+def unet(**options: Any) -> UNet:
+    """The network of the settings."""
+    return UNet(**{key: value for key, value in NET.items() if key != "_target_"} | options)
+
+
+def checkpoint(path: Path, settings: Mapping[str, Any] | None = None, net: torch.nn.Module | None = None) -> Path:
+    """As train.py saves it."""
+    weights = {f"net.{key}": value for key, value in (net or unet()).state_dict().items()}
+    content = {"state_dict": weights, "pytorch-lightning_version": "2.6.6", "epoch": 3}
+    torch.save(content | ({KEY: dict(settings)} if settings is not None else {}), path)
+    return path
+
+
+def script(path: Path) -> None:
+    """The network as a TorchScript archive."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.trace(unet().eval(), torch.zeros(1, 1, 16, 16, 16)), path)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """An image, and a checkpoint with settings."""
+    nib.save(nib.Nifti1Image(np.random.default_rng(0).normal(size=(20, 18, 22)), np.eye(4)), tmp_path / "a.nii.gz")
+    checkpoint(tmp_path / "best.ckpt", SETTINGS)
+    return tmp_path
+
+
+def predict(forks: Server, place: Path, *arguments: str, wanted: int = 0) -> str:
+    """predict.py with the image and the checkpoint; what it printed."""
+    run = forks.start("data.inputs=a.nii.gz", *arguments, cwd=place)
+    assert checked(run.wait()) == wanted, run.text
+    assert "Traceback" not in run.text
+    return run.text
+
+
+# What a file says of itself
+
+
+def test_settings_come_back_as_they_were_put_in(tmp_path: Path) -> None:
+    """From a checkpoint without torch, from a safetensors file's metadata, and from neither where there are none."""
+    assert carried(checkpoint(tmp_path / "a.ckpt", SETTINGS)) == SETTINGS
+    assert carried(checkpoint(tmp_path / "b.ckpt")) is None
+    save_file(unet().state_dict(), tmp_path / "c.safetensors", {KEY: json.dumps(SETTINGS)})
+    save_file(unet().state_dict(), tmp_path / "d.safetensors")
+    assert carried(tmp_path / "c.safetensors") == SETTINGS
+    assert carried(tmp_path / "d.safetensors") is None
+    (tmp_path / "e.ckpt").write_bytes(b"no zip")
+    assert carried(tmp_path / "e.ckpt") is None
+
+
+words = st.text("ab {}.ü\n")
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | words,
+    lambda children: st.lists(children) | st.dictionaries(words, children),
+    max_leaves=10,
+)
+
+
+@given(st.dictionaries(words, plain))
+def test_any_plain_settings_come_back(settings: dict[str, Any]) -> None:
+    """Whatever they are, beside tensors, optimizer states and objects that are left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.ckpt"
+        content = {
+            "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(3)}}}],
+            KEY: settings | {"format": FORMAT},
+            "callbacks": {"path": Path("somewhere")},
+        }
+        torch.save(content, path)
+        assert carried(path) == settings | {"format": FORMAT}
+
+
+class Bomb:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (open, (str(self.marker), "w"))
+
+
+@pytest.mark.parametrize("where", ["settings", "beside"])
+def test_a_bomb_beside_or_in_the_settings_does_not_go_off(tmp_path: Path, where: str) -> None:
+    """Reading settings imports and calls nothing; settings that are no plain values are refused."""
+    bomb = Bomb(tmp_path / "marker")
+    content = {KEY: SETTINGS | ({"bomb": bomb} if where == "settings" else {}), "bomb": bomb}
+    torch.save(content, tmp_path / "a.ckpt")
+    if where == "settings":
+        with pytest.raises(ConfigError, match=r"a\.ckpt: its settings are no plain values"):
+            carried(tmp_path / "a.ckpt")
+    else:
+        assert carried(tmp_path / "a.ckpt") == SETTINGS
+    assert not (tmp_path / "marker").exists()
+
+
+def test_settings_that_would_look_something_up_are_refused(tmp_path: Path) -> None:
+    """An interpolation in a file could read the environment of whoever predicts."""
+    settings = SETTINGS | {"stitch": {"class_names": ["${oc.env:HOME}"]}}
+    with pytest.raises(ConfigError, match="no plain values"):
+        carried(checkpoint(tmp_path / "a.ckpt", settings))
+
+
+def test_settings_of_a_newer_version_are_refused(tmp_path: Path) -> None:
+    """By their format's number."""
+    with pytest.raises(ConfigError, match=r"format 99; this voxquilt reads 1"):
+        carried(checkpoint(tmp_path / "a.ckpt", SETTINGS | {"format": 99}))
+
+
+def test_a_file_tells_its_kind(tmp_path: Path) -> None:
+    """Without being loaded."""
+    script(tmp_path / "a.pt")
+    torch.save(unet().state_dict(), tmp_path / "b.pt")
+    (tmp_path / "d.pt").write_bytes(pickle.dumps({}))
+    with zipfile.ZipFile(tmp_path / "e.pt", "w") as archive:
+        archive.writestr("x.txt", "")
+    found = {name: kind_of(tmp_path / name) for name in ("a.pt", "b.pt", "d.pt", "e.pt")}
+    assert found == {"a.pt": TORCHSCRIPT, "b.pt": TENSORS, "d.pt": TENSORS, "e.pt": TENSORS}
+    assert kind_of(checkpoint(tmp_path / "c.ckpt")) == LIGHTNING
+
+
+def test_a_training_carries_what_predicting_needs() -> None:
+    """And nothing else: neither paths nor how it was trained."""
+    configuration = OmegaConf.to_container(
+        OmegaConf.create(
+            SETTINGS
+            | {"data": {**SETTINGS["data"], "inputs": "/secret", "batch_size": 2}, "run": {"seed": 1}}
+            | {"model": {"net": NET, "squeeze_axis": None, "optimizer": {"lr": 1}}, "output_dir": "/secret"}
+            | {"stitch": {**SETTINGS["stitch"], "activation": None}}
+        )
+    )
+    assert to_carry(configuration, ["image"]) == SETTINGS  # type: ignore[arg-type]
+
+
+# What a checkpoint may name
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system", "builtins.eval", "torch.load", "torch.nn.modules.module.torch.load", "torch.nn.functional.relu",
+        "monai.networks.utils.os.system", "voxquilt.config.check_predict", "monai.networks.nets.NoSuchNet",
+        "synthetic.Over50", "torch.nn.modules.module.OrderedDict",
+    ],
+)  # fmt: skip
+def test_a_checkpoint_may_name_no_function_and_no_class_of_elsewhere(target: str) -> None:
+    """Not even by a path that begins in an allowed package and leads out of it; also deep inside."""
+    for node in ({"_target_": target}, {"a": [{"b": {"_target_": "torch.nn.ReLU", "x": {"_target_": target}}}]}):
+        with pytest.raises(ConfigError, match=r"which is no class of run\.checkpoint_targets"):
+            check_classes(node, ALLOWED)
+
+
+def test_a_checkpoint_may_name_networks_and_transforms() -> None:
+    """Of MONAI, torch and voxquilt, also by the short way that packages offer."""
+    short = "monai.networks.nets.UNet", "monai.transforms.ScaleIntensity", "torch.nn.Conv3d"
+    check_classes([{"_target_": name} for name in (*short, "voxquilt.preprocess.Preprocess")], ALLOWED)
+
+
+def test_a_class_of_ones_own_is_named_by_the_user(forks: Server, place: Path) -> None:
+    """A checkpoint that names it is refused with two ways out, and both work."""
+    net = {"_target_": "synthetic.Over50"}
+    checkpoint(
+        place / "own.ckpt", SETTINGS | {"model": {"net": net}, "stitch": {}} | {"data": {"patch_size": 8}}, Over50()
+    )
+    text = predict(forks, place, "ckpt_path=own.ckpt", wanted=2)
+    assert "the checkpoint names synthetic.Over50" in text
+    assert "model.net._target_=synthetic.Over50" in text
+    predict(forks, place, "ckpt_path=own.ckpt", "run.checkpoint_targets=[synthetic.*,voxquilt.*]", "output_dir=b")
+    predict(forks, place, "ckpt_path=own.ckpt", "model.net._target_=synthetic.Over50", "output_dir=c")
+
+
+# Whose word counts
+
+
+def test_what_the_user_says_wins_even_if_it_is_the_default(forks: Server, place: Path) -> None:
+    """On the command line, key by key; a change inside the network is put on top of what the checkpoint has."""
+    text = predict(
+        forks,
+        place,
+        "ckpt_path=best.ckpt",
+        "data.patch_overlap=0",
+        "stitch.overlap_mode=gaussian",
+        "model.net.dropout=0.1",
+    )
+    assert "yours: data.patch_overlap=0, stitch.overlap_mode=gaussian" in text
+    assert "data.patch_size=16" in text
+    text = predict(
+        forks, place, "ckpt_path=best.ckpt", "run.overwrite=true", "preprocess=default", "preprocess.orientation=null"
+    )
+    assert "preprocess.orientation=None" in text
+
+
+def test_an_ensemble_needs_members_that_agree(forks: Server, place: Path) -> None:
+    """Equal settings average; others are named."""
+    checkpoint(place / "b.ckpt", SETTINGS)
+    checkpoint(place / "c.ckpt", SETTINGS | {"preprocess": {**SETTINGS["preprocess"], "spacing": 2}})
+    predict(forks, place, "ckpt_path=[best.ckpt,b.ckpt]")
+    text = predict(forks, place, "ckpt_path=[best.ckpt,c.ckpt]", wanted=2)
+    assert "best.ckpt and c.ckpt carry different settings (preprocess)" in text
+
+
+def test_weights_without_a_network_are_told_apart(forks: Server, place: Path) -> None:
+    """A Lightning checkpoint of somebody else's, and bare weights: what to say is said."""
+    checkpoint(place / "other.ckpt")
+    torch.save(unet().state_dict(), place / "bare.pt")
+    text = predict(forks, place, "ckpt_path=other.ckpt", "data.patch_size=16", wanted=2)
+    assert "other.ckpt is a Lightning checkpoint without settings of voxquilt: say which network" in text
+    text = predict(forks, place, "ckpt_path=bare.pt", "data.patch_size=16", wanted=2)
+    assert "bare.pt is weights without a network" in text
+    net = [f"model.net.{key}={value}".replace(" ", "") for key, value in NET.items()]
+    predict(forks, place, "ckpt_path=bare.pt", "data.patch_size=16", *net)
+
+
+def test_torchscript_needs_no_model(forks: Server, place: Path) -> None:
+    """model=auto is the default."""
+    script(place / "a.pt")
+    predict(forks, place, "ckpt_path=a.pt", "data.patch_size=16")
+
+
+# What does not fit
+
+
+def test_other_images_than_those_trained_on_are_refused(forks: Server, place: Path) -> None:
+    """By their names and order, which are the network's channels."""
+    checkpoint(place / "two.ckpt", SETTINGS | {"images": ["t1", "flair"]})
+    text = predict(forks, place, "ckpt_path=two.ckpt", wanted=2)
+    assert "a has the image image; the checkpoint was trained on t1, flair, in this order" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "images", "channels", "patch", "names", "message"),
+    [
+        ({}, ["t1", "t2"], 2, (16, 16, 16), None, r"takes 1 channel; subjects have 2 \(t1, t2\)"),
+        ({"in_channels": 3}, ["t1"], 1, (16, 16, 16), None, r"takes 3 channels; subjects have 1 \(t1\)"),
+        ({"channels": (4, 8, 8, 8), "strides": (2, 2, 2)}, ["t1"], 1, (16, 20, 16), None,
+         r"wanted is a multiple of 8 \(j has 20\)\. data\.patch_size=\[16, 24, 16\] would do"),
+        ({}, ["t1"], 1, (16, 16, 16), ["a", "b", "c"], r"3 names \(a, b, c\); the network gives 2 channels"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_the_network_is_told_before_the_run(
+    options: Mapping[str, Any], images: Sequence[str], channels: int, patch: Any, names: Any, message: str
+) -> None:
+    """Channels, patch size and classes, each with what would fit."""
+    with pytest.raises(ConfigError, match=message):
+        check_fits(PatchNetwork([unet(**options)]), images, channels, patch, names)
+    assert check_fits(PatchNetwork([unet()]), ["t1"], 1, (16, 16, 16), ["a", "b"]) is not None
+
+
+def test_a_network_that_looks_at_voxels_is_not_judged() -> None:
+    """It cannot be asked without them; the run finds out."""
+
+    class Looks(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2 if float(x.sum()) > 0 else x
+
+    assert check_fits(PatchNetwork([Looks()]), ["t1"], 1, (4, 4, 4), None) is None
+
+
+def test_a_stride_that_does_not_divide_the_patch_ends_the_command_before_it_begins(forks: Server, place: Path) -> None:
+    """Status 2, and no output."""
+    deep = NET | {"channels": [4, 8, 8, 8], "strides": [2, 2, 2]}
+    net = unet(channels=[4, 8, 8, 8], strides=[2, 2, 2])
+    checkpoint(place / "deep.ckpt", SETTINGS | {"model": {"net": deep}}, net)
+    text = predict(forks, place, "ckpt_path=deep.ckpt", "data.patch_size=20", wanted=2)
+    assert "data.patch_size=[24, 24, 24] would do" in text
+    assert not (place / "outputs").exists()
