@@ -172,7 +172,7 @@ def _print(content: dict[str, Any], planned: Planned | None, path: Path) -> None
         cells = ["x".join(map(str, one["shape"])), "x".join(f"{mm:.3g}" for mm in one["spacing"]),
                  "x".join(map(str, one["model_shape"])), str(one["patches"]), _size(one["host"])]  # fmt: skip
         cells += [_size(one["device"])] * gpu + [_size(one["output"])]
-        cells += [f"{sum(one['seconds'].values()):.1f}"] * timed
+        cells += [f"{sum(one['seconds'].values()):.1f}"] if timed else []
         table.add_row(escape(one["subject"]), *cells)
     if subjects:
         console.print(table)
