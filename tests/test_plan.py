@@ -104,7 +104,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_made(place: Path, tmp_pat
     assert "does not fit the host's memory: it needs " in job.text
     assert "It fits with data.batch_size=" in job.text
     assert "Traceback" not in job.text
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "out").glob("[!.]*")] == []
     job = forks.start(*words, cwd=place, ranks=2)
     assert checked(job.wait()) == 2
     assert job.text.count("does not fit the host's memory") == 1
@@ -304,6 +304,15 @@ def test_a_network_that_looks_at_values_is_guessed(place: Path, tmp_path: Path, 
     notes = plan(tmp_path / "out")["notes"]
     assert isinstance(notes, list)
     assert "its memory is a guess" in notes[0]
+
+
+def test_a_network_that_fails_is_a_note_of_the_plan(tmp_path: Path, forks: Server) -> None:
+    """As it would be a failed subject of the run."""
+    save(tmp_path / "in/a.nii", np.full((8, 8, 8), 77, np.int16))
+    job = forks.start(*JOB, "model.net._target_=synthetic.Touchy", "run.dry_run=time", cwd=tmp_path)
+    assert job.wait() == [0], job.text
+    assert "note: a cannot be timed: ValueError: there is a 77" in job.text
+    assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["plan.json"]
 
 
 @pytest.mark.slow

@@ -152,7 +152,7 @@ def run_predict(cfg: DictConfig) -> int:
     folder = Path(plain["output_dir"]).expanduser().resolve()
     if plain["run"].get("status"):
         return print_status(find_cases(plain["data"].get("inputs"), plain["data"].get("images")), folder, shard[1])
-    from voxquilt.processes import SpawnedLogging, quiet
+    from voxquilt.processes import SpawnedLogging, attended, quiet
 
     quiet()
     run = plain["run"]
@@ -191,7 +191,8 @@ def run_predict(cfg: DictConfig) -> int:
     logger = build(plain["logger"], "logger") if plain.get("logger") and not dry else False
     trainer = build(plain["trainer"], "trainer", callbacks=callbacks, logger=logger)
     if dry:
-        trainer.predict(model, datamodule=data, return_predictions=False)
+        with attended(trainer):
+            trainer.predict(model, datamodule=data, return_predictions=False)
         return DONE
     with locks:
         if is_first() and not is_external():

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from voxquilt.datamodule import GridDataModule
-from voxquilt.errors import ConfigError
+from voxquilt.errors import ConfigError, reason_of
 from voxquilt.manifest import of_shard, write_json
 from voxquilt.needs import needs, voxels_of
 from voxquilt.outline import Outline, extent
@@ -36,6 +36,8 @@ class DryRun(Callback):
 
     def __init__(self, writer: VolumeWriter, *, timed: bool, as_json: bool = False) -> None:
         self._writer, self._timed, self._as_json = writer, timed, as_json
+        self._planned: Planned | None = None
+        self._problems: list[str] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Plan."""
@@ -56,7 +58,7 @@ class DryRun(Callback):
             "rank": group.rank, "subjects": len(data.plan.tasks), "load": round(data.plan.loads[group.rank], 1),
             "rates": rates, "room": self._planned.room if self._planned else None,
             "memory": self._planned.needs.memory if self._planned else 0,
-            "tasks": [[task.number, len(task.team) or 1] for task in data.plan.tasks],
+            "problems": self._problems, "tasks": [[task.number, len(task.team) or 1] for task in data.plan.tasks],
         }  # fmt: skip
         ranks = group.gather(mine)
         if group.rank == 0:
@@ -82,9 +84,13 @@ class DryRun(Callback):
         sizes = {task.number: data.size(task.case).patches for task in data.plan.tasks[:50]}
         for task in sorted(data.plan.tasks[:50], key=lambda task: (sizes[task.number] < 2, sizes[task.number]))[:3]:
             of = data.size(task.case).outline
-            if of is not None:
-                writer = self._writer
+            if of is None:
+                continue
+            writer = self._writer
+            try:
                 return measure(trainer, data, writer.stitch, task, of.file, writer.output_dir, writer.form.suffix)
+            except Exception as error:  # as in a run, it costs this subject; other processes wait for a word
+                self._problems.append(f"{task.case.subject} cannot be timed: {reason_of(error)}")
         return None
 
 
@@ -120,10 +126,12 @@ def _content(data: GridDataModule, planned: Planned | None, ranks: Sequence[dict
         "seconds": max((one["seconds"] for one in told if one["seconds"] is not None), default=None),
     }
     refusal = planned.refusal if planned else None
+    known = planned.as_json() if planned else {"notes": ["there is nothing to predict, or no header can be read."]}
+    known["notes"] = [*known["notes"], *(problem for rank in ranks for problem in rank["problems"])]
     return total | {
         "fits": refusal is None,
         "refusal": refusal or "",
-        **(planned.as_json() if planned else {"notes": ["there is nothing to predict, or no header can be read."]}),
+        **known,
         "ranks": told,
         "per_subject": subjects,
     }

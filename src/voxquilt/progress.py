@@ -1,5 +1,6 @@
 """What does a run show while it goes on? Bars on a terminal, lines elsewhere, or a JSON object a line; on rank 0."""
 
+import contextlib
 import json
 import logging
 import sys
@@ -152,8 +153,9 @@ def say(event: str, content: Mapping[str, Any]) -> None:
     """A line for programs, on the stdout that the process was started with."""
     out = sys.__stdout__
     if out is not None:
-        out.write(json.dumps({"event": event, **content}, ensure_ascii=False, default=str) + "\n")
-        out.flush()
+        with contextlib.suppress(OSError):  # whoever read it is gone, which is no reason for a run to end
+            out.write(json.dumps({"event": event, **content}, ensure_ascii=False, default=str) + "\n")
+            out.flush()
 
 
 def only_json() -> None:
