@@ -3,10 +3,16 @@
 import os
 import subprocess
 import sys
+import sysconfig
+import venv
 import zipfile
 from pathlib import Path
 
+import nibabel as nib
 import pytest
+
+from voxquilt.cases import stem
+from voxquilt.datasets import MNI152
 
 ROOT = Path(__file__).parents[1]
 
@@ -61,3 +67,32 @@ def test_the_wheel_names_both_console_scripts(installed: Path) -> None:
     text = points.read_text()
     assert "voxquilt-predict = voxquilt.app:predict" in text
     assert "voxquilt-train = voxquilt.app:train" in text
+
+
+@pytest.mark.slow
+def test_the_wheel_trains_and_predicts_by_its_console_scripts(installed: Path, tmp_path: Path) -> None:
+    """In an environment where pip installed nothing but the wheel; what it depends on is borrowed from here."""
+    venv.create(tmp_path / "env")
+    python = tmp_path / "env/bin/python"
+    (wheel,) = (installed.parent / "dist").glob("*.whl")
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check", "install", "--no-deps"]
+    subprocess.run([*pip, str(wheel)], check=True, capture_output=True)
+    site = next((tmp_path / "env/lib").glob("python*/site-packages"))
+    # Folders named by a .pth are searched, but their own .pth files, such as that of this checkout, are not read.
+    (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    where = subprocess.run([python, "-c", "import voxquilt; print(voxquilt.__file__)"], capture_output=True, text=True)
+    assert Path(where.stdout.strip()).is_relative_to(site)
+
+    def script(name: str, *arguments: str) -> str:
+        command = [str(tmp_path / "env/bin" / f"voxquilt-{name}"), *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    script("train", "experiment=tissue", "trainer.max_epochs=1", "data.patches_per_volume=4", "data.folds=null",
+           "trainer.limit_val_batches=2", "trainer.accelerator=cpu")  # fmt: skip
+    image = str(MNI152()["t1"].path)
+    script("predict", f"data.inputs={image}", "ckpt_path=outputs/tissue/checkpoints/last.ckpt", "data.patch_size=96",
+           "data.patch_overlap=8", "trainer.accelerator=cpu")  # fmt: skip
+    labels = nib.load(tmp_path / f"outputs/{stem(image)}_labels.nii.gz")
+    assert labels.shape == nib.load(image).shape
