@@ -24,9 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 _UNET = ("model=state_dict", "model/net=unet", "ckpt_path=null")
 # Shape and spacing of a subject, how many, and what is said on the command line.
 CONFIGURATIONS: dict[str, tuple[tuple[int, int, int], int, tuple[str, ...]]] = {
-    "labels": ((160, 192, 160), 3, (*_UNET, "data.patch_size=96", "data.patch_overlap=32", "data.batch_size=2")),
+    "labels": ((160, 160, 128), 3, (*_UNET, "data.patch_size=96", "data.patch_overlap=32", "data.batch_size=2")),
     "100 classes": (
-        (128, 144, 128), 2,
+        (96, 112, 96), 2,
         (*_UNET, "model.net.out_channels=100", "data.patch_size=64", "data.patch_overlap=16", "data.batch_size=2"),
     ),
     "probabilities, 1.5 mm": (
@@ -35,14 +35,14 @@ CONFIGURATIONS: dict[str, tuple[tuple[int, int, int], int, tuple[str, ...]]] = {
          "preprocess.spacing=1.5", "stitch.products=[labels,probabilities]"),
     ),
     "flips, disagreement": (
-        (160, 160, 128), 3,
+        (128, 128, 112), 3,
         (*_UNET, "model.net.out_channels=4", "model.flips=[0]", "data.patch_size=96", "data.patch_overlap=48",
          "stitch.products=[labels,entropy,disagreement]", "data.num_workers=2"),
     ),
     "wide network": (
-        (192, 192, 160), 2,
+        (144, 144, 128), 2,
         (*_UNET, "model.net.channels=[32,64,128,256]", "model.net.strides=[2,2,2]", "model.net.num_res_units=2",
-         "data.patch_size=128", "data.patch_overlap=32", "stitch.compare=[crop]"),
+         "data.patch_size=96", "data.patch_overlap=32", "stitch.compare=[crop]"),
     ),
 }  # fmt: skip
 
