@@ -34,9 +34,9 @@ def plain(labels: np.ndarray, truth: np.ndarray, affine: np.ndarray, tolerance: 
         )
         near = sum(d <= tolerance for d in there + back) / len(there + back)
         voxel = abs(np.linalg.det(affine[:3, :3])) / 1000
-        hd95 = inf if inf in there + back else max(np.percentile(there, 95), np.percentile(back, 95))
+        hd95_mm = inf if inf in there + back else max(np.percentile(there, 95), np.percentile(back, 95))
         dice = 2 * int((a & b).sum()) / int(a.sum() + b.sum())
-        found[value] = Agreement(dice, near, hd95, a.sum() * voxel, b.sum() * voxel)
+        found[value] = Agreement(dice, near, hd95_mm, a.sum() * voxel, b.sum() * voxel)
     return found
 
 
@@ -70,7 +70,7 @@ def test_swapping_labels_and_truth_swaps_only_the_volumes(volumes: tuple[np.ndar
     for value, one in a.items():
         other = b[value]
         assert (one.volume_ml, one.true_volume_ml) == (other.true_volume_ml, other.volume_ml)
-        assert (one.dice, one.hd95) == pytest.approx((other.dice, other.hd95))
+        assert (one.dice, one.hd95_mm) == pytest.approx((other.dice, other.hd95_mm))
         assert one.surface_dice == pytest.approx(other.surface_dice)
 
 
@@ -91,7 +91,7 @@ def test_metrics_are_monais(seed: int) -> None:
     wanted = compute_surface_dice(*one_hot, [1.5], include_background=True, spacing=spacing).item()
     assert found.surface_dice == pytest.approx(wanted, abs=1e-6)
     far = compute_hausdorff_distance(*one_hot, include_background=True, percentile=95, spacing=spacing).item()
-    assert found.hd95 == pytest.approx(far, abs=1e-5)
+    assert found.hd95_mm == pytest.approx(far, abs=1e-5)
     dice = class_dice(torch.tensor(labels).long(), torch.tensor(truth).long(), 2)[1].item()
     assert found.dice == pytest.approx(dice, abs=1e-12)
 
@@ -102,7 +102,13 @@ def test_a_perfect_class_is_perfect() -> None:
     labels[:2] = 1
     labels[4, 3, 2] = 2
     for found in agreements(labels, labels, OBLIQUE, 0.0).values():
-        assert (found.dice, found.surface_dice, found.hd95, found.error_ml, found.relative_error) == (1, 1, 0, 0, 0)
+        assert (found.dice, found.surface_dice, found.hd95_mm, found.volume_error_ml, found.relative_volume_error) == (
+            1,
+            1,
+            0,
+            0,
+            0,
+        )
 
 
 def test_a_class_that_one_of_them_lacks_is_infinitely_far() -> None:
@@ -111,9 +117,9 @@ def test_a_class_that_one_of_them_lacks_is_infinitely_far() -> None:
     labels[0, 0, :2], truth[3] = 1, 3
     found = agreements(labels, truth, np.diag([10, 10, 10, 1]), 1.0)
     same(found, {1: Agreement(0, 0, inf, 2, 0), 3: Agreement(0, 0, inf, 0, 16)})
-    assert (found[1].error_ml, found[1].relative_error) == (pytest.approx(2), inf)
-    assert found[3].relative_error == -1
-    assert isnan(Agreement(nan, nan, nan, 0, 0).relative_error)
+    assert (found[1].volume_error_ml, found[1].relative_volume_error) == (pytest.approx(2), inf)
+    assert found[3].relative_volume_error == -1
+    assert isnan(Agreement(nan, nan, nan, 0, 0).relative_volume_error)
     assert agreements(truth * 0, truth * 0, np.eye(4), 1.0) == {}
 
 
@@ -134,6 +140,6 @@ def test_a_shift_of_two_voxels_is_two_voxels_of_mm() -> None:
     labels, truth = np.zeros((9, 9, 20), np.uint8), np.zeros((9, 9, 20), np.uint8)
     labels[2:7, 2:7, 3:12], truth[2:7, 2:7, 5:14] = 1, 1
     found = agreements(labels, truth, np.diag([1, 1, 3, 1]), 1.0)[1]
-    assert found.hd95 == 6
+    assert found.hd95_mm == 6
     assert found.dice == pytest.approx(7 / 9)
     assert found.volume_ml == pytest.approx(225 * 3 / 1000)

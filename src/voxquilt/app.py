@@ -3,10 +3,11 @@
 Heavy imports stand inside functions, so that a wrong configuration is answered in a second.
 """
 
+import io
 import os
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from voxquilt.build import build, check_classes
-from voxquilt.cases import find_cases
+from voxquilt.cases import LABEL, find_cases
 from voxquilt.config import check_predict
 from voxquilt.errors import ConfigError, VoxquiltError
+from voxquilt.explain import explain
 from voxquilt.fetch import fetch
 from voxquilt.inherit import check_images, inherit
 from voxquilt.launch import end_with_parent, is_external, is_first
@@ -74,6 +76,7 @@ def _heard(status: int) -> _Status:
 
 def _main(name: str, task: Callable[[DictConfig], int]) -> None:
     def guarded(cfg: DictConfig) -> _Status:
+        release()
         return _guarded(task, cfg)
 
     _statuses.clear()
@@ -81,18 +84,43 @@ def _main(name: str, task: Callable[[DictConfig], int]) -> None:
         # Hydra wants --multirun and the like before or behind all overrides, not between them.
         sys.argv[1:] = sorted(to_overrides(sys.argv[1:]), key=lambda text: "=" in text and not text.startswith("-"))
         register_resolvers()
-        hydra.main(config_path=str(conf_dir()), config_name=name, version_base="1.3")(guarded)()
+        with _held() as release:
+            hydra.main(config_path=str(conf_dir()), config_name=name, version_base="1.3")(guarded)()
     except ConfigError as error:
         print(f"voxquilt: {error}", file=sys.stderr)
         sys.exit(NOT_STARTED)
     except SystemExit as error:
         if error.code in (0, None):
             raise
-        # Hydra prints what it cannot compose and exits with 1, which means 'some subject failed' here. What else it
-        # exits for is an error in a run, or a run that a cluster ended.
-        began = _statuses or not isinstance(error.__context__, HydraException | OmegaConfBaseException | None)
+        # Hydra exits with 1 where it cannot compose, which means 'some subject failed' here. What else it exits for is
+        # an error in a run, or a run that a cluster ended.
+        cause = error.__context__
+        if not _statuses and isinstance(cause, HydraException | OmegaConfBaseException):
+            print(f"voxquilt: {explain(cause, name, conf_dir())}", file=sys.stderr)
+        began = _statuses or not isinstance(cause, HydraException | OmegaConfBaseException | None)
         sys.exit(max([error.code if isinstance(error.code, int) else FAILED, *_statuses]) if began else NOT_STARTED)
     sys.exit(max(_statuses, default=0))  # none after --help or --cfg
+
+
+@contextmanager
+def _held() -> Iterator[Callable[[], None]]:
+    """Keep what Hydra writes to stderr back: what it says of an error is said better. What is yielded ends it."""
+    real, kept = sys.stderr, io.StringIO()
+
+    def release() -> None:
+        if sys.stderr is kept:
+            sys.stderr = real
+            real.write(kept.getvalue())
+
+    sys.stderr = kept
+    try:
+        yield release
+    except SystemExit as error:
+        if isinstance(error.__context__, HydraException | OmegaConfBaseException):
+            sys.stderr = real
+        raise
+    finally:
+        release()
 
 
 def _guarded(task: Callable[[DictConfig], int], cfg: DictConfig) -> _Status:
@@ -151,7 +179,8 @@ def run_predict(cfg: DictConfig) -> int:
     shard = plain["shard"]["index"], plain["shard"]["count"]
     folder = Path(plain["output_dir"]).expanduser().resolve()
     if plain["run"].get("status"):
-        return print_status(find_cases(plain["data"].get("inputs"), plain["data"].get("images")), folder, shard[1])
+        cases = find_cases(plain["data"].get("inputs"), plain["data"].get("images"), [LABEL])
+        return print_status(cases, folder, shard[1])
     from voxquilt.processes import SpawnedLogging, attended, quiet
 
     quiet()
@@ -197,7 +226,7 @@ def run_predict(cfg: DictConfig) -> int:
     with locks:
         if is_first() and not is_external():
             claim()
-        return _predict(trainer, model, data, writer, table=not as_json)
+        return _predict(trainer, model, data, writer, run["surface_tolerance"], table=not as_json)
 
 
 def _check_fits(model: Any, data: Any, class_names: Any) -> None:
@@ -221,7 +250,7 @@ def _dry_run(data: Any, writer: Any, *, timed: bool, as_json: bool) -> Any:
     return DryRun(writer, timed=timed, as_json=as_json)
 
 
-def _predict(trainer: Any, model: Any, data: Any, writer: Any, *, table: bool) -> int:
+def _predict(trainer: Any, model: Any, data: Any, writer: Any, tolerance: float, *, table: bool) -> int:
     """Run, and say how it ended; what is on disk tells it, also where the run was in other processes than this."""
     from voxquilt.processes import attended
     from voxquilt.report import print_table
@@ -247,4 +276,24 @@ def _predict(trainer: Any, model: Any, data: Any, writer: Any, *, table: bool) -
         left = f"{outcome['missing']} subjects are left: the same command goes on."
         # Where the run broke off, the reason was printed as the error that it was.
         print(f"voxquilt: stopped by {outcome['reason']}; {left}" if status > FAILED else left, file=sys.stderr)
+    elif data.labels is not None or any(LABEL in case.values for case in data.cases):
+        status = max(status, _evaluate(data, writer, ours, tolerance))
     return status
+
+
+def _evaluate(data: Any, writer: Any, rows: list[Any], tolerance: float) -> int:
+    """Compare what is on disk with the true labels: metrics.csv, metrics.png, a table; 1 if some subject cannot be."""
+    from voxquilt.charts import write_boxes
+    from voxquilt.evaluation import Evaluation, write_scores
+    from voxquilt.report import print_scores
+
+    evaluation = Evaluation(writer.output_dir, data.cases, data.labels, writer.stitch.class_names, tolerance)
+    scores = evaluation.scores(rows)
+    print_scores(scores, writer.output_dir)
+    try:
+        write_scores(writer.output_dir / of_shard("metrics.csv", data.shard), scores)
+        write_boxes(writer.output_dir / of_shard("metrics.png", data.shard), scores)
+    except VoxquiltError as error:  # the run itself was started, and its outputs are there
+        print(f"voxquilt: {error}", file=sys.stderr)
+        return FAILED
+    return FAILED if any(score.failed for score in scores) else DONE

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from voxquilt.errors import ConfigError
 
+LABEL = "label"
+"""The column of a table that names label files; it is no image."""
 SUFFIXES = (".nii.gz", ".nii", ".hdr.gz", ".img.gz", ".hdr", ".img")
 
 
@@ -62,6 +64,19 @@ def find_cases(inputs: object, images: object = None, apart: Collection[str] = (
             )
         seen[case.subject] = case
     return sorted(cases, key=lambda case: case.subject)
+
+
+def label_files(case: Case, labels: str | Mapping[str, str] | None) -> list[Path]:
+    """Where the true labels of a subject should be; none if nothing names them.
+
+    Args:
+        case: The subject.
+        labels: A pattern with `{subject}`, or one for each channel; None for the table's column.
+    """
+    if labels is None:
+        return [Path(case.values[LABEL])] if LABEL in case.values else []
+    patterns = [labels] if isinstance(labels, str) else labels.values()
+    return [_path(pattern.replace("{subject}", case.subject)) for pattern in patterns]
 
 
 def stem(path: Path | str) -> str:

@@ -11,7 +11,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from voxquilt.cases import find_cases
+from voxquilt.cases import LABEL, find_cases, label_files
 from voxquilt.errors import ConfigError
 from voxquilt.launch import is_external, is_first
 from voxquilt.names import matches
@@ -38,12 +38,12 @@ _HINTS = {
 # A section that `+` must not add keys to: what nobody reads would be a typo that nobody sees.
 _KEYS = {
     "data": {"inputs", "images", "patch_size", "patch_overlap", "padding_mode", "divisible_by", "batch_size",
-             "num_workers", "nonfinite", "skip"},
+             "num_workers", "nonfinite", "skip", "labels"},
     "preprocess": {"orientation", "spacing", "intensity"},
     "stitch": {"overlap_mode", "products", "compare", "activation", "threshold", "restore", "fill", "class_names",
                "postprocess"},
     "run": {"on_error", "seed", "allowed_targets", "checkpoint_targets", "status", "distribute", "resume", "overwrite",
-            "content_hash", "dry_run", "log"},
+            "content_hash", "dry_run", "log", "surface_tolerance"},
     "shard": {"index", "count"},
 }  # fmt: skip
 _SECTIONS = (*_KEYS, "model", "callbacks", "logger", "trainer", "ckpt_path", "output_dir", "experiment")
@@ -134,11 +134,19 @@ def check_keys(plain: Mapping[str, Any], sections: Mapping[str, set[str]]) -> No
 def _check_cases(plain: Mapping[str, Any]) -> None:
     """Not in every process of a run: the others take rank 0's word, or each would look through a large folder. Where a
     launcher started them all, rank 0 looks when it can tell the others what is wrong, or they would wait for it."""
-    cases = find_cases(plain["data"].get("inputs"), plain["data"].get("images"))
+    cases = find_cases(plain["data"].get("inputs"), plain["data"].get("images"), apart=[LABEL])
     check_image_names(plain["preprocess"].get("intensity"), cases)
     skip = plain["data"].get("skip")
     if isinstance(skip, str) and not any(os.path.isfile(skip.replace("{subject}", case.subject)) for case in cases):
         raise ConfigError(f"data.skip={skip}: no subject has such a mask (looked from {Path.cwd()}).")
+    labels, products = plain["data"].get("labels"), plain["stitch"].get("products")
+    named = [
+        name for names in (products.values() if isinstance(products, Mapping) else [products]) for name in names or ()
+    ]
+    if labels is not None and named and "labels" not in named:
+        raise ConfigError(f"data.labels={labels} is compared with labels; add them to stitch.products={products}.")
+    if labels is not None and not any(path.is_file() for case in cases for path in label_files(case, labels)):
+        raise ConfigError(f"data.labels={labels}: no subject has such a file (looked from {Path.cwd()}).")
 
 
 def check_weights(plain: Mapping[str, Any]) -> None:

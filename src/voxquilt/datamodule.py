@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from voxquilt.agreed import agreed
 from voxquilt.batch import Loaded, Work
-from voxquilt.cases import Case, find_cases
+from voxquilt.cases import LABEL, Case, find_cases
 from voxquilt.dealing import deal
 from voxquilt.errors import ConfigError, VoxquiltError
 from voxquilt.fingerprint import digest
@@ -76,6 +76,8 @@ class GridDataModule(LightningDataModule):
         skip: Patches without foreground are not predicted and count as background. Foreground is what is above a
             number in the first image, in model space and as the network sees it; or above 0 in a mask file on that
             image's grid, given by a pattern with `{subject}`.
+        labels: For `voxquilt.evaluation`: where true labels are, a path with `{subject}`, or one for each channel. By
+            default those of a table's column `label`, which is no image.
         preprocess: To model space; RAS with the file's spacing by default.
         shard: (index, count): predict one of `count` parts of the subjects, of about as many patches each. Every part
             deals alike, from headers; with `resume` one of them reads these for all.
@@ -100,6 +102,7 @@ class GridDataModule(LightningDataModule):
         num_workers: int = 1,
         nonfinite: str = "error",
         skip: float | str | None = None,
+        labels: str | Mapping[str, str] | None = None,
         preprocess: Preprocess | None = None,
         shard: tuple[int, int] = (0, 1),
         distribute: str = "subject",
@@ -116,7 +119,7 @@ class GridDataModule(LightningDataModule):
         self.divisible_by = to_triple(divisible_by, "data.divisible_by", minimum=1)
         self.batch_size = batch_size
         self.num_workers = num_workers
-        self.skip = skip
+        self.skip, self.labels = skip, labels
         self.preprocess = replace(preprocess or Preprocess(), nonfinite=nonfinite)
         self.shard = shard
         self.distribute = check_name(distribute, DISTRIBUTE, "run.distribute")
@@ -131,7 +134,7 @@ class GridDataModule(LightningDataModule):
     @cached_property
     def cases(self) -> list[Case]:
         """Every subject, in the order of their ids; with several processes only rank 0 looks for them."""
-        return find_cases(*self._inputs)
+        return find_cases(*self._inputs, apart=[LABEL])
 
     @property
     def plan(self) -> Plan:

@@ -16,7 +16,7 @@ FORMAT = 1
 
 # Settings that change outputs, by section of the configuration; the others say where, when and how fast.
 _SECTIONS = {
-    "data": {"inputs", "images", "batch_size", "num_workers"},
+    "data": {"inputs", "images", "batch_size", "num_workers", "labels"},
     "preprocess": set[str](),
     "model": {"ckpt_path", "trust_checkpoint", "offload", "compile", "channels_last"},
     "stitch": set[str](),

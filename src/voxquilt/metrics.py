@@ -1,5 +1,6 @@
 """How well do labels agree with others? Per class, of one volume."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import inf, nan
 
@@ -31,27 +32,27 @@ class Agreement:
     Args:
         dice: 2 |A and B| / (|A| + |B|); NaN where both are empty.
         surface_dice: The share of both surfaces that lies within the tolerance of the other; NaN where both are empty.
-        hd95: mm; the larger of both directions' 95th percentiles of distances from surface to surface. Infinite where
+        hd95_mm: The larger of both directions' 95th percentiles of distances from surface to surface. Infinite where
             one is empty, NaN where both are.
         volume_ml, true_volume_ml: Millilitres.
     """
 
     dice: float
     surface_dice: float
-    hd95: float
+    hd95_mm: float
     volume_ml: float
     true_volume_ml: float
 
     @property
-    def error_ml(self) -> float:
+    def volume_error_ml(self) -> float:
         """Millilitres too many."""
         return self.volume_ml - self.true_volume_ml
 
     @property
-    def relative_error(self) -> float:
+    def relative_volume_error(self) -> float:
         """Of the true volume; infinite where that is nothing and ours is not, NaN where both are nothing."""
         if self.true_volume_ml:
-            return self.error_ml / self.true_volume_ml
+            return self.volume_error_ml / self.true_volume_ml
         return inf if self.volume_ml else nan
 
 
@@ -68,11 +69,10 @@ def agreements(
         affine: (4, 4) voxel indices to mm.
         tolerance: mm, of the surface Dice.
     """
-    classes, (labels, truth) = _numbered(labels, truth)
-    sizes, true_sizes, shared = (
-        np.bincount(numbers, minlength=len(classes)).tolist()
-        for numbers in (labels.ravel(), truth.ravel(), labels[labels == truth])
-    )
+    classes, labels, truth = _numbered(labels, truth)
+    sizes, true_sizes = _counts(_chunks(labels), len(classes)), _counts(_chunks(truth), len(classes))
+    pairs = zip(_chunks(labels), _chunks(truth), strict=True)
+    shared = _counts((ours[ours == theirs] for ours, theirs in pairs), len(classes))
     boxes, true_boxes = (ndimage.find_objects(volume, len(classes)) for volume in (labels, truth))
     millilitres = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
     found = {}
@@ -89,23 +89,33 @@ def agreements(
     return found
 
 
-def _numbered(*volumes: np.ndarray) -> tuple[list[int], list[np.ndarray]]:
+def _numbered(labels: np.ndarray, truth: np.ndarray) -> tuple[list[int], np.ndarray, np.ndarray]:
     """The values that there are, 0 first, and the volumes with a value's number for the value."""
-    highest = max(int(volume.max()) for volume in volumes)
+    highest = max(int(labels.max()), int(truth.max()))
+    chunks = [*_chunks(labels), *_chunks(truth)]
     if highest < 2**16:  # counting is faster than sorting
-        present = np.zeros(highest + 1, bool)
-        for volume in volumes:
-            present |= np.bincount(volume.ravel(), minlength=highest + 1) > 0
-        values = np.flatnonzero(present)
+        values = np.flatnonzero(sum(np.bincount(chunk, minlength=highest + 1) for chunk in chunks))
     else:
-        values = np.unique(np.concatenate([np.unique(volume) for volume in volumes]))
+        values = np.unique(np.concatenate([np.unique(chunk) for chunk in chunks]))
     values = np.union1d([0], values).astype(np.int64)
-    kind = np.min_scalar_type(len(values))
-    if highest < 2**16:
-        table = np.zeros(highest + 1, kind)
-        table[values] = np.arange(len(values))
-        return values.tolist(), [table[volume] for volume in volumes]
-    return values.tolist(), [np.searchsorted(values, volume).astype(kind) for volume in volumes]
+    return values.tolist(), _numbers(labels, values), _numbers(truth, values)
+
+
+def _numbers(volume: np.ndarray, values: np.ndarray) -> np.ndarray:
+    found = np.empty(volume.shape, np.min_scalar_type(len(values)), order="F")
+    for chunk, numbers in zip(_chunks(volume), _chunks(found), strict=True):
+        numbers[:] = np.searchsorted(values, chunk)
+    return found
+
+
+def _chunks(volume: np.ndarray) -> list[np.ndarray]:
+    """Pieces in the order of a NIfTI file: numpy counts in integers of 8 bytes, which of a volume is much."""
+    flat = volume.ravel(order="F")
+    return [flat[n : n + 2**20] for n in range(0, flat.size, 2**20)]
+
+
+def _counts(chunks: Iterable[np.ndarray], classes: int) -> list[int]:
+    return np.sum([np.bincount(chunk, minlength=classes) for chunk in chunks], axis=0).tolist()
 
 
 def _surface(volume: np.ndarray, box: tuple[slice, ...] | None, number: int) -> Int[np.ndarray, "n 3"]:
@@ -113,7 +123,7 @@ def _surface(volume: np.ndarray, box: tuple[slice, ...] | None, number: int) -> 
     if box is None:
         return np.zeros((0, 3), np.int64)
     mask = volume[box] == number
-    return np.argwhere(mask & ~ndimage.binary_erosion(mask)) + [axis.start for axis in box]
+    return np.argwhere(mask > np.asarray(ndimage.binary_erosion(mask))) + [axis.start for axis in box]
 
 
 def _distances(
@@ -124,7 +134,8 @@ def _distances(
         return np.full(len(points), inf)
     found = np.zeros(len(points))
     limits = np.maximum(points.max(0, initial=0), others.max(0)) + 1
-    apart = ~np.isin(*(np.ravel_multi_index(tuple(p.T), tuple(limits)) for p in (points, others)), assume_unique=True)
+    here, there = (np.ravel_multi_index(tuple(p.T), tuple(limits)) for p in (points, others))
+    apart = np.isin(here, there, assume_unique=True, invert=True)
     if apart.any():  # surfaces of good labels are mostly the same voxels
         tree = KDTree(others @ affine[:3, :3].T, balanced_tree=False, compact_nodes=False)
         found[apart] = tree.query(points[apart] @ affine[:3, :3].T)[0]

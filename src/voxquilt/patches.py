@@ -29,7 +29,7 @@ class Labelled:
         subject: Its id.
         image: (C, I, J, K), in any type.
         label: (L, I, J, K): classes with L = 1, or a mask a channel, or the image that is wanted.
-        centres: For each class that is present, (n, 3) positions of some of its voxels; empty for none.
+        centres: For each class but background, (n, 3) positions of some of its voxels.
     """
 
     subject: str
@@ -134,7 +134,8 @@ class RandomPatches(Dataset[dict[str, Any]]):
         volumes: Where they are cut from.
         patch_size: Voxels.
         per_volume: Patches of each volume an epoch; EpochOrder says which numbers belong to an epoch.
-        balanced: The share of patches that are centred on a voxel of a class drawn evenly from those present.
+        balanced: The share of patches that are centred on a voxel of a class, drawn evenly from those that the volume
+            has, without background; others lie anywhere.
         seed: Of places and augmentation.
         augment: Of a patch's image and label, such as MONAI's Compose of dictionary transforms with these two keys; it
             must keep the patch's size.
@@ -184,12 +185,11 @@ class RandomPatches(Dataset[dict[str, Any]]):
 
 
 def centres_of(label: Shaped[Tensor, "l i j k"]) -> list[Integer[Tensor, "_ 3"]]:
-    """For each class that is present, positions of at most about 4,096 of its voxels, evenly spread.
+    """For each class but background that is present, positions of at most about 4,096 of its voxels, evenly spread.
 
-    With several channels a class is a channel's mask, or what no mask covers.
+    With several channels a class is a channel's mask.
     """
-    inside = label > 0
-    masks = [label[0] == value for value in label[0].unique()] if len(label) == 1 else [*inside, ~inside.any(0)]
+    masks = [label[0] == value for value in label[0].unique() if value] if len(label) == 1 else [*(label > 0)]
     found = []
     for mask in masks:
         flat = mask.flatten().nonzero().flatten()

@@ -38,6 +38,12 @@ def check_data(data: Mapping[str, Any]) -> None:
     mode = data.get("padding_mode")
     if mode is not None and (isinstance(mode, bool) or not isinstance(mode, (int, float))):
         check_name(mode, PADDING_MODES, "data.padding_mode (null, a number, or a mode of numpy.pad)")
+    labels = data.get("labels")
+    patterns = list(labels.values()) if isinstance(labels, Mapping) else [labels]
+    if labels is not None and not all(isinstance(text, str) and "{subject}" in text for text in patterns):
+        raise ConfigError(
+            f"data.labels is a path with {{subject}}, or one for each channel of the labels; it is {labels!r}."
+        )
     check_word(data, "nonfinite", NONFINITE, "data.nonfinite")
     skip = data.get("skip")
     if skip is not None and (isinstance(skip, bool) or not isinstance(skip, (int, float, str))):
@@ -130,6 +136,9 @@ def check_run(run: Mapping[str, Any]) -> None:
     check_word(run, "on_error", ON_ERROR, "run.on_error")
     check_word(run, "distribute", DISTRIBUTE, "run.distribute")
     check_word(run, "log", LOGS, "run.log")
+    tolerance = run.get("surface_tolerance", 1.0)
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 <= tolerance < float("inf"):
+        raise ConfigError(f"run.surface_tolerance must be a number of mm from 0; it is {tolerance!r}.")
     if not isinstance(run.get("dry_run"), bool) and run.get("dry_run") != "time":
         raise ConfigError(f"run.dry_run must be true, false or time; it is {run.get('dry_run')!r}.")
     for key in ("resume", "overwrite", "content_hash", "status"):

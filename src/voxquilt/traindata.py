@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from voxquilt.cases import Case, find_cases
+from voxquilt.cases import LABEL, Case, find_cases
 from voxquilt.datamodule import GridDataModule
 from voxquilt.dealing import deal
 from voxquilt.errors import ConfigError, InputError, VoxquiltError
@@ -24,7 +24,6 @@ from voxquilt.splits import make_split
 from voxquilt.subject import Image, LabelMap, ScalarImage, Subject
 from voxquilt.tasks import Task
 
-LABEL = "label"
 """The column of a table that holds labels."""
 
 # Volumes whose patches are mixed, and of those that are not kept so many are in memory at a time.
@@ -45,7 +44,7 @@ class TrainingDataModule(LightningDataModule):
         batch_size: Patches a batch.
         num_workers: Processes that cut and augment patches; 0 does so in the main one.
         patches_per_volume: Patches of each training subject an epoch.
-        balanced: The share of patches that are centred on a voxel of a class drawn evenly.
+        balanced: See RandomPatches.
         augment: See RandomPatches.
         cache: MiB of volumes that each process keeps in memory; None is half of what is free, shared by the processes
             of this machine.
