@@ -14,9 +14,9 @@ from voxquilt.sections import check_grid, check_image_names, check_integer, chec
 from voxquilt.splits import make_split
 
 _KEYS = {
-    "data": {"inputs", "labels", "images", "task", "patch_size", "inference_patch_size", "patch_overlap", "padding_mode",
-             "divisible_by", "batch_size", "num_workers", "patches_per_volume", "balanced", "augment", "cache", "folds",
-             "fold", "split", "seed"},
+    "data": {"inputs", "labels", "images", "task", "patch_size", "inference_patch_size", "patch_overlap",
+             "padding_mode", "divisible_by", "batch_size", "num_workers", "patches_per_volume", "balanced", "augment",
+             "cache", "folds", "fold", "split", "seed"},
     "preprocess": {"orientation", "spacing", "intensity"},
     "stitch": {"overlap_mode", "products", "compare", "activation", "threshold", "restore", "fill", "class_names",
                "postprocess"},
