@@ -11,7 +11,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from voxquilt.cases import find_cases, label_files
+from voxquilt.cases import find_cases, label_files, meant
 from voxquilt.errors import ConfigError
 from voxquilt.launch import is_external, is_first
 from voxquilt.names import matches
@@ -154,7 +154,9 @@ def check_weights(plain: Mapping[str, Any]) -> None:
     paths = plain["ckpt_path"]
     for path in paths if isinstance(paths, list) else [paths]:
         if path is not None and not os.path.isfile(os.path.expanduser(str(path))):
-            raise ConfigError(f"ckpt_path: there is no file {path} (looked from {Path.cwd()}).")
+            raise ConfigError(
+                f"ckpt_path: there is no file {path} (looked from {Path.cwd()}).{meant(Path(os.path.expanduser(path)))}"
+            )
 
 
 def _allowed(patterns: Any) -> Any:
