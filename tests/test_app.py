@@ -75,12 +75,12 @@ def light(place: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     ("arguments", "message"),
     [
         # keys and groups
-        ("data.patch_siz=8", "Key 'patch_siz' is not in struct"),
+        ("data.patch_siz=8", "there is no key data.patch_siz. Did you mean data.patch_size?"),
         ("+data.patch_siz=8", "there is no key data.patch_siz. Did you mean data.patch_size?"),
         ("+run.resum=true", "there is no key run.resum"),
         ("+stich.overlap_mode=crop", "there is no key stich. Did you mean stitch?"),
-        ("model=unett", "Could not find 'model/unett'"),
-        ("experiment=brain", "Could not find 'experiment/brain'"),
+        ("model=unett", "there is no model=unett; there are auto, exported"),
+        ("experiment=brain", "there is no experiment=brain; there are brain_extraction"),
         ("callbacks.writer=null", "callbacks.writer needs a _target_"),
         ("callbacks.writer.in_memory=1GB", "callbacks.writer.in_memory must be null or a number of MiB; it is '1GB'"),
         ("callbacks.writer.in_memory=-1", "callbacks.writer.in_memory must be null or a number of MiB; it is -1"),

@@ -79,7 +79,8 @@ def test_the_wheel_trains_and_predicts_by_its_console_scripts(installed: Path, t
     subprocess.run([*pip, str(wheel)], check=True, capture_output=True)
     site = next((tmp_path / "env/lib").glob("python*/site-packages"))
     # Folders named by a .pth are searched, but their own .pth files, such as that of this checkout, are not read.
-    (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    borrowed = [path for path in sys.path if path.endswith("site-packages")] or [sysconfig.get_path("purelib")]
+    (site / "borrowed.pth").write_text("\n".join(borrowed) + "\n")
     where = subprocess.run([python, "-c", "import voxquilt; print(voxquilt.__file__)"], capture_output=True, text=True)
     assert Path(where.stdout.strip()).is_relative_to(site)
 

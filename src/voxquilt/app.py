@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -32,6 +32,8 @@ DONE, FAILED, NOT_STARTED = 0, 1, 2
 
 # Of the runs of this command: one, or those of a sweep.
 _statuses: list[int] = []
+# stderr, while Hydra composes. Not in a closure, since launchers pickle what they run.
+_real: list[TextIO] = []
 
 
 def conf_dir() -> Path:
@@ -64,7 +66,7 @@ def _heard(status: int) -> _Status:
 
 def _main(name: str, task: Callable[[DictConfig], int]) -> None:
     def guarded(cfg: DictConfig) -> _Status:
-        release()
+        _release()
         return _guarded(task, cfg)
 
     _statuses.clear()
@@ -72,7 +74,7 @@ def _main(name: str, task: Callable[[DictConfig], int]) -> None:
         # Hydra wants --multirun and the like before or behind all overrides, not between them.
         sys.argv[1:] = sorted(to_overrides(sys.argv[1:]), key=lambda text: "=" in text and not text.startswith("-"))
         register_resolvers()
-        with _held() as release:
+        with _held():
             hydra.main(config_path=str(conf_dir()), config_name=name, version_base="1.3")(guarded)()
     except ConfigError as error:
         print(f"voxquilt: {error}", file=sys.stderr)
@@ -91,24 +93,24 @@ def _main(name: str, task: Callable[[DictConfig], int]) -> None:
 
 
 @contextmanager
-def _held() -> Iterator[Callable[[], None]]:
-    """Keep what Hydra writes to stderr back: what it says of an error is said better. What is yielded ends it."""
-    real, kept = sys.stderr, io.StringIO()
-
-    def release() -> None:
-        if sys.stderr is kept:
-            sys.stderr = real
-            real.write(kept.getvalue())
-
-    sys.stderr = kept
+def _held() -> Iterator[None]:
+    """Keep what Hydra writes to stderr back until a run begins: what it says of an error is said better."""
+    _real.append(sys.stderr)
+    sys.stderr = io.StringIO()
     try:
-        yield release
+        yield
     except SystemExit as error:
-        if isinstance(error.__context__, HydraException | OmegaConfBaseException):
-            sys.stderr = real
+        if isinstance(error.__context__, HydraException | OmegaConfBaseException) and _real:
+            sys.stderr = _real.pop()
         raise
     finally:
-        release()
+        _release()
+
+
+def _release() -> None:
+    while _real:
+        kept, sys.stderr = sys.stderr, _real.pop()
+        sys.stderr.write(kept.getvalue() if isinstance(kept, io.StringIO) else "")
 
 
 def _guarded(task: Callable[[DictConfig], int], cfg: DictConfig) -> _Status:

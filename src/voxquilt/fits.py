@@ -1,6 +1,5 @@
 """Do network, patches and classes fit each other? Asked before a run, of shapes alone."""
 
-import logging
 from collections.abc import Sequence
 
 from torch import nn
@@ -14,7 +13,12 @@ _MULTIPLES = (2, 4, 8, 16, 32, 64)
 
 
 def check_fits(
-    network: nn.Module, images: Sequence[str], channels: int, patch_size: Triple, class_names: Sequence[str] | None
+    network: nn.Module,
+    images: Sequence[str],
+    channels: int,
+    patch_size: Triple,
+    class_names: Sequence[str] | None,
+    known: Probe | None = None,
 ) -> Probe | None:
     """Refuse what the network cannot take, with what it could; None where it cannot be asked without voxels.
 
@@ -24,11 +28,12 @@ def check_fits(
         channels: Of these together.
         patch_size: Voxels.
         class_names: Of the only output's channels; None for any number.
+        known: What the network makes of such patches, where that was found before.
 
     Raises:
         ConfigError: another number of channels or classes, or a patch that the network's strides do not divide.
     """
-    found = _probed(network, channels, patch_size)
+    found = known or _probed(network, channels, patch_size)
     if isinstance(found, OutputError):
         raise ConfigError(str(found))
     if isinstance(found, Exception):
@@ -40,9 +45,8 @@ def check_fits(
                 f"({', '.join(images)}). Set data.images or data.inputs to what it was trained on, or "
                 f"model.net.in_channels={channels} for a network that is."
             )
-        multiple = next(
-            (m for m in _MULTIPLES if isinstance(_probed(network, channels, _up(patch_size, m)), Probe)), None
-        )
+        larger = [m for m in _MULTIPLES if _up(patch_size, m) != patch_size]
+        multiple = next((m for m in larger if isinstance(_probed(network, channels, _up(patch_size, m)), Probe)), None)
         if multiple is not None:
             axes = ", ".join(f"{axis} has {n}" for axis, n in zip(AXES, patch_size, strict=True) if n % multiple)
             raise ConfigError(
@@ -60,17 +64,12 @@ def check_fits(
 
 
 def _probed(network: nn.Module, channels: int | None, patch_size: Triple) -> Probe | Exception:
-    log = logging.getLogger("torch._subclasses.fake_tensor")  # which prints a traceback of what is caught here
-    level = log.level
-    log.setLevel(logging.CRITICAL)
     try:
         found = probe(network, channels or 1, patch_size)
         bad = [shape for shape in found.outputs.values() if not _divides(patch_size, shape)]
         return PatchShapeError(f"its output is {bad[0]}.") if bad else found
     except Exception as error:  # a network's own code may raise anything
         return error
-    finally:
-        log.setLevel(level)
 
 
 def _divides(patch_size: Triple, shape: Sequence[int]) -> bool:

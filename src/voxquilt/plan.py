@@ -200,7 +200,9 @@ class Planner:
             f"its outputs, 2 channels ({problem})."
         )
         voxels = batch_size * prod(patch_size)
-        return Probe({"": (batch_size, 2, *patch_size)}, 64 * 4 * voxels, 2 * 4 * voxels, {"": torch.float32})
+        return Probe(
+            {"": (batch_size, 2, *patch_size)}, 64 * 4 * voxels, 2 * 4 * voxels, {"": torch.float32}, guessed=True
+        )
 
     def _note(self, text: str) -> None:
         if text not in self._notes:

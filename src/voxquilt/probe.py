@@ -3,6 +3,7 @@
 The forward pass runs on tensors that have shapes and no data, while the bytes of those that are alive are counted.
 """
 
+import logging
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,12 +36,14 @@ class Probe:
         peak_bytes: The most memory at any time beside the weights and the batch, outputs included.
         output_bytes: Of the outputs.
         types: Of each output, such as torch.float32.
+        guessed: Whether it is no more than a guess, of a network that cannot be asked.
     """
 
     outputs: dict[str, Shape]
     peak_bytes: int
     output_bytes: int
     types: dict[str, torch.dtype]
+    guessed: bool = False
 
 
 def probe(
@@ -71,6 +74,9 @@ def probe(
     training = [module for module in network.modules() if module.training]
     network.eval()
     counter = _Counter(blocked=kind == "cpu")
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # which prints a traceback of what is raised
+    level = log.level
+    log.setLevel(logging.CRITICAL)
     try:
         with torch.inference_mode(), FakeTensorMode(allow_non_fake_inputs=True):
             batch = torch.empty(batch_size, channels, *patch_size, dtype=dtype)
@@ -78,6 +84,7 @@ def probe(
                 outputs = network(batch)
             return _described(outputs, counter.peak)
     finally:
+        log.setLevel(level)
         for module in training:
             module.training = True
 

@@ -16,7 +16,6 @@ from voxquilt.datamodule import GridDataModule
 from voxquilt.dryrun import DryRun
 from voxquilt.errors import ConfigError, VoxquiltError
 from voxquilt.evaluation import Evaluation, write_scores
-from voxquilt.fits import check_fits
 from voxquilt.inherit import check_images
 from voxquilt.launch import is_external, is_first
 from voxquilt.lock import locked
@@ -25,7 +24,6 @@ from voxquilt.processes import SpawnedLogging, attended, quiet
 from voxquilt.progress import only_json
 from voxquilt.report import print_scores, print_table
 from voxquilt.resume import Resume
-from voxquilt.subject import ScalarImage
 from voxquilt.writer import VolumeWriter
 
 DONE, FAILED = 0, 1
@@ -66,7 +64,6 @@ def run(plain: Mapping[str, Any], inherited: Mapping[str, Any]) -> int:
     model = build(plain["model"], "model")
     if is_first() and not is_external():
         check_images(inherited.get("images", []), data.cases)
-        _check_fits(model, data, plain["stitch"].get("class_names"))
     stitch = build(plain["stitch"], "stitch")
     writer: VolumeWriter = build(
         plain["callbacks"]["writer"], "callbacks.writer", stitch=stitch, configuration=dict(plain)
@@ -89,17 +86,6 @@ def run(plain: Mapping[str, Any], inherited: Mapping[str, Any]) -> int:
         if is_first() and not is_external():
             claim()
         return _predict(trainer, model, data, writer, options["surface_tolerance"], table=not as_json)
-
-
-def _check_fits(model: LightningModule, data: GridDataModule, class_names: Any) -> None:
-    """Of the first subject whose headers can be read; the run finds out what is wrong with the others."""
-    for case in data.cases:
-        try:
-            channels = sum(ScalarImage(path).shape[0] for path in case.images.values())
-        except VoxquiltError:
-            continue
-        check_fits(model, list(case.images), channels, data.patch_size, class_names)
-        return
 
 
 def _predict(

@@ -10,7 +10,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from voxquilt.errors import ConfigError, VoxquiltError
+from voxquilt.fits import check_fits
 from voxquilt.geometry import Triple
+from voxquilt.module import PatchPredictor
 from voxquilt.needs import MIB, Settings
 from voxquilt.plan import MOST, Planned, Planner
 from voxquilt.stitch import Stitch
@@ -54,7 +56,7 @@ def settled(
         fails by that.
 
     Raises:
-        ConfigError: the run cannot fit; what would make it fit is said.
+        ConfigError: the run cannot fit, or network and patches do not fit each other; what would fit is said.
     """
     group, of, auto = data.plan.group, data.plan.extent, data.batch_size == AUTO
     settings = settings_of(data, writer, writer.stitch, trainer.strategy.root_device)
@@ -73,6 +75,10 @@ def settled(
         data.batch_size = min(group.gather(_tried(largest) or 1 if of.channels else 1))
         settings = replace(settings, batch_size=data.batch_size)
     found = _tried(lambda: planner(settings).plan()) if of.channels else None
+    if found is not None and isinstance(module, PatchPredictor):
+        known = None if found.probe.guessed else found.probe
+        images, names = list(data.plan.cases[0].images), writer.stitch.class_names
+        check_fits(module.network, images, of.channels, data.patch_size, names, known)
     reasons = list(filter(None, group.gather(found.refusal if found else None)))
     if reasons and refuse:
         raise ConfigError(reasons[0])
