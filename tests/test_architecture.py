@@ -34,8 +34,8 @@ ORDER = [
     *("fits", "carried", "archive", "exported", "weights", "module"),
     *("room", "needs", "plan", "settle", "timing"),
     *("overlay", "metrics", "validation", "splits", "patches", "traindata", "training", "board"),
-    *("files", "team", "cohort", "record", "writer", "dryrun", "processes", "evaluation", "charts", "report"),
-    *("fetch", "datasets"),
+    *("files", "team", "cohort", "record", "tally", "progress", "events", "writer", "dryrun"),
+    *("processes", "evaluation", "charts", "report", "fetch", "datasets"),
     *("overrides", "explain", "sections", "config", "trainconfig", "inherit", "build", "fit", "app"),
 ]
 CORE = ORDER[: ORDER.index("space") + 1]

@@ -474,7 +474,7 @@ def test_predictions_are_not_kept(tmp_path: Path) -> None:
 
     (row,) = predict(tmp_path / "out", tmp_path / "in", Counting())
     assert row["patches"] == "36"
-    assert alive.all == 36
+    assert alive.all == 36 + 1  # once it is asked for its outputs without voxels
     assert alive.most <= 2
 
 
@@ -530,7 +530,7 @@ def test_what_is_left_of_a_failed_subject_is_not_predicted(tmp_path: Path) -> No
 
     rows = predict(tmp_path / "out", tmp_path / "in", Failing())
     assert errors(rows) == {"a": "ValueError: always"}
-    assert len(calls) <= 2
+    assert len(calls) <= 2 + 1  # once it is asked for its outputs without voxels
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -181,10 +181,15 @@ def run_predict(cfg: DictConfig) -> int:
     if plain["run"].get("status"):
         cases = find_cases(plain["data"].get("inputs"), plain["data"].get("images"), [LABEL])
         return print_status(cases, folder, shard[1])
-    from voxquilt.processes import SpawnedLogging, quiet
+    from voxquilt.processes import SpawnedLogging, attended, quiet
 
     quiet()
     run = plain["run"]
+    as_json = run["log"] == "json"
+    if as_json:
+        from voxquilt.progress import only_json
+
+        only_json()
     if run.get("seed") is not None:
         from lightning.pytorch import seed_everything
 
@@ -206,16 +211,22 @@ def run_predict(cfg: DictConfig) -> int:
     stitch = build(plain["stitch"], "stitch")
     writer = build(plain["callbacks"]["writer"], "callbacks.writer", stitch=stitch, configuration=plain)
     others = {name: node for name, node in plain["callbacks"].items() if node and name != "writer"}
-    sink = _dry_run(data, writer, timed=dry == "time") if dry else writer
-    callbacks = [sink, SpawnedLogging(), *(build(node, f"callbacks.{name}") for name, node in others.items())]
-    trainer = build(plain["trainer"], "trainer", callbacks=callbacks, logger=False)
+    sink = _dry_run(data, writer, timed=dry == "time", as_json=as_json) if dry else writer
+    callbacks = [
+        sink,
+        SpawnedLogging(to_stderr=as_json),
+        *(build(node, f"callbacks.{name}") for name, node in others.items()),
+    ]
+    logger = build(plain["logger"], "logger") if plain.get("logger") and not dry else False
+    trainer = build(plain["trainer"], "trainer", callbacks=callbacks, logger=logger)
     if dry:
-        trainer.predict(model, datamodule=data, return_predictions=False)
+        with attended(trainer):
+            trainer.predict(model, datamodule=data, return_predictions=False)
         return DONE
     with locks:
         if is_first() and not is_external():
             claim()
-        return _predict(trainer, model, data, writer, run["surface_tolerance"])
+        return _predict(trainer, model, data, writer, run["surface_tolerance"], table=not as_json)
 
 
 def _check_fits(model: Any, data: Any, class_names: Any) -> None:
@@ -232,14 +243,14 @@ def _check_fits(model: Any, data: Any, class_names: Any) -> None:
         return
 
 
-def _dry_run(data: Any, writer: Any, *, timed: bool) -> Any:
+def _dry_run(data: Any, writer: Any, *, timed: bool, as_json: bool) -> Any:
     from voxquilt.dryrun import DryRun
 
     data.detailed = True
-    return DryRun(writer, timed=timed)
+    return DryRun(writer, timed=timed, as_json=as_json)
 
 
-def _predict(trainer: Any, model: Any, data: Any, writer: Any, tolerance: float) -> int:
+def _predict(trainer: Any, model: Any, data: Any, writer: Any, tolerance: float, *, table: bool) -> int:
     """Run, and say how it ended; what is on disk tells it, also where the run was in other processes than this."""
     from voxquilt.processes import attended
     from voxquilt.report import print_table
@@ -259,7 +270,8 @@ def _predict(trainer: Any, model: Any, data: Any, writer: Any, tolerance: float)
     rows = read_rows([writer.output_dir / of_shard("manifest.csv", data.shard)])
     ours = [rows[case.subject] for case in data.cases if case.subject in rows]
     status = max(writer.status, outcome.get("exit_status") or 0)
-    print_table(ours, writer.output_dir, outcome.get("subjects", len(ours)))
+    if table:
+        print_table(ours, writer.output_dir, outcome.get("subjects", len(ours)))
     if outcome.get("status") == "stopped":
         left = f"{outcome['missing']} subjects are left: the same command goes on."
         # Where the run broke off, the reason was printed as the error that it was.

@@ -86,13 +86,16 @@ class Cohort:
     def take(self, outputs: Any, batch: PatchBatch) -> None:
         """Feed a batch's outputs to its subjects; hand over those that are complete."""
         self._drain()
-        self._meter.count(batch.data)
+        self._meter.count(batch.data, {run.work.task.case.subject: run.stop - run.start for run in batch.runs})
         for run in batch.runs:
             if not run.work.failed:
                 try:
                     self._add_somewhere(batch.named(outputs), run)
                 except Exception as error:
                     self._fail(run.work, error)
+        news = self._meter.news()
+        if news is not None:
+            self.line.report({"news": news})
 
     def to_host(self) -> bool:
         """Move all sums to the host, where the device's memory was too small; False if they were there."""

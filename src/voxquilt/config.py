@@ -43,10 +43,10 @@ _KEYS = {
     "stitch": {"overlap_mode", "products", "compare", "activation", "threshold", "restore", "fill", "class_names",
                "postprocess"},
     "run": {"on_error", "seed", "allowed_targets", "checkpoint_targets", "status", "distribute", "resume", "overwrite",
-            "content_hash", "dry_run", "surface_tolerance"},
+            "content_hash", "dry_run", "log", "surface_tolerance"},
     "shard": {"index", "count"},
 }  # fmt: skip
-_SECTIONS = (*_KEYS, "model", "callbacks", "trainer", "ckpt_path", "output_dir", "experiment")
+_SECTIONS = (*_KEYS, "model", "callbacks", "logger", "trainer", "ckpt_path", "output_dir", "experiment")
 
 
 def check_predict(cfg: DictConfig) -> dict[str, Any]:

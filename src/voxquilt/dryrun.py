@@ -11,11 +11,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from voxquilt.datamodule import GridDataModule
-from voxquilt.errors import ConfigError
+from voxquilt.errors import ConfigError, reason_of
 from voxquilt.manifest import of_shard, write_json
 from voxquilt.needs import needs, voxels_of
 from voxquilt.outline import Outline, extent
 from voxquilt.plan import Planned
+from voxquilt.progress import say
 from voxquilt.settle import settled
 from voxquilt.timing import Rates, measure
 from voxquilt.writer import VolumeWriter
@@ -30,10 +31,13 @@ class DryRun(Callback):
     Args:
         writer: What would have written.
         timed: Also predict a few patches, to say how long the run would take.
+        as_json: Print the plan as a line of JSON.
     """
 
-    def __init__(self, writer: VolumeWriter, *, timed: bool) -> None:
-        self._writer, self._timed = writer, timed
+    def __init__(self, writer: VolumeWriter, *, timed: bool, as_json: bool = False) -> None:
+        self._writer, self._timed, self._as_json = writer, timed, as_json
+        self._planned: Planned | None = None
+        self._problems: list[str] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Plan."""
@@ -54,22 +58,39 @@ class DryRun(Callback):
             "rank": group.rank, "subjects": len(data.plan.tasks), "load": round(data.plan.loads[group.rank], 1),
             "rates": rates, "room": self._planned.room if self._planned else None,
             "memory": self._planned.needs.memory if self._planned else 0,
-            "tasks": [[task.number, len(task.team) or 1] for task in data.plan.tasks],
+            "problems": self._problems, "tasks": [[task.number, len(task.team) or 1] for task in data.plan.tasks],
         }  # fmt: skip
         ranks = group.gather(mine)
         if group.rank == 0:
-            group.first(lambda: _say(data, self._planned, ranks, folder))
+            group.first(lambda: self._say(data, ranks))
         else:
             group.first(lambda: None)
+
+    def _say(self, data: GridDataModule, ranks: Sequence[dict[str, Any]]) -> None:
+        content = _content(data, self._planned, ranks)
+        folder = self._writer.output_dir
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / of_shard("plan.json", data.shard)
+        if data.shard[1] > 1:  # plan_of_<n>.json is what shards agreed on
+            path = folder / f"dry_{path.name}"
+        write_json(path, content)
+        if self._as_json:
+            say("plan", content)
+        else:
+            _print(content, self._planned, path)
 
     def _measured(self, trainer: Trainer, data: GridDataModule) -> Rates | None:
         # The smallest subject of this process that can be predicted.
         sizes = {task.number: data.size(task.case).patches for task in data.plan.tasks[:50]}
         for task in sorted(data.plan.tasks[:50], key=lambda task: (sizes[task.number] < 2, sizes[task.number]))[:3]:
             of = data.size(task.case).outline
-            if of is not None:
-                writer = self._writer
+            if of is None:
+                continue
+            writer = self._writer
+            try:
                 return measure(trainer, data, writer.stitch, task, of.file, writer.output_dir, writer.form.suffix)
+            except Exception as error:  # as in a run, it costs this subject; other processes wait for a word
+                self._problems.append(f"{task.case.subject} cannot be timed: {reason_of(error)}")
         return None
 
 
@@ -80,7 +101,7 @@ def _data(trainer: Trainer) -> GridDataModule:
     return data
 
 
-def _say(data: GridDataModule, planned: Planned | None, ranks: Sequence[dict[str, Any]], folder: Path) -> None:
+def _content(data: GridDataModule, planned: Planned | None, ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     plan = data.plan
     outlines = [size.outline for size in plan.sizes]
     rates = [rank["rates"] for rank in ranks if rank["rates"] is not None]
@@ -105,18 +126,15 @@ def _say(data: GridDataModule, planned: Planned | None, ranks: Sequence[dict[str
         "seconds": max((one["seconds"] for one in told if one["seconds"] is not None), default=None),
     }
     refusal = planned.refusal if planned else None
-    content = total | {
+    known = planned.as_json() if planned else {"notes": ["there is nothing to predict, or no header can be read."]}
+    known["notes"] = [*known["notes"], *(problem for rank in ranks for problem in rank["problems"])]
+    return total | {
         "fits": refusal is None,
         "refusal": refusal or "",
-        **(planned.as_json() if planned else {"notes": ["there is nothing to predict, or no header can be read."]}),
+        **known,
         "ranks": told,
         "per_subject": subjects,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    # Not plan_<i>_of_<n>.json, where shards keep what they agreed on.
-    path = folder / of_shard("plan.json", data.shard)
-    write_json(path, content)
-    _print(content, planned, path)
 
 
 def _share(one: Outline | None, parts: int) -> Outline | None:
@@ -145,6 +163,8 @@ def _subject(name: str, one: Outline | None, planned: Planned | None, pace: Rate
 
 def _print(content: dict[str, Any], planned: Planned | None, path: Path) -> None:
     console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = max(console.width, 140)
     subjects = content["per_subject"]
     timed = any("seconds" in one for one in subjects)
     gpu = any(one.get("device") for one in subjects)
@@ -160,7 +180,7 @@ def _print(content: dict[str, Any], planned: Planned | None, path: Path) -> None
         cells = ["x".join(map(str, one["shape"])), "x".join(f"{mm:.3g}" for mm in one["spacing"]),
                  "x".join(map(str, one["model_shape"])), str(one["patches"]), _size(one["host"])]  # fmt: skip
         cells += [_size(one["device"])] * gpu + [_size(one["output"])]
-        cells += [f"{sum(one['seconds'].values()):.1f}"] * timed
+        cells += [f"{sum(one['seconds'].values()):.1f}"] if timed else []
         table.add_row(escape(one["subject"]), *cells)
     if subjects:
         console.print(table)

@@ -8,6 +8,7 @@ from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Shaped
 
 from voxquilt.batch import Work
 from voxquilt.cases import Case
@@ -67,10 +68,14 @@ class Files:
             path = self._checked(f"{subject}_overlay.png")
             overlay_png(read_header(work.file.path).read()[0].numpy(), labels[0], native.affine, path)
             outputs.append(path.name)
-        volume = None
+        volume, of_classes = None, dict[str, float]()
         if labels is not None:
-            voxel = abs(float(np.linalg.det(native.affine[:3, :3])))  # mm3, of sheared voxels too
-            volume = int(np.count_nonzero(labels.any(axis=0))) * voxel / 1000
+            ml = abs(float(np.linalg.det(native.affine[:3, :3]))) / 1000  # of sheared voxels too
+            voxels, counts = _counted(labels)
+            volume = voxels * ml
+            names = dict(enumerate(self._stitch.class_names or ()))
+            # Several labels a voxel are channels, counted from 0; without names, labels have their numbers.
+            of_classes = {str(names.get(n, n)): count * ml for n, count in counts.items()}
         return Row(
             subject,
             "done",
@@ -80,6 +85,7 @@ class Files:
             seconds=perf_counter() - work.started,
             volume_ml=volume,
             fingerprint=work.task.fingerprint,
+            class_ml=of_classes,
         )
 
     def _checked(self, name: str) -> Path:
@@ -96,6 +102,19 @@ class Files:
         # Asked for only where a file is there already: looking at every input of a large cohort, in every process, is
         # too much for a network's file system.
         return {_identity(path) for case in self._cases for path in case.images.values()} - {None}
+
+
+def _counted(labels: Shaped[np.ndarray, "c i j k"]) -> tuple[int, dict[int, int]]:
+    """Voxels with any label, and those of each: of each value above 0, or of each channel."""
+    if len(labels) > 1:
+        return int(np.count_nonzero(labels.any(axis=0))), {n: int(np.count_nonzero(c)) for n, c in enumerate(labels)}
+    counts = np.zeros(1, dtype=np.int64)
+    # Plane by plane, as they lie in memory: counting makes 8 bytes of each voxel.
+    for plane in np.moveaxis(labels[0], int(np.argmax(labels[0].strides)), 0):
+        found = np.bincount(plane.ravel(order="K"))
+        counts = np.pad(counts, (0, max(0, len(found) - len(counts))))
+        counts[: len(found)] += found
+    return int(counts[1:].sum()), {n: int(count) for n, count in enumerate(counts) if n and count}
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

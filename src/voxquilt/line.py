@@ -53,7 +53,7 @@ class Line(Protocol):
         ...
 
     def report(self, row: Message) -> None:
-        """Hand over what became of a subject."""
+        """Hand over what became of a subject, or how far it is."""
         ...
 
     def gather(self, summary: Message) -> list[Message]:

@@ -31,6 +31,7 @@ class Row:
         seconds: From the start of loading to the last file.
         error: Why it failed.
         volume_ml: Volume of all labels above 0, in millilitres; None without labels.
+        class_ml: Of each label above 0, by its name or number; not in the manifest.
     """
 
     subject: str
@@ -43,6 +44,7 @@ class Row:
     skipped: int = 0
     finished: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"))
     fingerprint: str = ""
+    class_ml: Mapping[str, float] = field(default_factory=dict)
 
 
 def of_shard(name: str, shard: tuple[int, int]) -> str:
@@ -103,7 +105,7 @@ class Manifest:
             _write(self.path, read_rows([self.path]).values())
 
 
-_HEADER = [field.name for field in fields(Row)]
+_HEADER = [field.name for field in fields(Row) if field.name != "class_ml"]
 
 
 def _write(path: Path, rows: Iterable[Row]) -> None:
@@ -118,7 +120,7 @@ def _cells(row: Row) -> list[Any]:
         "error": " ".join(row.error.split()),
         "volume_ml": "" if row.volume_ml is None else f"{row.volume_ml:.3f}",
     }
-    return list(values.values())
+    return [values[name] for name in _HEADER]
 
 
 def _line(cells: list[Any]) -> str:

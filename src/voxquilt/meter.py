@@ -2,6 +2,7 @@
 
 import platform
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -13,6 +14,9 @@ try:
     import resource
 except ImportError:  # Windows
     resource = None
+
+# Seconds between two messages, of rank 0 to itself and of the others to it.
+_EVERY = (0.25, 1.0)
 
 
 @dataclass
@@ -27,6 +31,9 @@ class Meter:
     rank: int
     device: torch.device
     _patches: int = 0
+    _of: dict[str, int] = field(default_factory=dict)
+    _touched: set[str] = field(default_factory=set)
+    _told: float = 0.0
     _voxels: int = 0
     _began: float = field(default_factory=perf_counter)
 
@@ -34,10 +41,22 @@ class Meter:
         """Leave out the time until now."""
         self._began = perf_counter()
 
-    def count(self, patches: Tensor) -> None:
-        """A (B, C, I, J, K) batch has been predicted."""
+    def count(self, patches: Tensor, subjects: Mapping[str, int]) -> None:
+        """A (B, C, I, J, K) batch has been predicted, of which each subject has so many."""
         self._patches += len(patches)
         self._voxels += patches[:, 0].numel()
+        for subject, count in subjects.items():
+            self._of[subject] = self._of.get(subject, 0) + count
+            self._touched.add(subject)
+
+    def news(self) -> dict[str, Any] | None:
+        """What others do not know yet, for `voxquilt.tally.Tally`; None where it was told a moment ago."""
+        if perf_counter() - self._told < _EVERY[self.rank > 0]:
+            return None
+        touched, self._touched, self._told = self._touched, set(), perf_counter()
+        # Subjects that are over are not counted any further.
+        of, self._of = {one: self._of[one] for one in touched}, {one: self._of[one] for one in touched}
+        return {"rank": self.rank, "predicted": self._patches, "of": of}
 
     def summary(self) -> dict[str, Any]:
         """For the record: memory in MiB, seconds since the loop began."""

@@ -16,6 +16,7 @@ AVERAGES = ("logits", "probabilities")
 NONFINITE = ("error", "zero")
 ON_ERROR = ("skip", "raise")
 TASKS = ("segmentation", "multilabel", "image")
+LOGS = ("auto", "rich", "plain", "json")
 DISTRIBUTE = ("subject", "slab", "auto")
 PADDING_MODES = (
     "constant", "edge", "linear_ramp", "maximum", "mean", "median", "minimum", "reflect", "symmetric", "wrap", "empty",

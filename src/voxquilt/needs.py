@@ -18,7 +18,7 @@ _LATE, _PIECES = 70 * MIB, 60 * MIB
 # Tensors up to 32 MiB are kept by malloc when they are freed, at most so much in all.
 _KEPT = 110 * MIB
 # Typical sizes of a packed .nii.gz beside its voxels, measured on this project's images; see docs/memory.md.
-_PACKED = {"labels": 0.02, "probabilities": 0.35, "entropy": 0.35, "disagreement": 0.4}
+_PACKED = {"labels": 0.04, "probabilities": 0.75}
 _PACKED_OTHER = 0.9
 
 

@@ -124,7 +124,7 @@ class Planner:
         if over is None:
             return None
         ways = [said for said, changed, stitch in self._ways(settings) if self._fits(changed, stitch)]
-        advice = f"It would with {ways[0]}." if ways else "No single setting does it; use a larger machine or disk."
+        advice = f"It fits with {ways[0]}." if ways else "No single setting does it; use a larger machine or disk."
         return f"{over} {advice} (run.dry_run=true shows what takes how much. Nothing was started.)"
 
     def _over(self, required: Needs) -> str | None:

@@ -29,12 +29,20 @@ def quiet() -> None:
 
 
 class SpawnedLogging(Callback):
-    """Has processes of ddp_spawn print what others print: they start without Hydra's logging."""
+    """Has processes of ddp_spawn print what others print: they start without Hydra's logging.
+
+    Args:
+        to_stderr: What is logged, since stdout is for JSON.
+    """
+
+    def __init__(self, *, to_stderr: bool = False) -> None:
+        self._to_stderr = to_stderr
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """The first thing that can be done there."""
         if not logging.getLogger().handlers:
-            logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
+            stream = sys.stderr if self._to_stderr else sys.stdout
+            logging.basicConfig(stream=stream, level=logging.INFO, format="%(message)s")
             quiet()
 
 

@@ -39,6 +39,8 @@ class Record:
         folder.mkdir(parents=True, exist_ok=True)
         self.rows: list[Row] = list(plan.done)
         """Of this run's subjects."""
+        self.outcome: dict[str, Any] = {}
+        """What `close` wrote to run.json."""
         self._plan = plan
         self._began = perf_counter()
         self._path = folder / of_shard("run.json", shard)
@@ -112,27 +114,24 @@ class Record:
         status = stop.status if stop else int(failed > 0)
         seconds = max((summary.get("seconds", 0.0) for summary in summaries), default=0.0)
         patches, voxels = (sum(summary.get(key, 0) for summary in summaries) for key in ("patches", "voxels"))
-        write_json(
-            self._path,
-            self._content
-            | {
-                "status": "stopped" if stop else "finished",
-                "exit_status": status,
-                "reason": stop.reason if stop else "",
-                "ended": _now(),
-                "done": sum(row.status == "done" for row in rows),
-                "skipped": sum(row.status == "skipped" for row in rows),
-                "failed": failed,
-                "missing": self._content["subjects"] - len(rows),
-                "patches": sum(row.patches for row in rows if row.status == "done"),
-                "patches_skipped": sum(row.skipped for row in rows if row.status == "done"),
-                "seconds": round(perf_counter() - self._began, 3),
-                "patches_per_second": _rate(patches, seconds),
-                "voxels_per_second": _rate(voxels, seconds),
-                "ranks": list(summaries),
-                "replaces": {name: self._before[name] for name in self._before if name not in made},
-            },
-        )
+        self.outcome = self._content | {
+            "status": "stopped" if stop else "finished",
+            "exit_status": status,
+            "reason": stop.reason if stop else "",
+            "ended": _now(),
+            "done": sum(row.status == "done" for row in rows),
+            "skipped": sum(row.status == "skipped" for row in rows),
+            "failed": failed,
+            "missing": self._content["subjects"] - len(rows),
+            "patches": sum(row.patches for row in rows if row.status == "done"),
+            "patches_skipped": sum(row.skipped for row in rows if row.status == "done"),
+            "seconds": round(perf_counter() - self._began, 3),
+            "patches_per_second": _rate(patches, seconds),
+            "voxels_per_second": _rate(voxels, seconds),
+            "ranks": list(summaries),
+            "replaces": {name: self._before[name] for name in self._before if name not in made},
+        }
+        write_json(self._path, self.outcome)
         return status
 
 

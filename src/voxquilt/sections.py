@@ -15,6 +15,7 @@ from voxquilt.names import (
     ACTIVATIONS,
     AVERAGES,
     DISTRIBUTE,
+    LOGS,
     NONFINITE,
     OFFLOAD,
     ON_ERROR,
@@ -134,6 +135,7 @@ def check_run(run: Mapping[str, Any]) -> None:
     """How a run behaves."""
     check_word(run, "on_error", ON_ERROR, "run.on_error")
     check_word(run, "distribute", DISTRIBUTE, "run.distribute")
+    check_word(run, "log", LOGS, "run.log")
     tolerance = run.get("surface_tolerance", 1.0)
     if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 <= tolerance < float("inf"):
         raise ConfigError(f"run.surface_tolerance must be a number of mm from 0; it is {tolerance!r}.")

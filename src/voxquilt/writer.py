@@ -1,7 +1,7 @@
 """From a predict loop to files: the callback that quilts each subject's outputs and keeps the manifest."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,18 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from voxquilt.cohort import Cohort
 from voxquilt.datamodule import GridDataModule
 from voxquilt.errors import ConfigError, OutputError, RunError
+from voxquilt.events import Events
 from voxquilt.files import Files, Format
 from voxquilt.launch import disarm_observer
 from voxquilt.line import BROKEN, Alone, Hub, Line, Message, Spoke, Stop
 from voxquilt.manifest import Row
-from voxquilt.names import ON_ERROR, check_name
+from voxquilt.names import LOGS, ON_ERROR, check_name
+from voxquilt.progress import Show, make_show
 from voxquilt.record import Record
 from voxquilt.settle import settled
 from voxquilt.signals import Signals
 from voxquilt.stitch import Stitch
+from voxquilt.tally import Tally
 from voxquilt.volumes import Scratch
 
 log = logging.getLogger("voxquilt")
@@ -41,10 +44,12 @@ class VolumeWriter(Callback):
         compress: .nii.gz, else .nii.
         in_memory: MiB; a product that is larger waits in an unnamed file in output_dir until it is written. None is an
             eighth of the memory that is free when the writer is made: up to three subjects are held at a time.
+        log: What is shown while the run goes on: 'rich' bars, 'plain' lines, 'json' objects on stdout; 'auto' shows
+            bars on a terminal.
         configuration: For run.json.
 
     Raises:
-        ConfigError: on_error is unknown.
+        ConfigError: on_error or log is unknown.
     """
 
     def __init__(
@@ -56,6 +61,7 @@ class VolumeWriter(Callback):
         overlay: bool = False,
         compress: bool = True,
         in_memory: float | None = None,
+        log: str = "auto",
         configuration: Mapping[str, Any] | None = None,
     ) -> None:
         self.output_dir = Path(output_dir).expanduser().resolve()
@@ -67,6 +73,7 @@ class VolumeWriter(Callback):
         self.status = 0
         """The exit status of the last run: 0 all done, 1 some failed or it broke off, 128 + n after signal n."""
         self._raise = check_name(on_error, ON_ERROR, "on_error") == "raise"
+        self._log = check_name(log, LOGS, "run.log")
         self._configuration = dict(configuration or {})
         self._run: _Run | None = None
 
@@ -80,7 +87,12 @@ class VolumeWriter(Callback):
         if not isinstance(data, GridDataModule):
             raise ConfigError(f"VolumeWriter needs a GridDataModule at predict; the trainer has {type(data).__name__}.")
         settled(trainer, pl_module, data, self)
-        line, record = _connected(self.output_dir, data, self._configuration)
+        shown: list[_Shown] = []
+        if data.plan.group.rank == 0:
+            planned = {one: size.patches - 1 for one, size in zip(data.plan.everything, data.plan.sizes, strict=True)}
+            events = Events(trainer, self.output_dir, data.plan.cases)
+            shown = [_Shown(make_show(self._log), Tally(planned, data.plan.group.size), events)]
+        line, record = _connected(self.output_dir, data, self._configuration, shown)
         data.stop_when(lambda: line.stop is not None)
         self.rows = record.rows if record else []
         files = Files(self.output_dir, self.stitch, self.form, data.plan.cases)
@@ -88,7 +100,9 @@ class VolumeWriter(Callback):
         # Here, since the first subjects are loaded before on_predict_start, and what fails there has to be told.
         cohort = Cohort(data, self.stitch, files, scratch, line, raise_first=self._raise, device=device)
         signals = Signals(lambda name, status: line.ask_stop(Stop(name, status)))
-        self._run = _Run(data.plan.group.rank, line, record, cohort, signals)
+        self._run = _Run(data.plan.group.rank, line, record, cohort, signals, shown)
+        for one in shown:
+            one.show.start(one.tally)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin, once all processes are there."""
@@ -153,6 +167,7 @@ class _Run:
         record: Of the run, on rank 0.
         cohort: The process's subjects.
         signals: Ask it to stop.
+        shown: What people see of it, on rank 0.
     """
 
     rank: int
@@ -160,6 +175,7 @@ class _Run:
     record: Record | None
     cohort: Cohort
     signals: Signals
+    shown: list["_Shown"]
 
     def begin(self) -> None:
         """The first batch comes next."""
@@ -194,30 +210,65 @@ class _Run:
         return Stop(f"rank {self.rank}: {type(exception).__name__}: {exception}", BROKEN)
 
     def _settle(self, summary: Message) -> int:
+        status = BROKEN
         try:
             summaries = self.line.gather(summary)
-            return self.line.settle(self._close_record(summaries))
+            status = self.line.settle(self._close_record(summaries))
         except RunError as error:
             log.error("%s", error)
-            return BROKEN
         finally:
+            for one in self.shown:
+                one.show.end(one.tally, status)
             self.signals.release()
+        return status
 
     def _close_record(self, summaries: list[Message]) -> int:
         try:
-            return self.record.close(summaries, self.line.stop) if self.record else 0
+            status = self.record.close(summaries, self.line.stop) if self.record else 0
+            for one in self.shown:
+                one.events.end(self.record.outcome if self.record else {}, summaries)
+            return status
         except OutputError as error:  # a disk that is full at the very end
             self.line.ask_stop(Stop(str(error), BROKEN))
             return BROKEN
 
 
-def _connected(folder: Path, data: GridDataModule, configuration: Mapping[str, Any]) -> tuple[Line, Record | None]:
+@dataclass(frozen=True)
+class _Shown:
+    """What rank 0 shows of a run."""
+
+    show: Show
+    tally: Tally
+    events: Events
+
+    def take(self, row: Row) -> None:
+        """A subject is done or has failed."""
+        self.tally.row(row)
+        self.show.row(row, self.tally)
+        self.events.row(row)
+
+    def news(self, message: Message) -> None:
+        """A process got on."""
+        self.tally.news(message)
+        self.show.moved(self.tally)
+
+
+def _connected(
+    folder: Path, data: GridDataModule, configuration: Mapping[str, Any], shown: Sequence[_Shown]
+) -> tuple[Line, Record | None]:
     """The line between the processes, and on rank 0 the record that it feeds."""
     group, records = data.plan.group, list[Record]()
     hubs: list[Hub] = []
 
     def take(row: Message) -> None:
-        records[0].add(Row(**{**row, "outputs": tuple(row["outputs"])}))
+        if "news" in row:
+            for one in shown:
+                one.news(row["news"])
+            return
+        made = Row(**{**row, "outputs": tuple(row["outputs"])})
+        records[0].add(made)
+        for one in shown:
+            one.take(made)
 
     def opened() -> tuple[str, int, bytes] | None:
         records.append(Record(folder, data.plan, data.shard, configuration))

@@ -1,0 +1,324 @@
+"""Laws of the plan: it tells from headers what a run then does, refuses what cannot fit, and leaves no volume."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import pytest
+import torch
+from forks import Server, checked
+from lightning.pytorch import Trainer
+from synthetic import ROOT, Over50, noise, read, save
+
+from voxquilt.datamodule import GridDataModule
+from voxquilt.module import PatchPredictor
+from voxquilt.needs import MIB, Settings, forms, needs, voxels_of
+from voxquilt.outline import Extent, extent, together
+from voxquilt.plan import Planner, Room
+from voxquilt.preprocess import Preprocess
+from voxquilt.probe import Probe
+from voxquilt.room import disk_free, memory_available
+from voxquilt.stitch import Stitch
+
+NETWORK = ("model=state_dict", "model.net._target_=synthetic.Over50", "ckpt_path=null")
+JOB = ("data.inputs=in", *NETWORK, "data.patch_size=8", "data.patch_overlap=4", "data.batch_size=3")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five subjects of different sizes."""
+    folder = tmp_path_factory.mktemp("place")
+    for n in range(5):
+        save(folder / f"in/s{n}.nii.gz", noise((12 + 5 * n, 17, 14), n), np.diag([-1.0, 1.3, 0.8, 1.0]))
+    return folder
+
+
+def plan(folder: Path, name: str = "plan.json") -> dict[str, object]:
+    return json.loads((folder / name).read_text())
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_plan_tells_what_the_run_then_does(ranks: int, place: Path, tmp_path: Path, forks: Server) -> None:
+    """Patches of every subject, shapes, loads of ranks; nothing but plan.json is left."""
+    out = f"output_dir={tmp_path / 'out'}"
+    job = forks.start(*JOB, out, "run.dry_run=true", "preprocess.spacing=1.1", cwd=place, ranks=ranks)
+    assert checked(job.wait()) == 0, job.text
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["plan.json"]
+    told = plan(tmp_path / "out")
+    job = forks.start(*JOB, out, "preprocess.spacing=1.1", cwd=place, ranks=ranks)
+    assert checked(job.wait()) == 0, job.text
+    record = json.loads((tmp_path / "out/run.json").read_text())
+    assert told["patches"] == record["patches"]
+    assert [rank["load"] - rank["subjects"] for rank in told["ranks"]] == [rank["patches"] for rank in record["ranks"]]
+    for one in told["per_subject"]:
+        made = read(tmp_path / f"out/{one['subject']}_labels.nii.gz")
+        assert one["shape"] == list(made.shape)
+        assert one["output_at_most"] == made.nbytes
+        assert one["spacing"] == [1.0, 1.3, 0.8]
+        assert one["model_shape"] == [round(n * mm / 1.1) for n, mm in zip(made.shape, [1.0, 1.3, 0.8], strict=True)]
+    assert told["outputs"] == {"": [3, 2, 8, 8, 8]}
+    assert told["fits"]
+
+
+def test_done_subjects_and_other_shards_are_no_part_of_a_plan(place: Path, tmp_path: Path, forks: Server) -> None:
+    """What is left of a run; and what a shard has to do."""
+    out = f"output_dir={tmp_path / 'out'}"
+    (tmp_path / "some").mkdir()
+    for n in (1, 3):
+        (tmp_path / f"some/s{n}.nii.gz").symlink_to(place / f"in/s{n}.nii.gz")
+    assert forks.start(*JOB, out, cwd=place).wait() == [0]
+    (tmp_path / "out/s2_labels.nii.gz").unlink()
+    assert forks.start(*JOB, out, "run.dry_run=true", cwd=place).wait() == [0]
+    told = plan(tmp_path / "out")
+    assert [one["subject"] for one in told["per_subject"]] == ["s2"]
+    assert told["done_before"] == 4
+    shares: list[str] = []
+    for index in range(2):
+        words = (f"shard.index={index}", "shard.count=2", f"output_dir={tmp_path / 'shards'}", "run.dry_run=true")
+        assert forks.start(*JOB, *words, cwd=place).wait() == [0]
+        shares += [s["subject"] for s in plan(tmp_path / "shards", f"dry_plan_{index}_of_2.json")["per_subject"]]
+    assert sorted(shares) == [f"s{n}" for n in range(5)]
+
+
+def test_a_timed_plan_writes_no_volume(place: Path, tmp_path: Path, forks: Server) -> None:
+    """It says seconds of each subject and process."""
+    out = f"output_dir={tmp_path / 'out'}"
+    job = forks.start(*JOB, out, "run.dry_run=time", cwd=place, ranks=2)
+    assert checked(job.wait()) == 0, job.text
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["plan.json"]
+    told = plan(tmp_path / "out")
+    assert all(rank["seconds"] > 0 for rank in told["ranks"])
+    assert told["seconds"] == max(rank["seconds"] for rank in told["ranks"])
+    assert {"reading", "patches", "writing"} == set(told["per_subject"][0]["seconds"])
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_made(place: Path, tmp_path: Path, forks: Server) -> None:
+    """Status 2, one message with what would fit; a dry run says the same and ends with 0."""
+    words = (*JOB, f"output_dir={tmp_path / 'out'}", "data.patch_size=256", "data.batch_size=4096")
+    job = forks.start(*words, cwd=place)
+    assert job.wait() == [2]
+    assert "does not fit the host's memory: it needs " in job.text
+    assert "It fits with data.batch_size=" in job.text
+    assert "Traceback" not in job.text
+    assert [path.name for path in (tmp_path / "out").glob("[!.]*")] == []
+    job = forks.start(*words, cwd=place, ranks=2)
+    assert checked(job.wait()) == 2
+    assert job.text.count("does not fit the host's memory") == 1
+    assert forks.start(*words, "run.dry_run=true", cwd=place).wait() == [0]
+    told = plan(tmp_path / "out")
+    assert "does not fit" in told["refusal"]
+    assert not told["fits"]
+
+
+def test_batch_sizes_are_found(place: Path, tmp_path: Path, forks: Server) -> None:
+    """As many patches as keep a CPU busy, one number for all processes; the same files."""
+    for ranks in (1, 2):
+        out = tmp_path / f"out{ranks}"
+        job = forks.start(*JOB, "data.batch_size=auto", f"output_dir={out}", cwd=place, ranks=ranks)
+        assert checked(job.wait()) == 0, job.text
+        np.testing.assert_array_equal(read(out / "s4_labels.nii.gz"), noise((32, 17, 14), 4) > 50)
+
+
+def test_each_header_is_read_once_before_a_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the one process there is, whatever is planned."""
+    read_by: list[str] = []
+    original = GridDataModule.size
+
+    def size(self: GridDataModule, case: object, ranks: int = 1) -> object:
+        read_by.append(case.subject)  # type: ignore[attr-defined]
+        return original(self, case, ranks)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(GridDataModule, "size", size)
+    data = GridDataModule(str(place / "in"), 8, 4)
+    data.setup("predict")
+    assert sorted(read_by) == [f"s{n}" for n in range(5)]
+    assert data.plan.extent.patches == sum(size.patches - 1 for size in data.plan.sizes)
+    assert data.plan.loads == [sum(size.patches for size in data.plan.sizes)]
+
+
+def test_two_thousand_small_subjects_are_planned_in_a_moment(place: Path, tmp_path: Path) -> None:
+    """Under 20 ms each, whatever else this machine does."""
+    scans = tmp_path / "in"
+    scans.mkdir()
+    save(tmp_path / "one.nii", noise((8, 8, 8)))
+    for n in range(2000):
+        (scans / f"s{n:04}.nii").hardlink_to(tmp_path / "one.nii")
+    data = GridDataModule(str(scans), 8, 4)
+    began = perf_counter()
+    data.setup("predict")
+    assert perf_counter() - began < 2000 * 0.02
+    assert data.plan.extent.subjects == 2000
+
+
+# What is needed
+
+
+SETTINGS = Settings((8, 8, 8), 2, 1, 2**40, True, 500 * MIB)
+ONE = Extent(subjects=1, patches=27, voxels=10**6, file=10**6, largest=10**6, channels=1, ring=10**5, loaded=10**6)
+
+
+def passed(channels: int) -> Probe:
+    return Probe({"": (2, channels, 8, 8, 8)}, 10**6, 10**5, {"": torch.float32})
+
+
+@pytest.mark.parametrize(
+    ("stitch", "channels", "made", "sums"),
+    [
+        (Stitch(), 3, {"labels": 1}, 3 * 4),
+        (Stitch(), 1, {"image": 4}, 4),
+        (Stitch(), 300, {"labels": 2}, 300 * 4),
+        (Stitch(products=["labels", "probabilities", "entropy"]), 3,
+         {"labels": 1, "probabilities": 12, "entropy": 4}, 12),
+        (Stitch(products=["disagreement"]), 3, {"disagreement": 4}, (3 + 1) * 4),
+        (Stitch(compare=["crop"]), 3, {"labels": 1, "labels_crop": 1}, 2 * 3 * 4),
+        (Stitch(products=["labels", "disagreement"], activation="sigmoid"), 2, {"labels": 2, "disagreement": 8},
+         (2 + 2 * 2) * 4),
+    ],
+)  # fmt: skip
+def test_products_and_sums_take_what_quilts_take(
+    stitch: Stitch, channels: int, made: dict[str, int], sums: float
+) -> None:
+    """Bytes of a voxel, for each product and of the ring."""
+    become = forms(stitch, {"": (2, channels, 8, 8, 8)}, (8, 8, 8))
+    assert {one.name: one.voxel_bytes for one in become.made} == made
+    assert become.sums == sums
+
+
+def test_a_smaller_output_takes_less() -> None:
+    """Half along each axis: an eighth of the sums."""
+    assert forms(Stitch(), {"": (2, 4, 4, 4, 4)}, (8, 8, 8)).sums == 4 * 4 / 8
+
+
+def test_what_is_large_waits_on_disk() -> None:
+    """Not in memory, and room for it is needed beside the outputs."""
+    become = forms(Stitch(products=["probabilities"]), passed(3).outputs, (8, 8, 8))
+    small, large = (needs(ONE, passed(3), become, SETTINGS.__class__(**{**vars(SETTINGS), "in_memory": limit}))
+                    for limit in (2**40, 0))  # fmt: skip
+    assert small.host["products"] - large.host["products"] == 12 * 10**6
+    assert (small.scratch, large.scratch) == (0, 12 * 10**6)
+    assert large.bound == 12 * 10**6
+    assert voxels_of(become.made, 10**6, compress=False) == 12 * 10**6
+    assert large.disk < large.bound
+
+
+def test_more_workers_batches_and_patches_need_more() -> None:
+    """Each by what it holds."""
+    of, become = together([ONE, ONE, ONE]), forms(Stitch(), passed(3).outputs, (8, 8, 8))
+
+    def host(**changes: int) -> dict[str, int]:
+        return dict(needs(of, passed(3), become, Settings(**{**vars(SETTINGS), **changes})).host)
+
+    assert host(num_workers=2)["images"] - host(num_workers=0)["images"] == 2 * ONE.loaded
+    assert host(num_workers=9)["images"] == 3 * ONE.loaded  # there are only three
+    assert host(batch_size=4)["batches"] == 2 * host(batch_size=2)["batches"] == 2 * 2 * 2 * 512 * 4
+    assert host()["sums"] == ONE.ring * 12 + 512 * 4
+
+
+def test_a_gpu_takes_the_network_and_the_sums_from_the_host() -> None:
+    """What remains there is what comes back."""
+    become = forms(Stitch(), passed(3).outputs, (8, 8, 8))
+    found = needs(ONE, passed(3), become, Settings(**{**vars(SETTINGS), "gpu": True}))
+    assert found.device["network"] == 10**6
+    assert found.device["sums"] == ONE.ring * 12 + 512 * 4
+    assert (found.host["sums"], found.host["network"]) == (0, 10**5)
+
+
+def test_an_extent_adds_up_and_keeps_the_most(place: Path) -> None:
+    """In one piece or by rank; what cannot be read is counted."""
+    data = GridDataModule(str(place / "in"), 8, 4, preprocess=Preprocess(spacing=2.0))
+    outlines = [data.size(case).outline for case in data.cases]
+    whole = extent([*outlines, None])
+    assert whole == together([extent(outlines[:2]), extent([None]), extent(outlines[2:])])
+    assert (whole.subjects, whole.unread) == (6, 1)
+    assert whole.voxels == sum((12 + 5 * n) * 17 * 14 for n in range(5))
+    assert whole.largest == 32 * 17 * 14
+    assert whole.file == 2 * whole.voxels
+    last = outlines[-1]
+    assert last is not None
+    # float32 in model space, since it is resampled; beside it the same, padded to a patch where it is smaller.
+    assert last.model == (16, 11, 6)
+    assert last.loaded == 4 * (16 * 11 * 6 + 16 * 11 * 8)
+
+
+def refusal(tmp_path: Path, memory: int, disk: int, **changes: object) -> str | None:
+    settings = Settings(**{**vars(SETTINGS), "patch_size": (64, 64, 64), "batch_size": 8, **changes})
+    of = Extent(3, 27, 3 * 10**8, 6 * 10**8, 10**8, 1, 10**7, 2 * 10**8)
+    stitch = Stitch(products=["labels", "probabilities"])
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    planner = Planner(trainer, PatchPredictor(Over50()), stitch, of, settings, tmp_path)
+    planner._room = Room(memory, disk, 1)
+    return planner.plan().refusal
+
+
+def test_the_smallest_change_that_makes_a_run_fit_is_named(tmp_path: Path) -> None:
+    """One that changes no output before one that does; none where nothing helps."""
+    plenty = 2**50
+    assert refusal(tmp_path, plenty, plenty) is None
+    found = refusal(tmp_path, 2_500_000_000, plenty)
+    assert found is not None
+    assert "It fits with data.num_workers=0." in found
+    found = refusal(tmp_path, 1_500_000_000, plenty, num_workers=0)
+    assert found is not None
+    assert "It fits with callbacks.writer.in_memory=256." in found
+    found = refusal(tmp_path, plenty, 10**8)
+    assert found is not None
+    assert "does not fit the disk: it needs about " in found
+    assert "It fits with stitch.products=null." in found
+    found = refusal(tmp_path, 10**6, plenty)
+    assert found is not None
+    assert "No single setting does it" in found
+
+
+def test_a_limit_of_a_cgroup_counts(tmp_path: Path) -> None:
+    """Of both versions, of the process's own group or of one above; files that were read are free."""
+    for version, files in ((2, ("memory.max", "memory.current", "inactive_file")),
+                           (1, ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))):  # fmt: skip
+        root = tmp_path / str(version)
+        (root / "proc/self").mkdir(parents=True)
+        (root / "proc/self/cgroup").write_text("0::/a/b\n" if version == 2 else "3:cpu:/\n4:memory:/a/b\n")
+        top = root / "sys/fs/cgroup" / ("" if version == 2 else "memory")
+        for folder, limit in ((top / "a", 5 * MIB), (top / "a/b", 8 * MIB)):
+            folder.mkdir(parents=True)
+            for name, text in zip(files[:2], (limit, 3 * MIB), strict=True):
+                (folder / name).write_text(f"{text}\n")
+            (folder / "memory.stat").write_text(f"anon 1\n{files[2]} {MIB}\n")
+        assert memory_available(root) == 3 * MIB
+    (tmp_path / "2/sys/fs/cgroup/a/memory.max").write_text("max\n")
+    assert memory_available(tmp_path / "2") == 6 * MIB
+    assert memory_available(tmp_path / "nowhere") > 100 * MIB
+
+
+def test_disk_is_that_of_a_folder_that_is_not_made_yet(tmp_path: Path) -> None:
+    """Of the nearest one that is there."""
+    assert disk_free(tmp_path / "a/b/c") == pytest.approx(disk_free(tmp_path), rel=0.1)
+
+
+def test_a_network_that_looks_at_values_is_guessed(place: Path, tmp_path: Path, forks: Server) -> None:
+    """The plan says so, and the run goes on."""
+    words = (*JOB, "model.net._target_=synthetic.Touchy", f"output_dir={tmp_path / 'out'}")
+    job = forks.start(*words, "run.dry_run=true", cwd=place)
+    assert job.wait() == [0], job.text
+    notes = plan(tmp_path / "out")["notes"]
+    assert isinstance(notes, list)
+    assert "its memory is a guess" in notes[0]
+
+
+def test_a_network_that_fails_is_a_note_of_the_plan(tmp_path: Path, forks: Server) -> None:
+    """As it would be a failed subject of the run."""
+    save(tmp_path / "in/a.nii", np.full((8, 8, 8), 77, np.int16))
+    job = forks.start(*JOB, "model.net._target_=synthetic.Touchy", "run.dry_run=time", cwd=tmp_path)
+    assert job.wait() == [0], job.text
+    assert "note: a cannot be timed: ValueError: there is a 77" in job.text
+    assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["plan.json"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_predicted_memory_is_what_a_run_takes(tmp_path: Path) -> None:
+    """Within 15 % of the peak of the process; seconds are the benchmark's, since tests share their machine."""
+    command = [sys.executable, str(ROOT / "benchmarks/planned.py"), "--memory", "--check", "0.15"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=550, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
