@@ -170,7 +170,8 @@ def compose(block: Block, folder: Path, forks: Server) -> None:
         program = ours(command.removeprefix("$ "))
         if program:
             script, arguments = program
-            run = forks.start(*(a for a in arguments if a != "..."), "--cfg", "job", cwd=folder, script=script)
+            arguments = [a.replace("range(16)", "0") for a in arguments if a not in ("...", "--multirun")]
+            run = forks.start(*arguments, "--cfg", "job", cwd=folder, script=script)
             assert run.wait() == [0], f"{block}: {command}\n{run.text}"
 
 
