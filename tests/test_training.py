@@ -14,13 +14,17 @@ from lightning.pytorch import Trainer
 from monai.losses import DiceCELoss
 from monai.networks.nets import UNet
 from monai.transforms import Compose, RandFlipd, RandGaussianNoised
+from omegaconf import OmegaConf
 from scipy.ndimage import gaussian_filter
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from voxquilt.build import build
 from voxquilt.carried import carried
 from voxquilt.cases import Case
 from voxquilt.errors import ConfigError, InputError
+from voxquilt.fits import check_fits
 from voxquilt.metrics import class_dice
+from voxquilt.network import PatchNetwork
 from voxquilt.patches import CachedVolumes, EpochOrder, Labelled, RandomPatches, centres_of
 from voxquilt.predict import predict_volume
 from voxquilt.splits import make_split
@@ -29,6 +33,7 @@ from voxquilt.subject import ScalarImage, Subject
 from voxquilt.traindata import TrainingDataModule
 from voxquilt.training import PatchTrainer, polynomial, warmup_cosine
 
+ROOT = Path(__file__).parents[1]
 NET = (
     "model.net.channels=[4,8]", "model.net.strides=[2]", "model.net.num_res_units=0",
 )  # fmt: skip
@@ -527,6 +532,59 @@ def test_an_experiment_trains_and_its_checkpoint_predicts(
     assert checked(run.wait()) == 0, run.text
     product = "image" if experiment == "denoising" else "labels"
     assert nib.load(tmp_path / f"p/s1_{product}.nii.gz").shape == (24, 28, 21)
+
+
+def test_weights_can_be_averaged_and_training_can_stop_early(forks: Server, blobs: Path, tmp_path: Path) -> None:
+    """callbacks=[train,ema,early_stopping]: the checkpoint has the averaged weights, and fewer epochs are trained."""
+    common = ("trainer.max_epochs=12", "model.optimizer.lr=0.01", "data.patches_per_volume=4")
+    train(forks, blobs, tmp_path, *common, "output_dir=plain")
+    # With weights that hardly move no validation is better than the first.
+    train(
+        forks, blobs, tmp_path, *common, "output_dir=both", "callbacks=[train,ema,early_stopping]",
+        "callbacks.ema.decay=1.0", "callbacks.early_stopping.patience=2",
+    )  # fmt: skip
+    assert len(curves(tmp_path / "plain")["val_dice"]) == 12
+    assert len(curves(tmp_path / "both")["val_dice"]) <= 6
+    plain, both = (weights(tmp_path / f"{name}/checkpoints/last.ckpt") for name in ("plain", "both"))
+    assert plain.keys() == both.keys()
+    assert not all(torch.equal(plain[key], both[key]) for key in plain)
+
+
+def test_a_loss_that_is_no_number_ends_the_training_with_what_to_do(forks: Server, blobs: Path, tmp_path: Path) -> None:
+    """Status 1, one message with epoch, step and subjects; what was saved before stays."""
+    run = forks.start(
+        f"data.inputs={blobs}/images", f"data.labels={blobs}/labels/{{subject}}.nii.gz", "data.patch_size=16", *NET,
+        "trainer.accelerator=cpu", "model.optimizer.lr=1e30", "model.schedule=null", "trainer.max_epochs=3",
+        cwd=tmp_path, script="train",
+    )  # fmt: skip
+    assert checked(run.wait(60)) == 1, run.text
+    assert "voxquilt: the loss is nan in epoch" in run.text
+    assert "lower model.optimizer.lr" in run.text
+    assert "Traceback" not in run.text
+
+
+def test_training_in_mixed_precision_with_workers_and_a_cache_of_nothing(
+    forks: Server, blobs: Path, tmp_path: Path
+) -> None:
+    """Patches of volumes that are read each time, cut by worker processes, are those that the main process cuts."""
+    common = ("trainer.max_epochs=2", "data.patches_per_volume=4")
+    train(forks, blobs, tmp_path, *common, "output_dir=plain")
+    train(forks, blobs, tmp_path, *common, "output_dir=other", "data.cache=0", "data.num_workers=2")
+    plain, other = (weights(tmp_path / f"{name}/checkpoints/last.ckpt") for name in ("plain", "other"))
+    assert all(torch.equal(plain[key], other[key]) for key in plain)
+    train(forks, blobs, tmp_path, *common, "output_dir=half", "trainer.precision=bf16-mixed")
+    half = weights(tmp_path / "half/checkpoints/last.ckpt")
+    assert all(value.dtype == torch.float32 for value in half.values() if value.is_floating_point())
+    assert not all(torch.equal(plain[key], half[key]) for key in plain)
+
+
+@pytest.mark.parametrize(("net", "size"), [("unet", 32), ("dynunet", 32), ("segresnet", 32), ("swinunetr", 64)])
+def test_each_network_of_the_configuration_takes_the_patch_it_says(net: str, size: int) -> None:
+    """What comes out has the patch's shape."""
+    node = OmegaConf.to_container(OmegaConf.load(ROOT / f"conf/model/net/{net}.yaml"))
+    found = check_fits(PatchNetwork([build(node, "net")]), ["image"], 1, (size,) * 3, ["a", "b"])  # type: ignore[arg-type]
+    assert found is not None
+    assert found.outputs == {"": (1, 2, size, size, size)}
 
 
 @pytest.mark.parametrize(

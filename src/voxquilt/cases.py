@@ -12,6 +12,7 @@ from voxquilt.errors import ConfigError
 
 LABEL = "label"
 """The column of a table that names label files; it is no image."""
+_NO_IMAGES = (LABEL, "split", "fold")
 SUFFIXES = (".nii.gz", ".nii", ".hdr.gz", ".img.gz", ".hdr", ".img")
 
 
@@ -37,12 +38,13 @@ def find_cases(inputs: object, images: object = None, apart: Collection[str] = (
         inputs: A NIfTI file, a folder, a glob, a .csv (a column per image, an optional column `subject`), or a list of
             these, or of cases. With `images`, the folder that their patterns start from, or None for the working one.
         images: A mapping, name -> pattern with `{subject}`, one per image of a subject.
-        apart: Columns of tables that are no images; their cells become the cases' values, paths made from where the
-            table lies if a file is there.
+        apart: Columns of tables that are no images, beside `label`, `split` and `fold`; their cells become the cases'
+            values, paths made from where the table lies if a file is there.
 
     Raises:
         ConfigError: nothing found, a path that is not there, two subjects with one id, entries that are no strings.
     """
+    apart = {*_NO_IMAGES, *apart}
     if images:
         cases = _from_patterns(inputs, images)
     elif inputs is None:

@@ -11,7 +11,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from voxquilt.cases import LABEL, find_cases, label_files
+from voxquilt.cases import find_cases, label_files
 from voxquilt.errors import ConfigError
 from voxquilt.launch import is_external, is_first
 from voxquilt.names import matches
@@ -134,7 +134,7 @@ def check_keys(plain: Mapping[str, Any], sections: Mapping[str, set[str]]) -> No
 def _check_cases(plain: Mapping[str, Any]) -> None:
     """Not in every process of a run: the others take rank 0's word, or each would look through a large folder. Where a
     launcher started them all, rank 0 looks when it can tell the others what is wrong, or they would wait for it."""
-    cases = find_cases(plain["data"].get("inputs"), plain["data"].get("images"), apart=[LABEL])
+    cases = find_cases(plain["data"].get("inputs"), plain["data"].get("images"))
     check_image_names(plain["preprocess"].get("intensity"), cases)
     skip = plain["data"].get("skip")
     if isinstance(skip, str) and not any(os.path.isfile(skip.replace("{subject}", case.subject)) for case in cases):

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from voxquilt.agreed import agreed
 from voxquilt.batch import Loaded, Work
-from voxquilt.cases import LABEL, Case, find_cases
+from voxquilt.cases import Case, find_cases
 from voxquilt.dealing import deal
 from voxquilt.errors import ConfigError, VoxquiltError
 from voxquilt.fingerprint import digest
@@ -134,7 +134,7 @@ class GridDataModule(LightningDataModule):
     @cached_property
     def cases(self) -> list[Case]:
         """Every subject, in the order of their ids; with several processes only rank 0 looks for them."""
-        return find_cases(*self._inputs, apart=[LABEL])
+        return find_cases(*self._inputs)
 
     @property
     def plan(self) -> Plan:

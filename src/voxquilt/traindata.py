@@ -87,7 +87,7 @@ class TrainingDataModule(LightningDataModule):
         self.cache, self.seed = cache, seed
         self.preprocess = preprocess or Preprocess()
         self._labels, self._divisible_by = labels, divisible_by
-        cases = find_cases(inputs, images, apart=[LABEL, *([split] if split else [])])
+        cases = find_cases(inputs, images, apart=[split] if split else ())
         self.training_cases, self.validation_cases = make_split(cases, folds, fold, seed, split)
         self._grids: GridDataModule | None = None
         if self.validation_cases:
