@@ -166,8 +166,9 @@ def run_command(command: str, folder: Path, forks: Server) -> tuple[int, str]:
 
 def compose(block: Block, folder: Path, forks: Server) -> None:
     """The keys that a block names exist, though it is not run."""
-    for command in commands_of(block.text):
-        program = ours(command.removeprefix("$ "))
+    typed = [one for one, _ in transcript(block)] if block.language == "console" else commands_of(block.text)
+    for command in typed:
+        program = ours(command)
         if program:
             script, arguments = program
             arguments = [a.replace("range(16)", "0") for a in arguments if a not in ("...", "--multirun")]
