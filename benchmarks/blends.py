@@ -9,9 +9,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from voxquilt import ScalarImage, Subject, predict_volume
-from voxquilt.app import build, conf_dir, register_resolvers
+from voxquilt.app import conf_dir
+from voxquilt.build import build
 from voxquilt.fetch import fetch
 from voxquilt.names import OVERLAP_MODES
+from voxquilt.resolvers import register_resolvers
 from voxquilt.stitch import Stitch
 
 GRIDS = ((192, 96), (160, 80), (128, 64), (96, 48))

@@ -29,10 +29,12 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from voxquilt.app import build, conf_dir, register_resolvers
+from voxquilt.app import conf_dir
+from voxquilt.build import build
 from voxquilt.datamodule import GridDataModule
 from voxquilt.fetch import fetch
 from voxquilt.module import PatchPredictor
+from voxquilt.resolvers import register_resolvers
 from voxquilt.stitch import Stitch
 from voxquilt.writer import VolumeWriter
 

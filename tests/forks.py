@@ -128,6 +128,7 @@ def _serve() -> None:
     import voxquilt.fit
     import voxquilt.processes
     import voxquilt.report
+    import voxquilt.run
     import voxquilt.writer
 
     _ = lightning.pytorch, synthetic, voxquilt.fit, voxquilt.processes, voxquilt.report, voxquilt.writer

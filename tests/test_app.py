@@ -16,11 +16,13 @@ import torch
 from hydra import compose, initialize_config_dir
 from synthetic import Over50, noise, read, run, save
 
-from voxquilt.app import build, conf_dir, register_resolvers
+from voxquilt.app import conf_dir
+from voxquilt.build import build
 from voxquilt.cases import find_cases
 from voxquilt.config import check_predict
 from voxquilt.errors import ConfigError
 from voxquilt.overrides import to_overrides
+from voxquilt.resolvers import register_resolvers
 
 NETWORK = ("model=state_dict", "model.net._target_=synthetic.Over50", "ckpt_path=null")
 GRID = ("data.patch_size=8", "data.patch_overlap=4")

@@ -36,7 +36,19 @@ ORDER = [
     *("overlay", "metrics", "validation", "splits", "patches", "traindata", "training", "board"),
     *("files", "team", "cohort", "record", "tally", "progress", "events", "writer", "dryrun"),
     *("processes", "evaluation", "charts", "report", "fetch", "datasets"),
-    *("overrides", "explain", "sections", "config", "trainconfig", "inherit", "build", "fit", "app"),
+    *(
+        "overrides",
+        "explain",
+        "sections",
+        "config",
+        "trainconfig",
+        "inherit",
+        "build",
+        "fit",
+        "run",
+        "resolvers",
+        "app",
+    ),
 ]
 CORE = ORDER[: ORDER.index("space") + 1]
 FRAMEWORKS = ["lightning", "hydra", "omegaconf", "nibabel", "monai", "scipy", "rich"]
@@ -109,7 +121,7 @@ def test_what_a_configuration_names_is_made_in_one_place() -> None:
     known = {
         module for module in ORDER if any(name.split(".")[0] in ("hydra", "omegaconf") for name in imported(module))
     }
-    assert known <= {"overrides", "config", "trainconfig", "inherit", "build", "app"}
+    assert known <= {"overrides", "config", "trainconfig", "inherit", "build", "resolvers", "app"}
 
 
 def test_every_public_name_is_there() -> None:

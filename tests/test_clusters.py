@@ -17,10 +17,12 @@ from hydra.core.global_hydra import GlobalHydra
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from synthetic import ROOT, noise, read, run, save
 
-from voxquilt.app import build, conf_dir, register_resolvers
+from voxquilt.app import conf_dir
+from voxquilt.build import build
 from voxquilt.config import to_plain
 from voxquilt.errors import ConfigError
 from voxquilt.launch import is_first, slurm_tasks
+from voxquilt.resolvers import register_resolvers
 from voxquilt.sections import check_trainer
 
 ARGUMENTS = (

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
         ("predict", "trainer.acelerator=cpu", "Did you mean trainer.accelerator?"),
         ("predict", "stich.overlap_mode=crop", "Did you mean stitch.overlap_mode?"),
         ("predict", "experimnt=tissue", "there is no key experimnt. Did you mean experiment?"),
-        ("predict", "model=torchscrpt", "exported, lightning, state_dict, torchscript. Did you mean model=torchscript?"),
+        ("predict", "model=torchscrpt", "state_dict, torchscript. Did you mean model=torchscript?"),
         ("predict", "model/net=unett", "Did you mean model/net=unet?"),
         ("predict", "trainer=gpuu", "there are cpu, ddp, default, gpu, slurm. Did you mean trainer=gpu?"),
         ("predict", "experiment=tissue", "brain_extraction for predict.py"),

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 
-from voxquilt.app import conf_dir, register_resolvers, run_predict
+from voxquilt.app import conf_dir, run_predict
 from voxquilt.fetch import fetch
+from voxquilt.resolvers import register_resolvers
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore"

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import Over50, noise, read, save
 
-from voxquilt.app import conf_dir, register_resolvers
+from voxquilt.app import conf_dir
 from voxquilt.cases import Case, find_cases
 from voxquilt.config import check_predict
 from voxquilt.datamodule import Plan
@@ -27,6 +27,7 @@ from voxquilt.group import Group
 from voxquilt.manifest import Manifest, Row, read_rows, write_json
 from voxquilt.overrides import to_overrides
 from voxquilt.record import Record
+from voxquilt.resolvers import register_resolvers
 from voxquilt.resume import Resume, finished
 from voxquilt.status import print_status
 

@@ -1,5 +1,7 @@
 """Training: patches are cut where they should be, whatever process cuts them; what is trained predicts."""
 
+import os
+import signal as signals
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -561,6 +563,28 @@ def test_a_loss_that_is_no_number_ends_the_training_with_what_to_do(forks: Serve
     assert "voxquilt: the loss is nan in epoch" in run.text
     assert "lower model.optimizer.lr" in run.text
     assert "Traceback" not in run.text
+
+
+@pytest.mark.parametrize(("signal", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_training_that_is_stopped_leaves_its_last_state(
+    forks: Server, blobs: Path, tmp_path: Path, signal: str, status: int
+) -> None:
+    """And says how to go on; what it says works."""
+    arguments = (
+        f"data.inputs={blobs}/images", f"data.labels={blobs}/labels/{{subject}}.nii.gz", "data.patch_size=16", *NET,
+        "trainer.accelerator=cpu",
+    )  # fmt: skip
+    run = forks.start(*arguments, "trainer.max_epochs=100000", cwd=tmp_path, script="train")
+    last = tmp_path / "outputs/checkpoints/last.ckpt"
+    run.until(last)
+    os.kill(run.pids[0], getattr(signals, signal))
+    assert checked(run.wait(60)) == status, run.text
+    assert f"voxquilt: stopped; the same command with ckpt_path={last} goes on." in run.text
+    assert "Traceback" not in run.text
+    done = torch.load(last, weights_only=True)["epoch"]
+    train(forks, blobs, tmp_path, f"trainer.max_epochs={done + 2}", "trainer.check_val_every_n_epoch=1000000",
+          f"ckpt_path={last}")  # fmt: skip
+    assert torch.load(last, weights_only=True)["epoch"] == done + 1
 
 
 def test_training_in_mixed_precision_with_workers_and_a_cache_of_nothing(

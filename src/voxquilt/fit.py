@@ -3,9 +3,11 @@
 import logging
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from monai.data.meta_obj import set_track_meta
 
 from voxquilt.build import build
@@ -65,12 +67,8 @@ def fit(plain: dict[str, Any]) -> int:
     check_fits(model.network, list(case.images), channels, data.patch_size, plain["stitch"].get("class_names"))
     _say(data)
     status = _fit(trainer, model, data, plain["ckpt_path"])
-    checkpoint = trainer.checkpoint_callback
-    best = getattr(checkpoint, "best_model_path", "")
-    if best and is_first():
-        score = getattr(checkpoint, "best_model_score", None)
-        print(f"voxquilt: {best}" + ("" if score is None else f", score {float(score):.4f}"))
-        print(f"voxquilt: predict with it: python predict.py ckpt_path={best} data.inputs=...")
+    if is_first():
+        _say_where(trainer, status)
     return status
 
 
@@ -83,9 +81,21 @@ def _fit(trainer: Trainer, model: Any, data: Any, ckpt_path: str | None) -> int:
             raise ConfigError(str(error)) from error
         print(f"voxquilt: {error}", file=sys.stderr)
         return FAILED
-    except SystemExit as error:  # Lightning's, of Ctrl-C
-        return error.code if isinstance(error.code, int) and error.code > FAILED else 130
+    except SystemExit:  # Lightning's, after Ctrl-C or SIGTERM
+        return 143 if trainer.received_sigterm else 130
     return 143 if trainer.received_sigterm else DONE
+
+
+def _say_where(trainer: Trainer, status: int) -> None:
+    saved = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+    last = next((Path(str(one.dirpath)) / f"{one.filename}.ckpt" for one in saved if one.monitor is None), None)
+    if status:
+        more = f"; the same command with ckpt_path={last} goes on." if last is not None and last.is_file() else "."
+        print(f"voxquilt: stopped{more}", file=sys.stderr)
+    elif saved and saved[0].best_model_path:
+        best, score = saved[0].best_model_path, saved[0].best_model_score
+        print(f"voxquilt: {best}" + ("" if score is None else f", score {float(score):.4f}"))
+        print(f"voxquilt: predict with it: python predict.py ckpt_path={best} data.inputs=...")
 
 
 def _callback(name: str, node: Mapping[str, Any], plain: Mapping[str, Any]) -> Any:

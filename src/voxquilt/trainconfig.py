@@ -43,10 +43,9 @@ def check_train(cfg: DictConfig) -> dict[str, Any]:
     check_image_names(plain["preprocess"].get("intensity"), cases)
     parts = make_split(cases, data["folds"], data["fold"], data["seed"], data["split"])
     if not parts.validation:
-        # Nothing has a score, so the last weights are what is kept.
-        for node in plain["callbacks"].values():
-            if isinstance(node, dict) and node.get("monitor") == "val_score":
-                node["monitor"] = None
+        # Nothing has a score.
+        scored = [name for name, node in plain["callbacks"].items() if node and node.get("monitor") == "val_score"]
+        plain["callbacks"] = {name: node for name, node in plain["callbacks"].items() if name not in scored}
     check_output(plain)
     plain["images"] = list(parts.training[0].images)
     return plain

@@ -1,0 +1,152 @@
+"""How does a predict run go, from a checked configuration to its exit status?"""
+
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+
+from voxquilt.build import build, check_classes
+from voxquilt.cases import LABEL
+from voxquilt.charts import write_boxes
+from voxquilt.datamodule import GridDataModule
+from voxquilt.dryrun import DryRun
+from voxquilt.errors import ConfigError, VoxquiltError
+from voxquilt.evaluation import Evaluation, write_scores
+from voxquilt.fits import check_fits
+from voxquilt.inherit import check_images
+from voxquilt.launch import is_external, is_first
+from voxquilt.lock import locked
+from voxquilt.manifest import Row, of_shard, read_json, read_rows
+from voxquilt.processes import SpawnedLogging, attended, quiet
+from voxquilt.progress import only_json
+from voxquilt.report import print_scores, print_table
+from voxquilt.resume import Resume
+from voxquilt.subject import ScalarImage
+from voxquilt.writer import VolumeWriter
+
+DONE, FAILED = 0, 1
+
+
+def run(plain: Mapping[str, Any], inherited: Mapping[str, Any]) -> int:
+    """Build and predict, or only plan.
+
+    Args:
+        plain: The checked configuration.
+        inherited: What of it the checkpoint brought.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        VoxquiltError: something cannot be built, does not fit, or was done otherwise; nothing was started.
+    """
+    quiet()
+    options = plain["run"]
+    as_json, dry = options["log"] == "json", options["dry_run"]
+    if as_json:
+        only_json()
+    if options.get("seed") is not None:
+        seed_everything(options["seed"], verbose=False)
+    shard = plain["shard"]["index"], plain["shard"]["count"]
+    folder = Path(plain["output_dir"]).expanduser().resolve()
+    locks = ExitStack()
+    claim = partial(locks.enter_context, locked(folder, shard))
+    # Where a launcher started all processes, rank 0 claims the folder when it can tell the others that it could not.
+    later = claim if is_external() and not dry else None
+    resume = Resume(folder, plain, options["resume"], options["overwrite"], options["content_hash"], later)
+    check_classes(inherited, options["checkpoint_targets"])
+    preprocess = build(plain["preprocess"], "preprocess")
+    data: GridDataModule = build(
+        plain["data"], "data", preprocess=preprocess, shard=shard, distribute=options["distribute"], resume=resume
+    )
+    model = build(plain["model"], "model")
+    if is_first() and not is_external():
+        check_images(inherited.get("images", []), data.cases)
+        _check_fits(model, data, plain["stitch"].get("class_names"))
+    stitch = build(plain["stitch"], "stitch")
+    writer: VolumeWriter = build(
+        plain["callbacks"]["writer"], "callbacks.writer", stitch=stitch, configuration=dict(plain)
+    )
+    others = {name: node for name, node in plain["callbacks"].items() if node and name != "writer"}
+    callbacks = [
+        SpawnedLogging(to_stderr=as_json),
+        *(build(node, f"callbacks.{name}") for name, node in others.items()),
+    ]
+    if dry:
+        data.detailed = True
+        planner = DryRun(writer, timed=dry == "time", as_json=as_json)
+        trainer: Trainer = build(plain["trainer"], "trainer", callbacks=[planner, *callbacks], logger=False)
+        with attended(trainer):
+            trainer.predict(model, datamodule=data, return_predictions=False)
+        return DONE
+    logger = build(plain["logger"], "logger") if plain.get("logger") else False
+    trainer = build(plain["trainer"], "trainer", callbacks=[writer, *callbacks], logger=logger)
+    with locks:
+        if is_first() and not is_external():
+            claim()
+        return _predict(trainer, model, data, writer, options["surface_tolerance"], table=not as_json)
+
+
+def _check_fits(model: LightningModule, data: GridDataModule, class_names: Any) -> None:
+    """Of the first subject whose headers can be read; the run finds out what is wrong with the others."""
+    for case in data.cases:
+        try:
+            channels = sum(ScalarImage(path).shape[0] for path in case.images.values())
+        except VoxquiltError:
+            continue
+        check_fits(model, list(case.images), channels, data.patch_size, class_names)
+        return
+
+
+def _predict(
+    trainer: Trainer,
+    model: LightningModule,
+    data: GridDataModule,
+    writer: VolumeWriter,
+    tolerance: float,
+    *,
+    table: bool,
+) -> int:
+    """Run, and say how it ended; what is on disk tells it, also where the run was in other processes than this."""
+    try:
+        with attended(trainer):
+            trainer.predict(model, datamodule=data, return_predictions=False)
+    except ConfigError:
+        raise
+    except VoxquiltError as error:
+        writer.status = FAILED
+        if is_first():
+            print(f"voxquilt: {error}", file=sys.stderr)
+    if not is_first():
+        return writer.status
+    outcome = read_json(writer.output_dir / of_shard("run.json", data.shard))
+    rows = read_rows([writer.output_dir / of_shard("manifest.csv", data.shard)])
+    ours = [rows[case.subject] for case in data.cases if case.subject in rows]
+    status = max(writer.status, outcome.get("exit_status") or 0)
+    if table:
+        print_table(ours, writer.output_dir, outcome.get("subjects", len(ours)))
+    if outcome.get("status") == "stopped":
+        left = f"{outcome['missing']} subjects are left: the same command goes on."
+        # Where the run broke off, the reason was printed as the error that it was.
+        print(f"voxquilt: stopped by {outcome['reason']}; {left}" if status > FAILED else left, file=sys.stderr)
+    elif data.labels is not None or any(LABEL in case.values for case in data.cases):
+        status = max(status, _evaluate(data, writer, ours, tolerance))
+    return status
+
+
+def _evaluate(data: GridDataModule, writer: VolumeWriter, rows: list[Row], tolerance: float) -> int:
+    """Compare what is on disk with the true labels: metrics.csv, metrics.png, a table; 1 if some subject cannot be."""
+    evaluation = Evaluation(writer.output_dir, data.cases, data.labels, writer.stitch.class_names, tolerance)
+    scores = evaluation.scores(rows)
+    print_scores(scores, writer.output_dir)
+    try:
+        write_scores(writer.output_dir / of_shard("metrics.csv", data.shard), scores)
+        write_boxes(writer.output_dir / of_shard("metrics.png", data.shard), scores)
+    except VoxquiltError as error:  # the run itself was started, and its outputs are there
+        print(f"voxquilt: {error}", file=sys.stderr)
+        return FAILED
+    return FAILED if any(score.failed for score in scores) else DONE
