@@ -39,6 +39,7 @@ def to_carry(plain: Mapping[str, Any], images: Sequence[str]) -> dict[str, Any]:
     for section, keys in _SECTIONS.items():
         node = plain.get(section) or {}
         found[section] = {key: node[key] for key in (node if keys is None else keys) if key in node}
+    found["data"]["patch_size"] = plain["data"].get("inference_patch_size") or plain["data"]["patch_size"]
     # Where predict.py has it, since flips and ensembles may be averaged as probabilities.
     found["model"]["activation"] = plain["stitch"].get("activation")
     return found

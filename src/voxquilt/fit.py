@@ -14,6 +14,7 @@ from voxquilt.build import build
 from voxquilt.carried import to_carry
 from voxquilt.errors import ConfigError, InputError, VoxquiltError
 from voxquilt.fits import check_fits
+from voxquilt.geometry import to_triple
 from voxquilt.launch import is_first
 from voxquilt.processes import SpawnedLogging, attended, quiet
 from voxquilt.subject import ScalarImage
@@ -64,7 +65,8 @@ def fit(plain: dict[str, Any]) -> int:
     trainer = build(options, "trainer", callbacks=[*callbacks, Lines(), SpawnedLogging()], logger=logger)
     case = data.training_cases[0]
     channels = sum(ScalarImage(path).shape[0] for path in case.images.values())
-    check_fits(model.network, list(case.images), channels, data.patch_size, plain["stitch"].get("class_names"))
+    for size in (data.patch_size, to_triple(plain["data"]["inference_patch_size"], "data.inference_patch_size")):
+        check_fits(model.network, list(case.images), channels, size, plain["stitch"].get("class_names"))
     _say(data)
     status = _fit(trainer, model, data, plain["ckpt_path"])
     if is_first():

@@ -14,9 +14,9 @@ from voxquilt.sections import check_grid, check_image_names, check_integer, chec
 from voxquilt.splits import make_split
 
 _KEYS = {
-    "data": {"inputs", "labels", "images", "task", "patch_size", "patch_overlap", "padding_mode", "divisible_by",
-             "batch_size", "num_workers", "patches_per_volume", "balanced", "augment", "cache", "folds", "fold",
-             "split", "seed"},
+    "data": {"inputs", "labels", "images", "task", "patch_size", "inference_patch_size", "patch_overlap",
+             "padding_mode", "divisible_by", "batch_size", "num_workers", "patches_per_volume", "balanced", "augment",
+             "cache", "folds", "fold", "split", "seed"},
     "preprocess": {"orientation", "spacing", "intensity"},
     "stitch": {"overlap_mode", "products", "compare", "activation", "threshold", "restore", "fill", "class_names",
                "postprocess"},
@@ -52,8 +52,9 @@ def check_train(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _check_data(data: Mapping[str, Any]) -> None:
-    patch_size = to_triple(data["patch_size"], "data.patch_size", minimum=1)
-    check_grid(patch_size, data["patch_overlap"])
+    to_triple(data["patch_size"], "data.patch_size", minimum=1)
+    inference = to_triple(data["inference_patch_size"], "data.inference_patch_size", minimum=1)
+    check_grid(inference, data["patch_overlap"])
     to_triple(data["divisible_by"], "data.divisible_by", minimum=1)
     for key, least in (("batch_size", 1), ("num_workers", 0), ("patches_per_volume", 1), ("fold", 0)):
         check_integer(data, key, least, f"data.{key}")

@@ -37,6 +37,7 @@ class TrainingDataModule(LightningDataModule):
             become channels; None for the column `label` of a table. For segmentation a file of classes 0, 1, ...; for
             several labels a voxel a file for each, or one with a mask a channel; else the image that is wanted.
         patch_size: Voxels in model space, an integer or three.
+        inference_patch_size: Voxels of a patch of validation; None is `patch_size`.
         patch_overlap, padding_mode, divisible_by: Of validation's grid; see GridDataModule.
         task: 'segmentation', 'multilabel' or 'image'.
         batch_size: Patches a batch.
@@ -61,6 +62,7 @@ class TrainingDataModule(LightningDataModule):
         patch_size: int | Iterable[int],
         *,
         images: Mapping[str, str] | None = None,
+        inference_patch_size: int | Iterable[int] | None = None,
         patch_overlap: int | Iterable[int] = 0,
         padding_mode: str | float | None = None,
         divisible_by: int | Iterable[int] = 1,
@@ -90,7 +92,8 @@ class TrainingDataModule(LightningDataModule):
         self._grids: GridDataModule | None = None
         if self.validation_cases:
             self._grids = GridDataModule(
-                self.validation_cases, patch_size, patch_overlap, padding_mode=padding_mode, divisible_by=divisible_by,
+                self.validation_cases, inference_patch_size or patch_size, patch_overlap,
+                padding_mode=padding_mode, divisible_by=divisible_by,
                 batch_size=batch_size, preprocess=self.preprocess,
             )  # fmt: skip
         for case in (*self.training_cases, *self.validation_cases):
