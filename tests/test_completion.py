@@ -31,7 +31,10 @@ def path(tmp_path: Path) -> str:
     ("line", "wanted"),
     [
         ("voxquilt-predict data.patch", {"data.patch_size=", "data.patch_overlap="}),
-        ("voxquilt-predict trainer=", {"trainer=cpu", "trainer=ddp", "trainer=default", "trainer=gpu", "trainer=slurm"}),
+        (
+            "voxquilt-predict trainer=",
+            {"trainer=cpu", "trainer=ddp", "trainer=default", "trainer=gpu", "trainer=slurm"},
+        ),
         ("voxquilt-predict data.inputs=scans/ run.dry", {"run.dry_run="}),
         ("voxquilt-train model.optimizer.l", {"model.optimizer.lr="}),
         ("voxquilt-train task=", {"task=image", "task=multilabel", "task=segmentation"}),

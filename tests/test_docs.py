@@ -10,33 +10,40 @@ What a fence's first line means:
 | python file=x.py, yaml file=x.yaml | written to that file |
 | text | no code: a layout, a formula |
 
-A document's blocks are run in a folder of its own with a small cohort. A block after `<!-- not run: why -->` is not, but
-the overrides of its commands must compose all the same.
+A document's blocks are run in a folder of its own with a small cohort. A block after `<!-- not run: why -->` is not,
+but the overrides of its commands must compose all the same.
 """
 
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hydra
 import numpy as np
 import pytest
 import torch
-import yaml
 from forks import Server
+from hydra import initialize_config_dir
 from monai.networks.nets import UNet
 from scipy.ndimage import gaussian_filter
 from synthetic import ROOT, Over50, save
 
-from voxquilt.app import conf_dir
+from voxquilt.app import conf_dir, register_resolvers
+from voxquilt.build import build
+from voxquilt.carried import KEY, to_carry
 from voxquilt.explain import _keys
+from voxquilt.trainconfig import check_train
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+WALK = ROOT / "docs/walkthrough.md"
 LANGUAGES = {"sh", "console", "python", "yaml", "text", "bash"}
 NETWORK = UNet(3, 1, 2, channels=(4, 8), strides=(2,))
 """Of from-monai.md: `network` there, and the state dict unet.pt."""
@@ -75,9 +82,7 @@ def blocks_of(document: Path, text: str | None = None) -> list[Block]:
         before = next((one for one in reversed(lines[:start]) if one.strip()), "")
         comment = re.fullmatch(r"<!-- not run: (.+) -->", before.strip())
         options = dict(word.split("=", 1) for word in words if "=" in word)
-        block = Block(
-            document, start + 1, language, options, "\n".join(lines[start + 1 : n]), comment and comment[1]
-        )
+        block = Block(document, start + 1, language, options, "\n".join(lines[start + 1 : n]), comment and comment[1])
         if language not in LANGUAGES or (language == "bash" and not comment):
             raise ValueError(f"{block}: {language!r} is no language that is run; say sh, console, python or text")
         if not comment and language in ("sh", "python") and "..." in block.text:
@@ -143,6 +148,20 @@ def folder(cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return tmp_path
 
 
+@pytest.fixture
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder of walkthrough.md after its training, whose weights are random here."""
+    register_resolvers()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        plain = check_train(hydra.compose("train", ["experiment=tissue", f"output_dir={tmp_path}"]))
+    net = {f"net.{key}": value for key, value in build(plain["model"]["net"], "model.net").state_dict().items()}
+    content = {"state_dict": net, "pytorch-lightning_version": "2.6.6", KEY: to_carry(plain, plain["images"])}
+    (tmp_path / "outputs/tissue/checkpoints").mkdir(parents=True)
+    torch.save(content, tmp_path / "outputs/tissue/checkpoints/best.ckpt")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 def run_shell(block: Block, folder: Path, forks: Server) -> None:
     """Every command of a block, by bash or, if it is ours, by a fork."""
     for command in commands_of(block.text):
@@ -154,7 +173,15 @@ def run_command(command: str, folder: Path, forks: Server) -> tuple[int, str]:
     """The exit status of a command, and what it said."""
     program = ours(command)
     if program is None:
-        done = subprocess.run(["bash", "-ec", command], cwd=folder, capture_output=True, text=True, check=False)
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where `python` is this one
+        done = subprocess.run(
+            ["bash", "-ec", command],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PATH": path},
+            check=False,
+        )
         return done.returncode, done.stdout + done.stderr
     script, arguments = program
     run = forks.start(*arguments, cwd=folder, script=script, env={"COLUMNS": "100"})
@@ -164,7 +191,7 @@ def run_command(command: str, folder: Path, forks: Server) -> tuple[int, str]:
     return status, text
 
 
-def compose(block: Block, folder: Path, forks: Server) -> None:
+def check_keys(block: Block, folder: Path, forks: Server) -> None:
     """The keys that a block names exist, though it is not run."""
     typed = [one for one, _ in transcript(block)] if block.language == "console" else commands_of(block.text)
     for command in typed:
@@ -207,13 +234,23 @@ def run_transcript(block: Block, folder: Path, forks: Server) -> None:
         assert agrees(shown, said), f"{block}: {command}\nsays (status {status}):\n{said}"
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", [d for d in DOCUMENTS if d != WALK], ids=lambda path: path.name)
 def test_every_block_of_a_document_runs(document: Path, folder: Path, forks: Server) -> None:
     """In order, in one folder; what is not run has a reason, and its keys exist."""
+    run_document(document, folder, forks)
+
+
+def test_the_mistakes_of_the_walkthrough_are_answered_as_it_shows(fresh: Path, forks: Server) -> None:
+    """With the same status and the same words, on the real brain."""
+    run_document(WALK, fresh, forks)
+
+
+def run_document(document: Path, folder: Path, forks: Server) -> None:
+    """Run every block that is to be run."""
     names: dict[str, Any] = {"network": NETWORK, "__name__": "__main__"}
     for block in blocks_of(document):
         if block.why_not:
-            compose(block, folder, forks)
+            check_keys(block, folder, forks)
         elif "file" in block.options:
             path = folder / block.options["file"]
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -271,7 +308,7 @@ def test_a_key_that_does_not_exist_is_found(comment: str, folder: Path, forks: S
     """The control of this file, also in what is not run."""
     (block,) = blocks_of(Path("x.md"), f"{comment}```sh\npython predict.py data.inptus=scans\n```")
     with pytest.raises(AssertionError, match=r"Did you mean data\.inputs"):
-        (compose if comment else run_shell)(block, folder, forks)
+        (check_keys if comment else run_shell)(block, folder, forks)
 
 
 def test_what_a_transcript_shows_is_compared() -> None:

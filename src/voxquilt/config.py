@@ -88,7 +88,9 @@ def to_plain(cfg: DictConfig) -> dict[str, Any]:
     if missing:
         if "ckpt_path" not in missing:
             with suppress(OmegaConfBaseException):
-                check_weights(cfg)  # a checkpoint that is not where it was said to be would have brought what is missing
+                check_weights(
+                    cfg
+                )  # a checkpoint that is not where it was said to be would have brought what is missing
         lines = "".join(f"\n  {key}: {_HINTS.get(key, 'needs a value')}" for key in missing)
         raise ConfigError(f"these keys need a value:{lines}")
     try:

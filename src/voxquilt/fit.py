@@ -114,4 +114,7 @@ def _say(data: Any) -> None:
             ("train", "validate"), (data.training_cases, data.validation_cases), names, strict=True
         ):
             count = f"{len(cases)} subject{'s' * (len(cases) != 1)}"
-            log.info("%s on %s: %s%s", what, count, some, ", ..." if len(cases) > 5 else "")
+            if cases:
+                log.info("%s on %s: %s%s", what, count, some, ", ..." if len(cases) > 5 else "")
+            else:
+                log.info("no subject %ss", what)

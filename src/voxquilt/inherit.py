@@ -90,7 +90,7 @@ def check_images(wanted: Sequence[str], cases: Iterable[Case]) -> None:
     """
     for case in cases:
         if wanted and list(case.images) != list(wanted) and not len(case.images) == len(wanted) == 1:
-            patterns = ', '.join(f'{name}: "{{subject}}/{name}.nii.gz"' for name in wanted)
+            patterns = ", ".join(f'{name}: "{{subject}}/{name}.nii.gz"' for name in wanted)
             raise ConfigError(
                 f"{case.subject} has the image{'s' * (len(case.images) > 1)} {', '.join(case.images)}; the checkpoint "
                 f"was trained on {', '.join(wanted)}, in this order. Name them by data.images='{{{patterns}}}', or by "

@@ -157,8 +157,8 @@ class Subject(dict[str, Any]):
                 affine = reference.spatial_shape == image.spatial_shape  # else it is not what has to be looked at
                 raise InputError(
                     f"images {first!r} and {name!r} of one subject lie on different grids: "
-                    f"{_described(reference, affine=affine)}; {_described(image, affine=affine)}. Resample one onto the "
-                    f"other."
+                    f"{_described(reference, affine=affine)}; {_described(image, affine=affine)}. "
+                    f"Resample one onto the other."
                 )
         return reference.frame
 
