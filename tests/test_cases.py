@@ -278,3 +278,16 @@ def test_patterns_that_cannot_work_are_refused(inputs: object, images: object, m
     touch("a.nii")
     with pytest.raises(ConfigError, match=message):
         find_cases(inputs, images)
+
+
+@pytest.mark.parametrize(
+    ("typed", "wanted"),
+    [("scasn", "scans"), ("scans/hed1.nii.gz", "scans/head1.nii.gz"), ("scnas/head1.nii.gz", "scans"), ("x/y/z", None)],
+)
+def test_a_path_that_is_nearly_there_is_asked_for(tmp_path: Path, typed: str, wanted: str | None) -> None:
+    """The nearest name where the path first goes wrong; nothing where nothing is near."""
+    (tmp_path / "scans").mkdir()
+    (tmp_path / "scans/head1.nii.gz").touch()
+    with pytest.raises(ConfigError) as error:
+        find_cases(str(tmp_path / typed))
+    assert str(error.value).endswith(f"Did you mean {tmp_path / wanted}?" if wanted else ").")

@@ -6,12 +6,16 @@ import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 
 from voxquilt.errors import ConfigError
 
 LABEL = "label"
 """The column of a table that names label files; it is no image."""
+# Names of a folder, at most, among which a near one is looked for.
+_LOOKED_AT = 10_000
 _NO_IMAGES = (LABEL, "split", "fold")
 SUFFIXES = (".nii.gz", ".nii", ".hdr.gz", ".img.gz", ".hdr", ".img")
 
@@ -91,6 +95,20 @@ def stem(path: Path | str) -> str:
     return next((name[: -len(s)] for s in SUFFIXES if name.lower().endswith(s)), name)
 
 
+def meant(path: Path) -> str:
+    """A question for a message on a path that is not there: the nearest name in the folder where it goes wrong."""
+    missing = path
+    while not missing.parent.exists():
+        missing = missing.parent
+    try:
+        with os.scandir(missing.parent) as entries:
+            names = [entry.name for entry in islice(entries, _LOOKED_AT)]
+    except OSError:
+        return ""
+    near = get_close_matches(missing.name, names, 1)
+    return f" Did you mean {missing.with_name(near[0])}?" if near and not glob.has_magic(missing.name) else ""
+
+
 def is_image(path: Path) -> bool:
     """A name that NIfTI files have; hidden files, such as a running job's temporary ones, are left alone."""
     return path.name.lower().endswith(SUFFIXES) and not path.name.startswith(".")
@@ -115,7 +133,7 @@ def _from_entry(entry: object, apart: Collection[str]) -> list[Case]:
     else:
         found, problem = [], f"there is no file or folder {path}"
     if not found:
-        raise ConfigError(f"data.inputs: {problem} (looked from {Path.cwd()}).")
+        raise ConfigError(f"data.inputs: {problem} (looked from {Path.cwd()}).{meant(path)}")
     return _one_image(found)
 
 

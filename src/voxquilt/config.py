@@ -12,7 +12,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from voxquilt.cases import find_cases, label_files
+from voxquilt.cases import find_cases, label_files, meant
 from voxquilt.errors import ConfigError
 from voxquilt.launch import is_external, is_first
 from voxquilt.names import matches
@@ -160,7 +160,9 @@ def check_weights(plain: Mapping[Any, Any]) -> None:
     paths = plain["ckpt_path"]
     for path in paths if isinstance(paths, list | ListConfig) else [paths]:
         if path is not None and not os.path.isfile(os.path.expanduser(str(path))):
-            raise ConfigError(f"ckpt_path: there is no file {path} (looked from {Path.cwd()}).")
+            raise ConfigError(
+                f"ckpt_path: there is no file {path} (looked from {Path.cwd()}).{meant(Path(os.path.expanduser(path)))}"
+            )
 
 
 def _allowed(patterns: Any) -> Any:

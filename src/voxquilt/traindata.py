@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from voxquilt.cases import LABEL, Case, find_cases
+from voxquilt.cases import LABEL, Case, find_cases, meant
 from voxquilt.datamodule import GridDataModule
 from voxquilt.dealing import deal
 from voxquilt.errors import ConfigError, InputError, VoxquiltError
@@ -99,7 +99,9 @@ class TrainingDataModule(LightningDataModule):
         for case in (*self.training_cases, *self.validation_cases):
             for path in self.label_files(case).values():
                 if not path.is_file():
-                    raise ConfigError(f"{case.subject}: its label {path} is not there (looked from {Path.cwd()}).")
+                    raise ConfigError(
+                        f"{case.subject}: its label {path} is not there (looked from {Path.cwd()}).{meant(path)}"
+                    )
         self._failures: list[LoadFailure] = []
         self._volumes: CachedVolumes | None = None
 
