@@ -153,6 +153,7 @@ def _forked(request: Mapping[str, Any], main: Any) -> int:
         null = os.open(os.devnull, os.O_RDONLY)
         for descriptor, target in ((null, 0), (log, 1), (log, 2)):
             os.dup2(descriptor, target)
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # as on a terminal, beside stderr
         sys.argv = [str(ROOT / f"{request['script']}.py"), *request["arguments"]]
         status = _status(main)
     except BaseException:

@@ -23,6 +23,9 @@ ROOT = Path(__file__).parents[1]
         ("predict", "trainer=gpuu", "there are cpu, ddp, default, gpu, slurm. Did you mean trainer=gpu?"),
         ("predict", "experiment=tissue", "brain_extraction for predict.py"),
         ("predict", "data.wholly_unknown=1", "there is no key data.wholly_unknown; data has batch_size, "),
+        ("predict", "src", "src: a setting is written with =, without blanks around it, such as data.inputs=src."),
+        ("predict", "data.inputs", "such as data.inputs=value."),
+        ("predict", "ckpt_path=nowhere.ckpt", "ckpt_path: there is no file nowhere.ckpt (looked from "),
         ("train", "experiment=brain_extraction", "slices_2d, tissue for train.py"),
         ("train", "model.lr=3", "there is no key model.lr. Did you mean model.optimizer.lr?"),
         ("train", "callbacks=[train,emma]", "there is no callbacks=emma; there are early_stopping, ema, train."),
@@ -34,7 +37,7 @@ def test_a_slip_is_answered_with_what_was_meant(script: str, argument: str, mess
     """On one line of stderr, with status 2; nothing of Hydra's own words."""
     began = time.monotonic()
     command = [sys.executable, str(ROOT / f"{script}.py"), argument]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr
     assert done.stderr.startswith("voxquilt: ")

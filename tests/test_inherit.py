@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from monai.networks.nets import UNet
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
-from synthetic import Over50
+from synthetic import Over50, read
 
 from voxquilt.build import check_classes
 from voxquilt.carried import FORMAT, KEY, LIGHTNING, TENSORS, TORCHSCRIPT, carried, kind_of, to_carry
@@ -218,6 +218,18 @@ def test_a_class_of_ones_own_is_named_by_the_user(forks: Server, place: Path) ->
     assert "model.net._target_=synthetic.Over50" in text
     predict(forks, place, "ckpt_path=own.ckpt", "run.checkpoint_targets=[synthetic.*,voxquilt.*]", "output_dir=b")
     predict(forks, place, "ckpt_path=own.ckpt", "model.net._target_=synthetic.Over50", "output_dir=c")
+
+
+def test_a_class_that_the_user_names_keeps_the_arguments_that_the_checkpoint_has(forks: Server, place: Path) -> None:
+    """So naming it is a word of trust, no more to type; classes inside its arguments are the file's word still."""
+    settings = SETTINGS | {"stitch": {}, "data": {"patch_size": 8}}
+    net = {"_target_": "torch.nn.Conv3d", "in_channels": 1, "out_channels": 2, "kernel_size": 1}
+    arguments = "ckpt_path=own.ckpt", "run.checkpoint_targets=[voxquilt.*]", "model.net._target_=torch.nn.Conv3d"
+    checkpoint(place / "own.ckpt", settings | {"model": {"net": net}}, Over50())
+    predict(forks, place, *arguments)
+    assert np.array_equal(read(place / "outputs/a_labels.nii.gz"), read(place / "a.nii.gz") > 50)
+    checkpoint(place / "own.ckpt", settings | {"model": {"net": net | {"bias": {"_target_": "os.getcwd"}}}}, Over50())
+    assert "the checkpoint names os.getcwd" in predict(forks, place, *arguments, wanted=2)
 
 
 # Whose word counts

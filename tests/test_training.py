@@ -242,7 +242,7 @@ def test_a_missing_label_and_one_on_another_grid_are_named(blobs: Path, tmp_path
     for n in range(5):
         nib.save(nib.Nifti1Image(np.zeros((4, 4, 4 + n), np.uint8), np.eye(4)), tmp_path / f"s{n}.nii.gz")
     data = TrainingDataModule(blobs / "images", f"{tmp_path}/{{subject}}.nii.gz", 16)
-    with pytest.raises(InputError, match=r"s\d: .*'image' and 'label label'.*different grids"):
+    with pytest.raises(InputError, match=r"s\d: .*'image' and 'its label'.*different grids"):
         data.setup("fit")
 
 

@@ -11,18 +11,19 @@ if TYPE_CHECKING:
     from voxquilt.errors import VoxquiltError
     from voxquilt.predict import predict_volume
     from voxquilt.sampler import GridSampler
+    from voxquilt.stitch import Stitch
     from voxquilt.subject import AFFINE, CHANNELS_DIMENSION, DATA, LOCATION, LabelMap, ScalarImage, Subject
 
 # Imported at their first use, so that a wrong command line is answered before torch has loaded.
 _HOMES = {
     "AFFINE": "subject", "CHANNELS_DIMENSION": "subject", "DATA": "subject", "LOCATION": "subject",
     "GridAggregator": "aggregator", "GridSampler": "sampler", "LabelMap": "subject", "ScalarImage": "subject",
-    "Subject": "subject", "VoxquiltError": "errors", "predict_volume": "predict",
+    "Stitch": "stitch", "Subject": "subject", "VoxquiltError": "errors", "predict_volume": "predict",
 }  # fmt: skip
 
 __all__ = [
     "AFFINE", "CHANNELS_DIMENSION", "DATA", "LOCATION", "GridAggregator", "GridSampler", "LabelMap", "ScalarImage",
-    "Subject", "VoxquiltError", "datasets", "inference", "predict_volume",
+    "Stitch", "Subject", "VoxquiltError", "datasets", "inference", "predict_volume",
 ]  # fmt: skip
 
 

@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from voxquilt.cases import find_cases, label_files, meant
@@ -85,6 +86,11 @@ def to_plain(cfg: DictConfig) -> dict[str, Any]:
     # Not OmegaConf.missing_keys, which follows interpolations and then names neither key.
     missing = sorted(_missing(OmegaConf.to_container(cfg, resolve=False)))
     if missing:
+        if "ckpt_path" not in missing:
+            with suppress(OmegaConfBaseException):
+                check_weights(
+                    cfg
+                )  # a checkpoint that is not where it was said to be would have brought what is missing
         lines = "".join(f"\n  {key}: {_HINTS.get(key, 'needs a value')}" for key in missing)
         raise ConfigError(f"these keys need a value:{lines}")
     try:
@@ -149,10 +155,10 @@ def _check_cases(plain: Mapping[str, Any]) -> None:
         raise ConfigError(f"data.labels={labels}: no subject has such a file (looked from {Path.cwd()}).")
 
 
-def check_weights(plain: Mapping[str, Any]) -> None:
+def check_weights(plain: Mapping[Any, Any]) -> None:
     """Raises ConfigError where ckpt_path names no file."""
     paths = plain["ckpt_path"]
-    for path in paths if isinstance(paths, list) else [paths]:
+    for path in paths if isinstance(paths, list | ListConfig) else [paths]:
         if path is not None and not os.path.isfile(os.path.expanduser(str(path))):
             raise ConfigError(
                 f"ckpt_path: there is no file {path} (looked from {Path.cwd()}).{meant(Path(os.path.expanduser(path)))}"

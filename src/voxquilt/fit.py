@@ -113,4 +113,8 @@ def _say(data: Any) -> None:
         for what, cases, some in zip(
             ("train", "validate"), (data.training_cases, data.validation_cases), names, strict=True
         ):
-            log.info("%d subjects %s: %s%s", len(cases), what, some, ", ..." if len(cases) > 5 else "")
+            count = f"{len(cases)} subject{'s' * (len(cases) != 1)}"
+            if cases:
+                log.info("%s on %s: %s%s", what, count, some, ", ..." if len(cases) > 5 else "")
+            else:
+                log.info("no subject %ss", what)

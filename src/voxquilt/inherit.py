@@ -29,7 +29,8 @@ def inherit(cfg: DictConfig, overrides: Iterable[str], conf: Path) -> dict[str, 
         conf: The folder of the defaults.
 
     Returns:
-        The settings that are in use, by section, and the names of the images; empty without any.
+        The settings that are in use, by section, and the names of the images; empty without any. A network's class
+        that the user named as well is left out.
 
     Raises:
         ConfigError: checkpoints of an ensemble that carry different settings.
@@ -41,6 +42,7 @@ def inherit(cfg: DictConfig, overrides: Iterable[str], conf: Path) -> dict[str, 
     given = [text.lstrip("+~").partition("=")[0] for text in overrides]
     used: dict[str, Any] = {}
     kept: list[str] = []
+    named: set[str] = set()
     OmegaConf.set_struct(cfg, False)
     for section in ("data", "preprocess", "model", "stitch"):
         if section == "model" and cfg.model.get("_target_") != AUTO:
@@ -52,8 +54,14 @@ def inherit(cfg: DictConfig, overrides: Iterable[str], conf: Path) -> dict[str, 
         for key, value in settings[section].items():
             full = f"{section}.{key}"
             chosen = own.get(key) != default.get(key) if key in default else own.get(key) is not None
-            if isinstance(own.get(key), Mapping) and isinstance(value, Mapping) and f"{full}._target_" not in given:
-                value = OmegaConf.to_container(OmegaConf.merge(value, own[key]))  # such as model.net.dropout=0
+            mine = own.get(key)
+            if (
+                isinstance(mine, Mapping)
+                and isinstance(value, Mapping)
+                and mine.get("_target_") in (None, value.get("_target_"))
+            ):
+                named |= {full} if "_target_" in mine else set()
+                value = OmegaConf.to_container(OmegaConf.merge(value, mine))  # such as model.net.dropout=0
             elif chosen or any(_covers(name, full) for name in given if name != "model"):
                 kept += [f"{full}={own.get(key)}"] if own.get(key) != value else []
                 continue
@@ -69,6 +77,8 @@ def inherit(cfg: DictConfig, overrides: Iterable[str], conf: Path) -> dict[str, 
     ]
     lines = [f"{key}={_short(value)}" for key, value in shown]
     log.info("from %s: %s%s", paths[0].name, ", ".join(lines), f"; yours: {', '.join(kept)}" if kept else "")
+    if "model.net" in named:  # the user names that class as well, so the file is not its only word
+        used["model"]["net"] = {key: value for key, value in used["model"]["net"].items() if key != "_target_"}
     return {**used, "images": settings.get("images", [])}
 
 
@@ -80,7 +90,7 @@ def check_images(wanted: Sequence[str], cases: Iterable[Case]) -> None:
     """
     for case in cases:
         if wanted and list(case.images) != list(wanted) and not len(case.images) == len(wanted) == 1:
-            patterns = ", ".join(f"{name}: '{{subject}}/{name}.nii.gz'" for name in wanted)
+            patterns = ", ".join(f'{name}: "{{subject}}/{name}.nii.gz"' for name in wanted)
             raise ConfigError(
                 f"{case.subject} has the image{'s' * (len(case.images) > 1)} {', '.join(case.images)}; the checkpoint "
                 f"was trained on {', '.join(wanted)}, in this order. Name them by data.images='{{{patterns}}}', or by "

@@ -1,5 +1,6 @@
 """What users type, as Hydra's grammar wants it: quotes around paths that need them, no + where any key may be right."""
 
+import os
 import re
 from collections.abc import Sequence
 
@@ -16,7 +17,7 @@ def to_overrides(arguments: Sequence[str]) -> list[str]:
     """Command-line arguments that Hydra understands; options such as --help are left as they are.
 
     Raises:
-        ConfigError: an override that stays none, with a hint at quoting.
+        ConfigError: an override that stays none, with a hint at quoting, or something without a key.
 
     >>> to_overrides(["data.labels=labels/{subject}.nii.gz", "ckpt_path=epoch=3-step=10.ckpt", "data.batch_size=2"])
     ['data.labels="labels/{subject}.nii.gz"', 'ckpt_path="epoch=3-step=10.ckpt"', 'data.batch_size=2']
@@ -24,6 +25,11 @@ def to_overrides(arguments: Sequence[str]) -> list[str]:
     ['++model.net._target_=my.Net', '--cfg', 'job']
     """
     parser = OverridesParser.create()
+    for before, text in zip(["", *arguments], arguments, strict=False):
+        if "=" not in text and not text.startswith(("-", "~")) and not before.startswith("-"):
+            key = "data.inputs" if os.path.exists(os.path.expanduser(text)) else "key"
+            what = f"{text}=value" if re.fullmatch(r"[a-z_./]+", text) and key == "key" else f"{key}={text}"
+            raise ConfigError(f"{text}: a setting is written with =, without blanks around it, such as {what}.")
     return [_to_override(parser, text) if "=" in text and not text.startswith("-") else text for text in arguments]
 
 

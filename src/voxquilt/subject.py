@@ -154,9 +154,11 @@ class Subject(dict[str, Any]):
         (first, reference), *others = self.images.items()
         for name, image in others:
             if not reference.frame.matches(image.frame):
+                affine = reference.spatial_shape == image.spatial_shape  # else it is not what has to be looked at
                 raise InputError(
                     f"images {first!r} and {name!r} of one subject lie on different grids: "
-                    f"{_described(reference)} against {_described(image)}. Resample one onto the other."
+                    f"{_described(reference, affine=affine)}; {_described(image, affine=affine)}. "
+                    f"Resample one onto the other."
                 )
         return reference.frame
 
@@ -199,7 +201,7 @@ def _to_numpy(affine: np.ndarray | Tensor | None) -> np.ndarray:
     return np.eye(4) if affine is None else np.asarray(affine, dtype=np.float64)
 
 
-def _described(image: Image) -> str:
-    where = image.path or "a tensor"
-    return f"{where} has shape {image.spatial_shape}, spacing {np.round(image.spacing, 4).tolist()} mm and affine\n" \
-           f"{np.round(image.affine, 4)}"  # fmt: skip
+def _described(image: Image, *, affine: bool) -> str:
+    spacing = ", ".join(f"{mm:.5g}" for mm in image.spacing)
+    rows = f", affine {np.round(image.affine[:3], 4).tolist()}" if affine else ""
+    return f"{image.path or 'a tensor'} has shape {image.spatial_shape}, spacing ({spacing}) mm{rows}"

@@ -24,8 +24,6 @@ from voxquilt.splits import make_split
 from voxquilt.subject import Image, LabelMap, ScalarImage, Subject
 from voxquilt.tasks import Task
 
-"""The column of a table that holds labels."""
-
 # Volumes whose patches are mixed, and of those that are not kept so many are in memory at a time.
 _GROUP = 8
 
@@ -238,4 +236,5 @@ class TrainingDataModule(LightningDataModule):
 
 
 def _named(name: str) -> str:
-    return f"label {name}"  # with a space, as no image's name that a configuration or a table gives
+    # With a space, as no image's name that a configuration or a table gives.
+    return "its label" if name == LABEL else f"label {name}"
