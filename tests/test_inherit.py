@@ -114,11 +114,11 @@ def test_any_plain_settings_come_back(settings: dict[str, Any]) -> None:
         path = Path(folder) / "a.ckpt"
         content = {
             "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(3)}}}],
-            KEY: settings | {"format": FORMAT},
+            KEY: SETTINGS | {"model": {"net": settings}},
             "callbacks": {"path": Path("somewhere")},
         }
         torch.save(content, path)
-        assert carried(path) == settings | {"format": FORMAT}
+        assert carried(path) == SETTINGS | {"model": {"net": settings}}
 
 
 class Bomb:
@@ -150,6 +150,24 @@ def test_settings_that_would_look_something_up_are_refused(tmp_path: Path) -> No
     settings = SETTINGS | {"stitch": {"class_names": ["${oc.env:HOME}"]}}
     with pytest.raises(ConfigError, match="no plain values"):
         carried(checkpoint(tmp_path / "a.ckpt", settings))
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [("model", "trust_checkpoint", True), ("model", "_target_", "os.system"), ("data", "inputs", "/"),
+     ("stitch", "postprocess", []), ("preprocess", "nonfinite", "zero"), ("data", "skip", 3)],
+)  # fmt: skip
+def test_a_checkpoint_may_bring_no_other_keys(
+    forks: Server, place: Path, section: str, key: str, value: object
+) -> None:
+    """Least of all one by which it would be trusted."""
+    settings = SETTINGS | {section: {**SETTINGS[section], key: value}}
+    marker = place / "marker"
+    content = torch.load(checkpoint(place / "a.ckpt", settings), weights_only=True)
+    torch.save(content | {"bomb": Bomb(marker)}, place / "a.ckpt")
+    text = predict(forks, place, "ckpt_path=a.ckpt", wanted=2)
+    assert f"its settings have {section}.{key}, which no checkpoint may bring" in text
+    assert not marker.exists()
 
 
 def test_settings_of_a_newer_version_are_refused(tmp_path: Path) -> None:

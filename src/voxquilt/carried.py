@@ -19,11 +19,12 @@ FORMAT = 1
 
 TORCHSCRIPT, EXPORTED, LIGHTNING, TENSORS = "TorchScript", "torch.export", "Lightning", "tensors"
 
-# What predicting needs of a training's configuration, by section.
+# What predicting needs of a training's configuration, by section. A file may carry no other keys: one of them says
+# whether the file is trusted.
 _SECTIONS = {
     "data": ("patch_size", "patch_overlap", "padding_mode", "divisible_by"),
-    "preprocess": None,
-    "model": ("net", "squeeze_axis"),
+    "preprocess": ("_target_", "orientation", "spacing", "intensity"),
+    "model": ("net", "squeeze_axis", "activation"),
     "stitch": ("overlap_mode", "products", "threshold", "class_names"),
 }
 
@@ -38,7 +39,7 @@ def to_carry(plain: Mapping[str, Any], images: Sequence[str]) -> dict[str, Any]:
     found: dict[str, Any] = {"format": FORMAT, "images": list(images)}
     for section, keys in _SECTIONS.items():
         node = plain.get(section) or {}
-        found[section] = {key: node[key] for key in (node if keys is None else keys) if key in node}
+        found[section] = {key: node[key] for key in keys if key in node}
     found["data"]["patch_size"] = plain["data"].get("inference_patch_size") or plain["data"]["patch_size"]
     # Where predict.py has it, since flips and ensembles may be averaged as probabilities.
     found["model"]["activation"] = plain["stitch"].get("activation")
@@ -74,7 +75,12 @@ def carried(path: Path) -> dict[str, Any] | None:
         raise ConfigError(f"{path}: its settings are no plain values; choose model=state_dict, and set them yourself.")
     if found.get("format") != FORMAT:
         raise ConfigError(f"{path}: its settings have format {found.get('format')!r}; this voxquilt reads {FORMAT}.")
-    return dict(found)
+    for section, keys in _SECTIONS.items():
+        node = found.get(section, {})
+        unknown = sorted(set(node) - set(keys)) if isinstance(node, Mapping) else [section]
+        if unknown:
+            raise ConfigError(f"{path}: its settings have {section}.{unknown[0]}, which no checkpoint may bring.")
+    return {section: {} for section in _SECTIONS} | dict(found)
 
 
 def _pickled(path: Path) -> Any:
