@@ -271,6 +271,27 @@ def test_what_the_user_says_wins_even_if_it_is_the_default(forks: Server, place:
     assert "preprocess.orientation=None" in text
 
 
+def test_nothing_is_a_value_too(forks: Server, place: Path) -> None:
+    """A checkpoint that was trained on the files' own axes predicts on them, whatever the default is."""
+    settings = SETTINGS | {"preprocess": {**SETTINGS["preprocess"], "orientation": None}}
+    checkpoint(place / "own.ckpt", settings)
+    predict(forks, place, "ckpt_path=own.ckpt")
+    configuration = json.loads((place / "outputs/run.json").read_text())["configuration"]
+    assert configuration["preprocess"]["orientation"] is None
+
+
+def test_a_class_that_only_the_checkpoint_names_is_checked(forks: Server, place: Path) -> None:
+    """Wherever it stands: the network, the preprocessing itself, a transform."""
+    bad = {"_target_": "synthetic.Over50"}
+    for section, node in (
+        ("model", {"net": bad}), ("preprocess", bad),
+        ("preprocess", {**SETTINGS["preprocess"], "intensity": [bad]}),
+    ):  # fmt: skip
+        checkpoint(place / "bad.ckpt", SETTINGS | {section: node})
+        text = predict(forks, place, "ckpt_path=bad.ckpt", wanted=2)
+        assert "the checkpoint names synthetic.Over50" in text
+
+
 def test_an_ensemble_needs_members_that_agree(forks: Server, place: Path) -> None:
     """Equal settings average; others are named."""
     checkpoint(place / "b.ckpt", SETTINGS)

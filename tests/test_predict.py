@@ -17,6 +17,7 @@ import pytest
 import torch
 from synthetic import FirstMinusSecond, Over50, Plus, Touchy, noise, read, save
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import avg_pool3d
 from torch.utils.data import DataLoader
 
@@ -525,12 +526,13 @@ def test_what_is_left_of_a_failed_subject_is_not_predicted(tmp_path: Path) -> No
 
     class Failing(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            calls.append(len(x))
+            if not isinstance(x, FakeTensor):  # by which a plan asks for shapes
+                calls.append(len(x))
             raise ValueError("always")
 
     rows = predict(tmp_path / "out", tmp_path / "in", Failing())
     assert errors(rows) == {"a": "ValueError: always"}
-    assert len(calls) <= 2 + 1  # once it is asked for its outputs without voxels
+    assert len(calls) <= 2
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from voxquilt.errors import ConfigError, OutputError, PatchShapeError
@@ -36,6 +37,8 @@ def check_fits(
     found = known or _probed(network, channels, patch_size)
     if isinstance(found, OutputError):
         raise ConfigError(str(found))
+    if isinstance(found, torch.OutOfMemoryError):
+        return None  # which batches of other sizes would not tell more about
     if isinstance(found, Exception):
         # Where nothing else would do either, the network just cannot run without voxels.
         wanted = _wanted_channels(network)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ def inherit(cfg: DictConfig, overrides: Iterable[str], conf: Path) -> dict[str, 
         conf: The folder of the defaults.
 
     Returns:
-        The settings that are in use, by section, and the names of the images; empty without any. A network's class
-        that the user named as well is left out.
+        The settings that are in use, by section, and the names of the images; empty without any. A class that the user
+        names as well is left out.
 
     Raises:
         ConfigError: checkpoints of an ensemble that carry different settings.
@@ -40,46 +41,67 @@ def inherit(cfg: DictConfig, overrides: Iterable[str], conf: Path) -> dict[str, 
     if not settings:
         return {}
     given = [text.lstrip("+~").partition("=")[0] for text in overrides]
-    used: dict[str, Any] = {}
-    kept: list[str] = []
-    named: set[str] = set()
+    found = _Found(given, {}, [], set())
     OmegaConf.set_struct(cfg, False)
     for section in ("data", "preprocess", "model", "stitch"):
         if section == "model" and cfg.model.get("_target_") != AUTO:
             continue  # the user says how to read the file
         own = _plain(cfg[section])
-        default: dict[str, Any] = {}
-        for name in ("_options", "auto") if section == "model" else ("default",):
-            default |= _plain(OmegaConf.load(conf / section / f"{name}.yaml"))
         for key, value in settings[section].items():
             full = f"{section}.{key}"
-            chosen = own.get(key) != default.get(key) if key in default else own.get(key) is not None
-            mine = own.get(key)
-            if (
-                isinstance(mine, Mapping)
-                and isinstance(value, Mapping)
-                and mine.get("_target_") in (None, value.get("_target_"))
-            ):
-                named |= {full} if "_target_" in mine else set()
-                value = OmegaConf.to_container(OmegaConf.merge(value, mine))  # such as model.net.dropout=0
-            elif chosen or any(_covers(name, full) for name in given if name != "model"):
-                kept += [f"{full}={own.get(key)}"] if own.get(key) != value else []
-                continue
-            OmegaConf.update(cfg, full, value, merge=False)
-            used.setdefault(section, {})[key] = value
+            found.look(full, own.get(key), _defaults(conf, section), value)
+            if full in found.used:
+                OmegaConf.update(cfg, full, found.used[full], merge=False)
         if section == "model" and own.get("prefix") is None:
             cfg.model.prefix = "net."
-    shown = [
-        (f"{s}.{key}", value)
-        for s, node in used.items()
-        for key, value in node.items()
-        if value is not None and key != "_target_"
-    ]
-    lines = [f"{key}={_short(value)}" for key, value in shown]
-    log.info("from %s: %s%s", paths[0].name, ", ".join(lines), f"; yours: {', '.join(kept)}" if kept else "")
-    if "model.net" in named:  # the user names that class as well, so the file is not its only word
-        used["model"]["net"] = {key: value for key, value in used["model"]["net"].items() if key != "_target_"}
-    return {**used, "images": settings.get("images", [])}
+    shown = {key: value for key, value in found.used.items() if value is not None and not key.endswith("._target_")}
+    lines = [f"{key}={_short(value)}" for key, value in shown.items()]
+    yours = f"; yours: {', '.join(found.kept)}" if found.kept else ""
+    log.info("from %s: %s%s", paths[0].name, ", ".join(lines), yours)
+    nodes: dict[str, Any] = {"images": settings.get("images", [])}
+    for full, value in found.used.items():
+        section, _, key = full.partition(".")
+        # A class that the user names as well is not by the file's word alone.
+        nodes.setdefault(section, {})[key] = {**value, "_target_": None} if full in found.named else value
+    return nodes
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Whose word counts, key by key.
+
+    Args:
+        given: Keys and groups of the command line.
+        used: What is taken from the checkpoint, by full key.
+        kept: What the user has otherwise, as text.
+        named: Keys whose class the user names as well.
+    """
+
+    given: Sequence[str]
+    used: dict[str, Any]
+    kept: list[str]
+    named: set[str]
+
+    def look(self, full: str, mine: Any, defaults: Mapping[str, Any], value: Any) -> None:
+        """Put the checkpoint's value among those that are used, or the user's among those that are kept."""
+        key = full.partition(".")[2]
+        alike = isinstance(mine, Mapping) and isinstance(value, Mapping)
+        if alike and mine.get("_target_") in (None, value.get("_target_")):
+            self.named.update({full} if "_target_" in mine else ())
+            value = OmegaConf.to_container(OmegaConf.merge(value, mine))  # such as model.net.dropout=0
+        elif (mine != defaults[key] if key in defaults else mine is not None) or any(
+            _covers(name, full) for name in self.given if name != "model"
+        ):
+            self.kept.extend([f"{full}={mine}"] if mine != value else [])
+            return
+        self.used[full] = value
+
+
+def _defaults(conf: Path, section: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in ("_options", "auto") if section == "model" else ("default",):
+        found |= _plain(OmegaConf.load(conf / section / f"{name}.yaml"))
+    return found
 
 
 def check_images(wanted: Sequence[str], cases: Iterable[Case]) -> None:

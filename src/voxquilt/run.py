@@ -98,21 +98,23 @@ def _predict(
     table: bool,
 ) -> int:
     """Run, and say how it ended; what is on disk tells it, also where the run was in other processes than this."""
+    broken = False
     try:
         with attended(trainer):
             trainer.predict(model, datamodule=data, return_predictions=False)
     except ConfigError:
         raise
     except VoxquiltError as error:
-        writer.status = FAILED
+        broken = True
         if is_first():
             print(f"voxquilt: {error}", file=sys.stderr)
     if not is_first():
-        return writer.status
+        return FAILED if broken else writer.status
     outcome = read_json(writer.output_dir / of_shard("run.json", data.shard))
     rows = read_rows([writer.output_dir / of_shard("manifest.csv", data.shard)])
     ours = [rows[case.subject] for case in data.cases if case.subject in rows]
-    status = max(writer.status, outcome.get("exit_status") or 0)
+    # Where the run broke off, processes that live are stopped by a signal, which is not what ended it.
+    status = FAILED if broken else max(writer.status, outcome.get("exit_status") or 0)
     if table:
         print_table(ours, writer.output_dir, outcome.get("subjects", len(ours)))
     if outcome.get("status") == "stopped":
