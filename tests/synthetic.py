@@ -108,6 +108,8 @@ class Cramped(Over50):
         self.most, self.times = most, times
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, FakeTensor):  # by which a plan asks for shapes, and which takes no memory
+            return super().forward(x)
         self.times -= 1
         if len(x) > self.most or self.times >= 0:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
