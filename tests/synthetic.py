@@ -10,13 +10,16 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from voxquilt.cases import Case
 from voxquilt.datamodule import GridDataModule
 from voxquilt.files import Files
+from voxquilt.tasks import Size
 
 ROOT = Path(__file__).parents[1]
 
@@ -158,3 +161,16 @@ class StopAfter(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask the trainer to stop."""
         trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
+
+
+def count_headers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A list that grows by each subject whose headers a data module reads from here on."""
+    read: list[str] = []
+    size = GridDataModule.size
+
+    def counted(data: GridDataModule, case: Case, ranks: int = 1) -> Size:
+        read.append(case.subject)
+        return size(data, case, ranks)
+
+    monkeypatch.setattr(GridDataModule, "size", counted)
+    return read

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from synthetic import noise, save
+from synthetic import count_headers, noise, save
 
 from voxquilt.agreed import agreed
 from voxquilt.datamodule import GridDataModule
@@ -58,14 +58,7 @@ def test_one_shard_reads_the_headers_for_all(tmp_path: Path, monkeypatch: pytest
     """Until the subjects or the grid are others; every subject then is still in one shard."""
     for n in range(7):
         save(tmp_path / f"scans/{n}.nii", noise((8, 8, 8 + 4 * n)))
-    read: list[str] = []
-    size = GridDataModule.size
-
-    def counted(data: GridDataModule, case: object, ranks: int = 1) -> object:
-        read.append(case.subject)  # type: ignore[attr-defined]
-        return size(data, case, ranks)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(GridDataModule, "size", counted)
+    read = count_headers(monkeypatch)
 
     def dealt(patch: int, resume: Resume | None) -> list[str]:
         read.clear()

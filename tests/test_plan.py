@@ -11,7 +11,7 @@ import pytest
 import torch
 from forks import Server, checked
 from lightning.pytorch import Trainer
-from synthetic import ROOT, Over50, noise, read, save
+from synthetic import ROOT, Over50, count_headers, noise, read, save
 
 from voxquilt.datamodule import GridDataModule
 from voxquilt.module import PatchPredictor
@@ -124,17 +124,10 @@ def test_batch_sizes_are_found(place: Path, tmp_path: Path, forks: Server) -> No
 
 def test_each_header_is_read_once_before_a_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the one process there is, whatever is planned."""
-    read_by: list[str] = []
-    original = GridDataModule.size
-
-    def size(self: GridDataModule, case: object, ranks: int = 1) -> object:
-        read_by.append(case.subject)  # type: ignore[attr-defined]
-        return original(self, case, ranks)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(GridDataModule, "size", size)
+    read = count_headers(monkeypatch)
     data = GridDataModule(str(place / "in"), 8, 4)
     data.setup("predict")
-    assert sorted(read_by) == [f"s{n}" for n in range(5)]
+    assert sorted(read) == [f"s{n}" for n in range(5)]
     assert data.plan.extent.patches == sum(size.patches - 1 for size in data.plan.sizes)
     assert data.plan.loads == [sum(size.patches for size in data.plan.sizes)]
 
