@@ -87,6 +87,14 @@ def cut(connection: Connection) -> None:
         duplicate.shutdown(socket.SHUT_RDWR)
 
 
+def die(hub: Hub) -> None:
+    """What a hub does whose process dies: it says nothing more, and all its connections break."""
+    hub._outbox.put(None)
+    hub._speaker.join()
+    for connection in hub._ranks:
+        cut(connection)
+
+
 # In order
 
 
@@ -269,8 +277,7 @@ def test_a_process_that_had_ended_may_go() -> None:
 def test_without_rank_0_the_others_stop_and_are_ended_in_the_end(exits: Exits) -> None:
     """First they may finish; a main thread that hangs is ended after the grace, with status 1."""
     world = World(3)
-    for connection in world.hub._ranks:
-        cut(connection)
+    die(world.hub)
     until(lambda: all(spoke.stop for spoke in world.spokes))
     assert [spoke.stop for spoke in world.spokes] == [Stop("the process of rank 0 died", BROKEN)] * 2
     for spoke in world.spokes:
@@ -288,8 +295,7 @@ def test_a_stop_before_rank_0_dies_stays_the_reason() -> None:
     world = World(2)
     world.spokes[0].ask_stop(SIGTERM)
     until(lambda: world.hub.stop)
-    for connection in world.hub._ranks:
-        cut(connection)
+    die(world.hub)
     assert world.spokes[0]._settled.wait(5)
     assert world.spokes[0].stop == SIGTERM
 
