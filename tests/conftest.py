@@ -1,14 +1,14 @@
 """What several test files share."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 from forks import Server, server
-from hypothesis import settings
 
-# Other examples in every run; CI has 15 minutes for all tests.
-settings.register_profile("voxquilt", max_examples=50)
-settings.load_profile("voxquilt")
+# Read when torch is imported, by the processes that tests start too. Tests are run beside each other: with a thread for
+# each core in each of them, operations on few voxels take ten times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

@@ -86,10 +86,25 @@ class Server:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
+    def run(
+        self, *arguments: str, cwd: Path, env: Mapping[str, str] | None = None
+    ) -> "subprocess.CompletedProcess[str]":
+        """Run predict.py in one process; as subprocess.run has it, what it printed comes apart by stdout and stderr."""
+        errors = cwd / f"errors_{uuid.uuid4().hex}.txt"
+        job = self.start(*arguments, cwd=cwd, env=env, errors=errors)
+        (status,) = job.wait(120)
+        return subprocess.CompletedProcess(arguments, status, job.text, errors.read_text(errors="replace"))
+
     def start(
-        self, *arguments: str, cwd: Path, ranks: int = 1, env: Mapping[str, str] | None = None, script: str = "predict"
+        self,
+        *arguments: str,
+        cwd: Path,
+        ranks: int = 1,
+        env: Mapping[str, str] | None = None,
+        script: str = "predict",
+        errors: Path | None = None,
     ) -> Run:
-        """Begin a run of predict.py or train.py with so many processes."""
+        """Begin a run of predict.py or train.py with so many processes; `errors` is where stderr goes by itself."""
         mark, port = uuid.uuid4().hex, free_port()
         logs, pids = [cwd / f"log_{mark}_{rank}.txt" for rank in range(ranks)], []
         for rank, log in enumerate(logs):
@@ -100,7 +115,7 @@ class Server:
             }  # fmt: skip
             request = {
                 "arguments": [*arguments, *([f"trainer.devices={ranks}", "trainer.accelerator=cpu"] * (ranks > 1))],
-                "cwd": str(cwd), "log": str(log), "script": script,
+                "cwd": str(cwd), "log": str(log), "errors": str(errors or log), "script": script,
                 "env": {MARK: mark, "SLOW": os.environ.get("SLOW", "0"), **(world if ranks > 1 else {}), **(env or {})},
             }  # fmt: skip
             pids.append(self.ask(request)["pid"])
@@ -149,10 +164,10 @@ def _forked(request: Mapping[str, Any], main: Any) -> int:
     try:
         os.chdir(request["cwd"])
         os.environ.update(request["env"])
-        log = os.open(request["log"], os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-        null = os.open(os.devnull, os.O_RDONLY)
-        for descriptor, target in ((null, 0), (log, 1), (log, 2)):
-            os.dup2(descriptor, target)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(os.open(request["log"], os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 1)
+        apart = request["errors"] != request["log"]
+        os.dup2(os.open(request["errors"], os.O_CREAT | os.O_WRONLY | os.O_TRUNC) if apart else 1, 2)
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # as on a terminal, beside stderr
         sys.argv = [str(ROOT / f"{request['script']}.py"), *request["arguments"]]
         status = _status(main)

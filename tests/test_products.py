@@ -120,8 +120,9 @@ def test_probabilities_are_the_soft_max_and_sum_to_1(channels: int, dtype: torch
     assert probabilities.dtype == np.float32
     assert probabilities.shape == scores.shape
     np.testing.assert_allclose(probabilities.sum(0), 1, rtol=0, atol=1e-6)
-    shifted = scores.double().numpy() - scores.double().numpy().max(0)
-    np.testing.assert_allclose(probabilities, np.exp(shifted) / np.exp(shifted).sum(0), rtol=0, atol=1e-5)
+    rounded = scores.float().double().numpy()  # at 1,000, float64's scores lose 3e-5
+    shifted = rounded - rounded.max(0)
+    np.testing.assert_allclose(probabilities, np.exp(shifted) / np.exp(shifted).sum(0), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.uint8, torch.int32])
@@ -649,7 +650,7 @@ def test_the_winner_between_voxels_is_among_the_contenders(
 
 
 @pytest.mark.parametrize("orientation", ["RAS", "SPL"])
-@pytest.mark.parametrize("spacing", [0.8, 1.4, (0.8, 2.3, 1.1)])
+@pytest.mark.parametrize("spacing", [0.6, 1.4, (0.8, 2.3, 1.1)])
 @pytest.mark.parametrize("whole", [False, True])
 def test_leaving_out_what_cannot_win_changes_no_label(
     orientation: str, spacing: object, whole: bool, monkeypatch: pytest.MonkeyPatch

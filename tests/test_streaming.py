@@ -261,7 +261,7 @@ def test_streamed_labels_are_those_of_the_whole_score_volume(
     assert sure.float().mean() > 0.99
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=60)
 @given(
     st.tuples(AXES, AXES, AXES),
     st.sampled_from(OVERLAP_MODES),

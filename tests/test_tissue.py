@@ -31,13 +31,13 @@ def network(seed: int) -> torch.nn.Module:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_patches_that_overlap_by_the_networks_reach_give_what_the_whole_volume_gives(seed: int) -> None:
     """To 1e-5, at every voxel: each is owned by a patch whose border is 20 voxels or more away."""
-    brain = ScalarImage(tissue_table().parent / "anterior_t1.nii.gz").data[:, 60:140, 20:96, 40:112] / 127.5 - 1
+    brain = ScalarImage(tissue_table().parent / "anterior_t1.nii.gz").data[:, 40:140, 20:100, 40:132] / 127.5 - 1
     subject = Subject(t1=ScalarImage(tensor=brain))
     options = {"divisible_by": 4, "stitch": Stitch("crop", products=["logits"])}
-    whole = predict_volume(network(seed), subject, (80, 76, 72), 0, **options)["logits"]  # type: ignore[arg-type]
+    whole = predict_volume(network(seed), subject, (100, 80, 92), 0, **options)["logits"]  # type: ignore[arg-type]
     patches = predict_volume(network(seed), subject, 64, 40, **options)["logits"]  # type: ignore[arg-type]
     assert whole.std() > 0.01
     assert np.abs(whole - patches).max() < 1e-5
@@ -47,11 +47,11 @@ def test_patches_that_overlap_by_the_networks_reach_give_what_the_whole_volume_g
 
 
 @pytest.mark.slow
-def test_half_a_minute_of_training_begins_to_tell_tissues_apart(forks: Server, tmp_path: Path) -> None:
+def test_a_minute_of_training_tells_tissues_apart(forks: Server, tmp_path: Path) -> None:
     """On the half of the brain that was not trained on; then the checkpoint predicts with nothing else."""
     run = forks.start(
-        "experiment=tissue", "trainer.max_epochs=1", "trainer.check_val_every_n_epoch=1", "trainer.accelerator=cpu",
-        "output_dir=trained", cwd=tmp_path, script="train", env={"OMP_NUM_THREADS": "2"},
+        "experiment=tissue", "trainer.max_epochs=2", "trainer.check_val_every_n_epoch=2", "trainer.accelerator=cpu",
+        "output_dir=trained", cwd=tmp_path, script="train",
     )  # fmt: skip
     assert checked(run.wait(400)) == 0, run.text
     (folder,) = {p.parent for p in (tmp_path / "trained/tensorboard").rglob("events*") if "hparams" not in str(p)}
@@ -59,10 +59,10 @@ def test_half_a_minute_of_training_begins_to_tell_tissues_apart(forks: Server, t
     events.Reload()
     tags = events.Tags()
     assert tags["images"] == ["validation/anterior"]
-    assert len(events.Scalars("train_loss")) == 1
+    assert len(events.Scalars("train_loss")) == 2
     (grey,), (white,) = (events.Scalars(f"val_dice_{tissue}") for tissue in ("grey", "white"))
-    assert grey.value > 0.4
-    assert white.value > 0.4
+    assert grey.value > 0.7
+    assert white.value > 0.7
     image = tissue_table().parent / "anterior_t1.nii.gz"
     run = forks.start(f"data.inputs={image}", "ckpt_path=trained/checkpoints/best.ckpt", cwd=tmp_path)
     assert checked(run.wait(200)) == 0, run.text
