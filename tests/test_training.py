@@ -614,7 +614,7 @@ def test_each_network_of_the_configuration_takes_the_patch_it_says(net: str, siz
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["data.labels=labels"], "data.labels needs {subject} in its path"),
+        (["data.labels=labels"], "data.labels is a path with {subject}, such as"),
         (["data.labels=null"], "data.labels is missing"),
         (["data.folds=9"], "data.folds=9 needs at least 2 folds and as many subjects; there are 5"),
         (["data.folds=1"], "data.folds (null: no validation) must be an integer of at least 2"),

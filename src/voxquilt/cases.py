@@ -72,17 +72,17 @@ def find_cases(inputs: object, images: object = None, apart: Collection[str] = (
     return sorted(cases, key=lambda case: case.subject)
 
 
-def label_files(case: Case, labels: str | Mapping[str, str] | None) -> list[Path]:
-    """Where the true labels of a subject should be; none if nothing names them.
+def label_files(case: Case, labels: str | Mapping[str, str] | None) -> dict[str, Path]:
+    """Where the true labels of a subject should be, by channel, or LABEL for a single file; none if nothing names them.
 
     Args:
         case: The subject.
         labels: A pattern with `{subject}`, or one for each channel; None for the table's column.
     """
     if labels is None:
-        return [Path(case.values[LABEL])] if LABEL in case.values else []
-    patterns = [labels] if isinstance(labels, str) else labels.values()
-    return [_path(pattern.replace("{subject}", case.subject)) for pattern in patterns]
+        return {LABEL: Path(case.values[LABEL])} if LABEL in case.values else {}
+    patterns = {LABEL: labels} if isinstance(labels, str) else labels
+    return {name: _path(pattern.replace("{subject}", case.subject)) for name, pattern in patterns.items()}
 
 
 def stem(path: Path | str) -> str:

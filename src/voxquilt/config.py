@@ -17,6 +17,7 @@ from voxquilt.errors import ConfigError
 from voxquilt.launch import is_external, is_first
 from voxquilt.names import matches
 from voxquilt.sections import (
+    KEYS,
     check_callbacks,
     check_data,
     check_image_names,
@@ -37,12 +38,9 @@ _HINTS = {
     "data.patch_size": "voxels in model space, an integer or three, such as 96 or [128,128,64]",
 }
 # A section that `+` must not add keys to: what nobody reads would be a typo that nobody sees.
-_KEYS = {
+_KEYS = KEYS | {
     "data": {"inputs", "images", "patch_size", "patch_overlap", "padding_mode", "divisible_by", "batch_size",
              "num_workers", "nonfinite", "skip", "labels"},
-    "preprocess": {"orientation", "spacing", "intensity"},
-    "stitch": {"overlap_mode", "products", "compare", "activation", "threshold", "restore", "fill", "class_names",
-               "postprocess"},
     "run": {"on_error", "seed", "allowed_targets", "checkpoint_targets", "status", "distribute", "resume", "overwrite",
             "content_hash", "dry_run", "log", "surface_tolerance"},
     "shard": {"index", "count"},
@@ -88,9 +86,8 @@ def to_plain(cfg: DictConfig) -> dict[str, Any]:
     if missing:
         if "ckpt_path" not in missing:
             with suppress(OmegaConfBaseException):
-                check_weights(
-                    cfg
-                )  # a checkpoint that is not where it was said to be would have brought what is missing
+                # A checkpoint that is not where it was said to be would have brought what is missing.
+                check_weights(cfg)
         lines = "".join(f"\n  {key}: {_HINTS.get(key, 'needs a value')}" for key in missing)
         raise ConfigError(f"these keys need a value:{lines}")
     try:
@@ -151,7 +148,7 @@ def _check_cases(plain: Mapping[str, Any]) -> None:
     ]
     if labels is not None and named and "labels" not in named:
         raise ConfigError(f"data.labels={labels} is compared with labels; add them to stitch.products={products}.")
-    if labels is not None and not any(path.is_file() for case in cases for path in label_files(case, labels)):
+    if labels is not None and not any(path.is_file() for case in cases for path in label_files(case, labels).values()):
         raise ConfigError(f"data.labels={labels}: no subject has such a file (looked from {Path.cwd()}).")
 
 

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from voxquilt.datamodule import GridDataModule
-from voxquilt.errors import ConfigError, reason_of
+from voxquilt.errors import ConfigError, of_subjects, reason_of
 from voxquilt.manifest import of_shard, write_json
 from voxquilt.needs import needs, voxels_of
 from voxquilt.outline import Outline, extent
@@ -187,12 +187,12 @@ def _print(content: dict[str, Any], planned: Planned | None, path: Path) -> None
     if len(subjects) > _ROWS:
         console.print(f"... and {len(subjects) - _ROWS} more, in {escape(str(path))}")
     before = f", {content['done_before']} done before" if content["done_before"] else ""
-    console.print(f"{content['subjects']} subjects{before}, {content['patches']} patches")
+    console.print(f"{of_subjects(content['subjects'])}{before}, {content['patches']} patches")
     if planned is not None:
         _print_needs(console, content, planned)
     for one in content["ranks"] if len(content["ranks"]) > 1 or content["seconds"] is not None else ():
         lasts = "" if one["seconds"] is None else f", about {one['seconds']:.1f} s once it has started"
-        console.print(f"rank {one['rank']}: {one['subjects']} subjects, load {one['load']:.0f}{lasts}")
+        console.print(f"rank {one['rank']}: {of_subjects(one['subjects'])}, load {one['load']:.0f}{lasts}")
     for note in content["notes"]:
         console.print(f"note: {escape(note)}")
     if content["refusal"]:

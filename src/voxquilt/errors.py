@@ -45,6 +45,11 @@ class RunError(VoxquiltError, RuntimeError):
     """A run of several processes broke off: one of them died or stopped."""
 
 
+def of_subjects(count: int) -> str:
+    """'1 subject', or more of them."""
+    return f"{count} subject{'s' * (count != 1)}"
+
+
 def reason_of(error: Exception) -> str:
     """An error as a row of the manifest tells it."""
     return str(error) if isinstance(error, VoxquiltError) else f"{type(error).__name__}: {_gist(error)}"

@@ -85,7 +85,7 @@ class Evaluation:
         return scores
 
     def _tried(self, case: Case, row: Row) -> dict[int, Agreement] | Score:
-        files = label_files(case, self.labels)
+        files = list(label_files(case, self.labels).values())
         missing = [str(path) for path in files if not path.is_file()]
         if missing or not files:
             return Score(case.subject, "", None, f"there is no label file {' and '.join(missing)}".strip())

@@ -12,7 +12,7 @@ from monai.data.meta_obj import set_track_meta
 
 from voxquilt.build import build
 from voxquilt.carried import to_carry
-from voxquilt.errors import ConfigError, InputError, VoxquiltError
+from voxquilt.errors import ConfigError, InputError, VoxquiltError, of_subjects
 from voxquilt.fits import check_fits
 from voxquilt.geometry import to_triple
 from voxquilt.launch import is_first
@@ -67,7 +67,8 @@ def fit(plain: dict[str, Any]) -> int:
     channels = sum(ScalarImage(path).shape[0] for path in case.images.values())
     for size in (data.patch_size, to_triple(plain["data"]["inference_patch_size"], "data.inference_patch_size")):
         check_fits(model.network, list(case.images), channels, size, plain["stitch"].get("class_names"))
-    _say(data)
+    if is_first():
+        _say(data)
     status = _fit(trainer, model, data, plain["ckpt_path"])
     if is_first():
         _say_where(trainer, status)
@@ -106,15 +107,6 @@ def _callback(name: str, node: Mapping[str, Any], plain: Mapping[str, Any]) -> A
 
 
 def _say(data: Any) -> None:
-    if is_first():
-        names = [
-            ", ".join(case.subject for case in cases[:5]) for cases in (data.training_cases, data.validation_cases)
-        ]
-        for what, cases, some in zip(
-            ("train", "validate"), (data.training_cases, data.validation_cases), names, strict=True
-        ):
-            count = f"{len(cases)} subject{'s' * (len(cases) != 1)}"
-            if cases:
-                log.info("%s on %s: %s%s", what, count, some, ", ..." if len(cases) > 5 else "")
-            else:
-                log.info("no subject %ss", what)
+    for what, cases in (("train", data.training_cases), ("validate", data.validation_cases)):
+        some = ", ".join(case.subject for case in cases[:5]) + ", ..." * (len(cases) > 5)
+        log.info("%s on %s%s", what, of_subjects(len(cases)), some and f": {some}")

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from voxquilt.errors import VoxquiltError
+from voxquilt.errors import VoxquiltError, of_subjects
 from voxquilt.geometry import Triple
 from voxquilt.module import PatchPredictor
 from voxquilt.needs import MIB, Forms, Needs, Settings, forms, needs
@@ -114,7 +114,7 @@ class Planner:
         settings = self._settings
         passed, become, required = self._needs(settings)
         if self._of.unread:
-            self._notes.append(f"the headers of {self._of.unread} subjects cannot be read: these will fail.")
+            self._notes.append(f"the headers of {of_subjects(self._of.unread)} cannot be read, which will fail.")
         return Planned(
             self._of, settings, become, passed, required, self._room, self._notes, self._refusal(settings, required)
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from voxquilt.cases import Case
-from voxquilt.errors import ConfigError
+from voxquilt.errors import ConfigError, of_subjects
 from voxquilt.fingerprint import digest, inputs, settings
 from voxquilt.manifest import Row, read_json, read_rows
 
@@ -88,11 +88,11 @@ class Resume:
             for change in self._changes(row.fingerprint, fingerprint):
                 lines.setdefault(change, []).append(row.subject)
         said = "".join(
-            f"\n  {change} ({_subjects(len(names))}: {', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+            f"\n  {change} ({of_subjects(len(names))}: {', '.join(names[:3])}{', ...' * (len(names) > 3)})"
             for change, names in list(lines.items())[:20]
         )
         return (
-            f"{self.folder} has outputs of {_subjects(len(other))} that were made otherwise:{said}\n"
+            f"{self.folder} has outputs of {of_subjects(len(other))} that were made otherwise:{said}\n"
             f"  Set run.overwrite=true to make these again, or choose another output_dir. Nothing was started."
         )
 
@@ -115,10 +115,6 @@ class Resume:
     def _known(self) -> dict[str, dict[str, Any]]:
         """Settings of earlier runs by their digest."""
         return known_settings(self.folder)
-
-
-def _subjects(count: int) -> str:
-    return f"{count} subject{'s' * (count != 1)}"
 
 
 def _change(key: str, before: Any, now: Any) -> str:

@@ -14,7 +14,7 @@ from voxquilt.cases import LABEL
 from voxquilt.charts import write_boxes
 from voxquilt.datamodule import GridDataModule
 from voxquilt.dryrun import DryRun
-from voxquilt.errors import ConfigError, VoxquiltError
+from voxquilt.errors import ConfigError, VoxquiltError, of_subjects
 from voxquilt.evaluation import Evaluation, write_scores
 from voxquilt.inherit import check_images
 from voxquilt.launch import is_external, is_first
@@ -118,7 +118,7 @@ def _predict(
     if table:
         print_table(ours, writer.output_dir, outcome.get("subjects", len(ours)))
     if outcome.get("status") == "stopped":
-        left = f"{outcome['missing']} subjects are left: the same command goes on."
+        left = f"{of_subjects(outcome['missing'])} left: the same command goes on."
         # Where the run broke off, the reason was printed as the error that it was.
         print(f"voxquilt: stopped by {outcome['reason']}; {left}" if status > FAILED else left, file=sys.stderr)
     elif data.labels is not None or any(LABEL in case.values for case in data.cases):

@@ -26,6 +26,13 @@ from voxquilt.names import (
     check_name,
 )
 
+KEYS = {
+    "preprocess": {"orientation", "spacing", "intensity"},
+    "stitch": {"overlap_mode", "products", "compare", "activation", "threshold", "restore", "fill", "class_names",
+               "postprocess"},
+}  # fmt: skip
+"""Of the sections that predicting and training share."""
+
 
 def check_data(data: Mapping[str, Any]) -> None:
     """Grid and loader."""
@@ -38,16 +45,21 @@ def check_data(data: Mapping[str, Any]) -> None:
     mode = data.get("padding_mode")
     if mode is not None and (isinstance(mode, bool) or not isinstance(mode, (int, float))):
         check_name(mode, PADDING_MODES, "data.padding_mode (null, a number, or a mode of numpy.pad)")
-    labels = data.get("labels")
-    patterns = list(labels.values()) if isinstance(labels, Mapping) else [labels]
-    if labels is not None and not all(isinstance(text, str) and "{subject}" in text for text in patterns):
-        raise ConfigError(
-            f"data.labels is a path with {{subject}}, or one for each channel of the labels; it is {labels!r}."
-        )
+    check_labels(data.get("labels"))
     check_word(data, "nonfinite", NONFINITE, "data.nonfinite")
     skip = data.get("skip")
     if skip is not None and (isinstance(skip, bool) or not isinstance(skip, (int, float, str))):
         raise ConfigError(f"data.skip is null, a number, or a mask's path with {{subject}}; it is {skip!r}.")
+
+
+def check_labels(labels: Any) -> None:
+    """Patterns, or nothing."""
+    patterns = list(labels.values()) if isinstance(labels, Mapping) else [labels]
+    if labels is not None and not all(isinstance(text, str) and "{subject}" in text for text in patterns):
+        raise ConfigError(
+            f"data.labels is a path with {{subject}}, such as 'labels/{{subject}}.nii.gz', or one for each channel of "
+            f"the labels; it is {labels!r}."
+        )
 
 
 def check_preprocess(preprocess: Mapping[str, Any]) -> None:

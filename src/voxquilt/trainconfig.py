@@ -10,16 +10,21 @@ from voxquilt.config import check_keys, check_output, check_weights, to_plain
 from voxquilt.errors import ConfigError
 from voxquilt.geometry import to_triple
 from voxquilt.names import TASKS, check_name
-from voxquilt.sections import check_grid, check_image_names, check_integer, check_preprocess, check_stitch
+from voxquilt.sections import (
+    KEYS,
+    check_grid,
+    check_image_names,
+    check_integer,
+    check_labels,
+    check_preprocess,
+    check_stitch,
+)
 from voxquilt.splits import make_split
 
-_KEYS = {
+_KEYS = KEYS | {
     "data": {"inputs", "labels", "images", "task", "patch_size", "inference_patch_size", "patch_overlap",
              "padding_mode", "divisible_by", "batch_size", "num_workers", "patches_per_volume", "balanced", "augment",
              "cache", "folds", "fold", "split", "seed"},
-    "preprocess": {"orientation", "spacing", "intensity"},
-    "stitch": {"overlap_mode", "products", "compare", "activation", "threshold", "restore", "fill", "class_names",
-               "postprocess"},
     "run": {"seed"},
 }  # fmt: skip
 
@@ -64,14 +69,8 @@ def _check_data(data: Mapping[str, Any]) -> None:
     balanced = data["balanced"]
     if isinstance(balanced, bool) or not isinstance(balanced, int | float) or not 0 <= balanced <= 1:
         raise ConfigError(f"data.balanced is a share, 0 to 1; it is {balanced!r}.")
-    labels = data["labels"]
-    patterns = labels.values() if isinstance(labels, Mapping) else [] if labels is None else [labels]
-    for pattern in patterns:
-        if "{subject}" not in str(pattern):
-            raise ConfigError(
-                f"data.labels needs {{subject}} in its path, as labels/{{subject}}.nii.gz; it is {labels!r}."
-            )
-    if labels is None and not str(data["inputs"]).lower().endswith(".csv"):
+    check_labels(data["labels"])
+    if data["labels"] is None and not str(data["inputs"]).lower().endswith(".csv"):
         raise ConfigError(
             "data.labels is missing: the label of each subject, such as 'labels/{subject}.nii.gz'; or data.inputs is a "
             ".csv with a column 'label'."

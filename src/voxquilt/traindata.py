@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from voxquilt.cases import LABEL, Case, find_cases, meant
+from voxquilt.cases import LABEL, Case, find_cases, label_files, meant
 from voxquilt.datamodule import GridDataModule
 from voxquilt.dealing import deal
 from voxquilt.errors import ConfigError, InputError, VoxquiltError
@@ -111,14 +111,12 @@ class TrainingDataModule(LightningDataModule):
         Raises:
             ConfigError: data.labels names none.
         """
-        patterns = {LABEL: self._labels} if isinstance(self._labels, str) else self._labels
-        if patterns is None:
-            if LABEL not in case.values:
-                raise ConfigError(
-                    f"{case.subject}: there is no column {LABEL!r}; set data.labels=labels/{{subject}}.nii.gz."
-                )
-            return {LABEL: Path(case.values[LABEL])}
-        return {name: Path(text.replace("{subject}", case.subject)).expanduser() for name, text in patterns.items()}
+        found = label_files(case, self._labels)
+        if not found:
+            raise ConfigError(
+                f"{case.subject}: there is no column {LABEL!r}; set data.labels=labels/{{subject}}.nii.gz."
+            )
+        return found
 
     def labelled(self, case: Case) -> Subject:
         """A subject with its images, then its labels under other names; reads headers only.
