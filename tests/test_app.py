@@ -13,6 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from forks import Server
 from hydra import compose, initialize_config_dir
 from synthetic import Over50, noise, read, run, save
 
@@ -104,7 +105,7 @@ def light(place: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
         ("data.skip=true", "data.skip is null, a number, or a mask's path with {subject}; it is True"),
         ("data.skip=[1,2]", "data.skip is null, a number, or a mask's path"),
         ("data.skip=masks/{subject}.nii", "data.skip=masks/{subject}.nii: no subject has such a mask (looked from"),
-        ("data.labels=truth.nii", "data.labels is a path with {subject}, or one for each channel of the labels; it is"),
+        ("data.labels=truth.nii", "data.labels is a path with {subject}, such as 'labels/{subject}.nii.gz', or one"),
         ("data.labels=truth/{subject}.nii", "data.labels=truth/{subject}.nii: no subject has such a file (looked from"),
         ("run.surface_tolerance=-1", "run.surface_tolerance must be a number of mm from 0; it is -1"),
         # model space, network and products
@@ -317,7 +318,7 @@ def test_a_folder_of_bad_files_is_reported_and_the_good_ones_are_finished(tmp_pa
         np.testing.assert_array_equal(read(tmp_path / f"aus gabe/{name}_labels.nii.gz"), array > 50)
         assert printed[name][:3] == ["done", f"{(array > 50).sum() / 1000:.1f}", "4"]
     assert sorted(os.listdir(tmp_path / "aus gabe")) == sorted(
-        [f"{name}_labels.nii.gz" for name in good] + ["manifest.csv", "run.json"]
+        [f"{name}_labels.nii.gz" for name in good] + ["manifest.csv", "run.json", "tensorboard"]
     )
     assert "volume [ml]" in done.stdout
     assert "5 of 19 subjects done" in done.stdout
@@ -325,7 +326,7 @@ def test_a_folder_of_bad_files_is_reported_and_the_good_ones_are_finished(tmp_pa
     assert header.startswith("subject,status,outputs,patches,seconds,error")
 
 
-def test_a_table_of_several_images_and_weights_with_lightnings_name(tmp_path: Path) -> None:
+def test_a_table_of_several_images_and_weights_with_lightnings_name(forks: Server, tmp_path: Path) -> None:
     """Columns become channels; inputs keep their place; run.json holds what ran, with which versions."""
     a, b = save(tmp_path / "in/a b.nii.gz", noise((9, 9, 9), 1)), save(tmp_path / "in/b.nii.gz", noise((9, 9, 9), 2))
     mine = save(tmp_path / "out/s3_labels.nii.gz", noise((9, 9, 9), 3))
@@ -334,8 +335,8 @@ def test_a_table_of_several_images_and_weights_with_lightnings_name(tmp_path: Pa
     torch.save(
         {"state_dict": {f"net.{k}": v for k, v in Over50(2).state_dict().items()}}, tmp_path / "epoch=3-step=9.ckpt"
     )
-    done = run(
-        "predict.py", "data.inputs=in/table.csv", "output_dir=out", *GRID, "data.batch_size=3", "model=state_dict",
+    done = forks.run(
+        "data.inputs=in/table.csv", "output_dir=out", *GRID, "data.batch_size=3", "model=state_dict",
         "model.net._target_=synthetic.Over50", "model.net.channels=2", "ckpt_path=epoch=3-step=9.ckpt",
         "model.prefix=net.", "stitch.products=[labels,probabilities]", "stitch.overlap_mode=crop",
         "callbacks.writer.compress=false", "callbacks.writer.overlay=true", cwd=tmp_path,
@@ -358,7 +359,7 @@ def test_a_table_of_several_images_and_weights_with_lightnings_name(tmp_path: Pa
     assert record["seconds"] > 0
 
 
-def test_shards_share_the_subjects_and_the_folder(tmp_path: Path) -> None:
+def test_shards_share_the_subjects_and_the_folder(forks: Server, tmp_path: Path) -> None:
     """Each subject once, by patches from headers alone; one without subjects ends well; status says what is missing."""
     sizes = {"a": 40, "b": 8, "c": 12, "d": 24, "e": 16}
     volumes = {name: save(tmp_path / f"scans/{name}.nii.gz", noise((9, 9, n), n)) for name, n in sizes.items()}
@@ -366,7 +367,7 @@ def test_shards_share_the_subjects_and_the_folder(tmp_path: Path) -> None:
     arguments = ("data.inputs=scans", *NETWORK, *GRID, "shard.count=8")
 
     def shard(index: int) -> set[str]:
-        done = run("predict.py", *arguments, "shard.index=${oc.env:PART}", cwd=tmp_path, env={"PART": str(index)})
+        done = forks.run(*arguments, "shard.index=${oc.env:PART}", cwd=tmp_path, env={"PART": str(index)})
         with open(tmp_path / f"outputs/manifest_{index}_of_8.csv", newline="", encoding="utf-8") as file:
             rows = {row["subject"]: row["status"] for row in csv.DictReader(file)}
         assert done.returncode == (1 if "f" in rows else 0)
@@ -376,23 +377,23 @@ def test_shards_share_the_subjects_and_the_folder(tmp_path: Path) -> None:
 
     found = [shard(index) for index in (0, 1, 7)]
     assert found == [{"a"}, {"d"}, set()]  # the longest first
-    done = run("predict.py", *arguments, "run.status=true", cwd=tmp_path)
+    done = forks.run(*arguments, "run.status=true", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (1, "")
     assert "3 of 8 shards have begun; not 2, 3, 4, 5, 6" in done.stdout
     assert "2 of 6 subjects done, 0 failed, 4 missing\nmissing: b, c, e, f\n" in done.stdout
     found += [shard(index) for index in (2, 3, 4, 5)]
     assert sorted(name for subjects in found for name in subjects) == list("abcdef")
-    done = run("predict.py", *arguments, "run.status=true", cwd=tmp_path)
+    done = forks.run(*arguments, "run.status=true", cwd=tmp_path)
     assert done.returncode == 1
     assert "5 of 6 subjects done, 1 failed, 0 missing\nf: failed: " in done.stdout
     for name, volume in volumes.items():
         np.testing.assert_array_equal(read(tmp_path / f"outputs/{name}_labels.nii.gz"), volume > 50)
     (tmp_path / "scans/f.nii.gz").unlink()
-    done = run("predict.py", *arguments, "run.status=true", cwd=tmp_path)
+    done = forks.run(*arguments, "run.status=true", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_what_is_skipped_and_compared_is_on_the_command_line(tmp_path: Path) -> None:
+def test_what_is_skipped_and_compared_is_on_the_command_line(forks: Server, tmp_path: Path) -> None:
     """Patches outside a mask cost nothing; a subject without its mask fails alone; blends are written side by side."""
     for n, name in enumerate("abc"):
         save(tmp_path / f"scans/{name}.nii.gz", noise((9, 30, 9), n))
@@ -401,8 +402,8 @@ def test_what_is_skipped_and_compared_is_on_the_command_line(tmp_path: Path) -> 
         if name != "b":
             save(tmp_path / f"masks/{name}.nii.gz", mask)
     arguments = ("data.inputs=scans", *NETWORK, *GRID, "data.batch_size=3", "stitch.compare=[crop,hann]")
-    done = run(
-        "predict.py", *arguments, "data.skip=masks/{subject}.nii.gz", "stitch.products=[labels,disagreement]",
+    done = forks.run(
+        *arguments, "data.skip=masks/{subject}.nii.gz", "stitch.products=[labels,disagreement]",
         "stitch.restore=labels", cwd=tmp_path,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (1, "")
@@ -424,19 +425,19 @@ def test_what_is_skipped_and_compared_is_on_the_command_line(tmp_path: Path) -> 
         assert not labels[:, 8:].any()
         assert not read(tmp_path / f"outputs/c_labels{mode}.nii.gz").any()
 
-    done = run("predict.py", *arguments, "data.skip=-1", "output_dir=all", cwd=tmp_path)
+    done = forks.run(*arguments, "data.skip=-1", "output_dir=all", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert {(row["patches"], row["skipped"]) for row in manifest(tmp_path / "all").values()} == {("28", "0")}
     for n, name in enumerate("abc"):
         np.testing.assert_array_equal(read(tmp_path / f"all/{name}_labels.nii.gz"), noise((9, 30, 9), n) > 50)
 
 
-def test_products_larger_than_memory_are_the_same_files(tmp_path: Path) -> None:
+def test_products_larger_than_memory_are_the_same_files(forks: Server, tmp_path: Path) -> None:
     """They wait in files without a name: byte for byte what memory gives, and nothing else in the folder."""
     save(tmp_path / "scans/a.nii.gz", noise((9, 12, 10)), np.diag([-1.0, 2, 1.5, 1]))
     for limit in ("0", "null"):
-        done = run(
-            "predict.py", "data.inputs=scans", *NETWORK, *GRID, "stitch.products=[probabilities,entropy]",
+        done = forks.run(
+            "data.inputs=scans", *NETWORK, *GRID, "stitch.products=[probabilities,entropy]",
             f"callbacks.writer.in_memory={limit}", f"output_dir=limit_{limit}", "preprocess.spacing=1.3", cwd=tmp_path,
         )  # fmt: skip
         assert (done.returncode, done.stderr) == (0, "")
@@ -445,7 +446,7 @@ def test_products_larger_than_memory_are_the_same_files(tmp_path: Path) -> None:
         assert (tmp_path / "limit_0" / name).read_bytes() == (tmp_path / "limit_null" / name).read_bytes()
 
 
-def test_patterns_from_the_command_line(tmp_path: Path) -> None:
+def test_patterns_from_the_command_line(forks: Server, tmp_path: Path) -> None:
     """Unquoted {subject}; images on different grids and a missing image fail and are named."""
     x = save(tmp_path / "raw/s1/t1.nii", noise((9, 9, 9), 1))
     save(tmp_path / "raw/s1/t2.nii", noise((9, 9, 9), 2))
@@ -454,8 +455,8 @@ def test_patterns_from_the_command_line(tmp_path: Path) -> None:
     save(tmp_path / "raw/s3/t1.nii", noise((9, 9, 9), 1))
     save(tmp_path / "raw/s4/t1.nii", noise((9, 9, 9), 1))
     save(tmp_path / "raw/s4/t2.nii", noise((9, 9, 9), 1), np.diag([1, 1, 1.5, 1]))
-    done = run(
-        "predict.py", "data.inputs=raw", "data.images.t1={subject}/t1.nii", "data.images.t2={subject}/t2.nii",
+    done = forks.run(
+        "data.inputs=raw", "data.images.t1={subject}/t1.nii", "data.images.t2={subject}/t2.nii",
         "output_dir=out", *GRID, *NETWORK, "model.net.channels=2", cwd=tmp_path,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (1, "")

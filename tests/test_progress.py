@@ -170,8 +170,8 @@ def test_several_processes_show_nothing_twice(place: Path, forks: Server) -> Non
 
 def test_tensorboard_has_each_subjects_numbers_and_picture(place: Path, forks: Server) -> None:
     """Steps are the subjects' numbers; volumes go by the classes' names and agree with the manifest's."""
-    words = ("logger=tensorboard", "stitch.class_names=[background,bright]")
-    job = forks.start(*JOB, *words, cwd=place)
+    names = "stitch.class_names=[background,bright]"
+    job = forks.start(*JOB, names, cwd=place)
     assert job.wait() == [1], job.text
     (folder,) = {path.parent for path in (place / "outputs/tensorboard").rglob("events.out*")}
     board = EventAccumulator(str(folder))

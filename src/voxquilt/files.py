@@ -15,7 +15,7 @@ from voxquilt.cases import Case
 from voxquilt.errors import OutputError
 from voxquilt.manifest import Row
 from voxquilt.nifti import read_header, write
-from voxquilt.overlay import overlay_png
+from voxquilt.overlay import flat, overlay_png
 from voxquilt.stitch import Stitch
 
 
@@ -66,7 +66,7 @@ class Files:
         labels = volumes[of_labels[0]] if of_labels else None
         if labels is not None and self._form.overlay:
             path = self._checked(f"{subject}_overlay.png")
-            overlay_png(read_header(work.file.path).read()[0].numpy(), labels[0], native.affine, path)
+            overlay_png(read_header(work.file.path).read()[0].numpy(), flat(labels), native.affine, path)
             outputs.append(path.name)
         volume, of_classes = None, dict[str, float]()
         if labels is not None:

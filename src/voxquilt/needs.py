@@ -15,6 +15,8 @@ MIB = 2**20
 # Measured: what a process grows by once it runs (code that is loaded late, threads, oneDNN's kernels), and the pieces
 # in which scores go back to native space.
 _LATE, _PIECES = 70 * MIB, 60 * MIB
+# Likewise, of drawing pictures while the network runs.
+_PICTURES = 25 * MIB
 # Tensors up to 32 MiB are kept by malloc when they are freed, at most so much in all.
 _KEPT = 110 * MIB
 # Typical sizes of a packed .nii.gz beside its voxels, measured on this project's images; see docs/memory.md.
@@ -151,7 +153,7 @@ def needs(of: Extent, passed: Probe, become: Forms, settings: Settings) -> Needs
     writing = of.largest * (32 if settings.postprocess and labels else labels)
     network = passed.peak_bytes
     host = {
-        "process": settings.base + _LATE,
+        "process": settings.base + _LATE + _PICTURES * settings.overlay,
         "images": ahead * of.loaded,
         "reading": of.reading if of.subjects > 1 or settings.overlay else max(0, of.reading - network),
         "batches": 2 * batch * of.channels * patch * 4,

@@ -86,6 +86,16 @@ def overlay(image: np.ndarray, labels: np.ndarray, affine: np.ndarray) -> Image.
     return _side_by_side(panels)
 
 
+def flat(labels: Shaped[np.ndarray, "c i j k"]) -> Shaped[np.ndarray, "i j k"]:
+    """One label a voxel, to draw: of several channels, which are masks, the last; they count from 1."""
+    if len(labels) == 1:
+        return labels[0]
+    found = np.zeros(labels.shape[1:], np.uint8 if len(labels) < 256 else np.uint16)
+    for n, mask in enumerate(labels, 1):
+        found[mask > 0] = n
+    return found
+
+
 def _to_ras(volume: np.ndarray, frame: Frame) -> np.ndarray:
     """A view, nothing copied: axes in the order right, anterior, superior, all of them ascending."""
     _, signs = closest_axes(frame.affine)

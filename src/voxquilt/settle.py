@@ -36,7 +36,7 @@ def settings_of(data: Any, writer: Any, stitch: Stitch, device: torch.device) ->
         gpu=device.type == "cuda",
         skips=data.skip is not None,
         postprocess=bool(stitch.postprocess),
-        overlay=writer.form.overlay,
+        overlay=writer.form.overlay or writer.tensorboard,
     )
 
 

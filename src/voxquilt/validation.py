@@ -16,7 +16,7 @@ from voxquilt.buffers import Buffers
 from voxquilt.cases import Case
 from voxquilt.errors import InputError, OutputError, VoxquiltError
 from voxquilt.metrics import class_dice
-from voxquilt.overlay import overlay
+from voxquilt.overlay import flat, overlay
 from voxquilt.quilt import Outputs, Quilt
 from voxquilt.stitch import Stitch
 
@@ -106,7 +106,7 @@ class Validator:
             pictures = [overlay(image[0].float().numpy(), none, affine) for image in (volume, truth)]
         else:
             image = work.file.read()[0].numpy()
-            pictures = [overlay(image, _flat(labels), affine) for labels in (volume, truth)]
+            pictures = [overlay(image, flat(labels.numpy()), affine) for labels in (volume, truth)]
         return np.concatenate([np.asarray(picture) for picture in pictures])
 
 
@@ -153,11 +153,3 @@ def _of_images(image: Tensor, truth: Tensor) -> Metrics:
         "mae": float(mean_absolute_error(image.flatten(), truth.flatten())),
         "psnr": float(peak_signal_noise_ratio(image, truth, data_range=span)),
     }
-
-
-def _flat(labels: Tensor) -> np.ndarray:
-    """One label a voxel, for a picture: of several masks the last."""
-    if len(labels) == 1:
-        return labels[0].numpy()
-    numbers = torch.arange(1, len(labels) + 1).reshape(-1, 1, 1, 1)
-    return ((labels > 0) * numbers).amax(0).numpy()

@@ -44,6 +44,7 @@ class VolumeWriter(Callback):
         compress: .nii.gz, else .nii.
         in_memory: MiB; a product that is larger waits in an unnamed file in output_dir until it is written. None is an
             eighth of the memory that is free when the writer is made: up to three subjects are held at a time.
+        tensorboard: Also write numbers of the subjects and pictures of the first ones, in output_dir/tensorboard.
         log: What is shown while the run goes on: 'rich' bars, 'plain' lines, 'json' objects on stdout; 'auto' shows
             bars on a terminal.
         configuration: For run.json.
@@ -61,6 +62,7 @@ class VolumeWriter(Callback):
         overlay: bool = False,
         compress: bool = True,
         in_memory: float | None = None,
+        tensorboard: bool = False,
         log: str = "auto",
         configuration: Mapping[str, Any] | None = None,
     ) -> None:
@@ -68,6 +70,7 @@ class VolumeWriter(Callback):
         self.stitch = stitch or Stitch()
         self.form = Format(".nii.gz" if compress else ".nii", overlay)
         self.in_memory = psutil.virtual_memory().available / 8 / 2**20 if in_memory is None else in_memory
+        self.tensorboard = tensorboard
         self.rows: list[Row] = []
         """What became of each subject of the last run; with several processes, on rank 0."""
         self.status = 0
@@ -90,7 +93,7 @@ class VolumeWriter(Callback):
         shown: list[_Shown] = []
         if data.plan.group.rank == 0:
             planned = {one: size.patches - 1 for one, size in zip(data.plan.everything, data.plan.sizes, strict=True)}
-            events = Events(trainer, self.output_dir, data.plan.cases)
+            events = Events(self.output_dir, data.plan.cases) if self.tensorboard else None
             shown = [_Shown(make_show(self._log), Tally(planned, data.plan.group.size), events)]
         line, record = _connected(self.output_dir, data, self._configuration, shown)
         data.stop_when(lambda: line.stop is not None)
@@ -226,7 +229,8 @@ class _Run:
         try:
             status = self.record.close(summaries, self.line.stop) if self.record else 0
             for one in self.shown:
-                one.events.end(self.record.outcome if self.record else {}, summaries)
+                if one.events is not None:
+                    one.events.end(self.record.outcome if self.record else {}, summaries)
             return status
         except OutputError as error:  # a disk that is full at the very end
             self.line.ask_stop(Stop(str(error), BROKEN))
@@ -239,13 +243,14 @@ class _Shown:
 
     show: Show
     tally: Tally
-    events: Events
+    events: Events | None
 
     def take(self, row: Row) -> None:
         """A subject is done or has failed."""
         self.tally.row(row)
         self.show.row(row, self.tally)
-        self.events.row(row)
+        if self.events is not None:
+            self.events.row(row)
 
     def news(self, message: Message) -> None:
         """A process got on."""
