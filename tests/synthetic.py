@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -153,10 +154,17 @@ def _dies(*_: object) -> None:
 
 
 class StopAfter(Callback):
-    """Ends a training in order after so many epochs, as a time limit would."""
+    """Ends a training: in order after so many epochs, as a time limit would; or after so many steps, by Ctrl-C."""
 
-    def __init__(self, epochs: int) -> None:
-        self.epochs = epochs
+    def __init__(self, epochs: int = 1000, steps: int = 0) -> None:
+        self.epochs, self.steps = epochs, steps
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Raise what Ctrl-C raises."""
+        if trainer.global_step == self.steps:
+            raise KeyboardInterrupt
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask the trainer to stop."""

@@ -339,14 +339,16 @@ def test_a_schedule_ends_at_zero(schedule: object) -> None:
 # The command
 
 
-def train(forks: Server, blobs: Path, cwd: Path, *arguments: str, ranks: int = 1, labels: str = "labels") -> str:
+def train(
+    forks: Server, blobs: Path, cwd: Path, *arguments: str, ranks: int = 1, labels: str = "labels", status: int = 0
+) -> str:
     """train.py on the blobs; what it printed."""
     run = forks.start(
         f"data.inputs={blobs}/images", f"data.labels={blobs}/{labels}/{{subject}}.nii.gz", "data.patch_size=16",
         "trainer.accelerator=cpu", "trainer.check_val_every_n_epoch=1", *NET, *arguments,
         cwd=cwd, ranks=ranks, script="train",
     )  # fmt: skip
-    assert checked(run.wait(120)) == 0, run.text
+    assert checked(run.wait(120)) == status, run.text
     return run.text
 
 
@@ -388,20 +390,19 @@ def test_a_checkpoint_predicts_with_nothing_but_inputs(forks: Server, blobs: Pat
     assert "yours: data.patch_overlap=0, stitch.overlap_mode=crop" in run.text
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("stop", "status"), [("epochs=2", 0), ("steps=11", 130), ("steps=16", 130)])
 def test_a_training_that_goes_on_ends_where_one_that_was_not_interrupted_does(
-    forks: Server, blobs: Path, tmp_path: Path
+    stop: str, status: int, workers: int, forks: Server, blobs: Path, tmp_path: Path
 ) -> None:
-    """Weights are equal to the bit: data, optimizer and schedule go on where they were."""
+    """Weights are equal to the bit: data, optimizer and schedule go on where they were, in an epoch of 8 steps too."""
     common = ("trainer.max_epochs=4", "data.patches_per_volume=4")
     train(forks, blobs, tmp_path, *common, "output_dir=whole")
-    fault = "+callbacks.fault._target_=synthetic.StopAfter"
-    run = forks.start(
-        f"data.inputs={blobs}/images", f"data.labels={blobs}/labels/{{subject}}.nii.gz", "data.patch_size=16", *NET,
-        "trainer.accelerator=cpu", "trainer.check_val_every_n_epoch=1", *common, "output_dir=parts", fault,
-        "+callbacks.fault.epochs=2", cwd=tmp_path, script="train",
-    )  # fmt: skip
-    assert checked(run.wait(120)) == 0, run.text
-    train(forks, blobs, tmp_path, *common, "output_dir=parts", "ckpt_path=parts/checkpoints/last.ckpt")
+    common += ("output_dir=parts", f"data.num_workers={workers}")
+    fault = ("+callbacks.fault._target_=synthetic.StopAfter", f"+callbacks.fault.{stop}")
+    text = train(forks, blobs, tmp_path, *common, *fault, status=status)
+    assert (" goes on." in text) == (status == 130)
+    train(forks, blobs, tmp_path, *common, "ckpt_path=parts/checkpoints/last.ckpt")
     whole, parts = (weights(tmp_path / f"{name}/checkpoints/last.ckpt") for name in ("whole", "parts"))
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[key], parts[key]) for key in whole)

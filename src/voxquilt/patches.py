@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Integer, Shaped
 from monai.transforms.transform import Randomizable
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from voxquilt.geometry import Triple
 
@@ -98,11 +98,23 @@ class EpochOrder(Sampler[int]):
         group: Volumes whose patches are mixed.
         seed: Of the order.
         rank, ranks: This process, and how many there are.
+        taken: How many of an epoch's numbers this process has had already when the epoch is begun: in the middle of
+            it, by a training that goes on. They are left out.
     """
 
-    def __init__(self, volumes: int, per_volume: int, *, group: int, seed: int, rank: int = 0, ranks: int = 1) -> None:
+    def __init__(
+        self,
+        volumes: int,
+        per_volume: int,
+        *,
+        group: int,
+        seed: int,
+        rank: int = 0,
+        ranks: int = 1,
+        taken: Callable[[], int] = int,
+    ) -> None:
         self._volumes, self._per_volume, self._group, self._seed = volumes, per_volume, group, seed
-        self._rank, self._ranks = rank, ranks
+        self._rank, self._ranks, self._taken = rank, ranks, taken
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -122,7 +134,7 @@ class EpochOrder(Sampler[int]):
             numbers.extend(random.permutation(mixed).tolist())
         offset = self._epoch * self._volumes * self._per_volume
         kept = numbers[: len(self) * self._ranks]
-        return (offset + n for n in kept[self._rank :: self._ranks])
+        return (offset + n for n in kept[self._rank :: self._ranks][self._taken() :])
 
 
 class RandomPatches(Dataset[dict[str, Any]]):
@@ -182,6 +194,17 @@ class RandomPatches(Dataset[dict[str, Any]]):
         centres = volume.centres[int(random.integers(len(volume.centres)))]
         centre = centres[int(random.integers(len(centres)))].tolist()
         return [min(max(c - p // 2, 0), r) for c, p, r in zip(centre, self._patch_size, room, strict=True)]
+
+
+class LateLoader(DataLoader[dict[str, Any]]):
+    """A DataLoader that begins when the first batch is asked for.
+
+    Lightning makes the iterator of a training that goes on before it says how far that was; worker processes would begin
+    with another epoch.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        yield from super().__iter__()
 
 
 def centres_of(label: Shaped[Tensor, "l i j k"]) -> list[Integer[Tensor, "_ 3"]]:

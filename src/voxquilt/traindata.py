@@ -8,7 +8,6 @@ import psutil
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from voxquilt.cases import LABEL, Case, find_cases, label_files, meant
 from voxquilt.datamodule import GridDataModule
@@ -17,7 +16,7 @@ from voxquilt.errors import ConfigError, InputError, VoxquiltError
 from voxquilt.geometry import to_triple
 from voxquilt.loader import LoadFailure, PatchStream
 from voxquilt.names import TASKS, check_name
-from voxquilt.patches import Augment, CachedVolumes, EpochOrder, Labelled, RandomPatches, centres_of
+from voxquilt.patches import Augment, CachedVolumes, EpochOrder, Labelled, LateLoader, RandomPatches, centres_of
 from voxquilt.preprocess import Preprocess
 from voxquilt.sampler import GridSampler
 from voxquilt.splits import make_split
@@ -162,20 +161,24 @@ class TrainingDataModule(LightningDataModule):
         self._volumes = CachedVolumes(lambda n: self._load(cases[n]), len(cases), limit, _GROUP)
         self._volumes.preload(2)
 
-    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+    def train_dataloader(self) -> LateLoader:
         """Random patches, others each epoch."""
         assert self._volumes is not None, "Lightning calls setup first"
         patches = RandomPatches(
             self._volumes, self.patch_size, self.patches_per_volume,
             balanced=self.balanced if self.task != "image" else 0, seed=self.seed, augment=self.augment,
         )  # fmt: skip
-        rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        trainer, rank, ranks, taken = self.trainer, 0, 1, int
+        if trainer is not None:
+            rank, ranks = trainer.global_rank, trainer.world_size
+            taken = lambda: self.batch_size * trainer.fit_loop.epoch_loop.batch_progress.current.ready  # noqa: E731
         order = EpochOrder(
-            len(self._volumes), self.patches_per_volume, group=_GROUP, seed=self.seed, rank=rank, ranks=ranks
-        )
+            len(self._volumes), self.patches_per_volume, group=_GROUP, seed=self.seed, rank=rank, ranks=ranks,
+            taken=taken,
+        )  # fmt: skip
         if len(order) == 0:
             raise ConfigError(f"{len(patches)} patches an epoch are too few for {ranks} processes.")
-        return DataLoader(
+        return LateLoader(
             patches,
             self.batch_size,
             sampler=order,
