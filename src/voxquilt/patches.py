@@ -199,7 +199,7 @@ class RandomPatches(Dataset[dict[str, Any]]):
 class LateLoader(DataLoader[dict[str, Any]]):
     """A DataLoader that begins when the first batch is asked for.
 
-    Lightning makes the iterator of a training that goes on before it says how far that was; worker processes would begin
+    Lightning makes the iterator of a training that goes on before it says how far that was, and workers would begin
     with another epoch.
     """
 
