@@ -92,7 +92,8 @@ class Place:
         }
         assert {name for name in known if (self.out / label(name)).stat().st_mtime_ns != before[label(name)]} == set()
         assert self.wrong() == []
-        assert {path.name for path in self.out.glob("*")} == {*map(label, self.volumes), "manifest.csv", "run.json"}
+        kept = {*map(label, self.volumes), "manifest.csv", "run.json", "tensorboard"}
+        assert {path.name for path in self.out.glob("*")} == kept
 
 
 @pytest.fixture

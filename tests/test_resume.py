@@ -78,7 +78,9 @@ class Place:
 
     def disk(self) -> dict[str, tuple[int, bytes]]:
         """Everything in the output folder, with its time of change."""
-        return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in self.out.iterdir()}
+        return {
+            path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in self.out.iterdir() if path.is_file()
+        }
 
     def redone(self, before: dict[str, tuple[int, bytes]]) -> set[str]:
         """Subjects whose labels are not those that were there."""
