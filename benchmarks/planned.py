@@ -117,7 +117,8 @@ def main() -> None:
         memory = off(found)
         worst = max(worst, abs(memory))
         timed = ("", "", "") if arguments.memory else (
-            f"{found['predicted s']:.1f}", f"{found['seconds']:.1f}", f"{found['predicted s'] / found['seconds'] - 1:+.0%}"
+            f"{found['predicted s']:.1f}", f"{found['seconds']:.1f}",
+            f"{found['predicted s'] / found['seconds'] - 1:+.0%}",
         )  # fmt: skip
         print(
             f"| {name} | {found['predicted MiB']:.0f} | {found['peak MiB']:.0f} | {memory:+.0%} | {' | '.join(timed)} "

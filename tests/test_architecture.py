@@ -32,9 +32,9 @@ ORDER = [
     ),
     *("signals", "meter", "batch", "loader", "datamodule", "chunks", "members", "network", "probe"),
     *("fits", "carried", "archive", "exported", "weights", "module"),
-    *("room", "needs", "plan", "settle", "timing"),
+    *("room", "needs", "plan", "settle"),
     *("overlay", "metrics", "validation", "splits", "patches", "traindata", "training", "board"),
-    *("files", "team", "cohort", "record", "tally", "progress", "events", "writer", "dryrun"),
+    *("files", "team", "cohort", "record", "tally", "progress", "events", "writer", "timing", "dryrun"),
     *("processes", "evaluation", "charts", "report", "fetch", "datasets"),
     *(
         "overrides",

@@ -308,6 +308,16 @@ def test_a_network_that_fails_is_a_note_of_the_plan(tmp_path: Path, forks: Serve
     assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["plan.json"]
 
 
+def test_what_a_plan_leaves_out_is_noted(place: Path, tmp_path: Path, forks: Server) -> None:
+    """Compiling, and that processes share a volume."""
+    words = (*JOB, f"output_dir={tmp_path / 'out'}", "model.compile=true", "run.distribute=slab", "run.dry_run=true")
+    job = forks.start(*words, cwd=place, ranks=2)
+    assert job.wait() == [0, 0], job.text
+    notes = plan(tmp_path / "out")["notes"]
+    assert isinstance(notes, list)
+    assert [note.partition(" ")[0] for note in notes] == ["torch.compile", "each"]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_predicted_memory_is_what_a_run_takes(tmp_path: Path) -> None:

@@ -88,7 +88,10 @@ class DryRun(Callback):
                 continue
             writer = self._writer
             try:
-                return measure(trainer, data, writer.stitch, task, of.file, writer.output_dir, writer.form.suffix)
+                pictures = writer.tensorboard or writer.form.overlay
+                return measure(
+                    trainer, data, writer.stitch, task, of.file, writer.output_dir, writer.form, pictures=pictures
+                )
             except Exception as error:  # as in a run, it costs this subject; other processes wait for a word
                 self._problems.append(f"{task.case.subject} cannot be timed: {reason_of(error)}")
         return None

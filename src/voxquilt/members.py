@@ -23,7 +23,7 @@ class Members(nn.ModuleList):
 
     def __init__(self, networks: Sequence[nn.Module], offload: bool | str = False) -> None:
         super().__init__(networks)
-        self._offload = offload
+        self.offload = offload
         self._device = torch.device("cpu")
         self.waiting: frozenset[int] = frozenset()
         """Numbers of the members that wait on the host."""
@@ -55,10 +55,10 @@ class Members(nn.ModuleList):
         return self
 
     def _who_waits(self, device: torch.device) -> frozenset[int]:
-        if device.type == "cpu" or self._offload is False:
+        if device.type == "cpu" or self.offload is False:
             return frozenset()
         everyone = frozenset(range(len(self)))
-        found = everyone if self._offload is True else waiting([size_of(n) for n in self], free_bytes(device) // 2)
+        found = everyone if self.offload is True else waiting([size_of(n) for n in self], free_bytes(device) // 2)
         if found:
             log.info(
                 "%d of %d networks wait on the host and are moved to the device for each batch (model.offload).",

@@ -68,6 +68,7 @@ class Settings:
         compress: .nii.gz.
         base: Bytes that the process holds before the run, its libraries and weights included.
         gpu: Whether the network runs on one.
+        weights: Bytes of the network's weights, as far as they are on the device at a time.
         skips: Whether patches are left out.
         postprocess: Whether labels are changed afterwards.
         overlay: Whether pictures are made.
@@ -80,6 +81,7 @@ class Settings:
     compress: bool
     base: int
     gpu: bool = False
+    weights: int = 0
     skips: bool = False
     postprocess: bool = False
     overlay: bool = False
@@ -162,7 +164,12 @@ def needs(of: Extent, passed: Probe, become: Forms, settings: Settings) -> Needs
     }
     if settings.gpu:
         host |= {"network": passed.output_bytes, "sums": 0}
-        device = {"network": network, "batches": batch * of.channels * patch * 4, "sums": sums}
+        device = {
+            "weights": settings.weights,
+            "network": network,
+            "batches": batch * of.channels * patch * 4,
+            "sums": sums,
+        }
     else:
         host |= {"network": max(network + min(network // 2, _KEPT), passed.output_bytes + _PIECES), "sums": sums}
         device = {}

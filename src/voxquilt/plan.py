@@ -113,6 +113,8 @@ class Planner:
         """
         settings = self._settings
         passed, become, required = self._needs(settings)
+        if isinstance(self._module, PatchPredictor) and self._module.network.compiled:
+            self._notes.append("torch.compile takes memory and time of its own, which are not counted.")
         if self._of.unread:
             self._notes.append(f"the headers of {of_subjects(self._of.unread)} cannot be read, which will fail.")
         return Planned(

@@ -12,10 +12,10 @@ from lightning.pytorch import LightningModule, Trainer
 from voxquilt.errors import ConfigError, VoxquiltError
 from voxquilt.fits import check_fits
 from voxquilt.geometry import Triple
+from voxquilt.members import size_of
 from voxquilt.module import PatchPredictor
 from voxquilt.needs import MIB, Settings
 from voxquilt.plan import MOST, Planned, Planner
-from voxquilt.stitch import Stitch
 
 log = logging.getLogger("voxquilt")
 
@@ -24,8 +24,8 @@ T = TypeVar("T")
 AUTO = "auto"
 
 
-def settings_of(data: Any, writer: Any, stitch: Stitch, device: torch.device) -> Settings:
-    """What decides memory and disk, of a GridDataModule and a VolumeWriter."""
+def settings_of(module: LightningModule, data: Any, writer: Any, device: torch.device) -> Settings:
+    """What decides memory and disk, of a network, a GridDataModule and a VolumeWriter."""
     return Settings(
         data.patch_size,
         1 if data.batch_size == AUTO else data.batch_size,
@@ -34,8 +34,9 @@ def settings_of(data: Any, writer: Any, stitch: Stitch, device: torch.device) ->
         writer.form.suffix.endswith(".gz"),
         psutil.Process().memory_info().rss,
         gpu=device.type == "cuda",
+        weights=_weights(module),
         skips=data.skip is not None,
-        postprocess=bool(stitch.postprocess),
+        postprocess=bool(writer.stitch.postprocess),
         overlay=writer.form.overlay or writer.tensorboard,
     )
 
@@ -59,7 +60,7 @@ def settled(
         ConfigError: the run cannot fit, or network and patches do not fit each other; what would fit is said.
     """
     group, of, auto = data.plan.group, data.plan.extent, data.batch_size == AUTO
-    settings = settings_of(data, writer, writer.stitch, trainer.strategy.root_device)
+    settings = settings_of(module, data, writer, trainer.strategy.root_device)
 
     def planner(settings: Settings) -> Planner:
         return Planner(trainer, module, writer.stitch, of, settings, writer.output_dir)
@@ -79,10 +80,21 @@ def settled(
         known = None if found.probe.guessed else found.probe
         images, names = list(data.plan.cases[0].images), writer.stitch.class_names
         check_fits(module.network, images, of.channels, data.patch_size, names, known)
+    if found is not None and any(task.team for task in data.plan.tasks):
+        found.notes.append("each process is counted as if it did the volumes that several share by itself.")
     reasons = list(filter(None, group.gather(found.refusal if found else None)))
     if reasons and refuse:
         raise ConfigError(reasons[0])
     return found
+
+
+def _weights(module: LightningModule) -> int:
+    """Bytes on the device; of an ensemble that takes turns there, of the largest."""
+    if not isinstance(module, PatchPredictor):
+        return size_of(module)
+    members = module.network.networks
+    sizes = [size_of(member) for member in members]
+    return max(sizes) if members.offload is True else sum(sizes)
 
 
 def _tried(make: Callable[[], T]) -> T | None:

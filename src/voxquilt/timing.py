@@ -15,8 +15,10 @@ from lightning.pytorch import Trainer
 
 from voxquilt.batch import batches
 from voxquilt.datamodule import GridDataModule
+from voxquilt.files import Format
 from voxquilt.nifti import write
 from voxquilt.outline import Outline
+from voxquilt.overlay import flat, overlay
 from voxquilt.quilt import Quilt
 from voxquilt.stitch import Stitch
 from voxquilt.tasks import Task
@@ -32,13 +34,15 @@ class Rates:
     Args:
         read: For each byte of files, unpacked.
         patch: To cut, predict and add a patch, and to bring its share back to native space.
-        write: For each native voxel.
+        write: For each native voxel, a picture included.
+        begin: Once, by which the first forward pass takes longer.
         threads: Of torch, if the network runs on the host and so takes them from reading and writing; else 0.
     """
 
     read: float
     patch: float
     write: float
+    begin: float
     threads: int
 
     def subject(self, of: Outline) -> dict[str, float]:
@@ -56,12 +60,20 @@ class Rates:
             return 0.0
         reading, patches, writing = ([one[key] for one in each] for key in ("reading", "patches", "writing"))
         beside = (sum(reading[1:]) + sum(writing[:-1])) / self.threads if self.threads else 0.0
-        return reading[0] + max(sum(patches) + beside, sum(writing[:-1])) + writing[-1]
+        return self.begin + reading[0] + max(sum(patches) + beside, sum(writing[:-1])) + writing[-1]
 
 
 @torch.inference_mode()
 def measure(
-    trainer: Trainer, data: GridDataModule, stitch: Stitch, task: Task, size: int, folder: Path, suffix: str
+    trainer: Trainer,
+    data: GridDataModule,
+    stitch: Stitch,
+    task: Task,
+    size: int,
+    folder: Path,
+    form: Format,
+    *,
+    pictures: bool,
 ) -> Rates:
     """Do a subject with a few real forward passes; its volumes go to a temporary folder.
 
@@ -72,7 +84,8 @@ def measure(
         task: The subject.
         size: Bytes of its files, unpacked.
         folder: On the disk of the outputs; it exists.
-        suffix: '.nii.gz' or '.nii'.
+        form: Of its files.
+        pictures: Whether its labels are drawn.
 
     Raises:
         Exception: whatever fails for this subject.
@@ -85,7 +98,9 @@ def measure(
     stream = batches([loaded], int(data.batch_size))
     quilt = Quilt(stitch, work, work.space, skipped=work.skipped)
     first = next(stream)
-    outputs = _outputs(trainer, first.to(device))  # warms up
+    began = perf_counter()
+    outputs = _outputs(trainer, first.to(device))
+    warm = perf_counter() - began
     passes: list[float] = []
     added = cut = 0.0
     patches = 0
@@ -111,12 +126,16 @@ def measure(
     volumes = quilt.volumes()
     with tempfile.TemporaryDirectory(dir=folder, prefix=".plan-") as place:
         for name, volume in volumes.items():
-            write(Path(place) / f"{name}{suffix}", volume, work.space.native, header=work.file.header)
+            write(Path(place) / f"{name}{form.suffix}", volume, work.space.native, header=work.file.header)
+    labels = next((volume for name, volume in volumes.items() if "labels" in name), None)
+    if pictures and labels is not None:
+        overlay(work.file.read()[0].numpy(), flat(labels), work.space.native.affine)
     written = perf_counter() - began
     return Rates(
         read / size,
         median(passes) + (cut + added) / patches,
         written / prod(work.space.native.shape),
+        max(0.0, warm - median(passes) * len(first.data)),
         torch.get_num_threads() if device.type == "cpu" else 0,
     )
 
