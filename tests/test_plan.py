@@ -213,7 +213,8 @@ def test_more_workers_batches_and_patches_need_more() -> None:
 def test_a_gpu_takes_the_network_and_the_sums_from_the_host() -> None:
     """What remains there is what comes back."""
     become = forms(Stitch(), passed(3).outputs, (8, 8, 8))
-    found = needs(ONE, passed(3), become, Settings(**{**vars(SETTINGS), "gpu": True}))
+    found = needs(ONE, passed(3), become, Settings(**{**vars(SETTINGS), "gpu": True, "weights": 5}))
+    assert found.device["weights"] == 5
     assert found.device["network"] == 10**6
     assert found.device["sums"] == ONE.ring * 12 + 512 * 4
     assert (found.host["sums"], found.host["network"]) == (0, 10**5)
