@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[1]
         ("predict", "src", "src: a setting is written with =, without blanks around it, such as data.inputs=src."),
         ("predict", "data.inputs", "such as data.inputs=value."),
         ("predict", "ckpt_path=nowhere.ckpt", "ckpt_path: there is no file nowhere.ckpt (looked from "),
+        ("predict", "--multirun --cfg job", "Only one of --run, --multirun, --cfg, "),
         ("train", "experiment=brain_extraction", "slices_2d, tissue for train.py"),
         ("train", "model.lr=3", "there is no key model.lr. Did you mean model.optimizer.lr?"),
         ("train", "callbacks=[train,emma]", "there is no callbacks=emma; there are early_stopping, ema, train."),
@@ -36,7 +37,7 @@ ROOT = Path(__file__).parents[1]
 def test_a_slip_is_answered_with_what_was_meant(script: str, argument: str, message: str) -> None:
     """On one line of stderr, with status 2; nothing of Hydra's own words."""
     began = time.monotonic()
-    command = [sys.executable, str(ROOT / f"{script}.py"), argument]
+    command = [sys.executable, str(ROOT / f"{script}.py"), *argument.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr

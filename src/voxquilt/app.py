@@ -76,7 +76,9 @@ def _main(name: str, task: Callable[[DictConfig], int]) -> None:
         register_resolvers()
         with _held():
             hydra.main(config_path=str(conf_dir()), config_name=name, version_base="1.3")(guarded)()
-    except ConfigError as error:
+    except ValueError as error:  # ours of what was typed, or Hydra's of options that do not go together
+        if _statuses and not isinstance(error, ConfigError):
+            raise
         print(f"voxquilt: {error}", file=sys.stderr)
         sys.exit(NOT_STARTED)
     except SystemExit as error:
