@@ -11,7 +11,7 @@ from PIL import Image
 from scipy import ndimage
 
 from voxquilt.errors import InputError, OutputError
-from voxquilt.overlay import MARGIN, PALETTE, overlay_png
+from voxquilt.overlay import MARGIN, PALETTE, flat, overlay_png
 
 ORIENTATIONS = [np.array([*zip(p, f, strict=True)]) for p in permutations(range(3)) for f in product((1, -1), repeat=3)]
 
@@ -34,6 +34,14 @@ def panels(picture: np.ndarray, sizes: list[tuple[int, int]]) -> list[np.ndarray
         left += width + 2 * MARGIN
     assert left == picture.shape[1]
     return found
+
+
+def test_of_several_masks_the_last_is_drawn() -> None:
+    """Channels count from 1; a single one holds labels already."""
+    labels = np.arange(8, dtype=np.int16).reshape(1, 2, 2, 2)
+    assert np.shares_memory(flat(labels), labels)
+    masks = np.array([[1, 1, 0, 0], [0, 9, 0, 0], [0, 0, 0, 1]], np.uint8).reshape(3, 4, 1, 1)
+    assert flat(masks).ravel().tolist() == [1, 2, 0, 3]
 
 
 def is_colour(panel: np.ndarray, label: int) -> np.ndarray:

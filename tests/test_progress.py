@@ -1,5 +1,6 @@
 """Laws of progress: counts tell the truth, bars appear on a terminal and nowhere else, and nothing is shown twice."""
 
+import io
 import json
 import os
 import pty
@@ -9,8 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from forks import Server, checked
+from PIL import Image
 from synthetic import ROOT, noise, save
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -168,16 +171,21 @@ def test_several_processes_show_nothing_twice(place: Path, forks: Server) -> Non
     assert job.text.count("bad: failed: ") == 1
 
 
+def boards(place: Path) -> list[EventAccumulator]:
+    """Those of the runs, in their order."""
+    found = [EventAccumulator(str(folder)) for folder in sorted((place / "outputs/tensorboard").iterdir())]
+    for board in found:
+        board.Reload()
+    return found
+
+
 def test_tensorboard_has_each_subjects_numbers_and_picture(place: Path, forks: Server) -> None:
     """Steps are the subjects' numbers; volumes go by the classes' names and agree with the manifest's."""
-    names = "stitch.class_names=[background,bright]"
-    job = forks.start(*JOB, names, cwd=place)
+    job = forks.start(*JOB, "stitch.class_names=[background,bright]", cwd=place)
     assert job.wait() == [1], job.text
-    (folder,) = {path.parent for path in (place / "outputs/tensorboard").rglob("events.out*")}
-    board = EventAccumulator(str(folder))
-    board.Reload()
+    (board,) = boards(place)
     scalars, pictures = board.Tags()["scalars"], board.Tags()["images"]
-    assert pictures == [f"overlay/s{n}" for n in range(3)] or sorted(pictures) == [f"overlay/s{n}" for n in range(3)]
+    assert sorted(pictures) == [f"overlay/s{n}" for n in range(3)]
     # bad, s0, s1, s2 are subjects 0 to 3.
     volumes = {one.step: one.value for one in board.Scalars("volume_ml/bright")}
     expected = {n + 1: float((noise((16, 12, 12 + 4 * n), n) > 50).sum()) / 1000 for n in range(3)}
@@ -187,3 +195,31 @@ def test_tensorboard_has_each_subjects_numbers_and_picture(place: Path, forks: S
     wanted = {"subject/seconds", "subject/patches_per_second", "memory_mib/rank_0", "run/patches_per_second"}
     assert wanted <= set(scalars)
     assert board.Scalars("run/failed")[0].value == 1
+
+
+def test_tensorboard_shows_the_picture_that_is_written_or_the_same(place: Path, forks: Server) -> None:
+    """With callbacks.writer.overlay the file itself; a run that has nothing to do leaves nothing."""
+    for overlay in ("false", "true"):
+        job = forks.start(*JOB, "data.inputs=in/s0.nii.gz", f"callbacks.writer.overlay={overlay}",
+                          "run.overwrite=true", cwd=place)  # fmt: skip
+        assert job.wait() == [0], job.text
+    job = forks.start(*JOB, "data.inputs=in/s0.nii.gz", "callbacks.writer.overlay=true", cwd=place)
+    assert job.wait() == [0], job.text
+    shown = [board.Images("overlay/s0")[0].encoded_image_string for board in boards(place)]
+    assert len(shown) == 2
+    with Image.open(place / "outputs/s0_overlay.png") as written:
+        for picture in shown:
+            assert np.array_equal(np.asarray(Image.open(io.BytesIO(picture))), np.asarray(written))
+
+
+def test_a_run_does_without_tensorboard(place: Path, forks: Server) -> None:
+    """Where its file cannot be written, which is said once, and where it is not wanted."""
+    (place / "outputs").mkdir()
+    (place / "outputs/tensorboard").touch()
+    job = forks.start(*JOB, cwd=place)
+    assert job.wait() == [1], job.text
+    assert job.text.count("nothing more is written for TensorBoard: ") == 1
+    assert job.text.count(": done: ") == 3
+    job = forks.start(*JOB, "callbacks.writer.tensorboard=false", "output_dir=without", cwd=place)
+    assert job.wait() == [1], job.text
+    assert not (place / "without/tensorboard").exists()
