@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import uuid
@@ -90,10 +91,11 @@ class Server:
         self, *arguments: str, cwd: Path, env: Mapping[str, str] | None = None
     ) -> "subprocess.CompletedProcess[str]":
         """Run predict.py in one process; as subprocess.run has it, what it printed comes apart by stdout and stderr."""
-        errors = cwd / f"errors_{uuid.uuid4().hex}.txt"
-        job = self.start(*arguments, cwd=cwd, env=env, errors=errors)
-        (status,) = job.wait(120)
-        return subprocess.CompletedProcess(arguments, status, job.text, errors.read_text(errors="replace"))
+        with tempfile.TemporaryDirectory() as folder:
+            job = self.start(*arguments, cwd=cwd, env=env, apart=Path(folder))
+            (status,) = job.wait(120)
+            errors = (Path(folder) / "errors").read_text(errors="replace")
+            return subprocess.CompletedProcess(arguments, status, job.text, errors)
 
     def start(
         self,
@@ -102,11 +104,14 @@ class Server:
         ranks: int = 1,
         env: Mapping[str, str] | None = None,
         script: str = "predict",
-        errors: Path | None = None,
+        apart: Path | None = None,
     ) -> Run:
-        """Begin a run of predict.py or train.py with so many processes; `errors` is where stderr goes by itself."""
+        """Begin a run of predict.py or train.py with so many processes.
+
+        Their output goes to files in `cwd`; or to files in `apart`, stderr by itself.
+        """
         mark, port = uuid.uuid4().hex, free_port()
-        logs, pids = [cwd / f"log_{mark}_{rank}.txt" for rank in range(ranks)], []
+        logs, pids = [(apart or cwd) / f"log_{mark}_{rank}.txt" for rank in range(ranks)], []
         for rank, log in enumerate(logs):
             world = {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "GROUP_RANK": "0",
@@ -115,7 +120,7 @@ class Server:
             }  # fmt: skip
             request = {
                 "arguments": [*arguments, *([f"trainer.devices={ranks}", "trainer.accelerator=cpu"] * (ranks > 1))],
-                "cwd": str(cwd), "log": str(log), "errors": str(errors or log), "script": script,
+                "cwd": str(cwd), "log": str(log), "errors": str(apart / "errors" if apart else log), "script": script,
                 "env": {MARK: mark, "SLOW": os.environ.get("SLOW", "0"), **(world if ranks > 1 else {}), **(env or {})},
             }  # fmt: skip
             pids.append(self.ask(request)["pid"])

@@ -201,10 +201,12 @@ def test_help_and_the_configuration_are_printed_in_a_moment(place: Path) -> None
         (("ckpt_path=weights.pt",), "weights.pt cannot be read as weights"),
     ],
 )
-def test_what_only_building_finds_is_one_message_too(arguments: tuple[str, ...], message: str, place: Path) -> None:
+def test_what_only_building_finds_is_one_message_too(
+    forks: Server, arguments: tuple[str, ...], message: str, place: Path
+) -> None:
     """A class that is not there, an argument that it does not have, weights that are none: status 2, nothing made."""
     before = tree(place / "work")
-    done = run("predict.py", "data.inputs=scans", *NETWORK, *GRID, *arguments, cwd=place / "work")
+    done = forks.run("data.inputs=scans", *NETWORK, *GRID, *arguments, cwd=place / "work")
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -473,7 +475,7 @@ def test_patterns_from_the_command_line(forks: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_every_orientation_of_a_volume_gives_the_same_labels_in_the_world(tmp_path: Path) -> None:
+def test_every_orientation_of_a_volume_gives_the_same_labels_in_the_world(forks: Server, tmp_path: Path) -> None:
     """All 48 flips and permutations of an oblique volume, by a TorchScript ensemble, are equal voxel by voxel."""
     x = noise((13, 10, 8))
     affine = np.array([[0.9, 0.2, 0, -3], [-0.2, 1.1, 0.1, 5], [0, -0.1, 1.6, 7], [0, 0, 0, 1]])
@@ -489,8 +491,8 @@ def test_every_orientation_of_a_volume_gives_the_same_labels_in_the_world(tmp_pa
             save(tmp_path / f"in/{name}.nii", turned.copy(), affine @ to_old)
     for member in ("a.pt", "b.pt"):
         torch.jit.script(Over50()).save(tmp_path / member)
-    done = run(
-        "predict.py", "data.inputs=in/*.nii", "output_dir=out", *GRID, "data.batch_size=7", "data.num_workers=2",
+    done = forks.run(
+        "data.inputs=in/*.nii", "output_dir=out", *GRID, "data.batch_size=7", "data.num_workers=2",
         "model=torchscript", "ckpt_path=[a.pt,b.pt]", "model.flips=[0,2]", "callbacks.writer.compress=false",
         cwd=tmp_path,
     )  # fmt: skip
@@ -505,14 +507,12 @@ def test_every_orientation_of_a_volume_gives_the_same_labels_in_the_world(tmp_pa
             np.testing.assert_array_equal(written.affine, source.affine)
 
 
-def test_on_error_raise_ends_with_the_reason_and_status_1(tmp_path: Path) -> None:
+def test_on_error_raise_ends_with_the_reason_and_status_1(forks: Server, tmp_path: Path) -> None:
     """One message on stderr, the subjects before it finished, run.json written."""
     x = save(tmp_path / "in/a.nii", noise((8, 8, 8)))
     (tmp_path / "in/b.nii").touch()
     save(tmp_path / "in/c.nii", noise((30, 30, 30)))
-    done = run(
-        "predict.py", "data.inputs=in", *GRID, *NETWORK, "run.on_error=raise", "data.num_workers=0", cwd=tmp_path
-    )
+    done = forks.run("data.inputs=in", *GRID, *NETWORK, "run.on_error=raise", "data.num_workers=0", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith("voxquilt: b: in/b.nii: the file is empty.")
     assert "Traceback" not in done.stderr
@@ -558,7 +558,7 @@ def test_probabilities_are_not_made_twice(activation: str, average: str, wanted:
         assert compose("predict", overrides).stitch.activation == wanted
 
 
-def test_a_run_whose_record_cannot_be_written_was_started(tmp_path: Path) -> None:
+def test_a_run_whose_record_cannot_be_written_was_started(forks: Server, tmp_path: Path) -> None:
     """A full or lost disk at the very end is no wrong configuration: status 1, and the file is named."""
     save(tmp_path / "in/a.nii", noise((8, 8, 8)))
     (tmp_path / "beside.py").write_text(
@@ -567,7 +567,7 @@ def test_a_run_whose_record_cannot_be_written_was_started(tmp_path: Path) -> Non
         "        return super().forward(x)\n"
     )
     network = ("model=state_dict", "model.net._target_=beside.Blocker", "ckpt_path=null")
-    done = run("predict.py", "data.inputs=in", *GRID, *network, cwd=tmp_path)
+    done = forks.run("data.inputs=in", *GRID, *network, cwd=tmp_path)
     assert done.returncode == 1
     assert f"{tmp_path}/outputs/run.json: writing failed" in done.stderr
     assert "Traceback" not in done.stderr

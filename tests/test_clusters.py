@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forks import Server
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from lightning.pytorch.plugins.environments import SLURMEnvironment
@@ -198,20 +199,22 @@ def test_sweeps_and_processes_that_begin_the_command_again_are_refused(tmp_path:
 # Sweeps
 
 
-def test_the_status_of_a_sweep_is_that_of_its_worst_run(tmp_path: Path, volumes: dict[str, np.ndarray]) -> None:
+def test_the_status_of_a_sweep_is_that_of_its_worst_run(
+    forks: Server, tmp_path: Path, volumes: dict[str, np.ndarray]
+) -> None:
     """0 if every shard is done, 1 if a subject failed, 2 if one run was not started; options may stand anywhere."""
     done = run("predict.py", *ARGUMENTS, "--multirun", "shard.count=2", "shard.index=0,1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = [row["subject"] for n in range(2) for row in rows(tmp_path / "outputs", f"manifest_{n}_of_2.csv")]
     assert sorted(found) == sorted(volumes)
     save(tmp_path / "scans/f.nii", np.full((9, 9, 9), 77, np.int16))
-    done = run("predict.py", "-m", *ARGUMENTS, "data.inputs=scans/f.nii,scans/a.nii", cwd=tmp_path)
+    done = forks.run("-m", *ARGUMENTS, "data.inputs=scans/f.nii,scans/a.nii", cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     assert {row["subject"]: row["status"] for row in rows(tmp_path / "outputs")} == {"f": "failed", "a": "skipped"}
-    done = run("predict.py", *ARGUMENTS, "shard.count=2", "shard.index=0,2", "-m", cwd=tmp_path)
+    done = forks.run(*ARGUMENTS, "shard.count=2", "shard.index=0,2", "-m", cwd=tmp_path)
     assert done.returncode == 2
     assert "shard.index=2 is not below" in done.stderr
-    done = run("predict.py", *ARGUMENTS, "data.patch_siz=8,9", "-m", cwd=tmp_path)
+    done = forks.run(*ARGUMENTS, "data.patch_siz=8,9", "-m", cwd=tmp_path)
     assert done.returncode == 2
 
 

@@ -659,6 +659,8 @@ def test_leaving_out_what_cannot_win_changes_no_label(
     rng = np.random.default_rng(7)
     image = zoom(rng.uniform(0, 10, (4, 3, 5)), (18, 14, 14), order=1).astype(np.float32)[None]
     monkeypatch.setattr("voxquilt.finish._TILE", 7)
+    if spacing == 0.6:  # a million calls; what they are given is checked at the other spacings
+        monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)
     subject = Subject(t1=ScalarImage(image.round() if whole else image, affine=OBLIQUE))
     preprocess = Preprocess(orientation, spacing)  # type: ignore[arg-type]
 
