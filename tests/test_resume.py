@@ -34,6 +34,7 @@ from voxquilt.status import print_status
 JOB = (
     "data.inputs=in", "model=state_dict", "model.net._target_=synthetic.Slow",
     "ckpt_path=w.pt", "data.patch_size=8", "data.patch_overlap=4", "data.batch_size=3",
+    "callbacks.writer.tensorboard=false",
 )  # fmt: skip
 NAMES = ("a", "b", "c")
 
@@ -78,9 +79,7 @@ class Place:
 
     def disk(self) -> dict[str, tuple[int, bytes]]:
         """Everything in the output folder, with its time of change."""
-        return {
-            path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in self.out.iterdir() if path.is_file()
-        }
+        return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in self.out.iterdir()}
 
     def redone(self, before: dict[str, tuple[int, bytes]]) -> set[str]:
         """Subjects whose labels are not those that were there."""
