@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from voxquilt.cases import Case
-from voxquilt.errors import VoxquiltError
+from voxquilt.errors import reason_of
 from voxquilt.line import Message
 from voxquilt.manifest import Row
 from voxquilt.nifti import read_header
@@ -60,8 +60,8 @@ class Events:
             return
         try:
             write()
-        except OSError as error:  # of a full disk, say: no reason for the run to fail
-            log.warning("nothing more is written for TensorBoard: %s", error)
+        except Exception as error:  # of a full disk, say: no reason for the run to fail
+            log.warning("nothing more is written for TensorBoard: %s", reason_of(error))
             self._failed = True
 
     def _add(self, row: Row) -> None:
@@ -92,7 +92,8 @@ class Events:
                 return np.asarray(Image.open(self._folder / drawn))
             file, made = read_header(next(iter(case.images.values()))), read_header(self._folder / labels)
             return np.asarray(overlay(file.read()[0].numpy(), flat(made.read().numpy()), file.frame.affine))
-        except (VoxquiltError, OSError):  # the picture is no reason for a run to fail
+        except Exception as error:  # nor is a picture
+            log.debug("no picture of %s: %s", row.subject, reason_of(error))
             return None
 
 
