@@ -150,6 +150,9 @@ def test_a_run_writes_the_bytes_that_the_plain_loop_writes(
         # Voxels first: they tell what differs, where bytes alone do not.
         for name in expected:
             np.testing.assert_array_equal(read(folder / name), read(tmp_path / "plain" / name), err_msg=name)
+            # Then headers and the signs of zeros, and at last how it is packed.
+            unpacked = (np.frombuffer(gzip.decompress(files[name]), np.uint8) for files in (found, expected))
+            np.testing.assert_array_equal(*unpacked, err_msg=f"{name}, unpacked")
         assert found == expected
 
 
