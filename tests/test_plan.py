@@ -12,16 +12,19 @@ import torch
 from forks import Server, checked
 from lightning.pytorch import Trainer
 from synthetic import ROOT, Over50, count_headers, noise, read, save
+from torch import nn
 
 from voxquilt.datamodule import GridDataModule
 from voxquilt.module import PatchPredictor
 from voxquilt.needs import MIB, Settings, forms, needs, voxels_of
-from voxquilt.outline import Extent, extent, together
+from voxquilt.outline import Extent, Outline, extent, together
 from voxquilt.plan import Planner, Room
 from voxquilt.preprocess import Preprocess
 from voxquilt.probe import Probe
 from voxquilt.room import disk_free, memory_available
+from voxquilt.settle import on_device
 from voxquilt.stitch import Stitch
+from voxquilt.timing import Rates
 
 NETWORK = ("model=state_dict", "model.net._target_=synthetic.Over50", "ckpt_path=null")
 JOB = ("data.inputs=in", *NETWORK, "data.patch_size=8", "data.patch_overlap=4", "data.batch_size=3")
@@ -93,6 +96,41 @@ def test_a_timed_plan_writes_no_volume(place: Path, tmp_path: Path, forks: Serve
     assert all(rank["seconds"] > 0 for rank in told["ranks"])
     assert told["seconds"] == max(rank["seconds"] for rank in told["ranks"])
     assert {"reading", "patches", "writing"} == set(told["per_subject"][0]["seconds"])
+
+
+@pytest.mark.parametrize(
+    ("threads", "of_one", "of_three"),
+    # Reading the first, 10 patches of 3 s each beside what reading and writing take of the threads, writing the last.
+    [(0, 5 + 1 + 30 + 4, 5 + 1 + 90 + 4), (2, 5 + 1 + 30 + 4, 5 + 1 + 90 + (2 * 1 + 2 * 4) / 2 + 4)],
+)
+def test_seconds_are_those_of_the_parts_that_do_not_overlap(threads: int, of_one: float, of_three: float) -> None:
+    """A network on the host shares its threads with reading and writing, one on a GPU does not; slow writing counts."""
+    one = Outline((2, 3, 4), (2, 3, 4), (1, 1, 1), 1, 10, 24, 96, 96, 50)
+    rates = Rates(read=1 / 50, patch=3, write=4 / 24, begin=5, threads=threads)
+    assert rates.subject(one) == pytest.approx({"reading": 1, "patches": 30, "writing": 4})
+    assert rates.total([]) == 0
+    assert rates.total([one]) == pytest.approx(of_one)
+    assert rates.total([one] * 3) == pytest.approx(of_three)
+    behind = Rates(read=1 / 50, patch=3, write=100 / 24, begin=5, threads=0)  # writing is what takes longest
+    assert behind.total([one] * 3) == pytest.approx(5 + 1 + 2 * 100 + 100)
+
+
+def test_a_timed_plan_measures_the_network(place: Path, tmp_path: Path, forks: Server) -> None:
+    """One that takes 0.3 s for each batch of 3: each patch a third of that, and what cutting and adding take."""
+    words = (*JOB, f"output_dir={tmp_path / 'out'}", "model.net._target_=synthetic.Slow", "run.dry_run=time")
+    job = forks.start(*words, cwd=place, env={"SLOW": "0.3"})
+    assert job.wait() == [0], job.text
+    told = plan(tmp_path / "out")
+    for one in told["per_subject"]:
+        assert 0.1 * one["patches"] - 0.01 <= one["seconds"]["patches"] <= 0.16 * one["patches"]
+    assert told["seconds"] >= sum(one["seconds"]["patches"] for one in told["per_subject"]) - 0.1
+
+
+@pytest.mark.parametrize(("offload", "wanted"), [(True, 40), ("auto", 60), (False, 60)])
+def test_of_an_ensemble_that_takes_turns_the_largest_is_on_the_device(offload: bool | str, wanted: int) -> None:
+    """In bytes of float32, biases included; others are there together."""
+    small, large = nn.Conv3d(1, 1, (1, 1, 4)), nn.Conv3d(1, 1, (1, 1, 9))
+    assert on_device(PatchPredictor([small, large], offload=offload)) == wanted
 
 
 def test_what_cannot_fit_is_refused_before_anything_is_made(place: Path, tmp_path: Path, forks: Server) -> None:

@@ -34,7 +34,7 @@ def settings_of(module: LightningModule, data: Any, writer: Any, device: torch.d
         writer.form.suffix.endswith(".gz"),
         psutil.Process().memory_info().rss,
         gpu=device.type == "cuda",
-        weights=_weights(module),
+        weights=on_device(module),
         skips=data.skip is not None,
         postprocess=bool(writer.stitch.postprocess),
         overlay=writer.form.overlay or writer.tensorboard,
@@ -88,8 +88,8 @@ def settled(
     return found
 
 
-def _weights(module: LightningModule) -> int:
-    """Bytes on the device; of an ensemble that takes turns there, of the largest."""
+def on_device(module: LightningModule) -> int:
+    """Bytes of weights on the device at a time; of an ensemble that takes turns there, those of the largest."""
     if not isinstance(module, PatchPredictor):
         return size_of(module)
     members = module.network.networks
