@@ -1,5 +1,6 @@
 """Laws of progress: counts tell the truth, bars appear on a terminal and nowhere else, and nothing is shown twice."""
 
+import csv
 import io
 import json
 import os
@@ -192,9 +193,18 @@ def test_tensorboard_has_each_subjects_numbers_and_picture(place: Path, forks: S
     assert volumes == pytest.approx(expected)
     assert "volume_ml/background" not in scalars
     assert {one.step: one.value for one in board.Scalars("subject/failed")} == {0: 1, 1: 0, 2: 0, 3: 0}
-    wanted = {"subject/seconds", "subject/patches_per_second", "memory_mib/rank_0", "run/patches_per_second"}
-    assert wanted <= set(scalars)
-    assert board.Scalars("run/failed")[0].value == 1
+    with open(place / "outputs/manifest.csv", newline="", encoding="utf-8") as file:
+        rows = {n: row for n, row in enumerate(sorted(csv.DictReader(file), key=lambda row: row["subject"]))}
+    seconds = {one.step: one.value for one in board.Scalars("subject/seconds")}
+    assert seconds == pytest.approx({n: float(row["seconds"]) for n, row in rows.items()}, abs=1e-3)
+    pace = {one.step: one.value for one in board.Scalars("subject/patches_per_second")}
+    assert pace == pytest.approx({n: int(rows[n]["patches"]) / seconds[n] for n in (1, 2, 3)}, rel=1e-3)
+    outcome = json.loads((place / "outputs/run.json").read_text())
+    for name in ("patches_per_second", "voxels_per_second", "seconds", "done", "failed"):
+        assert board.Scalars(f"run/{name}")[0].value == pytest.approx(outcome[name])
+    peak = board.Scalars("run/peak_memory_mib/rank_0")[0].value
+    assert peak == pytest.approx(outcome["ranks"][0]["peak_memory_mib"])
+    assert all(0.3 * peak < one.value <= 1.01 * peak for one in board.Scalars("memory_mib/rank_0"))
 
 
 def test_tensorboard_shows_the_picture_that_is_written_or_the_same(place: Path, forks: Server) -> None:

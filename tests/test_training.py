@@ -34,6 +34,7 @@ from voxquilt.stitch import Stitch
 from voxquilt.subject import ScalarImage, Subject
 from voxquilt.traindata import TrainingDataModule
 from voxquilt.training import PatchTrainer, polynomial, warmup_cosine
+from voxquilt.validation import Validated, mean_metrics, metrics_of
 
 ROOT = Path(__file__).parents[1]
 NET = (
@@ -418,6 +419,36 @@ def test_a_training_that_goes_on_ends_where_one_that_was_not_interrupted_does(
     parts = weights(last)
     assert parts.keys() == uninterrupted.keys()
     assert all(torch.equal(parts[key], uninterrupted[key]) for key in parts)
+
+
+def test_means_are_over_the_subjects_that_have_a_metric() -> None:
+    """A class that neither label nor prediction has counts nowhere, as one that a subject has no number for."""
+    nan = float("nan")
+    found = [
+        Validated("a", {"dice": 0.5, "dice_x": 0.5, "dice_y": nan}),
+        Validated("b", {"dice": 0.9, "dice_x": 0.8, "dice_y": 1.0}),
+        Validated("c", {"dice": nan, "dice_x": nan, "dice_y": nan, "dice_z": nan}),
+    ]
+    assert mean_metrics(found, "segmentation") == pytest.approx(
+        {"dice": 0.7, "dice_x": 0.65, "dice_y": 1.0, "score": 0.7}
+    )
+    images = [Validated("a", {"mae": 1.0, "psnr": 20.0}), Validated("b", {"mae": 2.0, "psnr": 30.0})]
+    assert mean_metrics(images, "image") == pytest.approx({"mae": 1.5, "psnr": 25.0, "score": 25.0})
+    assert mean_metrics([], "image") == {}
+
+
+def test_metrics_of_a_subject_by_hand() -> None:
+    """Background is left out of labels and counts among masks; an image's PSNR is over the span of what is wanted."""
+    labels, truth = torch.tensor([0, 0, 1, 1, 2, 0]), torch.tensor([0, 1, 1, 1, 0, 0])
+    volume = (1, 6, 1, 1)
+    found = metrics_of("segmentation", labels.reshape(volume), truth.reshape(volume), ["none", "x", "y", "z"])
+    assert found == pytest.approx({"dice": 0.4, "dice_x": 0.8, "dice_y": 0.0, "dice_z": float("nan")}, nan_ok=True)
+    masks, wanted = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0]]), torch.tensor([[1, 0, 0, 1], [0, 0, 0, 0]])
+    found = metrics_of("multilabel", masks.reshape(2, 4, 1, 1), wanted.reshape(2, 4, 1, 1), ["x", "y"])
+    assert found == pytest.approx({"dice": 0.5, "dice_x": 0.5, "dice_y": float("nan")}, nan_ok=True)
+    image, clean = torch.tensor([1.0, 2.0, 5.0, 9.0]), torch.tensor([1.0, 3.0, 5.0, 11.0])
+    found = metrics_of("image", image.reshape(1, 4, 1, 1), clean.reshape(1, 4, 1, 1), [])
+    assert found == pytest.approx({"mae": 0.75, "psnr": 10 * np.log10(10**2 / (5 / 4))})
 
 
 def test_two_processes_train_and_validate_as_one(forks: Server, blobs: Path, tmp_path: Path) -> None:

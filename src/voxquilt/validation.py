@@ -90,12 +90,7 @@ class Validator:
     def _compared(self, work: Work, volume: Tensor, channels: int) -> Validated:
         case, truth = work.task.case, self.truth(work.task.case)
         names = list(self.stitch.class_names or map(str, range(channels)))
-        if self.task == "image":
-            metrics = _of_images(volume.float(), truth)
-        else:
-            metrics = (
-                _of_masks(volume, truth, names) if self.task == "multilabel" else _of_classes(volume, truth, names)
-            )
+        metrics = metrics_of(self.task, volume, truth, names)
         picture = self._picture(work, volume, truth) if len(self.found) < self.pictures else None
         return Validated(case.subject, metrics, picture)
 
@@ -108,6 +103,26 @@ class Validator:
             image = work.file.read()[0].numpy()
             pictures = [overlay(image, flat(labels.numpy()), affine) for labels in (volume, truth)]
         return np.concatenate([np.asarray(picture) for picture in pictures])
+
+
+def metrics_of(task: str, volume: Tensor, truth: Tensor, names: Sequence[str]) -> Metrics:
+    """How a whole volume compares.
+
+    Args:
+        task: 'segmentation', 'multilabel' or 'image'.
+        volume, truth: (C, I, J, K); classes with C = 1, masks, or an image.
+        names: Of the classes or masks.
+
+    Returns:
+        'dice' (the mean over those that are there) and 'dice_<name>', without the background of classes; or 'mae' and
+        'psnr' in dB, of the truth's span.
+
+    Raises:
+        InputError, OutputError: the two do not fit each other.
+    """
+    if task == "image":
+        return _of_images(volume.float(), truth)
+    return _of_masks(volume, truth, names) if task == "multilabel" else _of_classes(volume, truth, names)
 
 
 def mean_metrics(found: Sequence[Validated], task: str) -> Metrics:
