@@ -365,14 +365,19 @@ def test_a_linear_ramp_comes_back_to_its_place(
     maps = space.in_scores(padding, factor)
     restored = resample(torch.from_numpy(ramp(frame, direction))[None], maps)[0].numpy()
     expected = ramp(space.native, direction)
-    # Beyond the centres of the outermost scores their values are repeated: a ramp is kept inside them.
+    # Beyond the centres of the outermost scores that are the volume's their values are repeated: a ramp is kept inside.
     places = mapped(maps, voxels_of(shape)).reshape(3, *shape)
-    limits = np.array(frame.shape)[:, None, None, None] - 1
-    inside = ((places >= -1e-6) & (places <= limits + 1e-6)).all(0)
+    edges = []
+    for n, (before, _), f in zip(space.model.shape, padding, factor, strict=True):
+        full = [y for y in range((n + before) // f) if y * f >= before]
+        some = [y for y in range(-(-(n + before) // f)) if (y + 1) * f > before]
+        edges.append([(full or some)[0], (full or some)[-1]])
+    low, limits = np.array(edges).T.reshape(2, 3, 1, 1, 1)
+    inside = ((places >= low - 1e-6) & (places <= limits + 1e-6)).all(0)
     scale = np.abs(direction @ affine[:3, :3]).max() * max(factor) * 4
     np.testing.assert_allclose(restored[inside], expected[inside], rtol=0, atol=2e-5 * max(1, scale))
     # And outside it is the nearest score's, never extrapolated.
-    clamped = (direction @ world(frame.affine, places.clip(0, limits).reshape(3, -1))).reshape(shape)
+    clamped = (direction @ world(frame.affine, places.clip(low, limits).reshape(3, -1))).reshape(shape)
     np.testing.assert_allclose(restored, clamped, rtol=0, atol=2e-5 * max(1, scale))
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from voxquilt.geometry import Triple
 from voxquilt.products import ArgMax, Kept, Product, check_finite, contenders
 from voxquilt.recipes import Recipe
-from voxquilt.space import AxisMaps, Piece, Restorer
+from voxquilt.space import AxisMaps, Piece, Restorer, Where
 from voxquilt.stream import Slab
 from voxquilt.volumes import Scratch, Volumes
 
@@ -43,6 +43,12 @@ class WayBack:
     def copies(self) -> bool:
         """Whether native voxels are voxels of the scores, and nothing is interpolated."""
         return not any(m.neighbours(self.shape[m.axis])[2].any() for m in self.maps)
+
+    @property
+    def read(self) -> Where:
+        """The voxels of the scores that are read: not those of the padding."""
+        slices = {m.axis: slice(*(m.within or (0, self.shape[m.axis]))) for m in self.maps}
+        return slices[0], slices[1], slices[2]
 
     def restorer(self, *, linear: bool = True, tile: int | None = None) -> Restorer:
         """Brings planes to native space."""
@@ -110,7 +116,7 @@ def _courses(recipes: Mapping[str, Recipe], back: WayBack) -> Iterator[Course]:
         if recipe.in_model:
             restorer = back.restorer(linear=recipe.product.form(back.channels)[1].kind == "f")
             volumes = back.volumes({name: Kept(recipe.product)}, restorer)
-            yield Course(_Computed(recipe.product), restorer, Piece.restored, volumes)
+            yield Course(_Computed(recipe.product, back.read), restorer, Piece.restored, volumes)
     of_scores = {name: recipe.product for name, recipe in recipes.items() if not recipe.in_model}
     if not of_scores:
         return
@@ -129,16 +135,19 @@ def _as_it_is(slab: Slab) -> Iterable[tuple[int, Tensor]]:
 
 @dataclass(frozen=True)
 class _Computed:
-    """A product of a slab in model space."""
+    """A product of a slab in model space; what lies outside `read` is not looked at."""
 
     product: Product
+    read: Where
 
     def __call__(self, slab: Slab) -> Iterator[tuple[int, Tensor]]:
         # A few planes at a time, which stay in the cache.
         step = max(1, 2**22 * (slab.stop - slab.start) // slab.scores.numel())
         for start in range(slab.start, slab.stop, step):
             planes = slab.scores.narrow(slab.axis + 1, start - slab.start, min(step, slab.stop - start))
-            check_finite(planes)
+            along, where = self.read[slab.axis], list(self.read)
+            where[slab.axis] = slice(max(along.start - start, 0), max(along.stop - start, 0))
+            check_finite(planes[:, *where])
             yield start, self.product(planes)
 
 

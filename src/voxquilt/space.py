@@ -30,23 +30,27 @@ class AxisMap:
         axis: The source's axis.
         size: Voxels along the target's axis.
         scale, offset: In source voxels.
+        within: The first source voxel that may be read and the one behind the last, where the source is padded; None
+            for all of them.
     """
 
     axis: int
     size: int
     scale: float
     offset: float
+    within: tuple[int, int] | None = None
 
     def neighbours(self, source_size: int) -> Neighbours:
         """For each target voxel the two source voxels around it, and the share of the second (0 on a source voxel).
 
-        Beyond the centres of the outermost voxels their values are repeated.
+        Beyond the centres of the outermost voxels that may be read their values are repeated.
         """
+        first, stop = self.within or (0, source_size)
         x = torch.arange(self.size, dtype=torch.float64) * self.scale + self.offset
         # Coordinates that are whole but for rounding must copy, not interpolate.
-        x = torch.where((x - x.round()).abs() < 1e-6, x.round(), x).clamp(0, source_size - 1)
+        x = torch.where((x - x.round()).abs() < 1e-6, x.round(), x).clamp(first, stop - 1)
         below = x.floor().long()
-        return below, (below + 1).clamp(max=source_size - 1), (x - below).float()
+        return below, (below + 1).clamp(max=stop - 1), (x - below).float()
 
 
 AxisMaps = tuple[AxisMap, AxisMap, AxisMap]
@@ -63,11 +67,17 @@ class Space:
     def in_scores(self, padding: Iterable[tuple[int, int]], factor: Triple) -> "AxisMaps":
         """The maps into a network's output: shifted by the sampler's padding, shrunk by a downsampling factor.
 
-        A voxel of the output lies in the middle of the `factor` voxels it was made of.
+        A voxel of the output lies in the middle of the `factor` voxels it was made of. What was predicted for the
+        padding is never read: it says nothing of the volume.
         """
         pads = [before for before, _ in padding]
         i, j, k = (
-            replace(m, scale=m.scale / f, offset=(m.offset + pads[m.axis] - (f - 1) / 2) / f)
+            replace(
+                m,
+                scale=m.scale / f,
+                offset=(m.offset + pads[m.axis] - (f - 1) / 2) / f,
+                within=_unpadded(pads[m.axis], self.model.shape[m.axis], f),
+            )
             for m in self.maps
             for f in [factor[m.axis]]
         )
@@ -108,6 +118,15 @@ def make_space(native: Frame, orientation: str | None, spacing: float | Iterable
         maps[n] = AxisMap(axis, native.shape[n], scale, (size - 1) / 2 - scale * (native.shape[n] - 1) / 2)
         shape.append(size)
     return Space(native, Frame(to_triple(shape, "model shape"), affine), (maps[0], maps[1], maps[2]))
+
+
+def _unpadded(before: int, size: int, factor: int) -> tuple[int, int]:
+    """The voxels of an output, end exclusive, that were made of the volume alone, `size` voxels behind the padding.
+
+    Where the volume fills no voxel of the output, those that have a part of it.
+    """
+    first, stop = -(-before // factor), (before + size) // factor
+    return (first, stop) if first < stop else (before // factor, -(-(before + size) // factor))
 
 
 def inverse(maps: AxisMaps, shape: Triple) -> AxisMaps:
