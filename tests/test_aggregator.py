@@ -19,7 +19,7 @@ from voxquilt.errors import BatchError, ConfigError, GridError, LedgerError, Pat
 from voxquilt.grid import Grid, make_grid
 from voxquilt.names import PADDING_MODES
 from voxquilt.sampler import GridSampler
-from voxquilt.subject import DATA, LOCATION, ScalarImage, Subject
+from voxquilt.subject import DATA, LOCATION, LabelMap, ScalarImage, Subject
 
 INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64]
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -239,6 +239,87 @@ def test_the_order_of_arrival_does_not_matter(mode: str, sizes: tuple[tuple[int,
         outputs.append(aggregator.get_output_tensor())
     for other in outputs[1:]:
         torch.testing.assert_close(other, outputs[0], rtol=0, atol=0 if mode == "crop" else tolerance(patches[0]))
+
+
+@given(
+    GEOMETRIES,
+    st.sampled_from([*MODES, "parabola"]),
+    st.sampled_from([*INTEGERS, torch.bool]),
+    st.sampled_from([None, torch.float64]),
+    st.sampled_from(["all", "skipped", "streamed"]),
+    SEEDS,
+)
+@settings(deadline=None, max_examples=150)
+def test_integers_come_back_exactly_where_all_patches_agree(
+    sizes: tuple[tuple[int, int, int], ...],
+    mode: str,
+    dtype: torch.dtype,
+    summed: torch.dtype | None,
+    how: str,
+    seed: int,
+) -> None:
+    """Any blend, any order, values up to 2^20; and where one patch differs it is a mean that no one rounds."""
+    rng = np.random.default_rng(seed)
+    grid = make_grid(*zip(*sizes, strict=True))
+    limits = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, min(torch.iinfo(dtype).max, 2**20))
+    volume = torch.from_numpy(rng.integers(max(limits[0], -(2**20)), limits[1] + 1, (2, *grid.shape))).to(dtype)
+    blend = Windowed(lambda n: 1 + torch.arange(n, dtype=torch.float64) ** 2) if mode == "parabola" else mode
+    skipped = [n for n in range(len(grid)) if how == "skipped" and rng.random() < 0.3][:-1]
+    slabs: list[Tensor] = []
+    consumer = (lambda slab: slabs.append(slab.scores.clone())) if how == "streamed" else None
+    aggregator = GridAggregator(Placed(grid), blend, dtype=summed, skipped=skipped, fill=-7.5, consumer=consumer)
+    patches = torch.stack([volume[:, a:d, b:e, c:f] for a, b, c, d, e, f in grid.locations.tolist()])
+    order = [n for n in range(len(grid)) if n not in skipped]
+    if how != "streamed":
+        order = rng.permutation(order).tolist()
+    for n in order:
+        aggregator.add_batch(patches[[n]], grid.locations[[n]])
+    output = torch.cat(slabs, 1) if how == "streamed" else aggregator.scores()
+    averages = aggregator._blend.averages
+    if averages or not skipped:
+        assert output.dtype == (summed or (torch.float32 if averages else dtype))
+    else:
+        assert output.is_floating_point()  # which the fill needs
+    covered = torch.zeros(grid.shape, dtype=torch.bool)
+    for n in order:
+        a, b, c, d, e, f = grid.location(n)
+        covered[a:d, b:e, c:f] = True
+    if averages:
+        assert torch.equal(output[:, covered], volume.to(output.dtype)[:, covered])
+        assert (output[:, ~covered] == -7.5).all()
+    else:
+        other = output != volume.to(output.dtype)
+        assert (output[other] == -7.5).all()
+        assert skipped or not other.any()
+
+
+@pytest.mark.parametrize("mode", ["average", "hann", "gaussian"])
+def test_a_mask_that_all_patches_have_loses_no_voxel(mode: str) -> None:
+    """Ones of 90 x 108 x 90 voxels, of a type that holds no fractions."""
+    sampler = GridSampler(Subject(mask=LabelMap(torch.ones(1, 90, 108, 90, dtype=torch.uint8))), 48, 8)
+    aggregator = GridAggregator(sampler, mode)
+    for n in range(len(sampler)):
+        aggregator.add_batch(sampler.cut("mask", n)[None], sampler.locations[[n]])
+    assert bool((aggregator.get_output_tensor().long() == 1).all())
+
+
+def test_a_mean_of_different_integers_is_not_rounded() -> None:
+    """However little one of the patches counts: the corner of a gaussian beside the middle of another."""
+    grid = make_grid((12, 12, 12), 8, 4)
+    aggregator = GridAggregator(Placed(grid), "gaussian", dtype=torch.float64)
+    for n in range(len(grid)):
+        aggregator.add_batch(torch.full((1, 1, 8, 8, 8), n == 0, dtype=torch.uint8), grid.locations[[n]])
+    corner = aggregator.scores()[0, 7, 7, 7].item()
+    assert 0 < corner < 1e-4
+
+
+def test_fractions_after_integers_are_no_integers() -> None:
+    """The first batch has zeros as integers, the next one tiny floats: they are averaged as they are."""
+    grid = make_grid((6, 4, 4), 4, 2)
+    aggregator = GridAggregator(Placed(grid), "average")
+    aggregator.add_batch(torch.zeros(1, 1, 4, 4, 4, dtype=torch.uint8), grid.locations[:1])
+    aggregator.add_batch(torch.full((1, 1, 4, 4, 4), 1e-12), grid.locations[1:])
+    assert aggregator.scores()[0, -1, 0, 0].item() == pytest.approx(1e-12)
 
 
 # What is refused, and that nothing happened then.

@@ -1,6 +1,7 @@
 """Law: what is padded never changes a native voxel, for every product, every way of restoring, and slabs."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def in_slabs(subject: Subject, preprocess: Preprocess, sampler: GridSampler, sti
     for part, quilt in zip(parts, quilts, strict=True):
         for number in to_predict(sampler, [], part):
             quilt.add({"": pointwise(sampler.cut("t1", number)[None].float())}, sampler.locations[[number]])
-    for quilt, following in reversed(list(zip(quilts[:-1], quilts[1:], strict=True))):
+    for quilt, following in reversed(list(pairwise(quilts))):
         quilt.join(following.head() or [])
     for quilt in quilts[1:]:
         for name, where, array in quilt.parts():
@@ -85,15 +86,14 @@ def test_what_is_padded_never_changes_a_native_voxel(
 ) -> None:
     """Every voxel has what the volume's own scores give; beyond the outermost of these, that one's."""
     mode_of_padding, multiple = padding
+    value = -1000 if mode_of_padding is None else mode_of_padding
     volume = torch.from_numpy(np.random.default_rng(seed).normal(1, 2, (1, *shape)))
     affine = np.diag([-1.0, 1.0, 1.0, 1.0])
     subject = Subject(t1=ScalarImage(tensor=volume, affine=affine))
     preprocess = Preprocess(orientation, spacing, [lambda x: x])
     stitch = Stitch(mode, PRODUCTS, restore=restore)
     in_model, _ = preprocess(subject)
-    sampler = GridSampler(
-        in_model, patch, 2 if patch != 2 else 0, -1000 if mode_of_padding is None else mode_of_padding, fit=True, divisible_by=multiple
-    )  # fmt: skip
+    sampler = GridSampler(in_model, patch, 2 if patch != 2 else 0, value, fit=True, divisible_by=multiple)
     if ranks == 1:
         made = predict_volume(
             pointwise, subject, patch, sampler.grid.patch_overlap,

@@ -34,8 +34,9 @@ class GridAggregator:
     """Quilts the patches of a GridSampler back into a volume.
 
     The interface is TorchIO 1.x's and so are the results, with these differences: patches may come in any order, sums
-    are float32 (float64 for float64 patches) whatever the patches are, a missing or repeated patch is an error, and
-    memory is one volume, since weights are normalised beforehand (see `voxquilt.blend`).
+    are float32 (float64 for float64 patches and integers) whatever the patches are, a missing or repeated patch is an
+    error, and memory is one volume, since weights are normalised beforehand (see `voxquilt.blend`). Where integer
+    patches agree on a voxel, a mean of them is exactly what they say.
 
     With a consumer it streams: patches come start by start along `axis` (in any order within a start), and planes are
     handed over as soon as no later patch touches them. Then memory is a ring of as many planes as a patch has, however
@@ -46,7 +47,8 @@ class GridAggregator:
         overlap_mode: 'crop', 'average', 'hann', 'gaussian', or a `voxquilt.blend.Blend`.
         downsampling_factor: How many times fewer voxels the patches have than the sampler's, an integer or three.
         device: Where sums are kept.
-        dtype: Of the sums; None is float32, or float64 for float64 patches. 'crop' sums nothing and keeps the patches'.
+        dtype: Of the sums; None is float32, or float64 for patches of float64 or integers. 'crop' sums nothing and keeps
+            the patches'.
         consumer: Called with each finished Slab, in order.
         axis: Along which to stream; the grid's `streaming_axis` needs the least memory.
         buffers: Where memory comes from and goes to.
@@ -180,7 +182,7 @@ class GridAggregator:
             raise LedgerError(f"planes of {self.ledger.part} are not finished: the head of the next part is missing.")
 
     def scores(self) -> Shaped[Tensor, "c i j k"]:
-        """The finished volume on the sampler's padded grid, not copied.
+        """The finished volume on the sampler's padded grid, not copied but for means of integers.
 
         Raises:
             LedgerError: a patch is missing.
@@ -189,7 +191,8 @@ class GridAggregator:
         self.ledger.check_complete()
         if self._stream is not None:
             raise BatchError("a streaming aggregator hands its planes to the consumer and keeps no volume.")
-        return self._open().planes
+        blended = self._open()
+        return blended.planes.to(blended.output)
 
     def get_output_tensor(self) -> Shaped[Tensor, "c i j k"]:
         """The finished volume, without the sampler's padding.
@@ -230,14 +233,16 @@ class GridAggregator:
     def _room_for(self, batch: Tensor) -> Blended:
         channels, dtype, blended = batch.shape[1], self._dtype(batch.dtype), self._blended
         if blended is None:
-            return self._opened(channels, dtype)
+            return self._opened(channels, dtype, integers=not batch.is_floating_point())
         if channels != blended.channels:
             raise PatchShapeError(f"patches with {channels} channels after patches with {blended.channels}.")
+        if batch.is_floating_point():
+            blended.integers = False  # from here on means may be any numbers
         if dtype != blended.dtype and torch.promote_types(dtype, blended.dtype) != blended.dtype:
             raise PatchShapeError(f"patches of {batch.dtype} after patches of {blended.dtype}, which cannot hold them.")
         return blended
 
-    def _opened(self, channels: int, dtype: torch.dtype) -> Blended:
+    def _opened(self, channels: int, dtype: torch.dtype, *, integers: bool) -> Blended:
         if self.ledger.skipped and isinstance(self._fill, Sequence) and len(self._fill) != channels:
             raise BatchError(f"fill has {len(self._fill)} values for patches with {channels} channels.")
         return Blended(
@@ -250,6 +255,9 @@ class GridAggregator:
             device=self.device,
             buffers=self._buffers,
             fill=self._fill if self.ledger.skipped else None,
+            integers=integers,
+            # A file of float64 is not what somebody expects of a mask.
+            output=torch.float32 if integers and self._blend.averages and self.dtype is None else None,
         )
 
     def _dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -258,8 +266,18 @@ class GridAggregator:
         if self.dtype is not None:
             return self.dtype
         if not self._blend.averages:
-            return dtype
-        return torch.float64 if dtype == torch.float64 else torch.float32
+            fills = self._fill if isinstance(self._fill, Sequence) else [self._fill]
+            if not self.ledger.skipped or dtype.is_floating_point or all(_holds(dtype, fill) for fill in fills):
+                return dtype
+            return torch.float32 if dtype.itemsize <= 2 else torch.float64  # both hold every integer of the patches
+        # Of integers up to 2^20 and more, sums in float32 would be off by more than they are apart.
+        return torch.float64 if dtype == torch.float64 or not dtype.is_floating_point else torch.float32
+
+
+def _holds(dtype: torch.dtype, value: float) -> bool:
+    """Whether an integer or bool type has the value."""
+    limits = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+    return float(value).is_integer() and limits[0] <= value <= limits[1]
 
 
 def _without_int64(output: Tensor) -> Tensor:

@@ -243,7 +243,7 @@ class Quilt:
             self._check_fill(fill, [recipe for _, _, some in recipes for recipe in some.values()])
         fills = [averaged(fill.reshape(1, channels, 1, 1, 1)).flatten().tolist() for _, averaged, _ in recipes]
         planes = prod(scores.shape) * grid.patch_size[axis] // grid.shape[axis]
-        size = sum(map(len, fills)) * planes * max(4, patches.element_size())
+        size = sum(map(len, fills)) * planes * (max(4, patches.element_size()) if patches.is_floating_point() else 8)
         rings = []
         for (mode, averaged, some), values in zip(recipes, fills, strict=True):
             planes = self.part.planes(scores, to_blend(mode))
