@@ -13,7 +13,7 @@ SOURCE = Path(voxquilt.__file__).parent
 # The one-way flow: a module imports only modules before it. A new module takes its place here.
 ORDER = [
     *("errors", "atomic", "names", "geometry", "grid", "blend", "parts", "ledger", "buffers", "sums", "blended"),
-    *("stream", "aggregator", "space"),
+    *("stream", "aggregator", "space", "output_layout"),
     *("nifti", "subject", "sampler", "skip", "inference", "preprocess", "products", "recipes", "volumes", "finish"),
     *("stitch", "quilt", "predict", "outline"),
     *(
@@ -30,8 +30,8 @@ ORDER = [
         "group",
         "line",
     ),
-    *("signals", "meter", "batch", "loader", "datamodule", "chunks", "members", "network", "probe"),
-    *("fits", "carried", "archive", "exported", "weights", "module"),
+    *("signals", "meter", "batch", "loader", "chunks", "members", "network", "probe"),
+    *("fits", "carried", "archive", "exported", "weights", "module", "datamodule"),
     *("room", "needs", "plan", "settle"),
     *("overlay", "metrics", "validation", "splits", "patches", "traindata", "training", "board"),
     *("files", "team", "cohort", "record", "tally", "progress", "events", "writer", "timing", "dryrun"),
@@ -50,7 +50,7 @@ ORDER = [
         "app",
     ),
 ]
-CORE = ORDER[: ORDER.index("space") + 1]
+CORE = ORDER[: ORDER.index("output_layout") + 1]
 FRAMEWORKS = ["lightning", "hydra", "omegaconf", "nibabel", "monai", "scipy", "rich"]
 
 

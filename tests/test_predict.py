@@ -119,7 +119,7 @@ def plain(folder: Path, cohort: Path, network: nn.Module, stitch: Stitch, **opti
     folder.mkdir()
     for path in cohort.iterdir():
         subject = Subject(image=ScalarImage(path))
-        volumes = predict_volume(network.eval(), subject, stitch=stitch, **options)
+        volumes = predict_volume(network.eval(), subject, stitch=stitch, output="resampled", **options)
         for product, volume in volumes.items():
             header = subject.images["image"].file.header
             write(folder / f"{path.name[:-7]}_{product}.nii.gz", volume, subject.frame, header=header)
@@ -169,7 +169,8 @@ def test_outputs_of_different_sizes_are_the_plain_loops(cohort: Path, tmp_path: 
     """Each output has an aggregator of its own, also where a batch holds patches of three subjects."""
     stitch = Stitch("gaussian", {"seg": ["labels"], "half": ["image"], "flat": ["image"]})
     plain(tmp_path / "plain", cohort, Several(), stitch, patch_size=8, patch_overlap=4, divisible_by=4)
-    predict(tmp_path / "run", cohort, Several(), stitch=stitch, batch_size=5, divisible_by=4)
+    module = PatchPredictor(Several(), output="resampled")
+    predict(tmp_path / "run", cohort, module, stitch=stitch, batch_size=5, divisible_by=4)
     assert files(tmp_path / "run") == files(tmp_path / "plain")
     assert sorted(files(tmp_path / "run"))[:3] == ["exact_flat_image.nii.gz", "exact_half_image.nii.gz",
                                                    "exact_seg_labels.nii.gz"]  # fmt: skip
@@ -178,7 +179,7 @@ def test_outputs_of_different_sizes_are_the_plain_loops(cohort: Path, tmp_path: 
 def test_products_of_an_output_that_is_not_there_are_an_error(cohort: Path, tmp_path: Path) -> None:
     """A slip in stitch.products does not fall back on the defaults."""
     stitch = Stitch(products={"sge": ["probabilities"]})
-    rows = predict(tmp_path, cohort / "exact.nii.gz", Several(), stitch=stitch)
+    rows = predict(tmp_path, cohort / "exact.nii.gz", PatchPredictor(Several(), output="resampled"), stitch=stitch)
     assert "stitch.products names ['sge']; the network's outputs are ['seg', 'half', 'flat']" in errors(rows)["exact"]
 
 
@@ -256,7 +257,8 @@ def test_a_lower_resolution_output_lies_where_its_voxels_are(tmp_path: Path) -> 
     ramp = np.broadcast_to(np.arange(21, dtype=np.float32)[:, None, None] * 10, (21, 8, 12)).copy()
     save(tmp_path / "in/r.nii", ramp)
     stitch = Stitch("crop", {"half": ["image"], "flat": ["image"]})
-    rows = predict(tmp_path, tmp_path / "in", Several(), stitch=stitch, divisible_by=4)  # 24: one before, two after
+    module = PatchPredictor(Several(), output="resampled")
+    rows = predict(tmp_path, tmp_path / "in", module, stitch=stitch, divisible_by=4)  # 24: one before, two after
     assert statuses(rows) == {"r": "done"}
     np.testing.assert_allclose(read(tmp_path / "r_half_image.nii.gz")[2:-3], ramp[2:-3], rtol=1e-6)
     np.testing.assert_allclose(read(tmp_path / "r_flat_image.nii.gz"), ramp, rtol=1e-6)
@@ -265,7 +267,7 @@ def test_a_lower_resolution_output_lies_where_its_voxels_are(tmp_path: Path) -> 
 def test_a_grid_that_a_lower_resolution_does_not_divide_is_refused(tmp_path: Path) -> None:
     """The subject fails and says why, rather than being shifted by half a voxel."""
     save(tmp_path / "in/r.nii", noise((21, 8, 12)))
-    (row,) = predict(tmp_path, tmp_path / "in", Several())
+    (row,) = predict(tmp_path, tmp_path / "in", PatchPredictor(Several(), output="resampled"))
     assert "not a multiple of downsampling_factor" in row["error"]
 
 

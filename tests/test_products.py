@@ -319,6 +319,7 @@ def test_an_output_smaller_than_its_patch_is_brought_back_to_its_place(mode: str
         padding_mode="edge",
         divisible_by=factor,
         stitch=Stitch(mode),
+        output="resampled" if len(set(factor)) > 1 else "auto",
     )
     inner = (0, *[slice(4, -4)] * 3)
     np.testing.assert_allclose(made["image"][inner], ramp[inner[1:]], rtol=0, atol=1e-4)

@@ -47,8 +47,8 @@ class GridAggregator:
         overlap_mode: 'crop', 'average', 'hann', 'gaussian', or a `voxquilt.blend.Blend`.
         downsampling_factor: How many times fewer voxels the patches have than the sampler's, an integer or three.
         device: Where sums are kept.
-        dtype: Of the sums; None is float32, or float64 for patches of float64 or integers. 'crop' sums nothing and keeps
-            the patches'.
+        dtype: Of the sums; None is float32, or float64 for patches of float64 or integers. 'crop' sums nothing and
+            keeps the patches'.
         consumer: Called with each finished Slab, in order.
         axis: Along which to stream; the grid's `streaming_axis` needs the least memory.
         buffers: Where memory comes from and goes to.

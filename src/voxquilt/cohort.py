@@ -154,6 +154,7 @@ class Cohort:
                 skipped=work.skipped,
                 part=work.part,
                 whole=not work.task.team or self._team(work.task).collects,
+                layout=self._data.layout,
             )
         quilt = self._open[work]
         quilt.add({name: output[run.start : run.stop] for name, output in outputs.items()}, run.locations)

@@ -2,31 +2,33 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from time import perf_counter
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch import LightningDataModule
 
 from voxquilt.agreed import agreed
 from voxquilt.batch import Loaded, Work
 from voxquilt.cases import Case, find_cases
 from voxquilt.dealing import deal
-from voxquilt.errors import ConfigError, VoxquiltError
+from voxquilt.errors import VoxquiltError
 from voxquilt.fingerprint import digest
-from voxquilt.geometry import to_triple
-from voxquilt.group import Group
-from voxquilt.launch import is_external, is_first, not_the_tasks, slurm_tasks
+from voxquilt.fits import check_overlap, find_halo
+from voxquilt.geometry import Padding, to_triple
+from voxquilt.group import Group, check_world
+from voxquilt.launch import is_external, is_first
 from voxquilt.loader import LoadFailure, PatchStream
 from voxquilt.manifest import Row
+from voxquilt.module import PatchPredictor
 from voxquilt.names import DISTRIBUTE, check_name
 from voxquilt.outline import Extent, extent, outline, together
 from voxquilt.parts import split
 from voxquilt.preprocess import Preprocess
 from voxquilt.resume import Resume, Todo
-from voxquilt.sampler import GridSampler, lay_grid, to_padding
+from voxquilt.sampler import NO_PADDING, GridSampler, lay_grid, to_padding
 from voxquilt.skip import patches_to_skip, to_predict
 from voxquilt.subject import LabelMap, ScalarImage, Subject
 from voxquilt.tasks import Size, Task, distributed
@@ -128,6 +130,9 @@ class GridDataModule(LightningDataModule):
         self._stopped: Callable[[], bool] = bool
         self._failures: list[LoadFailure] = []
         self._known: dict[str, Size] = {}
+        self.layout: str = "auto"
+        """How outputs lie in patches (`voxquilt.output_layout`), and what they lack there; `setup` asks the network."""
+        self.halo: Padding = NO_PADDING
         self.detailed = False
         """Whether `plan.sizes` is to have outlines; set before `setup`."""
 
@@ -152,6 +157,7 @@ class GridDataModule(LightningDataModule):
         group = Group(self.trainer)
         # Rank 0 looks into folders, which may be changing; each header is read by one process.
         cases = group.first(lambda: self.cases)
+        self._look_at_outputs(cases)
         ours = group.first(lambda: self._of_shard(cases))
         todo = group.first(lambda: self._resume.todo(ours) if self._resume else Todo([""] * len(ours)))
         tasks = [Task(*parts) for parts in zip(ours, todo.fingerprints, range(len(ours)), strict=True)]
@@ -177,6 +183,16 @@ class GridDataModule(LightningDataModule):
             [len(tasks) for tasks in dealt],
         )  # fmt: skip
 
+    def _look_at_outputs(self, cases: Sequence[Case]) -> None:
+        """Find out how the network's outputs lie in patches, where the model says that they lack a border."""
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        if not isinstance(module, PatchPredictor):
+            return
+        self.layout = module.network.layout
+        if self.layout == "cropped":
+            self.halo = find_halo(module.network, lambda: _channels(cases), self.patch_size)
+            check_overlap(self.patch_size, self.halo, self.patch_overlap)
+
     def stop_when(self, stopped: Callable[[], bool]) -> None:
         """End the stream of batches before the next one as soon as `stopped` says so."""
         self._stopped = stopped
@@ -200,7 +216,7 @@ class GridDataModule(LightningDataModule):
 
         if self._resume is None:
             return [cases[n] for n in deal(costs(), shards)[index]]
-        grid = self.patch_size, self.patch_overlap, self.padding_mode is not None, self.divisible_by
+        grid = self.patch_size, self.patch_overlap, self.padding_mode is not None, self.divisible_by, self.halo
         space = self.preprocess.orientation, self.preprocess.spacing
         key = digest([grid, space, [[case.subject, list(case.images.values())] for case in cases]])
         dealt = deal(agreed(self._resume.folder / f"plan_of_{shards}.json", key, costs), shards)
@@ -236,10 +252,11 @@ class GridDataModule(LightningDataModule):
                 border=self.padding_mode is not None,
                 fit=True,
                 divisible_by=self.divisible_by,
+                halo=self.halo,
             )
         except VoxquiltError:
             return Size(1)
-        of_headers = outline(subject, space, grid, padding, transformed=bool(self.preprocess.intensity))
+        of_headers = outline(subject, space, grid, padding, transformed=bool(self.preprocess.intensity), halo=self.halo)
         return Size(len(grid) + 1, len(split(grid, ranks)), of_headers)
 
     def predict_dataloader(self) -> PatchStream:
@@ -260,7 +277,7 @@ class GridDataModule(LightningDataModule):
         model_subject, space = self.preprocess(subject)
         sampler = GridSampler(
             model_subject, self.patch_size, self.patch_overlap, self.padding_mode,
-            fit=True, divisible_by=self.divisible_by,
+            fit=True, divisible_by=self.divisible_by, halo=self.halo,
         )  # fmt: skip
         for name in model_subject.images:
             sampler.volume(name)  # pads, here rather than between two batches
@@ -271,18 +288,9 @@ class GridDataModule(LightningDataModule):
         return Loaded(Work(task, file, sampler.grid, sampler.padding, space, numbers, skipped, part, started), sampler)
 
 
-def check_world(trainer: Trainer | None, shard: tuple[int, int]) -> None:
-    """Refuse processes that would each predict everything, or wait for each other for ever.
-
-    Raises:
-        ConfigError: SLURM started more tasks than the trainer counts, or the strategy divides the network.
-    """
-    if trainer is None:
-        return
-    if shard[1] == 1 and slurm_tasks() not in (1, trainer.world_size):
-        raise ConfigError(not_the_tasks(trainer.world_size))
-    if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
-        raise ConfigError(
-            f"trainer.strategy={type(trainer.strategy).__name__} divides the network between processes, so that none "
-            f"may predict more patches than another; use ddp or ddp_spawn."
-        )
+def _channels(cases: Iterable[Case]) -> int | None:
+    """Of the images of the first subject whose headers can be read."""
+    for case in cases:
+        with suppress(VoxquiltError):
+            return sum(ScalarImage(path).shape[0] for path in case.images.values())
+    return None

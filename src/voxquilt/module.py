@@ -26,6 +26,7 @@ class Options(TypedDict, total=False):
     average: str
     activation: str | None
     squeeze_axis: int | None
+    output: str
     offload: bool | str
     compile: bool
     channels_last: bool

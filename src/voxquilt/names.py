@@ -13,6 +13,8 @@ APPLIED = ("applied", "applied_sigmoid")
 RESTORES = ("scores", "labels")
 OFFLOAD = ("auto",)
 AVERAGES = ("logits", "probabilities")
+OUTPUTS = ("auto", "resampled", "cropped")
+"""How an output lies in its patch; see `voxquilt.output_layout`."""
 NONFINITE = ("error", "zero")
 ON_ERROR = ("skip", "raise")
 TASKS = ("segmentation", "multilabel", "image")

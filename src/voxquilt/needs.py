@@ -111,15 +111,16 @@ class Needs:
         return sum(self.host.values())
 
 
-def forms(stitch: Stitch, outputs: Mapping[str, Sequence[int]], patch_size: Triple) -> Forms:
-    """What becomes of outputs (B, C, I, J, K) by name.
+def forms(stitch: Stitch, outputs: Mapping[str, Sequence[int]], patch_size: Triple, layout: str = "auto") -> Forms:
+    """What becomes of outputs (B, C, I, J, K) by name, which lie in patches as `voxquilt.output_layout` has it.
 
     Raises:
         OutputError: a product that an output does not have.
     """
     made, sums, blends = [], 0.0, 0
     for output, shape in outputs.items():
-        channels, share = shape[1], prod(shape[2:]) / prod(patch_size)
+        # Of a cropped patch the ring has as many voxels as the output.
+        channels, share = shape[1], 1.0 if layout == "cropped" else prod(shape[2:]) / prod(patch_size)
         for recipes in stitch.recipes(output, channels).values():
             for averaged in dict.fromkeys(recipe.averaged for recipe in recipes.values()):
                 several = isinstance(averaged, Moments)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from voxquilt.errors import ConfigError, OutputError
 from voxquilt.geometry import AXES
 from voxquilt.members import Members
-from voxquilt.names import ACTIVATIONS, AVERAGES, OFFLOAD, check_name
+from voxquilt.names import ACTIVATIONS, AVERAGES, OFFLOAD, OUTPUTS, check_name
 
 Named = dict[str, Tensor]
 
@@ -27,6 +27,7 @@ class PatchNetwork(nn.Module):
         average: 'logits' averages outputs as they are, 'probabilities' after the activation.
         activation: With average='probabilities': 'softmax', 'sigmoid', 'none'; None is soft-max over several channels.
         squeeze_axis: The axis of one voxel that a 2-D network does not have: it sees (B, C, I, J) for axis 2.
+        output: How outputs lie in patches, 'auto', 'resampled' or 'cropped'; see `voxquilt.output_layout.factor_of`.
         offload: Whether members wait on the host while others run; see `voxquilt.members.Members`.
         compile: Whether `compile_members` is to compile them, which is for whoever runs it to call, in each process.
         channels_last: Keep weights and patches channels last in memory, which some devices compute faster.
@@ -44,6 +45,7 @@ class PatchNetwork(nn.Module):
         average: str = "logits",
         activation: str | None = None,
         squeeze_axis: int | None = None,
+        output: str = "auto",
         offload: bool | str = "auto",
         compile: bool = False,
         channels_last: bool = False,
@@ -64,6 +66,8 @@ class PatchNetwork(nn.Module):
         if channels_last:
             for parameter in self.parameters():
                 parameter.data = _channels_last(parameter.data)
+        self.layout = check_name(output, OUTPUTS, "output")
+        self.flips = tuple(flips)
         self._outputs = outputs
         self._flips = list(chain.from_iterable(combinations(flips, n) for n in range(len(flips) + 1)))
         self._squeeze = None if squeeze_axis is None else squeeze_axis + 2

@@ -39,7 +39,9 @@ class Outline(NamedTuple):
     file: int
 
 
-def outline(subject: Subject, space: Space, grid: Grid, padding: Padding, *, transformed: bool) -> Outline:
+def outline(
+    subject: Subject, space: Space, grid: Grid, padding: Padding, *, transformed: bool, halo: Padding = NO_PADDING
+) -> Outline:
     """From headers alone.
 
     Args:
@@ -47,8 +49,10 @@ def outline(subject: Subject, space: Space, grid: Grid, padding: Padding, *, tra
         space: To model space.
         grid, padding: In model space.
         transformed: Whether intensities are changed, which makes them float32.
+        halo: What the padded volume has around the grid.
     """
     native, model, padded = (prod(shape) for shape in (space.native.shape, space.model.shape, grid.shape))
+    held = prod(n + sum(around) for n, around in zip(grid.shape, halo, strict=True))
     resampled = native != model or any(abs(abs(m.scale) - 1) > 1e-6 for m in space.maps)
     loaded = reading = file = channels = 0
     for image in subject.images.values():
@@ -57,7 +61,7 @@ def outline(subject: Subject, space: Space, grid: Grid, padding: Padding, *, tra
         channels += count
         file += count * native * stored
         # GridSampler keeps the volume beside the padded one.
-        loaded += count * size * (model + (padded if padding != NO_PADDING else 0))
+        loaded += count * size * (model + (held if (padding, halo) != (NO_PADDING, NO_PADDING) else 0))
         # The file's voxels; along each axis in turn, the two neighbours of every voxel; then copies for transforms.
         along = _FLOAT * (native + 2 * max(native, model)) if resampled else 0
         changed = 2 * _FLOAT * model if transformed else 0

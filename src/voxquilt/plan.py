@@ -104,6 +104,7 @@ class Planner:
         self._room = Room(memory_available(), disk_free(folder), trainer.num_devices)
         self._notes: list[str] = []
         self._passes: dict[tuple[Triple, int], Probe] = {}
+        self._layout = module.network.layout if isinstance(module, PatchPredictor) else "auto"
 
     def plan(self) -> Planned:
         """What the settings need.
@@ -178,7 +179,7 @@ class Planner:
 
     def _needs(self, settings: Settings, stitch: Stitch | None = None) -> tuple[Probe, Forms, Needs]:
         passed = self._probe(settings.patch_size, settings.batch_size)
-        become = forms(stitch or self._stitch, passed.outputs, settings.patch_size)
+        become = forms(stitch or self._stitch, passed.outputs, settings.patch_size, self._layout)
         # A ring is as many planes as a patch has.
         ring = self._of.ring * max(settings.patch_size) // max(self._settings.patch_size)
         return passed, become, needs(replace(self._of, ring=ring), passed, become, settings)

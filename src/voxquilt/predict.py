@@ -6,9 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from voxquilt.geometry import to_triple
+from voxquilt.names import OUTPUTS, check_name
+from voxquilt.output_layout import halo_of
 from voxquilt.preprocess import Preprocess
 from voxquilt.quilt import Quilt
-from voxquilt.sampler import GridSampler
+from voxquilt.sampler import NO_PADDING, GridSampler
 from voxquilt.skip import patches_to_skip, to_predict
 from voxquilt.stitch import Stitch
 from voxquilt.subject import LabelMap, Subject
@@ -27,6 +30,7 @@ def predict_volume(
     skip: float | LabelMap | None = None,
     preprocess: Preprocess | None = None,
     stitch: Stitch | None = None,
+    output: str = "auto",
 ) -> dict[str, np.ndarray]:
     """Cut a subject into patches, predict them, quilt the outputs, and bring them back to the subject's own space.
 
@@ -40,6 +44,9 @@ def predict_volume(
             image in model space, or nothing above 0 in a mask on the subject's grid.
         preprocess: To model space; RAS with the file's spacing by default.
         stitch: Blend and products; gaussian and labels (an image for one channel) by default.
+        output: How outputs lie in patches: as large or smaller by one whole factor ('auto'), by a factor for each axis
+            ('resampled'), or without the border that valid convolutions use up ('cropped', found by one forward pass
+            of zeros): then outputs lie side by side, or overlap by `patch_overlap`.
 
     Returns:
         (C, I, J, K) arrays in native space by product name, such as 'labels'; `voxquilt.nifti.write` saves them.
@@ -48,16 +55,28 @@ def predict_volume(
         VoxquiltError: of the kind that tells what is wrong: input, grid, patch shape, ledger or output.
     """
     model_subject, space = (preprocess or Preprocess())(subject)
-    sampler = GridSampler(model_subject, patch_size, patch_overlap, padding_mode, fit=True, divisible_by=divisible_by)
+    halo = NO_PADDING
+    if check_name(output, OUTPUTS, "output") == "cropped":
+        patch = to_triple(patch_size, "patch_size", minimum=1)
+        channels = sum(image.shape[0] for image in model_subject.images.values())
+        made = _named(network(torch.zeros(1, channels, *patch)))
+        halo = halo_of({name: tensor.shape for name, tensor in made.items()}, patch)
+    sampler = GridSampler(
+        model_subject, patch_size, patch_overlap, padding_mode, fit=True, divisible_by=divisible_by, halo=halo
+    )
     skipped = patches_to_skip(skip, sampler, subject, space)
     numbers = to_predict(sampler, skipped)
-    quilt = Quilt(stitch or Stitch(), sampler, space, skipped=skipped)
+    quilt = Quilt(stitch or Stitch(), sampler, space, skipped=skipped, layout=output)
     batch = torch.empty(batch_size, sampler.channels, *sampler.patch_size)
     for start in range(0, len(numbers), batch_size):
         indices = numbers[start : start + batch_size]
         for row, index in zip(batch, indices, strict=False):
             sampler.fill(row, index)
         outputs = network(batch[: len(indices)])
-        quilt.add(outputs if isinstance(outputs, dict) else {"": outputs}, sampler.locations[indices])
+        quilt.add(_named(outputs), sampler.locations[indices])
         del outputs  # or they would stay in memory beside the next
     return quilt.volumes()
+
+
+def _named(outputs: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
+    return outputs if isinstance(outputs, dict) else {"": outputs}

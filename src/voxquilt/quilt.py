@@ -13,7 +13,7 @@ from voxquilt.blend import to_blend
 from voxquilt.buffers import Buffers, home
 from voxquilt.errors import BatchError, LedgerError, OutputError, PatchShapeError
 from voxquilt.finish import Finish, WayBack
-from voxquilt.geometry import Triple
+from voxquilt.output_layout import factor_of
 from voxquilt.parts import Part
 from voxquilt.parts import whole as all_rows
 from voxquilt.products import Threshold
@@ -57,6 +57,7 @@ class Quilt:
             nonetheless, which tells the outputs' channels and is otherwise not used.
         part: The rows whose patches come here; None for all.
         whole: Whether this process is the owner, and has room for the whole volumes.
+        layout: How outputs lie in patches; see `voxquilt.output_layout.factor_of`.
 
     Raises:
         ConfigError: (a ValueError) the grid has fewer rows than the part.
@@ -74,6 +75,7 @@ class Quilt:
         skipped: Iterable[int] = (),
         part: Part | None = None,
         whole: bool = True,
+        layout: str = "auto",
     ) -> None:
         self.stitch = stitch
         self.placed = placed
@@ -84,6 +86,7 @@ class Quilt:
         self.skipped = frozenset(skipped)
         self.part = part or all_rows(placed.grid, placed.grid.streaming_axis)
         self.whole = whole
+        self._layout = layout
         self._nothing = self.skipped.issuperset(self.part.patches(placed.grid).tolist())
         self._rings: dict[str, list[_Ring]] = {}
 
@@ -230,7 +233,7 @@ class Quilt:
 
     def _open(self, name: str, patches: Tensor) -> list[_Ring]:
         stitch, grid = self.stitch, self.placed.grid
-        factor, channels = _factor(name, tuple(patches.shape), grid.patch_size), patches.shape[1]
+        factor, channels = factor_of(self._layout, name, patches.shape, grid.patch_size), patches.shape[1]
         maps, axis = self.space.in_scores(self.placed.padding, factor), self.part.axis
         scores = grid.downsampled(factor)
         recipes = [
@@ -281,14 +284,3 @@ class Quilt:
             if tuple(data.shape) != labels.shape:
                 raise OutputError(f"post-processing {transform!r} turned {labels.shape} into {tuple(data.shape)}.")
         return data.numpy().astype(labels.dtype)
-
-
-def _factor(name: str, shape: tuple[int, ...], patch: Triple) -> Triple:
-    """How many times smaller than its input an output is, along each axis."""
-    if len(shape) != 5 or 0 in shape or any(p % n for p, n in zip(patch, shape[2:], strict=True)):
-        raise PatchShapeError(
-            f"the network's output {name!r} has shape {shape} for patches of {patch} voxels; wanted is (B, C, I, J, K) "
-            f"with as many voxels, or fewer by a whole factor."
-        )
-    i, j, k = (p // n for p, n in zip(patch, shape[2:], strict=True))
-    return i, j, k

@@ -69,19 +69,17 @@ def run(plain: Mapping[str, Any], inherited: Mapping[str, Any]) -> int:
         plain["callbacks"]["writer"], "callbacks.writer", stitch=stitch, configuration=dict(plain)
     )
     others = {name: node for name, node in plain["callbacks"].items() if node and name != "writer"}
-    callbacks = [
-        SpawnedLogging(to_stderr=as_json),
-        *(build(node, f"callbacks.{name}") for name, node in others.items()),
-    ]
+    callbacks = [build(node, f"callbacks.{name}") for name, node in others.items()]
+    lines = SpawnedLogging(to_stderr=as_json)  # first, since others have something to say as they are set up
     if dry:
         data.detailed = True
         planner = DryRun(writer, timed=dry == "time", as_json=as_json)
-        trainer: Trainer = build(plain["trainer"], "trainer", callbacks=[planner, *callbacks], logger=False)
+        trainer: Trainer = build(plain["trainer"], "trainer", callbacks=[lines, planner, *callbacks], logger=False)
         with attended(trainer):
             trainer.predict(model, datamodule=data, return_predictions=False)
         return DONE
     logger = build(plain["logger"], "logger") if plain.get("logger") else False
-    trainer = build(plain["trainer"], "trainer", callbacks=[writer, *callbacks], logger=logger)
+    trainer = build(plain["trainer"], "trainer", callbacks=[lines, writer, *callbacks], logger=logger)
     with locks:
         if is_first() and not is_external():
             claim()

@@ -9,7 +9,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from voxquilt.errors import PaddingModeError
+from voxquilt.errors import GridError, PaddingModeError
 from voxquilt.geometry import Padding, Triple, to_triple
 from voxquilt.grid import Grid, make_grid
 from voxquilt.names import PADDING_MODES
@@ -32,6 +32,9 @@ class GridSampler(Dataset[dict[str, Any]]):
             such as 'mean', are per line of voxels) or a number. Locations are then those of the padded volume.
         fit: Pad volumes that are smaller than a patch (with `padding_mode`, or zeros), for networks that need it.
         divisible_by: With `fit`, pad to a multiple of so many voxels, an integer or three.
+        halo: Voxels before and after along i, j, k that the network uses up, so that its outputs are smaller than
+            patches (see `voxquilt.output_layout`). Outputs are what lies on the grid, and what locations are of;
+            patches have the halo around, and beyond the volume's edge padding.
 
     Raises:
         GridError: (a ValueError) sizes that make no grid.
@@ -48,6 +51,7 @@ class GridSampler(Dataset[dict[str, Any]]):
         *,
         fit: bool = False,
         divisible_by: int | Iterable[int] = 1,
+        halo: Padding = NO_PADDING,
     ) -> None:
         self.subject = subject
         self._pad = to_padding(0 if padding_mode is None else padding_mode)
@@ -58,7 +62,11 @@ class GridSampler(Dataset[dict[str, Any]]):
             border=padding_mode is not None,
             fit=fit,
             divisible_by=divisible_by,
+            halo=halo,
         )
+        self.halo = halo
+        i, j, k = ((before + b, after + a) for (before, after), (b, a) in zip(self.padding, halo, strict=True))
+        self._around: Padding = (i, j, k)
         self._volumes: dict[str, Tensor] = {}
 
     def __len__(self) -> int:
@@ -71,20 +79,22 @@ class GridSampler(Dataset[dict[str, Any]]):
 
     @property
     def patch_size(self) -> Triple:
-        """Voxels of a patch."""
-        return self.grid.patch_size
+        """Voxels of a patch, the halo included."""
+        i, j, k = (n + sum(around) for n, around in zip(self.grid.patch_size, self.halo, strict=True))
+        return i, j, k
 
     def volume(self, name: str) -> Shaped[Tensor, "c i j k"]:
-        """An image's voxels with the padding, made once."""
+        """An image's voxels with the padding and the halo around, made once."""
         if name not in self._volumes:
             data = self.subject.images[name].data
-            self._volumes[name] = self._pad(data, self.padding) if self.padding != NO_PADDING else data
+            self._volumes[name] = self._pad(data, self._around) if self._around != NO_PADDING else data
         return self._volumes[name]
 
     def cut(self, name: str, index: int) -> Shaped[Tensor, "c pi pj pk"]:
         """One image's patch, a view of its volume."""
-        i0, j0, k0, i1, j1, k1 = self.grid.location(index)
-        return self.volume(name)[:, i0:i1, j0:j1, k0:k1]
+        # The volume has the halo around, so a patch begins where its output does, and is longer.
+        i, j, k = (slice(s, s + n) for s, n in zip(self.grid.location(index)[:3], self.patch_size, strict=True))
+        return self.volume(name)[:, i, j, k]
 
     def fill(self, out: Shaped[Tensor, "c pi pj pk"], index: int) -> None:
         """Copy a patch of all images, one after the other as channels, into memory that is there."""
@@ -122,7 +132,7 @@ class GridSampler(Dataset[dict[str, Any]]):
 
     def _patch_affine(self, image: Image, location: Tensor) -> np.ndarray:
         affine = image.affine.copy()
-        first = location[:3].numpy() - np.array([before for before, _ in self.padding])
+        first = location[:3].numpy() - np.array([before for before, _ in self._around])
         affine[:3, 3] += affine[:3, :3] @ first
         return affine
 
@@ -135,6 +145,7 @@ def lay_grid(
     border: bool,
     fit: bool,
     divisible_by: int | Iterable[int],
+    halo: Padding = NO_PADDING,
 ) -> tuple[Grid, Padding]:
     """The grid of a volume of `shape` once it is padded, and the padding; see GridSampler.
 
@@ -143,11 +154,12 @@ def lay_grid(
         patch_size, patch_overlap: Voxels.
         border: Add half of the overlap on every side.
         fit, divisible_by: Add what a patch, or a multiple, needs.
+        halo: What patches have around what lies on the grid.
 
     Raises:
         GridError: (a ValueError) sizes that make no grid.
     """
-    patch_size = to_triple(patch_size, "patch_size", minimum=1)
+    patch_size = _without_halo(to_triple(patch_size, "patch_size", minimum=1), halo)
     patch_overlap = to_triple(patch_overlap, "patch_overlap")
     around = [o // 2 if border else 0 for o in patch_overlap]
     multiple = to_triple(divisible_by, "divisible_by", minimum=1)
@@ -157,6 +169,15 @@ def lay_grid(
     )
     padded = [n + before + after for n, (before, after) in zip(shape, (i, j, k), strict=True)]
     return make_grid(padded, patch_size, patch_overlap), (i, j, k)
+
+
+def _without_halo(patch_size: Triple, halo: Padding) -> Triple:
+    left = [n - sum(around) for n, around in zip(patch_size, halo, strict=True)]
+    if min(left) < 1:
+        raise GridError(
+            f"patches of {patch_size} voxels are all halo: {halo} before and after; use a larger patch_size."
+        )
+    return left[0], left[1], left[2]
 
 
 def to_padding(mode: str | float) -> Callable[[Tensor, Padding], Tensor]:

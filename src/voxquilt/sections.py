@@ -19,6 +19,7 @@ from voxquilt.names import (
     NONFINITE,
     OFFLOAD,
     ON_ERROR,
+    OUTPUTS,
     OVERLAP_MODES,
     PADDING_MODES,
     PRODUCTS,
@@ -110,6 +111,7 @@ def check_model(model: Any) -> None:
     if model.get("activation") is not None:
         check_name(model["activation"], ACTIVATIONS, "model.activation")
     check_word(model, "average", AVERAGES, "model.average")
+    check_word(model, "output", OUTPUTS, "model.output")
     for key, words in {"compile": (), "channels_last": (), "offload": OFFLOAD}.items():
         if key in model and not isinstance(model[key], bool):
             check_name(model[key], ("true", "false", *words), f"model.{key}")

@@ -15,6 +15,7 @@ from voxquilt.geometry import Triple
 from voxquilt.members import size_of
 from voxquilt.module import PatchPredictor
 from voxquilt.needs import MIB, Settings
+from voxquilt.output_layout import described
 from voxquilt.plan import MOST, Planned, Planner
 
 log = logging.getLogger("voxquilt")
@@ -79,7 +80,12 @@ def settled(
     if found is not None and isinstance(module, PatchPredictor):
         known = None if found.probe.guessed else found.probe
         images, names = list(data.plan.cases[0].images), writer.stitch.class_names
-        check_fits(module.network, images, of.channels, data.patch_size, names, known)
+        passed = check_fits(module.network, images, of.channels, data.patch_size, names, known)
+        lines = described(module.network.layout, passed.outputs, data.patch_size) if passed else []
+        found.notes.extend(lines)
+        if group.rank == 0 and refuse:
+            for line in lines:
+                log.info("%s", line)
     if found is not None and any(task.team for task in data.plan.tasks):
         found.notes.append("each process is counted as if it did the volumes that several share by itself.")
     reasons = list(filter(None, group.gather(found.refusal if found else None)))

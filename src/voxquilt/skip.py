@@ -22,7 +22,7 @@ def empty_patches(sampler: GridSampler, foreground: Bool[Tensor, "i j k"]) -> li
     around = [voxels for pair in reversed(sampler.padding) for voxels in pair]
     found = torch.nn.functional.pad(foreground, around)
     # A patch is a box, so whether it holds a voxel can be asked one axis after the other.
-    for axis, (starts, size) in enumerate(zip(sampler.grid.starts, sampler.patch_size, strict=True)):
+    for axis, (starts, size) in enumerate(zip(sampler.grid.starts, sampler.grid.patch_size, strict=True)):
         found = torch.stack([found.narrow(axis, start, size).any(axis) for start in starts], axis)
     return (~found.flatten()).nonzero().flatten().tolist()
 

@@ -96,7 +96,7 @@ def measure(
     read = perf_counter() - began
     work = loaded.work
     stream = batches([loaded], int(data.batch_size))
-    quilt = Quilt(stitch, work, work.space, skipped=work.skipped)
+    quilt = Quilt(stitch, work, work.space, skipped=work.skipped, layout=data.layout)
     first = next(stream)
     began = perf_counter()
     outputs = _outputs(trainer, first.to(device))
