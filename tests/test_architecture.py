@@ -15,7 +15,7 @@ ORDER = [
     *("errors", "atomic", "names", "geometry", "grid", "blend", "parts", "ledger", "buffers", "sums", "blended"),
     *("stream", "aggregator", "space", "output_layout"),
     *("nifti", "subject", "sampler", "skip", "inference", "preprocess", "products", "recipes", "volumes", "finish"),
-    *("stitch", "quilt", "predict", "outline"),
+    *("stitch", "label_volumes", "quilt", "predict", "outline"),
     *(
         "launch",
         "cases",

@@ -175,7 +175,7 @@ def evaluated(folder: Path, subjects: dict[str, tuple[np.ndarray, np.ndarray]], 
         save(folder / f"{name}_labels.nii", made)
         save(folder / f"truth/{name}.nii", truth)
         cases.append(Case(name, {"image": folder / "none.nii"}))
-        rows.append(Row(name, "done", (f"{name}_overlay.png", f"{name}_labels_hann.nii", f"{name}_labels.nii")))
+        rows.append(Row(name, "done", (f"{name}_overlay.png", f"{name}_labels.nii")))
     settings = {"labels": str(folder / "truth/{subject}.nii"), "class_names": None, "tolerance": 1.0} | options
     return Evaluation(folder, cases, **settings).scores(rows)  # type: ignore[arg-type]
 
@@ -275,3 +275,25 @@ def test_the_brain_of_colin27_is_found_as_well_as_published(tmp_path: Path, fork
     near = compute_surface_dice(*both, [1.0], include_background=True, spacing=1.0).item()
     assert float(row["surface_dice"]) == pytest.approx(near, abs=1e-5)
     assert 1000 < float(row["true_volume_ml"]) < float(row["volume_ml"]) < 2500
+
+
+def test_labels_of_every_blend_are_compared_each_by_itself(tmp_path: Path, forks: Server) -> None:
+    """Of stitch.compare too, and of several outputs the first's: rows, table and picture tell them apart."""
+    case = Case("a", {"image": tmp_path / "none.nii"})
+    for name, made in {"seg_labels": cube(1), "seg_labels_crop": cube(1, 1), "other_labels": cube(0, 1)}.items():
+        save(tmp_path / f"a_{name}.nii", made)
+    save(tmp_path / "truth/a.nii", cube(1))
+    outputs = ("a_seg_labels.nii", "a_seg_labels_crop.nii", "a_other_labels.nii")
+    evaluation = Evaluation(tmp_path, [case], str(tmp_path / "truth/{subject}.nii"), None, 1.0)
+    scores = evaluation.scores([Row("a", "done", outputs)])
+    assert [(score.product, score.agreement.dice) for score in scores if score.agreement] == [
+        ("seg_labels", 1), ("seg_labels_crop", pytest.approx(2 / 3)),
+    ]  # fmt: skip
+    place(tmp_path / "job", "b")
+    job = forks.start("data.inputs=in", LABELS, "stitch.compare=[crop,hann]", *JOB, cwd=tmp_path / "job")
+    assert checked(job.wait()) == 0, job.text
+    rows = metrics(tmp_path / "job/outputs")
+    assert [(row["class"], row["product"]) for row in rows] == [
+        ("1", "labels"), ("1", "labels_crop"), ("1", "labels_hann"),
+    ]  # fmt: skip
+    assert "labels_crop" in job.text

@@ -291,7 +291,7 @@ def test_class_names_are_in_the_header_extension(tmp_path: Path, kind: int) -> N
     """As JSON by label, in any script; the voxels are found behind it."""
     source = read_header(save_raw(tmp_path / "in.nii", full_range((2, 2, 2), "u1"), kind=kind))
     names, labels = ["background", "Kleinhirn, größer", "海馬"], np.arange(8, dtype=np.uint8).reshape(1, 2, 2, 2) % 3
-    write(tmp_path / "out.nii.gz", labels, source.frame, header=source.header, class_names=names)
+    write(tmp_path / "out.nii.gz", labels, source.frame, header=source.header, label_names=dict(enumerate(names)))
     loaded = nib.load(tmp_path / "out.nii.gz")
     (extension,) = loaded.header.extensions
     content = json.loads(bytes(extension.get_content()).rstrip(b"\0"))
@@ -306,7 +306,7 @@ def test_equal_volumes_are_equal_files(tmp_path: Path, suffix: str) -> None:
     (tmp_path / "other").mkdir()
     paths = [tmp_path / f"one{suffix}", tmp_path / "other" / f"two{suffix}"]
     for path in paths:
-        write(path, data, Frame((9, 9, 9), OBLIQUE), class_names=["a"])
+        write(path, data, Frame((9, 9, 9), OBLIQUE), label_names={0: "a"})
     assert paths[0].read_bytes() == paths[1].read_bytes()
     if suffix == ".nii.gz":
         assert paths[0].read_bytes()[4:8] == bytes(4)

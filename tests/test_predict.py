@@ -467,6 +467,30 @@ def test_the_network_waits_for_a_slow_disk(many: Path, tmp_path: Path, monkeypat
     assert alive.now == 0
 
 
+class Slow(nn.Module):
+    """Over50, a twentieth of a second a batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(0.0 if isinstance(x, FakeTensor) else 0.05)
+        return torch.cat([50 - x, x - 50], 1)
+
+
+def test_seconds_are_a_subjects_own_and_not_those_that_it_waited(tmp_path: Path) -> None:
+    """Ten that are read at once, predicted one after the other: together they take about what the run takes."""
+    for n in range(10):
+        save(tmp_path / f"in/{n}.nii", noise((8, 8, 8)))
+    began = time.perf_counter()
+    rows = predict(tmp_path / "out", tmp_path / "in", Slow(), overlap=0, num_workers=8)
+    run = time.perf_counter() - began
+    seconds = [float(row["seconds"]) for row in rows]
+    assert len(seconds) == 10
+    assert min(seconds) >= 0.05
+    assert sum(seconds) <= run + 0.5  # reading and writing beside the loop
+    shared = predict(tmp_path / "shared", tmp_path / "in", Slow(), overlap=0, batch_size=5)
+    assert sum(float(row["seconds"]) for row in shared) >= 0.1  # two batches, of five subjects each
+    assert all(float(row["seconds"]) >= 0.01 for row in shared)
+
+
 def test_predictions_are_not_kept(tmp_path: Path) -> None:
     """At any time a few outputs of the network live, however many batches there are."""
     save(tmp_path / "in/a.nii", noise((40, 12, 12)))

@@ -1,8 +1,7 @@
 """A batch of patches, which may come from several subjects, and whose they are."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from time import perf_counter
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ class Work:
         numbers: The patches to predict, in streaming order.
         skipped: The patches that hold nothing to predict.
         part: Of the grid, where several processes share it; `numbers` are of that part.
-        started: When loading began, by time.perf_counter.
+        seconds: What it took so far: loading, its share of forward passes, adding its patches; not waiting.
         failed: Set once; what is left of the subject is then skipped.
     """
 
@@ -41,7 +40,7 @@ class Work:
     numbers: list[int]
     skipped: list[int]
     part: Part | None = None
-    started: float = field(default_factory=perf_counter)
+    seconds: float = 0.0
     failed: bool = False
 
 

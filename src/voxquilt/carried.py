@@ -25,7 +25,7 @@ _SECTIONS = {
     "data": ("patch_size", "patch_overlap", "padding_mode", "divisible_by"),
     "preprocess": ("_target_", "orientation", "spacing", "intensity"),
     "model": ("net", "squeeze_axis", "activation"),
-    "stitch": ("overlap_mode", "products", "threshold", "class_names"),
+    "stitch": ("overlap_mode", "products", "threshold", "class_names", "label_values"),
 }
 
 

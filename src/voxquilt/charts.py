@@ -28,7 +28,9 @@ def write_boxes(path: Path, scores: Sequence[Score]) -> None:
     Raises:
         OutputError: the file cannot be written.
     """
-    names = list(dict.fromkeys(score.name for score in scores if score.agreement))
+    several = len({score.product for score in scores if score.agreement}) > 1
+    boxes = list(dict.fromkeys((score.name, score.product) for score in scores if score.agreement))
+    names = [f"{name} ({product})" if several else name for name, product in boxes]
     width = min(6 + 0.25 * len(names), 40)
     figure = Figure(figsize=(width, 2.2 * len(_PANELS)), dpi=100, layout="constrained")
     canvas = FigureCanvasAgg(figure)
@@ -37,9 +39,11 @@ def write_boxes(path: Path, scores: Sequence[Score]) -> None:
             [
                 value
                 for score in scores
-                if score.agreement and score.name == name and isfinite(value := getattr(score.agreement, metric))
+                if score.agreement
+                and (score.name, score.product) == box
+                and isfinite(value := getattr(score.agreement, metric))
             ]
-            for name in names
+            for box in boxes
         ]
         axes.boxplot(columns, showfliers=False, medianprops={"color": "#d55e00"})
         for n, column in enumerate(columns, 1):

@@ -1,9 +1,8 @@
 """Where does a run stand? Its open subjects, the thread that finishes them, and what became of the others."""
 
 import logging
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from threading import BoundedSemaphore
 from time import perf_counter
@@ -23,7 +22,7 @@ from voxquilt.meter import Meter
 from voxquilt.quilt import Outputs, Quilt
 from voxquilt.stitch import Stitch
 from voxquilt.tasks import Task
-from voxquilt.team import ElsewhereError, Parts, Team
+from voxquilt.team import ElsewhereError, Parts, Team, first_error
 from voxquilt.volumes import Scratch
 
 log = logging.getLogger("voxquilt")
@@ -78,17 +77,24 @@ class Cohort:
         # One subject being written and one waiting; the loop waits for the thread beyond that, so memory is bounded.
         self._room = BoundedSemaphore(2)
         self._pending: list[Future[None]] = []
+        self._since = perf_counter()
 
     def begin(self) -> None:
         """The first batch comes next."""
         self._meter.restart()
 
+    def begin_batch(self) -> None:
+        """A forward pass begins: what it takes is the subjects' whose patches are in it."""
+        self._since = perf_counter()
+
     def take(self, outputs: Any, batch: PatchBatch) -> None:
         """Feed a batch's outputs to its subjects; hand over those that are complete."""
         self._drain()
         self._meter.count(batch.data, {run.work.task.case.subject: run.stop - run.start for run in batch.runs})
+        forward = (perf_counter() - self._since) / len(batch.data)
         for run in batch.runs:
             if not run.work.failed:
+                run.work.seconds += (run.stop - run.start) * forward
                 try:
                     self._add_somewhere(batch.named(outputs), run)
                 except Exception as error:
@@ -96,6 +102,7 @@ class Cohort:
         news = self._meter.news()
         if news is not None:
             self.line.report({"news": news})
+        self._since = perf_counter()  # where a batch that failed is predicted again subject by subject
 
     def to_host(self) -> bool:
         """Move all sums to the host, where the device's memory was too small; False if they were there."""
@@ -156,8 +163,9 @@ class Cohort:
                 whole=not work.task.team or self._team(work.task).collects,
                 layout=self._data.layout,
             )
-        quilt = self._open[work]
+        quilt, began = self._open[work], perf_counter()
         quilt.add({name: output[run.start : run.stop] for name, output in outputs.items()}, run.locations)
+        work.seconds += perf_counter() - began
         if work.task.team:
             self._send_head(work.task, quilt)
         if quilt.complete:
@@ -192,7 +200,7 @@ class Cohort:
         quilt = self._open.pop(work, None)
         if quilt is not None:
             quilt.close()
-        self._record(work.task, error, perf_counter() - work.started)
+        self._record(work.task, error, work.seconds)
 
     def _record(self, task: Task, error: Exception, seconds: float) -> None:
         """A subject that failed here: a row, or, where others have a part in it, first their word."""
@@ -208,14 +216,18 @@ class Cohort:
     def _finish(self, work: Work, quilt: Quilt) -> None:
         try:
             with torch.inference_mode():
-                volumes = quilt.volumes()
-            row = self._files.write(work, volumes, quilt.labels)
+                row = self._written(work, quilt)
         except Exception as error:
             self._fail(work, error)
             return
         finally:
             self._room.release()
         self.line.report(asdict(row))
+
+    def _written(self, work: Work, quilt: Quilt) -> Row:
+        began = perf_counter()
+        row = self._files.write(work, quilt.volumes(), quilt.labels)
+        return replace(row, seconds=work.seconds + perf_counter() - began)
 
     def _finish_shared(self, shared: _Shared) -> None:
         """Put this process's part beside those of the others; the one that collects writes the volume."""
@@ -229,9 +241,9 @@ class Cohort:
                 if not team.collects:
                     self._answer(team, quilt, error)
                     return
-                error = _tried(error, partial(team.receive_planes, None if error else quilt))
+                error = first_error(error, partial(team.receive_planes, None if error else quilt))
                 if error is None and work is not None and quilt is not None:
-                    error = _tried(None, lambda: rows.append(self._files.write(work, quilt.volumes(), quilt.labels)))
+                    error = first_error(None, lambda: rows.append(self._written(work, quilt)))
         finally:
             self._room.release()
             if quilt is not None:
@@ -240,7 +252,7 @@ class Cohort:
             self.line.report(asdict(row))
         # What another process dropped because the run stops is not a failure: it is done next time.
         if error is not None and not (self.line.stop and isinstance(error, ElsewhereError)):
-            self._record(shared.task, error, perf_counter() - work.started if work else 0.0)
+            self._record(shared.task, error, work.seconds if work else 0.0)
 
     def _joined(self, team: Team, quilt: Quilt | None, error: Exception | None) -> Exception | None:
         def join() -> None:
@@ -249,7 +261,7 @@ class Cohort:
                 quilt.join(sums)
 
         try:
-            return _tried(error, join)
+            return first_error(error, join)
         except RunError as died:
             # Those who live wait for this process's word nonetheless.
             if not team.collects:
@@ -281,14 +293,3 @@ class Cohort:
 
     def _team(self, task: Task) -> Team:
         return Team(self._data.plan.group, task)
-
-
-def _tried(error: Exception | None, action: Callable[[], object]) -> Exception | None:
-    """The first error: the one that was there, or the action's; a process that died is not a subject's error."""
-    try:
-        action()
-    except RunError:
-        raise
-    except Exception as own:
-        return error or own
-    return error

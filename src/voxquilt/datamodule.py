@@ -285,7 +285,8 @@ class GridDataModule(LightningDataModule):
         skipped = patches_to_skip(skip, sampler, subject, space)
         part = split(sampler.grid, len(task.team))[task.team.index(self.plan.group.rank)] if task.team else None
         numbers = to_predict(sampler, skipped, part)
-        return Loaded(Work(task, file, sampler.grid, sampler.padding, space, numbers, skipped, part, started), sampler)
+        seconds = perf_counter() - started
+        return Loaded(Work(task, file, sampler.grid, sampler.padding, space, numbers, skipped, part, seconds), sampler)
 
 
 def _channels(cases: Iterable[Case]) -> int | None:

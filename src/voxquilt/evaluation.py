@@ -39,6 +39,7 @@ class Score:
         agreement: None where the subject was not compared.
         error: Why it was not.
         failed: Whether that is an error, or just no label.
+        product: Which of the subject's labels: 'labels', and 'labels_<mode>' of stitch.compare.
     """
 
     subject: str
@@ -46,6 +47,7 @@ class Score:
     agreement: Agreement | None
     error: str = ""
     failed: bool = False
+    product: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,10 @@ class Evaluation:
         folder: Of the run's files.
         cases: Its subjects, which know the labels of a table.
         labels: A pattern with `{subject}`, one for each channel, or None for those of the table.
-        class_names: Of labels 0, 1, ..., or of channels; without, each value that any volume has is a class.
+        class_names: Of classes 0, 1, ..., or of channels; without, each value that any volume has is a class.
         tolerance: mm, of the surface Dice.
+        label_values: The numbers that classes 0, 1, ... have in the files, those of the true labels too; None for 0,
+            1, ... themselves.
     """
 
     folder: Path
@@ -65,6 +69,7 @@ class Evaluation:
     labels: str | Mapping[str, str] | None
     class_names: Sequence[str] | None
     tolerance: float
+    label_values: Sequence[int] | None = None
 
     def scores(self, rows: Sequence[Row]) -> list[Score]:
         """A line for every subject and class; one without a class for a subject that cannot be compared.
@@ -75,16 +80,18 @@ class Evaluation:
         cases = {case.subject: case for case in self.cases}
         with ThreadPoolExecutor(_THREADS) as pool:
             compared = list(pool.map(lambda row: self._tried(cases[row.subject], row), rows))
-        classes = {n for found in compared if isinstance(found, dict) for n in found}
+        classes = {n for found in compared if isinstance(found, dict) for one in found.values() for n in one}
         scores: list[Score] = []
         for row, found in zip(rows, compared, strict=True):
             if isinstance(found, Score):
                 scores.append(found)
-            else:
-                scores += [Score(row.subject, self._name(n), found.get(n, ABSENT)) for n in sorted(classes)]
+                continue
+            for product, one in found.items():
+                several = [(self._name(n), one.get(n, ABSENT)) for n in sorted(classes)]
+                scores += [Score(row.subject, name, agreement, product=product) for name, agreement in several]
         return scores
 
-    def _tried(self, case: Case, row: Row) -> dict[int, Agreement] | Score:
+    def _tried(self, case: Case, row: Row) -> dict[str, dict[int, Agreement]] | Score:
         files = list(label_files(case, self.labels).values())
         missing = [str(path) for path in files if not path.is_file()]
         if missing or not files:
@@ -92,12 +99,23 @@ class Evaluation:
         if row.status == "failed":
             return Score(case.subject, "", None, "it was not predicted")
         try:
-            return self._compared(case, row, files)
+            return {product: self._compared(path, files) for product, path in self._labels_of(row).items()}
         except Exception as error:
             return Score(case.subject, "", None, reason_of(error), failed=True)
 
-    def _compared(self, case: Case, row: Row, files: Sequence[Path]) -> dict[int, Agreement]:
-        made = LabelMap(self.folder / _labels_of(row))
+    def _labels_of(self, row: Row) -> dict[str, Path]:
+        """A subject's labels by product, those of stitch.compare too; of several outputs the first's."""
+        pattern = re.compile(re.escape(row.subject) + r"_(?P<product>(?P<output>.+_)?labels(_[a-z]+)?)\.nii(\.gz)?")
+        found = [(match, name) for name in row.outputs if (match := pattern.fullmatch(name))]
+        if not found:
+            raise InputError(
+                f"no labels were written of it, only {', '.join(row.outputs)}; set stitch.products=[labels]."
+            )
+        output = found[0][0]["output"]
+        return {match["product"]: self.folder / name for match, name in found if match["output"] == output}
+
+    def _compared(self, path: Path, files: Sequence[Path]) -> dict[int, Agreement]:
+        made = LabelMap(path)
         truths = {f"label {n}": LabelMap(path) for n, path in enumerate(files)}
         frame = Subject({"prediction": made, **truths}).frame  # or an error that names both grids
         labels = _integers(made.stored(), made)
@@ -108,17 +126,25 @@ class Evaluation:
             pairs = enumerate(zip(labels, truth, strict=True))
             both = {n: [(volume > 0).astype(np.uint8) for volume in pair] for n, pair in pairs}
             return {n: agreements(a, b, frame.affine, self.tolerance).get(1, ABSENT) for n, (a, b) in both.items()}
-        known = range(1, len(self.class_names or ()))
-        if self.class_names and truth[0].max() > max(known, default=0):
-            raise InputError(
-                f"its label has class {truth[0].max()}; there are {len(self.class_names)}, 0 to "
-                f"{len(self.class_names) - 1} (stitch.class_names)."
-            )
+        numbers = list(self.label_values or range(len(self.class_names or ())))
+        known = [number for number in numbers if number]
+        if numbers:
+            self._check_numbers(truth[0], numbers)
         return dict.fromkeys(known, ABSENT) | agreements(labels[0], truth[0], frame.affine, self.tolerance)
 
+    def _check_numbers(self, truth: np.ndarray, numbers: Sequence[int]) -> None:
+        highest = int(truth.max())
+        if self.label_values is None and highest > max(numbers):
+            raise InputError(
+                f"its label has class {highest}; there are {len(numbers)}, 0 to {max(numbers)} (stitch.class_names)."
+            )
+        unknown = set[int]() if self.label_values is None else {*np.unique(truth).tolist()} - {0, *numbers}
+        if unknown:
+            raise InputError(f"its label holds {min(unknown)}, which is none of stitch.label_values={list(numbers)}.")
+
     def _name(self, number: int) -> str:
-        names = self.class_names or ()
-        return str(names[number]) if number < len(names) else str(number)
+        names = dict(zip(self.label_values or range(len(self.class_names or ())), self.class_names or (), strict=False))
+        return str(names.get(number, number))
 
 
 def write_scores(path: Path, scores: Sequence[Score]) -> None:
@@ -129,10 +155,10 @@ def write_scores(path: Path, scores: Sequence[Score]) -> None:
     """
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["subject", "class", *METRICS, "error"])
+    writer.writerow(["subject", "class", "product", *METRICS, "error"])
     for score in scores:
         numbers = ["" if isnan(value) else f"{value:.6g}" for value in values(score)] or [""] * len(METRICS)
-        writer.writerow([score.subject, score.name, *numbers, " ".join(score.error.split())])
+        writer.writerow([score.subject, score.name, score.product, *numbers, " ".join(score.error.split())])
     with replacing(path) as file:
         file.write(text.getvalue().encode())
 
@@ -143,15 +169,6 @@ METRICS = (*(field.name for field in fields(Agreement)), "volume_error_ml", "rel
 def values(score: Score) -> list[float]:
     """A score's numbers in the order of METRICS; none without an agreement."""
     return [] if score.agreement is None else [getattr(score.agreement, name) for name in METRICS]
-
-
-def _labels_of(row: Row) -> str:
-    """The name of a subject's labels; of several outputs the first."""
-    pattern = re.compile(re.escape(row.subject) + r"_(.+_)?labels\.nii(\.gz)?")
-    found = [name for name in row.outputs if pattern.fullmatch(name)]
-    if not found:
-        raise InputError(f"no labels were written of it, only {', '.join(row.outputs)}; set stitch.products=[labels].")
-    return found[0]
 
 
 def _integers(data: Tensor, image: LabelMap) -> list[np.ndarray]:

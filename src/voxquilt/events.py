@@ -31,10 +31,11 @@ class Events:
     Args:
         folder: Where outputs are; a folder of the run's own is made in its `tensorboard`.
         cases: Every subject; a subject's step is its number among them.
+        label_values: See `voxquilt.stitch.Stitch`.
     """
 
-    def __init__(self, folder: Path, cases: Sequence[Case]) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, cases: Sequence[Case], label_values: Sequence[int] | None = None) -> None:
+        self._folder, self._label_values = folder, label_values
         self._cases = {case.subject: (n, case) for n, case in enumerate(cases)}
         self._pictures = 0
         self._board: SummaryWriter | None = None
@@ -83,15 +84,16 @@ class Events:
             board.add_image(f"overlay/{row.subject}", picture, step, dataformats="HWC")
 
     def _picture(self, row: Row, case: Case) -> np.ndarray | None:
-        drawn, labels = f"{row.subject}_overlay.png", next((name for name in row.outputs if "_labels" in name), None)
-        if labels is None:
+        drawn, name = f"{row.subject}_overlay.png", next((name for name in row.outputs if "_labels" in name), None)
+        if name is None:
             return None
         self._pictures += 1
         try:
             if drawn in row.outputs:
                 return np.asarray(Image.open(self._folder / drawn))
-            file, made = read_header(next(iter(case.images.values()))), read_header(self._folder / labels)
-            return np.asarray(overlay(file.read()[0].numpy(), flat(made.read().numpy()), file.frame.affine))
+            file, made = read_header(next(iter(case.images.values()))), read_header(self._folder / name)
+            labels = flat(made.read().numpy(), self._label_values)
+            return np.asarray(overlay(file.read()[0].numpy(), labels, file.frame.affine))
         except Exception as error:  # nor is a picture
             log.debug("no picture of %s: %s", row.subject, reason_of(error))
             return None

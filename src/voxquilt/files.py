@@ -1,10 +1,10 @@
 """How do a subject's finished volumes become files? Named by subject and product, never over an input."""
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ from jaxtyping import Shaped
 from voxquilt.batch import Work
 from voxquilt.cases import Case
 from voxquilt.errors import OutputError
+from voxquilt.label_volumes import planes_of
 from voxquilt.manifest import Row
 from voxquilt.nifti import read_header, write
 from voxquilt.overlay import flat, overlay_png
@@ -60,20 +61,21 @@ class Files:
         outputs = []
         for product, data in volumes.items():
             path = self._checked(f"{subject}_{product}{self._form.suffix}")
-            names = list(self._stitch.class_names) if self._stitch.class_names and product in of_labels else None
-            write(path, data, native, header=work.file.header, class_names=names)
+            names = self._names(data) if product in of_labels else None
+            write(path, data, native, header=work.file.header, label_names=names)
             outputs.append(path.name)
         labels = volumes[of_labels[0]] if of_labels else None
         if labels is not None and self._form.overlay:
             path = self._checked(f"{subject}_overlay.png")
-            overlay_png(read_header(work.file.path).read()[0].numpy(), flat(labels), native.affine, path)
+            drawn = flat(labels, self._stitch.label_values)
+            overlay_png(read_header(work.file.path).read()[0].numpy(), drawn, native.affine, path)
             outputs.append(path.name)
         volume, of_classes = None, dict[str, float]()
         if labels is not None:
             ml = abs(float(np.linalg.det(native.affine[:3, :3]))) / 1000  # of sheared voxels too
             voxels, counts = _counted(labels)
             volume = voxels * ml
-            names = dict(enumerate(self._stitch.class_names or ()))
+            names = self._names(labels)
             # Several labels a voxel are channels, counted from 0; without names, labels have their numbers.
             of_classes = {str(names.get(n, n)): count * ml for n, count in counts.items()}
         return Row(
@@ -82,11 +84,14 @@ class Files:
             tuple(outputs),
             patches=len(work.grid) - len(work.skipped),
             skipped=len(work.skipped),
-            seconds=perf_counter() - work.started,
             volume_ml=volume,
             fingerprint=work.task.fingerprint,
             class_ml=of_classes,
         )
+
+    def _names(self, labels: np.ndarray) -> dict[int, str]:
+        """By number in the file; of several labels a voxel, by channel."""
+        return dict(enumerate(map(str, self._stitch.class_names or ()))) if len(labels) > 1 else self._stitch.names
 
     def _checked(self, name: str) -> Path:
         path = self._folder / name
@@ -108,13 +113,17 @@ def _counted(labels: Shaped[np.ndarray, "c i j k"]) -> tuple[int, dict[int, int]
     """Voxels with any label, and those of each: of each value above 0, or of each channel."""
     if len(labels) > 1:
         return int(np.count_nonzero(labels.any(axis=0))), {n: int(np.count_nonzero(c)) for n, c in enumerate(labels)}
-    counts = np.zeros(1, dtype=np.int64)
-    # Plane by plane, as they lie in memory: counting makes 8 bytes of each voxel.
-    for plane in np.moveaxis(labels[0], int(np.argmax(labels[0].strides)), 0):
-        found = np.bincount(plane.ravel(order="K"))
-        counts = np.pad(counts, (0, max(0, len(found) - len(counts))))
-        counts[: len(found)] += found
-    return int(counts[1:].sum()), {n: int(count) for n, count in enumerate(counts) if n and count}
+    counts = Counter[int]()
+    # Plane by plane: counting makes 8 bytes of each voxel.
+    for plane in planes_of(labels):
+        if plane.dtype.itemsize <= 2:  # faster than sorting
+            found = np.bincount(plane.ravel(order="K"))
+            counts.update({int(n): int(found[n]) for n in np.flatnonzero(found)})
+        else:
+            values, numbers = np.unique(plane, return_counts=True)
+            counts.update(dict(zip(values.tolist(), numbers.tolist(), strict=True)))
+    del counts[0]
+    return counts.total(), dict(sorted(counts.items()))
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -28,7 +28,8 @@ class Row:
         skipped: How many hold no foreground and were not (data.skip).
         finished: When, in UTC.
         fingerprint: What decides the outputs: the settings' digest, a dash, the input files' digest.
-        seconds: From the start of loading to the last file.
+        seconds: Its own: loading it, its share of forward passes, stitching and writing, without waiting. Subjects are
+            loaded and written beside each other, so that these do not add up to the run's.
         error: Why it failed.
         volume_ml: Volume of all labels above 0, in millilitres; None without labels.
         class_ml: Of each label above 0, by its name or number; not in the manifest.

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ def write(
     frame: Frame,
     *,
     header: Nifti1Header | None = None,
-    class_names: list[str] | None = None,
+    label_names: Mapping[int, str] | None = None,
 ) -> None:
     """Write a volume beside its input: complete under its final name, or not at all.
 
@@ -108,15 +108,15 @@ def write(
         data: (C, I, J, K); one channel is written as 3-D, several as 4-D with channels last. Never scaled.
         frame: The geometry, used when there is no header.
         header: The input's header: affine, qform, sform, codes and units are taken from it as they are.
-        class_names: Names of labels 0, 1, ..., put into a header extension as JSON.
+        label_names: Names of labels by their numbers, put into a header extension as JSON.
 
     Raises:
         OutputError: the file cannot be written; no partial file is left.
     """
     array = data[0] if len(data) == 1 else np.moveaxis(data, 0, 3)
     new = _new_header(array, frame, header)
-    if class_names:
-        names = {"labels": {str(n): name for n, name in enumerate(class_names)}}
+    if label_names:
+        names = {"labels": {str(number): name for number, name in label_names.items()}}
         new.extensions.append(Nifti1Extension(6, json.dumps(names, ensure_ascii=False).encode()))
     image = (Nifti2Image if isinstance(new, Nifti2Header) else Nifti1Image)(array, None, new)
     with replacing(path) as file:

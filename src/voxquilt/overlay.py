@@ -1,5 +1,6 @@
 """What does the result look like on the image? Three planes with the outlines of the labels, as one PNG."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from scipy import ndimage
 from voxquilt.atomic import replacing
 from voxquilt.errors import InputError
 from voxquilt.geometry import Frame, Triple, closest_axes
+from voxquilt.label_volumes import planes_of
 
 # Okabe and Ito's colours, told apart by colour-blind eyes too, in the order in which they stand out on grey.
 PALETTE = np.array(
@@ -86,10 +88,28 @@ def overlay(image: np.ndarray, labels: np.ndarray, affine: np.ndarray) -> Image.
     return _side_by_side(panels)
 
 
-def flat(labels: Shaped[np.ndarray, "c i j k"]) -> Shaped[np.ndarray, "i j k"]:
-    """One label a voxel, to draw: of several channels, which are masks, the last; they count from 1."""
+def flat(
+    labels: Shaped[np.ndarray, "c i j k"], label_values: Sequence[int] | None = None
+) -> Shaped[np.ndarray, "i j k"]:
+    """One label a voxel, to draw: of several channels, which are masks, the last; they count from 1.
+
+    Args:
+        labels: As files hold them.
+        label_values: The numbers that classes have there, in their order: a class has its own colour, whatever its
+            number.
+    """
     if len(labels) == 1:
-        return labels[0]
+        if label_values is None:
+            return labels[0]
+        numbers = np.array(sorted({0, *label_values}))
+        # Numbers other than 0 count from 1, in the order of the classes.
+        places = {number: n for n, number in enumerate((v for v in label_values if v), 1)}
+        ranks = np.array([places.get(int(number), 0) for number in numbers], np.min_scalar_type(len(numbers)))
+        drawn = np.empty_like(labels, ranks.dtype)
+        for plane, into in zip(planes_of(labels), planes_of(drawn), strict=True):
+            found = np.searchsorted(numbers, plane).clip(max=len(numbers) - 1)
+            into[...] = np.where(numbers[found] == plane, ranks[found], 0)
+        return drawn[0]
     found = np.zeros(labels.shape[1:], np.uint8 if len(labels) < 256 else np.uint16)
     for n, mask in enumerate(labels, 1):
         found[mask > 0] = n

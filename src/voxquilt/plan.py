@@ -179,7 +179,10 @@ class Planner:
 
     def _needs(self, settings: Settings, stitch: Stitch | None = None) -> tuple[Probe, Forms, Needs]:
         passed = self._probe(settings.patch_size, settings.batch_size)
-        become = forms(stitch or self._stitch, passed.outputs, settings.patch_size, self._layout)
+        stitch = stitch or self._stitch
+        if passed.guessed:  # of a guess it is not to be said that numbers and classes differ
+            stitch = replace(stitch, label_values=None)
+        become = forms(stitch, passed.outputs, settings.patch_size, self._layout)
         # A ring is as many planes as a patch has.
         ring = self._of.ring * max(settings.patch_size) // max(self._settings.patch_size)
         return passed, become, needs(replace(self._of, ring=ring), passed, become, settings)

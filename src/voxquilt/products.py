@@ -38,10 +38,16 @@ class Product(Protocol):
 
 @dataclass(frozen=True)
 class ArgMax:
-    """The class with the highest score, in the smallest unsigned type that holds all classes."""
+    """The class with the highest score.
+
+    Args:
+        dtype: Of the volume; None is the smallest unsigned type that holds all classes.
+    """
+
+    dtype: np.dtype | None = None
 
     def form(self, channels: int) -> tuple[int, np.dtype]:
-        return 1, np.min_scalar_type(channels - 1)
+        return 1, self.dtype or np.min_scalar_type(channels - 1)
 
     def __call__(self, scores: Slab) -> Made:
         if len(scores) == 2:
@@ -84,13 +90,20 @@ def check_finite(scores: Slab) -> None:
 
 @dataclass(frozen=True)
 class Threshold:
-    """1 where an activated score is above a threshold, for each channel by itself."""
+    """1 where an activated score is above a threshold, for each channel by itself.
+
+    Args:
+        activation: Of the scores.
+        threshold: Of what it gives.
+        dtype: Of the volume; None is uint8.
+    """
 
     activation: Activation
     threshold: float
+    dtype: np.dtype | None = None
 
     def form(self, channels: int) -> tuple[int, np.dtype]:
-        return channels, np.dtype(np.uint8)
+        return channels, self.dtype or np.dtype(np.uint8)
 
     def __call__(self, scores: Slab) -> Made:
         return self.activation(scores) > self.threshold

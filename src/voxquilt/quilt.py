@@ -13,6 +13,7 @@ from voxquilt.blend import to_blend
 from voxquilt.buffers import Buffers, home
 from voxquilt.errors import BatchError, LedgerError, OutputError, PatchShapeError
 from voxquilt.finish import Finish, WayBack
+from voxquilt.label_volumes import to_labels
 from voxquilt.output_layout import factor_of
 from voxquilt.parts import Part
 from voxquilt.parts import whole as all_rows
@@ -89,6 +90,7 @@ class Quilt:
         self._layout = layout
         self._nothing = self.skipped.issuperset(self.part.patches(placed.grid).tolist())
         self._rings: dict[str, list[_Ring]] = {}
+        self._labels: dict[str, np.ndarray] = {}
 
     def add(self, outputs: Outputs, locations: np.ndarray) -> None:
         """Add a network's outputs for patches at locations (B, 6).
@@ -172,7 +174,7 @@ class Quilt:
         Raises:
             BatchError: this process has no room for them.
             LedgerError: a patch is missing, or what another part made.
-            OutputError: post-processing changed a volume's shape.
+            OutputError: post-processing changed a volume's shape, or gave what no label file holds.
         """
         if not self.whole:
             raise BatchError(f"{self.part} keeps no whole volumes: its planes are in parts().")
@@ -181,7 +183,7 @@ class Quilt:
         for name, (product, volumes) in self._products.items():
             volumes.check_whole()
             volume = volumes.arrays[product]
-            finished[name] = self._postprocessed(volume) if product.startswith("labels") else volume
+            finished[name] = self._numbered(name, volume) if product.startswith("labels") else volume
         return finished
 
     @property
@@ -275,12 +277,8 @@ class Quilt:
                 f"stitch.threshold={self.stitch.threshold}; set stitch.fill to the background's score."
             )
 
-    def _postprocessed(self, labels: np.ndarray) -> np.ndarray:
-        if not self.stitch.postprocess:
-            return labels
-        data = torch.from_numpy(labels.astype(np.int64))
-        for transform in self.stitch.postprocess:
-            data = torch.as_tensor(transform(data)).as_subclass(Tensor)
-            if tuple(data.shape) != labels.shape:
-                raise OutputError(f"post-processing {transform!r} turned {labels.shape} into {tuple(data.shape)}.")
-        return data.numpy().astype(labels.dtype)
+    def _numbered(self, name: str, classes: np.ndarray) -> np.ndarray:
+        """Labels as files hold them; made once, since it changes the classes in place."""
+        if name not in self._labels:
+            self._labels[name] = to_labels(classes, self.stitch.postprocess, self.stitch.label_values)
+        return self._labels[name]

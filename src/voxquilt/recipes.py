@@ -3,10 +3,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from voxquilt.errors import OutputError
+from voxquilt.errors import ConfigError, OutputError
 from voxquilt.names import APPLIED
 from voxquilt.products import (
     ACTIVATIONS,
@@ -69,6 +70,7 @@ def make_products(
     activation: str | None = None,
     threshold: float | None = None,
     restore: str = "scores",
+    label_values: Sequence[int] | None = None,
 ) -> dict[str, Recipe]:
     """The products of a network output.
 
@@ -81,24 +83,42 @@ def make_products(
             several channels and 'none' for one.
         threshold: For labels of one channel, or of several with sigmoid (each by itself; 0.5 if None).
         restore: Labels are made of 'scores' in native space, or made in model space and brought back as 'labels'.
+        label_values: The numbers that classes will have, which decide the labels' type; labels are classes here.
 
     Raises:
+        ConfigError: another number of label values than there are classes, or some for several labels per voxel.
         OutputError: a product that such an output does not have.
     """
     activation = activation or ("softmax" if channels > 1 else "none")
     names = names or (["labels"] if channels > 1 or threshold is not None else ["image"])
-    return {name: _recipe(name, channels, activation, threshold, restore) for name in names}
+    dtype = None if label_values is None else _type_of_labels(label_values, channels, activation)
+    return {name: _recipe(name, channels, activation, threshold, restore, dtype) for name in names}
 
 
-def _recipe(name: str, channels: int, activation: str, threshold: float | None, restore: str) -> Recipe:
-    product = _make_product(name, channels, activation, threshold)
+def _type_of_labels(label_values: Sequence[int], channels: int, activation: str) -> np.dtype:
+    """The smallest that holds the classes' numbers, once there is one for each class."""
+    if channels > 1 and activation.endswith("sigmoid"):
+        raise ConfigError("stitch.label_values goes with one label per voxel; with sigmoid each channel is a mask.")
+    if len(label_values) != max(channels, 2):
+        raise ConfigError(
+            f"stitch.label_values has {len(label_values)} numbers; the network's output has {max(channels, 2)} classes."
+        )
+    return np.min_scalar_type(max(label_values))
+
+
+def _recipe(
+    name: str, channels: int, activation: str, threshold: float | None, restore: str, dtype: np.dtype | None
+) -> Recipe:
+    product = _make_product(name, channels, activation, threshold, dtype)
     if isinstance(product, Disagreement):
         activate = ACTIVATIONS["none" if activation in APPLIED else activation]
         return Recipe(product, Moments(activate, product.each), in_model=True)
     return Recipe(product, in_model=name == "labels" and restore == "labels")
 
 
-def _make_product(name: str, channels: int, activation: str, threshold: float | None) -> Product:
+def _make_product(
+    name: str, channels: int, activation: str, threshold: float | None, dtype: np.dtype | None
+) -> Product:
     applied = activation in APPLIED
     activate = ACTIVATIONS["none" if applied else activation]
     single, each = channels == 1, activation.endswith("sigmoid")
@@ -107,7 +127,7 @@ def _make_product(name: str, channels: int, activation: str, threshold: float | 
     if name == "labels" and (single or each):
         if threshold is None and single:
             raise OutputError("labels of a network with one output channel need stitch.threshold, such as 0.5.")
-        return Threshold(activate, 0.5 if threshold is None else threshold)
+        return Threshold(activate, 0.5 if threshold is None else threshold, dtype)
     if name == "labels" and threshold is not None:
         raise OutputError(
             f"stitch.threshold={threshold} goes with one output channel or with model.activation=sigmoid (several "
@@ -119,7 +139,7 @@ def _make_product(name: str, channels: int, activation: str, threshold: float | 
         return Entropy(activate, single or each)
     if name == "disagreement":
         return Disagreement(single or each)
-    return {"labels": ArgMax(), "probabilities": Activated(activate)}.get(name, Activated(ACTIVATIONS["none"]))
+    return {"labels": ArgMax(dtype), "probabilities": Activated(activate)}.get(name, Activated(ACTIVATIONS["none"]))
 
 
 def background(channels: int, activation: str | None, fill: float | Sequence[float] | None = None) -> list[float]:

@@ -1,5 +1,6 @@
 """How did the run end, and how good is it? Tables for people."""
 
+import itertools
 from collections.abc import Sequence
 from math import isfinite, isinf
 from pathlib import Path
@@ -62,15 +63,20 @@ def print_scores(scores: Sequence[Score], folder: Path) -> None:
         folder: Where metrics.csv is.
     """
     table = Table(title="agreement with the labels")
-    table.add_column("class")
+    # Labels of stitch.compare are shown beside those of stitch.overlap_mode.
+    products = list(dict.fromkeys(score.product for score in scores if score.agreement))
+    for heading in ("class", "labels") if len(products) > 1 else ("class",):
+        table.add_column(heading)
     for heading in ("subjects", *_COLUMNS.values()):
         table.add_column(escape(heading), justify="right")
     names = list(dict.fromkeys(score.name for score in scores if score.agreement))
-    for name in names[:_ROWS]:
-        found = [score.agreement for score in scores if score.agreement and score.name == name]
+    for name, product in list(itertools.product(names, products))[:_ROWS]:
+        found = [
+            score.agreement for score in scores if score.agreement and (score.name, score.product) == (name, product)
+        ]
         present = [one for one in found if one.volume_ml or one.true_volume_ml]
         cells = [_spread([getattr(one, metric) for one in present]) for metric in _COLUMNS]
-        table.add_row(escape(name), str(len(present)), *cells)
+        table.add_row(escape(name), *[product] * (len(products) > 1), str(len(present)), *cells)
     console = Console(highlight=False, soft_wrap=True)
     if names:
         console.print(table)

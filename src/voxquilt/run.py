@@ -126,7 +126,10 @@ def _predict(
 
 def _evaluate(data: GridDataModule, writer: VolumeWriter, rows: list[Row], tolerance: float) -> int:
     """Compare what is on disk with the true labels: metrics.csv, metrics.png, a table; 1 if some subject cannot be."""
-    evaluation = Evaluation(writer.output_dir, data.cases, data.labels, writer.stitch.class_names, tolerance)
+    stitch = writer.stitch
+    evaluation = Evaluation(
+        writer.output_dir, data.cases, data.labels, stitch.class_names, tolerance, stitch.label_values
+    )
     scores = evaluation.scores(rows)
     print_scores(scores, writer.output_dir)
     try:

@@ -24,13 +24,14 @@ from voxquilt.names import (
     PADDING_MODES,
     PRODUCTS,
     RESTORES,
+    check_label_values,
     check_name,
 )
 
 KEYS = {
     "preprocess": {"orientation", "spacing", "intensity"},
     "stitch": {"overlap_mode", "products", "compare", "activation", "threshold", "restore", "fill", "class_names",
-               "postprocess"},
+               "label_values", "postprocess"},
 }  # fmt: skip
 """Of the sections that predicting and training share."""
 
@@ -101,6 +102,7 @@ def check_stitch(stitch: Mapping[str, Any]) -> None:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ConfigError(f"stitch.fill is null, a number, or a number for each channel; it is {fill!r}.")
     check_list(stitch.get("class_names"), "stitch.class_names", "background,brain")
+    check_label_values(stitch.get("label_values"), stitch.get("class_names"))
     _check_callables(stitch.get("postprocess") or [], "stitch.postprocess")
 
 

@@ -107,6 +107,8 @@ def _tried(make: Callable[[], T]) -> T | None:
     """Nothing where an output does not have a product: each subject fails by that, and says so."""
     try:
         return make()
+    except ConfigError:
+        raise
     except VoxquiltError as error:
         log.debug("no plan: %s", error)
         return None

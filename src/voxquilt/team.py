@@ -1,13 +1,13 @@
 """What do the processes that share a volume send each other? Sums where their slabs overlap, then finished planes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from voxquilt.errors import OutputError
+from voxquilt.errors import OutputError, RunError
 from voxquilt.group import Group
 from voxquilt.quilt import Quilt
 from voxquilt.space import Where
@@ -93,3 +93,14 @@ class Team:
 
 def _raise(reason: str) -> list[Tensor]:
     raise ElsewhereError(reason)
+
+
+def first_error(error: Exception | None, action: Callable[[], object]) -> Exception | None:
+    """The first error: the one that was there, or the action's; a process that died is not a subject's error."""
+    try:
+        action()
+    except RunError:
+        raise
+    except Exception as own:
+        return error or own
+    return error

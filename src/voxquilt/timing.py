@@ -129,7 +129,7 @@ def measure(
             write(Path(place) / f"{name}{form.suffix}", volume, work.space.native, header=work.file.header)
     labels = next((volume for name, volume in volumes.items() if "labels" in name), None)
     if pictures and labels is not None:
-        overlay(work.file.read()[0].numpy(), flat(labels), work.space.native.affine)
+        overlay(work.file.read()[0].numpy(), flat(labels, stitch.label_values), work.space.native.affine)
     written = perf_counter() - began
     return Rates(
         read / size,

@@ -93,7 +93,7 @@ class VolumeWriter(Callback):
         shown: list[_Shown] = []
         if data.plan.group.rank == 0:
             planned = {one: size.patches - 1 for one, size in zip(data.plan.everything, data.plan.sizes, strict=True)}
-            events = Events(self.output_dir, data.plan.cases) if self.tensorboard else None
+            events = Events(self.output_dir, data.plan.cases, self.stitch.label_values) if self.tensorboard else None
             shown = [_Shown(make_show(self._log), Tally(planned, data.plan.group.size), events)]
         line, record = _connected(self.output_dir, data, self._configuration, shown)
         data.stop_when(lambda: line.stop is not None)
@@ -117,6 +117,12 @@ class VolumeWriter(Callback):
             )
         disarm_observer()
         run.begin()
+
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """The batch is on its device."""
+        self._running().cohort.begin_batch()
 
     def on_predict_batch_end(
         self,

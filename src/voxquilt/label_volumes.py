@@ -1,0 +1,69 @@
+"""From classes to the numbers of a label file: post-processing, and the number that each class has there."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from voxquilt.errors import OutputError
+
+
+def to_labels(
+    classes: Shaped[np.ndarray, "c i j k"],
+    postprocess: Sequence[Callable[[Tensor], Tensor]] = (),
+    label_values: Sequence[int] | None = None,
+) -> Shaped[np.ndarray, "c i j k"]:
+    """What a label file holds of a volume of classes.
+
+    Args:
+        classes: Class indices, or a mask for each channel, in an unsigned type that also holds `label_values`. Changed
+            in place, without post-processing.
+        postprocess: Callables on a (C, I, J, K) int64 tensor, applied in turn.
+        label_values: The number of each class; None for the classes themselves.
+
+    Raises:
+        OutputError: post-processing changed the shape, or gave numbers that are no labels (negative, fractional, not
+            finite), or with `label_values` no classes.
+    """
+    if not postprocess and label_values is None:
+        return classes
+    made = _postprocessed(classes, postprocess) if postprocess else classes
+    if label_values is None:
+        # Post-processing may give any numbers: of MapLabelValue, say.
+        return made.astype(np.promote_types(classes.dtype, np.min_scalar_type(made.max())), copy=False)
+    if made.max() >= len(label_values):
+        raise OutputError(
+            f"post-processing gave {made.max()}, which is no class: stitch.label_values has numbers for classes 0 to "
+            f"{len(label_values) - 1}. Leave it out where post-processing itself gives the numbers of the file."
+        )
+    numbers = np.array(label_values, classes.dtype)
+    labels = classes if made is classes else made.astype(classes.dtype)
+    for plane in planes_of(labels):
+        plane[...] = numbers[plane]
+    return labels
+
+
+def planes_of(volume: Shaped[np.ndarray, "c i j k"]) -> Iterator[np.ndarray]:
+    """Views of a volume, channel by channel and plane by plane, as they lie in memory."""
+    for channel in volume:
+        yield from np.moveaxis(channel, int(np.argmax(np.abs(channel.strides))), 0)
+
+
+def _postprocessed(classes: np.ndarray, postprocess: Sequence[Callable[[Tensor], Tensor]]) -> np.ndarray:
+    data = torch.from_numpy(classes.astype(np.int64))
+    for transform in postprocess:
+        data = torch.as_tensor(transform(data)).as_subclass(Tensor)
+        if tuple(data.shape) != classes.shape:
+            raise OutputError(f"post-processing {transform!r} turned {classes.shape} into {tuple(data.shape)}.")
+    if data.is_complex():
+        raise OutputError(f"post-processing gave {data.dtype}, which is no type of labels.")
+    fractions = data.is_floating_point()
+    bad = data[~(data.isfinite() & (data == data.round()) & (data >= 0))] if fractions else data[data < 0]
+    if len(bad):
+        raise OutputError(
+            f"post-processing gave {bad[0].item()} ({len(bad)} voxels are negative, fractional or not finite); labels "
+            f"are integers from 0."
+        )
+    return data.cpu().numpy().astype(np.int64)
