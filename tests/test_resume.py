@@ -292,7 +292,9 @@ def composed(*options: str) -> dict[str, Any]:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         plain = OmegaConf.to_container(compose("predict", to_overrides(options)), resolve=False)
     assert isinstance(plain, dict)
-    return changed(changed({str(key): value for key, value in plain.items()}, "ckpt_path", None), "model.ckpt_path", None)
+    return changed(
+        changed({str(key): value for key, value in plain.items()}, "ckpt_path", None), "model.ckpt_path", None
+    )
 
 
 KINDS: list[tuple[str, ...]] = [
