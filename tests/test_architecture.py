@@ -14,8 +14,8 @@ SOURCE = Path(voxquilt.__file__).parent
 ORDER = [
     *("errors", "atomic", "names", "geometry", "grid", "blend", "parts", "ledger", "buffers", "sums", "blended"),
     *("stream", "aggregator", "space"),
-    *("nifti", "subject", "sampler", "skip", "inference", "preprocess", "products", "recipes", "volumes", "finish"),
-    *("stitch", "quilt", "predict", "outline"),
+    *("nifti", "image", "subject", "conversion", "sampler", "skip", "inference", "preprocess", "products", "recipes"),
+    *("volumes", "finish", "stitch", "quilt", "predict", "outline"),
     *(
         "launch",
         "cases",
