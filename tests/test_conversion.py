@@ -151,7 +151,7 @@ def test_a_blend_may_be_named_alone(mode: str) -> None:
     network = lambda x: torch.cat([x, 100 - x], 1)  # noqa: E731
     made, wanted = (predict_volume(network, VOXELS, 6, 2, stitch=stitch) for stitch in (mode, Stitch(mode)))
     np.testing.assert_array_equal(made["labels"], wanted["labels"])
-    with pytest.raises(ConfigError, match="it is 'gausian'. Did you mean gaussian"):
+    with pytest.raises(ConfigError, match=r"it is 'gausian'\. Did you mean gaussian"):
         predict_volume(network, VOXELS, 6, 2, stitch="gausian")
 
 
