@@ -59,7 +59,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save(work / "twice/a.nii", noise((8, 8, 8)))
     (work / "empty").mkdir()
     (work / "table.csv").write_text("subject,t1,t2\ns1,scans/a.nii,\n")
-    (work / "weights.pt").write_bytes(b"")
+    (work / "weights.pt").write_bytes(b"\x80\x02" + bytes(64))  # damaged, which torch has to say
     return folder
 
 

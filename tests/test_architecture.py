@@ -31,7 +31,7 @@ ORDER = [
         "line",
     ),
     *("signals", "meter", "batch", "loader", "datamodule", "chunks", "members", "network", "probe"),
-    *("fits", "carried", "archive", "exported", "weights", "module"),
+    *("fits", "filetype", "carried", "archive", "exported", "states", "weights", "module"),
     *("room", "needs", "plan", "settle"),
     *("overlay", "metrics", "validation", "splits", "patches", "traindata", "training", "board"),
     *("files", "team", "cohort", "record", "tally", "progress", "events", "writer", "timing", "dryrun"),
