@@ -1,5 +1,6 @@
 """Tiny volumes and networks whose right answer is known; subprocesses import it too, as `synthetic.Over50`."""
 
+import gzip
 import os
 import signal
 import subprocess
@@ -169,6 +170,12 @@ class StopAfter(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask the trainer to stop."""
         trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
+
+
+def unpacked(path: Path) -> bytes:
+    """What is in a .nii or .nii.gz: header and voxels. Equal volumes may be packed differently."""
+    content = path.read_bytes()
+    return gzip.decompress(content) if path.name.endswith(".gz") else content
 
 
 def count_headers(monkeypatch: pytest.MonkeyPatch) -> list[str]:

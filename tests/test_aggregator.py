@@ -678,7 +678,7 @@ def test_the_patches_of_a_sampler_go_in_with_their_own_locations() -> None:
     volume = random_volume((1, 9, 9, 9), torch.float32, 10)
     sampler = sampler_of(volume, 5, 2)
     aggregator = GridAggregator(sampler, "hann")
-    for patch in sampler.sampler():
+    for patch in sampler():
         aggregator.add_batch(patch["image"][DATA][None], patch[LOCATION][None])
     torch.testing.assert_close(aggregator.get_output_tensor(), volume, rtol=0, atol=tolerance(volume))
 

@@ -14,8 +14,8 @@ SOURCE = Path(voxquilt.__file__).parent
 ORDER = [
     *("errors", "atomic", "names", "geometry", "grid", "blend", "parts", "ledger", "buffers", "sums", "blended"),
     *("stream", "aggregator", "space", "output_layout"),
-    *("nifti", "subject", "sampler", "skip", "inference", "preprocess", "products", "recipes", "volumes", "finish"),
-    *("stitch", "label_volumes", "quilt", "predict", "outline"),
+    *("nifti", "image", "subject", "conversion", "sampler", "skip", "inference", "preprocess", "products", "recipes"),
+    *("volumes", "finish", "stitch", "label_volumes", "quilt", "predict", "outline"),
     *(
         "launch",
         "cases",
@@ -31,7 +31,7 @@ ORDER = [
         "line",
     ),
     *("signals", "meter", "batch", "loader", "chunks", "members", "network", "probe"),
-    *("fits", "carried", "archive", "exported", "weights", "module", "datamodule"),
+    *("fits", "filetype", "carried", "archive", "exported", "states", "weights", "module", "datamodule"),
     *("room", "needs", "plan", "settle"),
     *("overlay", "metrics", "validation", "splits", "patches", "traindata", "training", "board"),
     *("files", "team", "cohort", "record", "tally", "progress", "events", "writer", "timing", "dryrun"),

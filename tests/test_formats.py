@@ -194,7 +194,6 @@ def test_no_file_runs_what_is_pickled_in_it(name: str, place: Path, tmp_path: Pa
     ("name", "option"),
     [
         ("state dict .pt", "model.trust_checkpoint=true"),
-        ("bare pickle .pth", "model.trust_checkpoint=true"),
         ("Lightning .ckpt", "model.trust_checkpoint=true"),
         ("exported .pt2", "model.trust_checkpoint=true"),
     ],

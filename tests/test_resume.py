@@ -1,13 +1,17 @@
 """Laws of resume: what is done alike is left alone, what was made otherwise is refused by name, the rest is done."""
 
 import csv
+import inspect
 import json
 import os
 import shutil
 import signal
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -15,6 +19,7 @@ from forks import Run, Server, checked
 from hydra import compose, initialize_config_dir
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from synthetic import Over50, noise, read, save
 
 from voxquilt.app import conf_dir
@@ -22,7 +27,7 @@ from voxquilt.cases import Case, find_cases
 from voxquilt.config import check_predict
 from voxquilt.datamodule import Plan
 from voxquilt.errors import ConfigError
-from voxquilt.fingerprint import inputs, settings
+from voxquilt.fingerprint import NO_VOXELS, inputs, settings
 from voxquilt.group import Group
 from voxquilt.manifest import Manifest, Row, read_rows, write_json
 from voxquilt.overrides import to_overrides
@@ -179,6 +184,11 @@ OTHERWISE = [
     ("callbacks.writer.overlay=true", "callbacks.writer.overlay was false and is true"),
     ("trainer.precision=bf16-true", 'trainer.precision was null and is "bf16-true"'),
     ("run.seed=3", "run.seed was null and is 3"),
+    ("stitch.fill=-1", "stitch.fill was null and is -1"),
+    ("model.average=probabilities", 'model.average was "logits" and is "probabilities"'),
+    ("model.squeeze_axis=2", "model.squeeze_axis was null and is 2"),
+    ("model.strict=false", "model.strict was true and is false"),
+    ("+callbacks.writer.later=1", "callbacks.writer.later was null and is 1"),
 ]
 
 
@@ -197,7 +207,7 @@ def test_a_setting_that_changes_outputs_is_refused_by_its_name(
     text = str(caught.value)
     assert f"\n  {said}" in text
     assert text.count(" (3 subjects: a, b, c)\n") == (
-        2 if "activation" in option else 1
+        2 if "activation" in option or "average" in option else 1
     )  # stitch.activation follows it
 
 
@@ -259,6 +269,83 @@ def test_the_names_of_images_count_since_preprocessing_goes_by_them(tmp_path: Pa
     ours, theirs = (Case("a", dict(zip(names, paths, strict=True))) for names in (("t1", "t2"), ("t2", "t1")))
     assert inputs([ours]) != inputs([theirs])
     assert inputs([Case("a", {"image": paths[0]})]) == inputs([Case("a", {"t1": paths[0]})])
+
+
+def leaves(node: Any, key: str = "") -> Iterator[str]:
+    """Full keys of everything in a configuration that is no mapping, or an empty one."""
+    if not isinstance(node, dict) or not node:
+        yield key
+        return
+    for name, child in node.items():
+        yield from leaves(child, f"{key}.{name}".lstrip("."))
+
+
+def changed(plain: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """A configuration with another value of a key."""
+    name, _, rest = key.partition(".")
+    return {**plain, name: changed(plain.get(name) or {}, rest, value) if rest else value}
+
+
+@cache
+def composed(*options: str) -> dict[str, Any]:
+    """The configuration of predict.py, without its interpolations resolved."""
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        plain = OmegaConf.to_container(compose("predict", to_overrides(options)), resolve=False)
+    assert isinstance(plain, dict)
+    return changed(
+        changed({str(key): value for key, value in plain.items()}, "ckpt_path", None), "model.ckpt_path", None
+    )
+
+
+KINDS: list[tuple[str, ...]] = [
+    (),
+    *((f"model={kind}",) for kind in ("state_dict", "lightning", "torchscript", "exported")),
+    *((f"trainer={kind}",) for kind in ("cpu", "gpu", "ddp", "slurm")),
+    ("model/net=unet",),
+    ("logger=tensorboard", "+callbacks.mine._target_=my_package.Mine", "+callbacks.mine.steps=3"),
+]
+
+
+@pytest.mark.parametrize("options", KINDS, ids=str)
+def test_every_key_changes_the_fingerprint_or_is_named_as_one_that_changes_no_voxel(options: tuple[str, ...]) -> None:
+    """Walks the whole composed configuration: a key that a later version adds counts until somebody names it."""
+    plain = composed(*options)
+    before, keys = settings(plain), [key for key in leaves(plain) if key != "run.content_hash"]
+    assert {"stitch.fill", "model.average", "model.squeeze_axis", "data.patch_size", "run.seed"} <= {*keys}
+    for key in keys:
+        parents = key.split(".")
+        named = any(".".join(parents[:n]) in NO_VOXELS for n in range(1, len(parents) + 1))
+        named |= key.startswith("callbacks.") and not key.startswith("callbacks.writer.")
+        if key not in ("ckpt_path", "model.ckpt_path"):  # files, which another test changes
+            value = {"data.images": {"t1": "a"}, "trainer.plugins": [{"_target_": "a.B"}]}.get(key, "another")
+            assert (settings(changed(plain, key, value)) != before) != named, key
+    assert settings(plain, content=True) != before
+
+
+def test_what_is_named_as_changing_no_voxel_is_a_key() -> None:
+    """A name that no configuration has would be a slip; of the trainer's, Lightning knows."""
+    keys = [f"{name}." for options in KINDS for name in leaves(composed(*options))]
+    known = {f"trainer.{name}" for name in inspect.signature(pl.Trainer).parameters}
+    assert [key for key in NO_VOXELS - known if not any(name.startswith(f"{key}.") for name in keys)] == []
+
+
+def test_trainer_arguments_change_no_voxel_but_precision_and_plugins_that_compute() -> None:
+    """Every argument of Lightning's Trainer; the plugin of a cluster is where a run is, not what it computes."""
+    arguments = [*inspect.signature(pl.Trainer).parameters]
+    counted = [name for name in arguments if settings({"trainer": {name: "another"}}) != settings({})]
+    assert sorted(counted) == ["plugins", "precision"]
+    slurm = {"_target_": "lightning.pytorch.plugins.environments.SLURMEnvironment", "auto_requeue": False}
+    assert settings({"trainer": {"plugins": [slurm]}}) == settings({})
+    assert settings({"trainer": {"plugins": [slurm, {"_target_": "x.HalfPrecision"}]}}) != settings({})
+
+
+def test_a_setting_that_is_new_and_null_leaves_earlier_outputs_as_they_are(tmp_path: Path) -> None:
+    """Null counts as not there; weights count by what is in their files, wherever they lie."""
+    assert settings({"stitch": {"later": None}, "model": {"net": {"width": None}}}) == settings({})
+    for name, content in (("a", b"1"), ("b", b"1"), ("c", b"2")):
+        (tmp_path / name).write_bytes(content)
+    a, b, c = (settings({"ckpt_path": str(tmp_path / name), "model": {}}) for name in "abc")
+    assert a == b != c
 
 
 def test_settings_are_told_apart_by_value_and_kind() -> None:

@@ -146,7 +146,7 @@ def test_patches_are_counted_and_indexed_like_a_list() -> None:
     for index in (n, -n - 1):
         with pytest.raises(IndexError, match=f"patch {index} of {n}"):
             sampler[index]
-    for patches in (sampler, sampler.sampler()):
+    for patches in (sampler, sampler()):
         np.testing.assert_array_equal(np.stack([p[LOCATION] for p in patches]), sampler.locations)
 
 

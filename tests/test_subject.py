@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import voxquilt
+import voxquilt.image
 from voxquilt.errors import InputError
 from voxquilt.geometry import Frame
 from voxquilt.nifti import NiftiFile
@@ -187,7 +188,7 @@ def test_voxels_are_not_read_before_they_are_asked_for(tmp_path: Path, monkeypat
     """Making a subject reads nothing, its geometry reads headers, once; voxels are read at the first use, once."""
     paths = [saved(tmp_path / f"{n}.nii", np.full((2, 3, 4), n, dtype=np.uint8), AFFINE_2MM) for n in range(2)]
     read: list[Path] = []
-    voxels, header = NiftiFile.read, voxquilt.subject.read_header
+    voxels, header = NiftiFile.read, voxquilt.image.read_header
 
     def count(file: NiftiFile) -> torch.Tensor:
         read.append(file.path)
@@ -195,7 +196,7 @@ def test_voxels_are_not_read_before_they_are_asked_for(tmp_path: Path, monkeypat
 
     headers: list[Any] = []
     monkeypatch.setattr(NiftiFile, "read", count)
-    monkeypatch.setattr(voxquilt.subject, "read_header", lambda path: headers.append(path) or header(path))
+    monkeypatch.setattr(voxquilt.image, "read_header", lambda path: headers.append(path) or header(path))
     subject = Subject(t1=ScalarImage(paths[0]), seg=LabelMap(paths[1]))
     assert repr(subject) == "Subject(Keys: ('t1', 'seg'); images: 2)"
     assert headers == []

@@ -1,16 +1,22 @@
 """TorchIO 1.2.1 beside voxquilt: where the two give the same, where ours differs on purpose, and how fast both cut."""
 
+import copy
+import pickle
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.fabric.utilities import move_data_to_device
+from synthetic import noise, save
 from test_grid import axis_sizes, bare
 
 import voxquilt
@@ -305,6 +311,189 @@ def test_the_downsampled_case_that_torchio_gets_wrong() -> None:
         our = voxquilt.GridAggregator(ours, mode, downsampling_factor=4)
         our.add_batch(ones, ours.locations)
         torch.testing.assert_close(our.get_output_tensor(), torch.ones(1, 10, 10, 10), rtol=0, atol=1e-6)
+
+
+# What its users write.
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    """Two images and a label map."""
+    paths = {name: folder / f"sub-01_{name}.nii.gz" for name in ("t1", "t2", "seg")}
+    for n, path in enumerate(paths.values()):
+        save(path, noise((11, 9, 8), n), np.diag([1.5, 2, 3, 1]))
+    return paths
+
+
+def subject_of(package: Any, paths: dict[str, Path]) -> Any:
+    return package.Subject(
+        t1=package.ScalarImage(paths["t1"]),
+        t2=package.ScalarImage(paths["t2"]),
+        seg=package.LabelMap(paths["seg"]),
+        age=42,
+        name="sub-01",
+    )
+
+
+@pytest.mark.parametrize("padding", [None, "reflect"])
+@pytest.mark.parametrize("loader", [tio.SubjectsLoader, voxquilt.SubjectsLoader, torch.utils.data.DataLoader])
+def test_the_loop_of_its_documentation_gives_the_same_volume(loader: Any, padding: Any, tmp_path: Path) -> None:
+    """With its own loader too, labels by arg-max as they write it, and the volume saved beside its input."""
+
+    def loop(tio: Any, loader: Any) -> tuple[torch.Tensor, Any]:
+        subject = subject_of(tio, files_of(tmp_path))
+        grid_sampler = tio.inference.GridSampler(subject, 4, 2, padding_mode=padding)
+        aggregator = tio.data.GridAggregator(grid_sampler, overlap_mode="average")
+        for patches_batch in loader(grid_sampler, batch_size=3):
+            input_tensor = torch.cat([patches_batch[name][tio.DATA] for name in ("t1", "t2")], tio.CHANNELS_DIMENSION)
+            locations = patches_batch[tio.LOCATION]
+            assert patches_batch["age"].tolist() == [42] * len(locations)
+            assert patches_batch["name"] == ["sub-01"] * len(locations)
+            assert patches_batch["seg"][tio.TYPE] == [tio.LABEL] * len(locations)
+            labels = input_tensor.argmax(dim=tio.CHANNELS_DIMENSION, keepdim=True)
+            aggregator.add_batch(labels.float(), locations)
+        output = aggregator.get_output_tensor()
+        image = tio.LabelMap(tensor=output.round().byte(), affine=subject.t1.affine)
+        subject.add_image(image, "prediction")
+        subject.prediction.save(tmp_path / f"{tio.__name__}.nii.gz")
+        return output, subject
+
+    their, _ = loop(tio, tio.SubjectsLoader)
+    our, subject = loop(voxquilt, loader)
+    torch.testing.assert_close(our, their, rtol=0, atol=1e-6)
+    saved = [nib.load(tmp_path / f"{package}.nii.gz") for package in ("torchio", "voxquilt")]
+    np.testing.assert_array_equal(*(np.asarray(image.dataobj) for image in saved))  # type: ignore[attr-defined]
+    np.testing.assert_allclose(*(image.affine for image in saved), rtol=0, atol=1e-6)  # type: ignore[attr-defined]
+    assert subject.get_images_names() == ["t1", "t2", "seg", "prediction"]
+
+
+def test_a_sampler_is_called_for_its_patches(tmp_path: Path) -> None:
+    """Each once, padded once; of another subject, too; a number of them is refused as TorchIO refuses it."""
+    paths = files_of(tmp_path)
+    for package in (tio, voxquilt):
+        sampler = package.GridSampler(subject_of(package, paths), (4, 3, 5), 2)
+        patches = list(sampler())
+        assert [patch[package.LOCATION].tolist() for patch in patches] == sampler.locations.tolist()
+        for patch in patches:
+            assert patch.spatial_shape == (4, 3, 5)
+            assert patch.t1.shape == (1, 4, 3, 5)
+            assert torch.equal(patch.t1.data, patch["t1"][package.DATA])
+            assert isinstance(patch.seg, package.LabelMap)
+        with pytest.raises(ValueError, match="does not support limiting the number of patches"):
+            next(sampler(num_patches=1))
+        other = package.Subject(t1=package.ScalarImage(tensor=torch.ones(1, 4, 6, 5)))
+        assert [patch[package.LOCATION].tolist() for patch in sampler(other)] == [
+            [0, j, 0, 4, j + 3, 5] for j in range(4)
+        ]
+        assert len(sampler) == len(patches)
+    padded = voxquilt.GridSampler(subject_of(voxquilt, paths), 4, 2, "edge")
+    assert [p[voxquilt.LOCATION].tolist() for p in padded()] == padded.locations.tolist()
+    assert (padded.padding_mode, padded.patch_overlap, padded.patch_size) == ("edge", (2, 2, 2), (4, 4, 4))
+
+
+@pytest.mark.parametrize("package", [tio, voxquilt])
+def test_an_overridden_crop_cuts_every_patch(package: Any, tmp_path: Path) -> None:
+    """By index, while iterating, in a loader and when the sampler is called; it is given the padded subject."""
+    seen = []
+
+    class Marked(package.GridSampler):  # type: ignore[misc]
+        def crop(self, subject: Any, index_ini: Any, patch_size: Any) -> Any:
+            seen.append((subject.spatial_shape, tuple(index_ini), tuple(patch_size)))
+            patch = super().crop(subject, index_ini, patch_size)
+            patch["first"] = float(subject["t1"][package.DATA][(0, *index_ini)])
+            return patch
+
+    sampler = Marked(subject_of(package, files_of(tmp_path)), 4, 2, padding_mode=7)
+    assert sampler[3]["first"] == float(sampler[3]["t1"]["data"][0, 0, 0, 0])
+    assert seen[-1] == ((13, 11, 10), tuple(sampler.locations[3][:3]), (4, 4, 4))
+    (batch,) = tio.SubjectsLoader(sampler, batch_size=len(sampler))
+    firsts = [float(data[0, 0, 0, 0]) for data in batch["t1"]["data"]]
+    assert batch["first"].tolist() == firsts
+    if package is voxquilt:  # TorchIO pads again before it calls
+        assert [patch["first"] for patch in sampler()] == firsts
+        assert [patch["first"] for patch in sampler] == firsts
+
+
+def test_images_have_the_keys_and_attributes_that_torchios_have(tmp_path: Path) -> None:
+    """Path, stem, type, voxels, affine; of a file, of a tensor, and of a patch."""
+    paths = files_of(tmp_path)
+    for make in (
+        lambda package: subject_of(package, paths)["t1"],
+        lambda package: package.LabelMap(paths["seg"]),
+        lambda package: package.ScalarImage(tensor=torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))),
+        lambda package: package.GridSampler(subject_of(package, paths), 4, 2)[5].t2,
+    ):
+        their, our = make(tio), make(voxquilt)
+        for key in (tio.PATH, tio.STEM, tio.TYPE):
+            assert our[key] == their[key]
+        assert our.path == their.path
+        assert torch.equal(our[voxquilt.DATA].double(), their[tio.DATA].double())
+        assert torch.equal(our.tensor.double(), their.tensor.double())
+        np.testing.assert_array_equal(our.numpy(), their.numpy())
+        np.testing.assert_allclose(our[voxquilt.AFFINE], their[tio.AFFINE], rtol=0, atol=1e-6)
+        assert (our.shape, our.spatial_shape) == (their.shape, their.spatial_shape)
+        assert set(our) == set(their)
+        with pytest.raises(KeyError):
+            our["nothing"]
+    for name in ("PATH", "STEM", "TYPE", "DATA", "AFFINE", "LOCATION", "INTENSITY", "LABEL", "CHANNELS_DIMENSION"):
+        assert getattr(voxquilt, name) == getattr(tio, name)
+
+
+def test_subjects_are_asked_as_torchios_are(tmp_path: Path) -> None:
+    """By attribute, and for their images with label maps or without; what is not there is an AttributeError."""
+    their, our = (subject_of(package, files_of(tmp_path)) for package in (tio, voxquilt))
+    for options in ({}, {"intensity_only": False}):
+        assert list(our.get_images_dict(**options)) == list(their.get_images_dict(**options))
+        assert len(our.get_images(**options)) == len(their.get_images(**options))
+    assert our.get_images_names() == their.get_images_names()
+    assert our.get_first_image() is our.t1 is our["t1"]
+    assert (our.age, our.name) == (their.age, their.name) == (42, "sub-01")
+    with pytest.raises(AttributeError, match=r"no attribute and no key 't3'; its keys are \['t1', 't2', 'seg', "):
+        _ = our.t3
+    for copied in (copy.copy(our), copy.deepcopy(our), pickle.loads(pickle.dumps(our))):
+        assert isinstance(copied, voxquilt.Subject)
+        assert torch.equal(copied.seg.data, their.seg.data)
+    our.load()
+    assert {"data", "affine"} <= our.t1.keys()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored"),
+    [(torch.float32, "float32"), (torch.float16, "float32"), (torch.bool, "uint8"), (torch.int16, "int16")],
+)
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_an_image_is_saved_and_read_again(dtype: torch.dtype, stored: str, suffix: str, tmp_path: Path) -> None:
+    """Voxels, channels, type and affine, where it lies; another suffix is refused."""
+    affine = np.diag([-1.5, 2, 3, 1])
+    for channels in (1, 3):
+        image = voxquilt.LabelMap(torch.arange(channels * 24).reshape(channels, 2, 3, 4).to(dtype), affine=affine)
+        image.save(tmp_path / f"x{suffix}")
+        again = voxquilt.LabelMap(tmp_path / f"x{suffix}")
+        assert torch.equal(again.data.double(), image.data.double())
+        assert str(again.data.dtype) == f"torch.{stored}"
+        np.testing.assert_array_equal(again.affine, affine)
+    with pytest.raises(VoxquiltError, match=r"x\.nrrd: an image is saved as \.nii or \.nii\.gz"):
+        image.save(tmp_path / "x.nrrd")
+
+
+def test_a_patch_is_saved_where_it_lies(tmp_path: Path) -> None:
+    """Its affine is its own, not its file's."""
+    paths = files_of(tmp_path)
+    sampler = voxquilt.GridSampler(subject_of(voxquilt, paths), 4, 2)
+    sampler[len(sampler) - 1].t1.save(tmp_path / "patch.nii.gz")
+    made, whole = nib.load(tmp_path / "patch.nii.gz"), nib.load(paths["t1"])
+    np.testing.assert_array_equal(made.get_fdata(), whole.get_fdata()[7:, 5:, 4:])  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(made.affine[:3, 3], [7 * 1.5, 5 * 2, 4 * 3])  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("batch_size", [2, None])
+def test_batches_can_be_moved_to_a_device_by_lightning(batch_size: int | None, tmp_path: Path) -> None:
+    """It makes every dictionary anew; a batch is of plain ones, a patch that no loader batches stays a patch."""
+    sampler = voxquilt.GridSampler(subject_of(voxquilt, files_of(tmp_path)), 4, 2)
+    for batch in torch.utils.data.DataLoader(sampler, batch_size=batch_size):
+        moved = move_data_to_device(batch, torch.device("cpu"))
+        assert type(moved) is (dict if batch_size else voxquilt.Subject)
+        assert type(moved["t1"]) is (dict if batch_size else voxquilt.ScalarImage)
+        assert torch.equal(moved["t1"]["data"], batch["t1"]["data"])
 
 
 RACE = """

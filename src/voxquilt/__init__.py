@@ -6,30 +6,54 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from torch.utils.data import DataLoader as SubjectsLoader
+
     from voxquilt import datasets, inference
+    from voxquilt import inference as data
     from voxquilt.aggregator import GridAggregator
     from voxquilt.errors import VoxquiltError
     from voxquilt.predict import predict_volume
     from voxquilt.sampler import GridSampler
     from voxquilt.stitch import Stitch
-    from voxquilt.subject import AFFINE, CHANNELS_DIMENSION, DATA, LOCATION, LabelMap, ScalarImage, Subject
+    from voxquilt.subject import (
+        AFFINE,
+        CHANNELS_DIMENSION,
+        DATA,
+        INTENSITY,
+        LABEL,
+        LOCATION,
+        PATH,
+        STEM,
+        TYPE,
+        Image,
+        LabelMap,
+        ScalarImage,
+        Subject,
+    )
 
 # Imported at their first use, so that a wrong command line is answered before torch has loaded.
 _HOMES = {
-    "AFFINE": "subject", "CHANNELS_DIMENSION": "subject", "DATA": "subject", "LOCATION": "subject",
-    "GridAggregator": "aggregator", "GridSampler": "sampler", "LabelMap": "subject", "ScalarImage": "subject",
-    "Stitch": "stitch", "Subject": "subject", "VoxquiltError": "errors", "predict_volume": "predict",
+    **dict.fromkeys(("AFFINE", "CHANNELS_DIMENSION", "DATA", "INTENSITY", "LABEL", "LOCATION", "PATH", "STEM", "TYPE"),
+                    "voxquilt.subject"),
+    **dict.fromkeys(("Image", "LabelMap", "ScalarImage", "Subject"), "voxquilt.subject"),
+    "GridAggregator": "voxquilt.aggregator", "GridSampler": "voxquilt.sampler", "Stitch": "voxquilt.stitch",
+    "VoxquiltError": "voxquilt.errors", "predict_volume": "voxquilt.predict",
 }  # fmt: skip
+# TorchIO's names of what is elsewhere: its loader does what torch's does with our patches.
+_MODULES = {"datasets": "voxquilt.datasets", "inference": "voxquilt.inference", "data": "voxquilt.inference"}
 
 __all__ = [
-    "AFFINE", "CHANNELS_DIMENSION", "DATA", "LOCATION", "GridAggregator", "GridSampler", "LabelMap", "ScalarImage",
-    "Stitch", "Subject", "VoxquiltError", "datasets", "inference", "predict_volume",
+    "AFFINE", "CHANNELS_DIMENSION", "DATA", "INTENSITY", "LABEL", "LOCATION", "PATH", "STEM", "TYPE",
+    "GridAggregator", "GridSampler", "Image", "LabelMap", "ScalarImage", "Stitch", "Subject", "SubjectsLoader",
+    "VoxquiltError", "data", "datasets", "inference", "predict_volume",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("datasets", "inference"):
-        return import_module(f"voxquilt.{name}")
+    if name in _MODULES:
+        return import_module(_MODULES[name])
+    if name == "SubjectsLoader":
+        return import_module("torch.utils.data").DataLoader
     if name not in _HOMES:
         raise AttributeError(f"module 'voxquilt' has no attribute {name!r}")
-    return getattr(import_module(f"voxquilt.{_HOMES[name]}"), name)
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,6 +1,8 @@
 """How does a configuration become objects? The one place that calls Hydra's instantiate."""
 
+import inspect
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -8,8 +10,8 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 
-from voxquilt.errors import ConfigError, VoxquiltError
-from voxquilt.names import matches
+from voxquilt.errors import ConfigError, VoxquiltError, plain_text
+from voxquilt.names import matches, question
 
 
 def build(node: Mapping[str, Any], key: str, **objects: Any) -> Any:
@@ -35,9 +37,40 @@ def build(node: Mapping[str, Any], key: str, **objects: Any) -> Any:
         # Hydra's own words say less than what it wraps: what the class raised, or what could not be imported.
         cause = next((cause for cause in causes if not isinstance(cause, InstantiationException)), error)
         raise ConfigError(
-            f"{key} cannot be built from {node.get('_target_')}: {type(cause).__name__}: {cause}\n"
-            f"  (set HYDRA_FULL_ERROR=1 for the traceback)"
+            f"{key} cannot be built from {node.get('_target_')}: {type(cause).__name__}: {plain_text(cause)}"
+            f"{_unknown(node, key, cause)}\n  (set HYDRA_FULL_ERROR=1 for the traceback)"
         ) from error
+
+
+def _unknown(node: Any, key: str, error: BaseException) -> str:
+    """Of an argument that a target does not take: where it stands, what is nearest, and what there is."""
+    match = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    if match is None:
+        return ""
+    for where, target, given in _calls(node, key):
+        taken = _arguments(target)
+        if match[1] in given and taken and match[1] not in taken:
+            near = question(match[1], [name for name in taken if name not in given], prefix=f"{where}.")
+            return f"\n  There is no {where}.{match[1]}.{near} {target} takes {', '.join(taken)}."
+    return ""
+
+
+def _calls(node: Any, key: str) -> Iterator[tuple[str, str, list[str]]]:
+    """Every constructor call in a node: its key, target, and names of arguments."""
+    children = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
+    if isinstance(node, Mapping) and "_target_" in node:
+        yield key, str(node["_target_"]), [str(name) for name in node]
+    for name, child in children:
+        yield from _calls(child, f"{key}.{name}" if isinstance(node, Mapping) else f"{key}[{name}]")
+
+
+def _arguments(target: str) -> list[str]:
+    """Names of a target's arguments; none where they cannot be known."""
+    try:
+        parameters = inspect.signature(_located(target)).parameters.values()  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return []
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
 
 
 def check_classes(node: Any, allowed: Sequence[str]) -> None:

@@ -6,11 +6,11 @@ import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 
 from voxquilt.errors import ConfigError
+from voxquilt.names import nearest
 
 LABEL = "label"
 """The column of a table that names label files; it is no image."""
@@ -97,6 +97,8 @@ def stem(path: Path | str) -> str:
 
 def meant(path: Path) -> str:
     """A question for a message on a path that is not there: the nearest name in the folder where it goes wrong."""
+    if path.exists():
+        return ""  # its name is not what is wrong
     missing = path
     while not missing.parent.exists():
         missing = missing.parent
@@ -105,8 +107,8 @@ def meant(path: Path) -> str:
             names = [entry.name for entry in islice(entries, _LOOKED_AT)]
     except OSError:
         return ""
-    near = get_close_matches(missing.name, names, 1)
-    return f" Did you mean {missing.with_name(near[0])}?" if near and not glob.has_magic(missing.name) else ""
+    near = "" if glob.has_magic(missing.name) else nearest(missing.name, names)
+    return f" Did you mean {missing.with_name(near)}?" if near else ""
 
 
 def is_image(path: Path) -> bool:

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from voxquilt.cases import find_cases, label_files, meant
 from voxquilt.errors import ConfigError
+from voxquilt.filetype import check_is_weights
 from voxquilt.launch import is_external, is_first
-from voxquilt.names import matches
+from voxquilt.names import matches, question
 from voxquilt.sections import (
     KEYS,
     check_callbacks,
@@ -118,9 +118,9 @@ def check_keys(plain: Mapping[str, Any], sections: Mapping[str, set[str]]) -> No
     """
     for key in plain:
         # Other names are the user's, for interpolations; only what looks like a slip is refused.
-        near = get_close_matches(key, _SECTIONS, 1, cutoff=0.8)
+        near = question(key, _SECTIONS, cutoff=0.8)
         if near and key not in _SECTIONS:
-            raise ConfigError(f"there is no key {key}. Did you mean {near[0]}?")
+            raise ConfigError(f"there is no key {key}.{near}")
     for section, known in sections.items():
         if not isinstance(plain.get(section), Mapping):
             raise ConfigError(f"{section} must hold keys ({', '.join(sorted(known))}); it is {plain.get(section)!r}.")
@@ -129,8 +129,7 @@ def check_keys(plain: Mapping[str, Any], sections: Mapping[str, set[str]]) -> No
             continue  # the user's own class has its own arguments
         for key in plain[section]:
             if key not in known and key != "_target_":
-                near = get_close_matches(key, known, 1)
-                hint = f" Did you mean {section}.{near[0]}?" if near else f" There are {', '.join(sorted(known))}."
+                hint = question(key, known, prefix=f"{section}.") or f" There are {', '.join(sorted(known))}."
                 raise ConfigError(f"there is no key {section}.{key}.{hint}")
 
 
@@ -153,13 +152,15 @@ def _check_cases(plain: Mapping[str, Any]) -> None:
 
 
 def check_weights(plain: Mapping[Any, Any]) -> None:
-    """Raises ConfigError where ckpt_path names no file."""
+    """Raises ConfigError where ckpt_path names no file, or one that is something else than weights."""
     paths = plain["ckpt_path"]
     for path in paths if isinstance(paths, list | ListConfig) else [paths]:
         if path is not None and not os.path.isfile(os.path.expanduser(str(path))):
             raise ConfigError(
                 f"ckpt_path: there is no file {path} (looked from {Path.cwd()}).{meant(Path(os.path.expanduser(path)))}"
             )
+        if path is not None:
+            check_is_weights(Path(os.path.expanduser(str(path))))
 
 
 def _allowed(patterns: Any) -> Any:

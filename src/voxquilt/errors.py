@@ -1,5 +1,7 @@
 """What can go wrong, as the few kinds that a caller would want to tell apart."""
 
+import re
+
 
 class VoxquiltError(Exception):
     """Base of every error that voxquilt raises on purpose."""
@@ -50,6 +52,16 @@ def of_subjects(count: int) -> str:
     return f"{count} subject{'s' * (count != 1)}"
 
 
+def plain_text(error: object) -> str:
+    """An error's text without a terminal's codes for colours and bold letters, which torch puts into its own."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", str(error)).strip()
+
+
+def first_line(error: BaseException) -> str:
+    """Of an error's text; its kind where it has none."""
+    return (plain_text(error) or type(error).__name__).splitlines()[0]
+
+
 def reason_of(error: Exception) -> str:
     """An error as a row of the manifest tells it."""
     return str(error) if isinstance(error, VoxquiltError) else f"{type(error).__name__}: {_gist(error)}"
@@ -57,5 +69,5 @@ def reason_of(error: Exception) -> str:
 
 def _gist(error: Exception) -> str:
     """TorchScript puts its own traceback before the message; other messages are kept as they are."""
-    text = str(error).strip()
+    text = plain_text(error)
     return text.splitlines()[-1] if "TorchScript" in text.split("\n")[0] else text

@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Iterable, Iterator
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from voxquilt.errors import plain_text
+from voxquilt.names import nearest, question
 
 
 def explain(error: BaseException, script: str, conf: Path) -> str:
@@ -17,7 +19,7 @@ def explain(error: BaseException, script: str, conf: Path) -> str:
         script: 'predict' or 'train'.
         conf: The folder of configurations.
     """
-    text = str(error).strip()
+    text = plain_text(error)
     missing = re.search(r"Could not (?:find|load) '(.+?)'", text)
     if missing:
         group, _, name = missing[1].rpartition("/")
@@ -33,8 +35,7 @@ def explain(error: BaseException, script: str, conf: Path) -> str:
 
 def _no_option(group: str, name: str, options: Iterable[str]) -> str:
     options = sorted(options)
-    near = get_close_matches(name, options, 1)
-    hint = f" Did you mean {group}={near[0]}?" if near else ""
+    hint = question(name, options, prefix=f"{group}=")
     return f"there is no {group}={name}; there are {', '.join(options)}.{hint}"
 
 
@@ -72,13 +73,16 @@ def _experiments(conf: Path, script: str) -> list[str]:
 
 def _no_key(key: str, script: str, conf: Path) -> str:
     known = sorted(set(_keys(conf, script)))
+    elsewhere = _where(key, conf, script)
+    if elsewhere:
+        return f"there is no key {key} {elsewhere}"
     section, last = key.partition(".")[0], key.rpartition(".")[2]
     # The right name further in or in another section is more likely meant than a similar one.
-    same = [one for one in known if one.rpartition(".")[2] == last]
+    same = [one for one in known if one.rpartition(".")[2] == last and one != key]
     same.sort(key=lambda one: (not one.startswith(f"{section}."), one.count(".")))
-    near = same or get_close_matches(key, known, 1, cutoff=0.7)
+    near = same[0] if same else nearest(key, known, cutoff=0.7)
     if near:
-        return f"there is no key {key}. Did you mean {near[0]}?"
+        return f"there is no key {key}. Did you mean {near}?"
     inside = [one for one in known if one.startswith(f"{section}.") and one.count(".") == 1]
     if inside:
         names = (one.partition(".")[2] for one in inside)
@@ -86,15 +90,32 @@ def _no_key(key: str, script: str, conf: Path) -> str:
     return f"there is no key {key}: see python {script}.py --help, or +{key}=... for a key that only you know."
 
 
+def _where(key: str, conf: Path, script: str) -> str:
+    """Where a key is that is not in what was composed: with another option of its group, or in the other script."""
+    for one in (script, "train" if script == "predict" else "predict"):
+        options = sorted(name for name, keys in _groups(conf, one) if key in keys)
+        if options and one == script:
+            return f"as things are: it comes with {' or '.join(options)}."
+        if options or key in _flat(_read(conf / f"{one}.yaml"), ""):
+            return f"in {script}.py: it is one of {one}.py's."
+    return ""
+
+
 def _keys(conf: Path, script: str) -> Iterator[str]:
     """Keys of the primary configuration, and of every option of its groups."""
     yield from _flat(_read(conf / f"{script}.yaml"), "")
     yield from ("experiment", *(("task",) if script == "train" else ()))
+    for _, keys in _groups(conf, script):
+        yield from keys
+
+
+def _groups(conf: Path, script: str) -> Iterator[tuple[str, list[str]]]:
+    """Every option of a script's groups, as it is typed, with its group's key and its own."""
     for path in conf.rglob("*.yaml"):
-        group = path.parent.relative_to(conf).as_posix().replace("/", ".")
-        if group not in (".", "experiment", "task", "hydra.help") and _is_for(path.relative_to(conf), script):
-            yield group
-            yield from _flat(_read(path), group)
+        group = path.parent.relative_to(conf).as_posix()
+        if group not in (".", "experiment", "task", "hydra/help") and _is_for(path.relative_to(conf), script):
+            key = group.replace("/", ".")
+            yield f"{group}={path.stem}", [key, *_flat(_read(path), key)]
 
 
 def _flat(node: Any, key: str) -> Iterator[str]:

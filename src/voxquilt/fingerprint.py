@@ -11,38 +11,52 @@ from typing import Any
 
 from voxquilt.cases import Case
 
-FORMAT = 1
+FORMAT = 2
 """Counted up when a new version of voxquilt makes other voxels of the same inputs, weights and settings."""
 
-# Settings that change outputs, by section of the configuration; the others say where, when and how fast.
-_SECTIONS = {
-    "data": {"inputs", "images", "batch_size", "num_workers", "labels"},
-    "preprocess": set[str](),
-    "model": {"ckpt_path", "trust_checkpoint", "offload", "compile", "channels_last"},
-    "stitch": set[str](),
-}
-_SINGLE = (("trainer", "precision"), ("run", "seed"), ("callbacks", "writer", "compress"))
-_SINGLE = (*_SINGLE, ("callbacks", "writer", "overlay"))
+# Every setting counts, those of later versions and of users' own classes too, but these, which say where, when and how
+# fast. A key stands for all that is below it.
+NO_VOXELS = frozenset(
+    {
+        "output_dir", "shard", "logger",
+        "ckpt_path", "model.ckpt_path",  # told by what is in the files
+        "data.inputs", "data.images",  # told by `inputs`, and by the names of the images
+        "data.batch_size", "data.num_workers", "data.labels",
+        "model.trust_checkpoint", "model.offload", "model.compile", "model.channels_last",
+        "callbacks.writer.output_dir", "callbacks.writer.on_error", "callbacks.writer.log",
+        "callbacks.writer.tensorboard", "callbacks.writer.in_memory",
+        "run.on_error", "run.resume", "run.overwrite", "run.distribute", "run.surface_tolerance", "run.dry_run",
+        "run.log", "run.status", "run.checkpoint_targets", "run.allowed_targets",
+        "trainer._target_",
+        *(f"trainer.{name}" for name in (
+            "accelerator", "strategy", "devices", "num_nodes", "logger", "callbacks", "fast_dev_run", "max_epochs",
+            "min_epochs", "max_steps", "min_steps", "max_time", "limit_train_batches", "limit_val_batches",
+            "limit_test_batches", "limit_predict_batches", "overfit_batches", "val_check_interval",
+            "check_val_every_n_epoch", "num_sanity_val_steps", "log_every_n_steps", "enable_checkpointing",
+            "enable_progress_bar", "enable_model_summary", "enable_autolog_hparams", "accumulate_grad_batches",
+            "gradient_clip_val", "gradient_clip_algorithm", "deterministic", "benchmark", "inference_mode",
+            "use_distributed_sampler", "profiler", "detect_anomaly", "barebones", "sync_batchnorm",
+            "reload_dataloaders_every_n_epochs", "default_root_dir", "model_registry",
+        )),
+    }
+)  # fmt: skip
+
+# Other keys at the top are the user's, for interpolations: they count where they lead.
+_SECTIONS = ("data", "preprocess", "model", "stitch", "callbacks", "trainer", "run")
 
 _ALONG_AXES = ("data.patch_size", "data.patch_overlap", "data.divisible_by", "preprocess.spacing")
 
 
 def settings(plain: Mapping[str, Any], *, content: bool = False) -> dict[str, Any]:
-    """The settings that change outputs, by their full keys, and the weights' checksums.
+    """The settings that change outputs, by their full keys, and the weights' checksums; none that are null.
 
     Args:
         plain: The configuration.
         content: Whether `inputs` tells files by what is in them.
     """
-    found: dict[str, Any] = {"format": FORMAT, "run.content_hash": content}
-    for section, others in _SECTIONS.items():
-        node = {key: value for key, value in (plain.get(section) or {}).items() if key not in others}
-        found |= _flat(node, section)
-    for path in _SINGLE:
-        node: Any = plain
-        for key in path:
-            node = (node or {}).get(key)
-        found[".".join(path)] = node
+    found: dict[str, Any] = {}
+    for section in _SECTIONS:
+        found |= _flat(_counted(plain.get(section) or {}, section), section)
     images = (plain.get("data") or {}).get("images") or {}
     if len(images) > 1:
         found["data.images"] = list(images)  # the order of channels; which files they are is told by `inputs`
@@ -51,7 +65,19 @@ def settings(plain: Mapping[str, Any], *, content: bool = False) -> dict[str, An
     paths = (plain.get("model") or {}).get("ckpt_path") or plain.get("ckpt_path")
     for n, path in enumerate(paths if isinstance(paths, list) else [paths] if paths else []):
         found[f"weights.{n}"] = checksum(Path(os.path.expanduser(str(path))))
-    return {key: _alike(key, value) for key, value in found.items()}
+    found |= {"format": FORMAT, "run.content_hash": content}
+    # Without nulls a setting that a later version adds, and that is null there, leaves what was made before as it is.
+    return {key: _alike(key, value) for key, value in found.items() if value is not None}
+
+
+def _counted(node: Mapping[str, Any], section: str) -> dict[str, Any]:
+    if section == "callbacks":  # of others than the writer, only their code could change outputs
+        return {"writer": _counted(node.get("writer") or {}, "callbacks.writer")}
+    counted = {key: value for key, value in node.items() if f"{section}.{key}" not in NO_VOXELS}
+    if section == "trainer" and isinstance(node.get("plugins"), list):
+        # The cluster that a run is on; others compute.
+        counted["plugins"] = [one for one in node["plugins"] if ".environments." not in str(one)] or None
+    return counted
 
 
 def _alike(key: str, value: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from voxquilt.batch import PatchBatch
 from voxquilt.carried import EXPORTED, LIGHTNING, TORCHSCRIPT, kind_of
 from voxquilt.chunks import in_chunks
-from voxquilt.errors import ConfigError, OutputError
+from voxquilt.errors import ConfigError, InputError, OutputError
 from voxquilt.network import Named, PatchNetwork
 from voxquilt.weights import Paths, listed, read_exported, read_lightning, read_state_dict, read_torchscript
 
@@ -60,7 +60,13 @@ class PatchPredictor(LightningModule):
         Where the device has too little memory for a batch, it and those to come are predicted in smaller ones.
         """
         try:
-            return self._within_memory(batch.data.to(self.dtype))
+            patches = batch.data.to(self.dtype)
+            if self.dtype == torch.float16 and not patches.isfinite().all():
+                return InputError(
+                    "voxels beyond 65504 are infinite in float16: scale them by preprocess.intensity, or set "
+                    "trainer.precision=bf16-true."
+                )
+            return self._within_memory(patches)
         except StopIteration:
             return OutputError("the network raised StopIteration.")  # raised on, it would end the run without an error
         except Exception as error:

@@ -35,9 +35,18 @@ def check_name(value: object, allowed: Iterable[str], key: str) -> str:
     allowed = list(allowed)
     if value in allowed:
         return str(value)
-    near = get_close_matches(str(value), allowed, 1)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    raise ConfigError(f"{key} must be one of {', '.join(allowed)}; it is {value!r}.{hint}")
+    raise ConfigError(f"{key} must be one of {', '.join(allowed)}; it is {value!r}.{question(str(value), allowed)}")
+
+
+def question(typed: str, known: Iterable[str], *, prefix: str = "", cutoff: float = 0.6) -> str:
+    """' Did you mean ...?' with the nearest of the known words, which is never the one that was typed; or ''."""
+    near = nearest(typed, known, cutoff=cutoff)
+    return f" Did you mean {prefix}{near}?" if near else ""
+
+
+def nearest(typed: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """The nearest of the known words, other than the one that was typed; '' if none is near."""
+    return next(iter(get_close_matches(typed, [word for word in known if word != typed], 1, cutoff)), "")
 
 
 def check_label_values(values: object, class_names: Sequence[str] | None = None) -> list[int] | None:

@@ -1,7 +1,7 @@
 """One network out of several: members of an ensemble, flips of the patch, named outputs, 2-D networks."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain, combinations
+from itertools import chain, combinations, pairwise
 
 import torch
 from jaxtyping import Shaped
@@ -124,7 +124,11 @@ class PatchNetwork(nn.Module):
     def _unsqueezed(self, name: str, output: Tensor) -> Tensor:
         if output.ndim != (5 if self._squeeze is None else 4):
             wanted = "(B, C, I, J, K)" if self._squeeze is None else "(B, C) and two spatial axes"
-            raise OutputError(f"the network's output {name!r} has shape {tuple(output.shape)}; wanted is {wanted}.")
+            stacked = output.ndim == (6 if self._squeeze is None else 5)
+            deep = " Is it stacked for deep supervision? Build the network without." if stacked else ""
+            raise OutputError(
+                f"the network's output {name!r} has shape {tuple(output.shape)}; wanted is {wanted}.{deep}"
+            )
         return output if self._squeeze is None else output.unsqueeze(self._squeeze)
 
     def _named(self, output: object) -> Named:
@@ -140,7 +144,13 @@ class PatchNetwork(nn.Module):
             if len(names) != len(output):
                 raise OutputError(
                     f"model.outputs has {len(names)} names and the network {len(output)} outputs; name each, null for "
-                    f"one to drop."
+                    f"one to drop, such as model.outputs={_first_named(output)}."
+                )
+            if self._outputs is None and _is_pyramid(output):
+                raise OutputError(
+                    f"the network gives {len(output)} outputs of the same channels, the later ones of fewer voxels: "
+                    f"deep supervision? Set model.outputs={_first_named(output)} to keep the first, or name all that "
+                    f"are wanted."
                 )
             named = {name: tensor for name, tensor in zip(names, output, strict=True) if name is not None}
         else:
@@ -148,8 +158,26 @@ class PatchNetwork(nn.Module):
         kept = {name: tensor for name, tensor in named.items() if self._outputs is None or name in self._outputs}
         bad = [name for name, tensor in kept.items() if not isinstance(tensor, Tensor)]
         if bad or not kept:
-            raise OutputError(f"the network's outputs {bad or list(named)} are no tensors; choose by model.outputs.")
+            one = f", such as model.outputs={_first_named(output)}" if isinstance(output, (tuple, list)) else ""
+            raise OutputError(
+                f"the network's outputs {bad or list(named)} are no tensors; choose by model.outputs{one}."
+            )
         return kept
+
+
+def _first_named(output: Sequence[object]) -> str:
+    """model.outputs that keep the first tensor alone."""
+    first = next((n for n, one in enumerate(output) if isinstance(one, Tensor)), 0)
+    return f"[{','.join('seg' if n == first else 'null' for n in range(len(output)))}]"
+
+
+def _is_pyramid(output: Sequence[object]) -> bool:
+    """Whether all are the same scores, the later ones coarser, as deep supervision has them."""
+    shapes = [tuple(one.shape) for one in output if isinstance(one, Tensor)]
+    if len(shapes) < max(2, len(output)) or len({shape[:2] for shape in shapes}) > 1:
+        return False
+    pairs = list(pairwise(shapes))
+    return shapes[0] != shapes[-1] and all(x >= y for a, b in pairs for x, y in zip(a, b, strict=True))
 
 
 def to_activation(name: str | None) -> Callable[[Tensor], Tensor]:

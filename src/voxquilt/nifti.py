@@ -103,6 +103,9 @@ def write(
 ) -> None:
     """Write a volume beside its input: complete under its final name, or not at all.
 
+    Equal volumes make files of equal headers and voxels, without a name or a time. How a .nii.gz is packed is not
+    promised: isal, at its fastest level, now and then packs equal voxels into other bytes. Compare what is unpacked.
+
     Args:
         path: A name that ends in .nii or .nii.gz; its folder must exist.
         data: (C, I, J, K); one channel is written as 3-D, several as 4-D with channels last. Never scaled.
@@ -121,7 +124,7 @@ def write(
     image = (Nifti2Image if isinstance(new, Nifti2Header) else Nifti1Image)(array, None, new)
     with replacing(path) as file:
         if path.name.endswith(".gz"):
-            # Without a name and a time inside, equal volumes are equal files. Level 1: labels compress well anyhow.
+            # Level 1: labels compress well anyhow.
             with igzip.IGzipFile(filename="", fileobj=file, mode="wb", compresslevel=1, mtime=0) as packed:
                 image.to_stream(packed)
         else:

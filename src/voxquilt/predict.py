@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from voxquilt.conversion import SubjectLike, to_mask, to_subject
 from voxquilt.geometry import to_triple
 from voxquilt.names import OUTPUTS, check_name
 from voxquilt.output_layout import halo_of
@@ -14,36 +15,38 @@ from voxquilt.quilt import Quilt
 from voxquilt.sampler import NO_PADDING, GridSampler
 from voxquilt.skip import patches_to_skip, to_predict
 from voxquilt.stitch import Stitch
-from voxquilt.subject import LabelMap, Subject
+from voxquilt.subject import Subject
 
 
 @torch.inference_mode()
 def predict_volume(
     network: Callable[[Tensor], Tensor | dict[str, Tensor]],
-    subject: Subject,
+    subject: SubjectLike,
     patch_size: int | Iterable[int],
     patch_overlap: int | Iterable[int] = 0,
     *,
     padding_mode: str | float | None = None,
     divisible_by: int | Iterable[int] = 1,
     batch_size: int = 1,
-    skip: float | LabelMap | None = None,
+    skip: float | SubjectLike | None = None,
     preprocess: Preprocess | None = None,
-    stitch: Stitch | None = None,
+    stitch: Stitch | str | None = None,
     output: str = "auto",
 ) -> dict[str, np.ndarray]:
     """Cut a subject into patches, predict them, quilt the outputs, and bring them back to the subject's own space.
 
     Args:
         network: (B, C, pi, pj, pk) to (B, C', pi, pj, pk), or to several of these by name. C are the channels of all
-            the subject's images, in their order. Put it in eval mode before.
-        subject: The images.
+            the subject's images, in their order, without label maps where there are other images. Put it in eval mode
+            before.
+        subject: The images: a Subject, or whatever one can be made of, such as a path, a (C, I, J, K) tensor or array,
+            MONAI's MetaTensor, TorchIO's Subject; see `voxquilt.conversion.to_subject`.
         patch_size, patch_overlap, padding_mode, divisible_by: See GridSampler.
         batch_size: Patches a forward pass.
         skip: Patches without foreground are not predicted and count as background: nothing above a number in the first
-            image in model space, or nothing above 0 in a mask on the subject's grid.
+            image in model space, or nothing above 0 in a mask on the subject's grid (a LabelMap, or like `subject`).
         preprocess: To model space; RAS with the file's spacing by default.
-        stitch: Blend and products; gaussian and labels (an image for one channel) by default.
+        stitch: Blend and products, or the name of a blend; gaussian and labels (an image for one channel) by default.
         output: How outputs lie in patches: as large or smaller by one whole factor ('auto'), by a factor for each axis
             ('resampled'), or without the border that valid convolutions use up ('cropped', found by one forward pass
             of zeros): then outputs lie side by side, or overlap by `patch_overlap`.
@@ -54,6 +57,10 @@ def predict_volume(
     Raises:
         VoxquiltError: of the kind that tells what is wrong: input, grid, patch shape, ledger or output.
     """
+    subject = to_subject(subject)
+    subject = Subject(subject.get_images_dict() or subject.images)
+    skip = skip if isinstance(skip, float | int | None) else to_mask(skip)
+    stitch = Stitch(stitch) if isinstance(stitch, str) else stitch or Stitch()
     model_subject, space = (preprocess or Preprocess())(subject)
     halo = NO_PADDING
     if check_name(output, OUTPUTS, "output") == "cropped":
@@ -66,7 +73,7 @@ def predict_volume(
     )
     skipped = patches_to_skip(skip, sampler, subject, space)
     numbers = to_predict(sampler, skipped)
-    quilt = Quilt(stitch or Stitch(), sampler, space, skipped=skipped, layout=output)
+    quilt = Quilt(stitch, sampler, space, skipped=skipped, layout=output)
     batch = torch.empty(batch_size, sampler.channels, *sampler.patch_size)
     for start in range(0, len(numbers), batch_size):
         indices = numbers[start : start + batch_size]

@@ -80,15 +80,16 @@ class Preprocess:
         return Prepared(Subject(dict(images)), space)
 
     def _finite(self, data: Tensor, what: str) -> Tensor:
-        # The sum is finite if all are, and needs no memory; if it is not, look closer (sums can overflow).
-        if not data.is_floating_point() or data.sum(dtype=torch.float64).isfinite():
+        if _all_finite(data):
             return data
-        count = int((~data.isfinite()).sum())
+        # In float32, as the network sees them: what float64 can hold may be too large.
+        bad = ~data.float().isfinite()
+        count = int(bad.sum())
+        large = int(data[bad].isfinite().sum())
         if count and self.nonfinite == "error":
-            raise InputError(
-                f"{what} has {count} voxels that are NaN or infinite; set data.nonfinite=zero to read them as 0."
-            )
-        return data.nan_to_num(0, 0, 0) if count else data
+            which = f"NaN or infinite{f', or too large for float32 ({large} of them)' if large else ''}"
+            raise InputError(f"{what} has {count} voxels that are {which}; set data.nonfinite=zero to read them as 0.")
+        return data.masked_fill(bad, 0) if count else data
 
     def _transformed(self, name: str, data: Tensor) -> Tensor:
         transforms = self.intensity.get(name, ()) if isinstance(self.intensity, Mapping) else self.intensity
@@ -105,4 +106,21 @@ class Preprocess:
                     f"{tuple(new.shape)}; transforms may not change the grid."
                 )
             data = new.float()
+            if not _all_finite(data):
+                bad = int((~data.isfinite()).sum())
+                raise InputError(
+                    f"intensity transform {transform!r} made {bad} voxels of image {name!r} NaN or infinite, out of "
+                    f"finite ones. Is the image constant, or 0 where it takes a logarithm?"
+                )
         return data
+
+
+def _all_finite(data: Tensor) -> bool:
+    """Whether all voxels are, in float32, as far as can be told without looking at each."""
+    if not data.is_floating_point():
+        return True
+    if data.dtype == torch.float64:
+        least, most = data.aminmax()  # NaN if one is
+        return bool(torch.stack([least, most]).float().isfinite().all())
+    # The sum is finite if all are, and needs no memory; if it is not, look closer (sums can overflow).
+    return bool(data.sum(dtype=torch.float64).isfinite())

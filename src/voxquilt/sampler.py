@@ -1,6 +1,7 @@
 """A volume as a Dataset of patches: what does patch n of a subject hold?"""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -8,24 +9,27 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 from torch.utils.data import Dataset
+from torch.utils.data._utils.collate import collate, default_collate_fn_map
 
+from voxquilt.conversion import SubjectLike, to_subject
 from voxquilt.errors import GridError, PaddingModeError
 from voxquilt.geometry import Padding, Triple, to_triple
 from voxquilt.grid import Grid, make_grid
 from voxquilt.names import PADDING_MODES
-from voxquilt.subject import AFFINE, DATA, LOCATION, Image, Subject
+from voxquilt.subject import AFFINE, LOCATION, Image, Subject
 
 NO_PADDING: Padding = ((0, 0), (0, 0), (0, 0))
 
 
-class GridSampler(Dataset[dict[str, Any]]):
+class GridSampler(Dataset[Subject]):
     """A map-style Dataset of the overlapping patches of one subject; the interface is TorchIO 1.x's.
 
-    Patch n is `{name: {'data': (C, pi, pj, pk), 'affine': (4, 4)}, ..., 'location': (6,)}` plus the subject's values
-    that a DataLoader can collate. The subject is not changed.
+    Patch n is a Subject of its own: each image with its 'data' (C, pi, pj, pk) and 'affine' (4, 4), the 'location'
+    (6,), and the subject's other values that a DataLoader can collate. A DataLoader makes plain dictionaries of them:
+    `batch['t1']['data']` is (B, C, pi, pj, pk), `batch['location']` (B, 6). The subject is not changed.
 
     Args:
-        subject: Images on one grid.
+        subject: Images on one grid, or whatever they can be made of; see `voxquilt.conversion.to_subject`.
         patch_size: Voxels, an integer or three.
         patch_overlap: Voxels that neighbours share, even, an integer or three.
         padding_mode: None, or how half of the overlap is added on every side: a mode of `numpy.pad` (its statistics,
@@ -44,7 +48,7 @@ class GridSampler(Dataset[dict[str, Any]]):
 
     def __init__(
         self,
-        subject: Subject,
+        subject: SubjectLike,
         patch_size: int | Iterable[int],
         patch_overlap: int | Iterable[int] = 0,
         padding_mode: str | float | None = None,
@@ -53,21 +57,26 @@ class GridSampler(Dataset[dict[str, Any]]):
         divisible_by: int | Iterable[int] = 1,
         halo: Padding = NO_PADDING,
     ) -> None:
-        self.subject = subject
+        self.padding_mode = padding_mode
         self._pad = to_padding(0 if padding_mode is None else padding_mode)
-        self.grid, self.padding = lay_grid(
-            subject.spatial_shape,
-            patch_size,
-            patch_overlap,
-            border=padding_mode is not None,
-            fit=fit,
-            divisible_by=divisible_by,
-            halo=halo,
-        )
+        self._sizes = {
+            "patch_size": patch_size,
+            "patch_overlap": patch_overlap,
+            "divisible_by": divisible_by,
+            "fit": fit,
+            "halo": halo,
+        }
         self.halo = halo
-        i, j, k = ((before + b, after + a) for (before, after), (b, a) in zip(self.padding, halo, strict=True))
+        self._lay(to_subject(subject))
+
+    def _lay(self, subject: Subject) -> None:
+        self.subject = subject
+        border = self.padding_mode is not None
+        self.grid, self.padding = lay_grid(subject.spatial_shape, border=border, **self._sizes)
+        i, j, k = ((before + b, after + a) for (before, after), (b, a) in zip(self.padding, self.halo, strict=True))
         self._around: Padding = (i, j, k)
         self._volumes: dict[str, Tensor] = {}
+        self._padded: Subject | None = None
 
     def __len__(self) -> int:
         return len(self.grid)
@@ -82,6 +91,11 @@ class GridSampler(Dataset[dict[str, Any]]):
         """Voxels of a patch, the halo included."""
         i, j, k = (n + sum(around) for n, around in zip(self.grid.patch_size, self.halo, strict=True))
         return i, j, k
+
+    @property
+    def patch_overlap(self) -> Triple:
+        """Voxels that neighbours share."""
+        return self.grid.patch_overlap
 
     def volume(self, name: str) -> Shaped[Tensor, "c i j k"]:
         """An image's voxels with the padding and the halo around, made once."""
@@ -109,32 +123,77 @@ class GridSampler(Dataset[dict[str, Any]]):
         """Of all images together."""
         return sum(len(self.volume(name)) for name in self.subject.images)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Subject:
         if not -len(self) <= index < len(self):
             raise IndexError(f"patch {index} of {len(self)}")
-        index %= len(self)
-        location = torch.tensor(self.grid.location(index))
-        # Copies, so that changing a patch in place changes neither the volume nor its neighbours.
-        patches = {
-            name: {DATA: self.cut(name, index).clone(memory_format=torch.contiguous_format),
-                   AFFINE: self._patch_affine(image, location)}
-            for name, image in self.subject.images.items()
-        }  # fmt: skip
-        others = {k: v for k, v in self.subject.items() if isinstance(v, (bool, int, float, str, Tensor, np.ndarray))}
-        return {**others, **patches, LOCATION: location}
+        if self._padded is None:
+            self._padded = self._with_padding()
+        location = self.grid.location(index % len(self))
+        patch = self.crop(self._padded, location[:3], self.patch_size)
+        if self.halo != NO_PADDING:
+            patch[LOCATION] = torch.tensor(location)  # of its output
+        return patch
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Subject]:
         return (self[index] for index in range(len(self)))
 
-    def sampler(self) -> Iterator[dict[str, Any]]:
-        """Every patch in grid order, the name that TorchIO gives to iterating."""
-        return iter(self)
+    def __call__(self, subject: SubjectLike | None = None, num_patches: int | None = None) -> Iterator[Subject]:
+        """Every patch in grid order, of this subject or of another.
 
-    def _patch_affine(self, image: Image, location: Tensor) -> np.ndarray:
-        affine = image.affine.copy()
-        first = location[:3].numpy() - np.array([before for before, _ in self._around])
-        affine[:3, 3] += affine[:3, :3] @ first
-        return affine
+        Raises:
+            GridError: (a ValueError) a number of patches: a grid has as many as it has.
+        """
+        if num_patches is not None:
+            raise GridError("GridSampler does not support limiting the number of patches; a grid covers its volume.")
+        if subject is None:
+            return iter(self)
+        other = copy(self)
+        other._lay(to_subject(subject))
+        return iter(other)
+
+    def crop(self, subject: Subject, index_ini: Triple, patch_size: Triple) -> Subject:
+        """A patch; a subclass may do so in another way.
+
+        Args:
+            subject: The images with the padding.
+            index_ini: The patch's first voxel.
+            patch_size: Voxels along i, j, k.
+        """
+        (i0, j0, k0), (i1, j1, k1) = index_ini, np.add(index_ini, patch_size).tolist()
+        found = {k: v for k, v in subject.items() if isinstance(v, (bool, int, float, str, Tensor, np.ndarray))}
+        for name, image in subject.images.items():
+            # Copies, so that changing a patch in place changes neither the volume nor its neighbours.
+            data = image.data[:, i0:i1, j0:j1, k0:k1].clone(memory_format=torch.contiguous_format)
+            found[name] = image.part(data, _moved(image[AFFINE], index_ini))
+        return Subject(found, **{LOCATION: torch.tensor([i0, j0, k0, i1, j1, k1])})
+
+    def _with_padding(self) -> Subject:
+        first = [-before for before, _ in self._around]
+        volumes = {
+            n: image.part(self.volume(n), _moved(image.affine, first)) for n, image in self.subject.images.items()
+        }
+        return Subject({**self.subject, **volumes})
+
+
+def _moved(affine: np.ndarray, first: Sequence[int]) -> np.ndarray:
+    """The affine of a part of a volume that begins at this voxel."""
+    moved = affine.copy()
+    moved[:3, 3] += affine[:3, :3] @ first
+    return moved
+
+
+def _collate_images(images: list[Image], *, collate_fn_map: Any = None) -> dict[str, Any]:
+    for image in images:
+        image.load()
+    return _collate_values(images, collate_fn_map=collate_fn_map)
+
+
+def _collate_values(mappings: Sequence[Mapping[str, Any]], *, collate_fn_map: Any = None) -> dict[str, Any]:
+    return {key: collate([m[key] for m in mappings], collate_fn_map=collate_fn_map) for key in mappings[0]}
+
+
+# Torch's documented way of telling a DataLoader how a class is collated. Otherwise it would make a Subject of a batch.
+default_collate_fn_map.update({Image: _collate_images, Subject: _collate_values})
 
 
 def lay_grid(

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import io
 import pickle
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -14,14 +15,16 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from voxquilt.archive import checked
-from voxquilt.errors import ConfigError
+from voxquilt.errors import ConfigError, first_line, plain_text
 from voxquilt.exported import ExportedNetwork
+from voxquilt.filetype import check_is_weights
+from voxquilt.names import question
+from voxquilt.states import check, renamed, state_of
 
 Paths = str | Path | Sequence[str | Path]
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "network_weights")
 
 
 def read_torchscript(ckpt_path: Paths) -> list[nn.Module]:
@@ -53,9 +56,11 @@ def read_state_dict(
 
     Args:
         net: The network.
-        ckpt_path: A state dict, or a mapping that holds one as 'state_dict', 'model_state_dict', 'model' or
-            'network_weights'. A list makes an ensemble. None leaves the network as it is.
-        prefix: Only keys that begin so are used, without it: 'net.' for a LightningModule's self.net.
+        ckpt_path: A state dict, or a mapping that holds one, at any depth: as 'state_dict', 'model_state_dict', 'model'
+            or 'network_weights', or else the only one, or the only one that fits. A list makes an ensemble. None leaves
+            the network as it is. What torch.compile (`_orig_mod.`) and DDP (`module.`) put into keys does not count.
+        prefix: Only keys that begin so are used, without it: 'net.' for a LightningModule's self.net, or for a mapping
+            that holds the state dict as 'net'.
         strict: Whether every key must fit; at least one must in any case.
         trust: Unpickle anything the file holds, which can run its code.
 
@@ -66,9 +71,9 @@ def read_state_dict(
         return [net]
     members = []
     for path in listed(ckpt_path):
-        state = _strip(_state_of(path, _read(path, trust=trust)), prefix, path)
         member = deepcopy(net)
-        _check(path, member.state_dict(), state, strict=strict)
+        state = state_of(path, _read(path, trust=trust), member.state_dict(), prefix)
+        check(path, member.state_dict(), state, strict=strict)
         member.load_state_dict(state, strict=strict)
         members.append(member)
     return members
@@ -95,7 +100,8 @@ def read_lightning(
     unknown = sorted(set(module_args or {}) - set(parameters))
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         # Lightning would drop them in silence.
-        raise ConfigError(f"model.module_args names {unknown}; {module_class} takes {list(parameters)}.")
+        near = question(unknown[0], parameters, prefix="model.module_args.")
+        raise ConfigError(f"model.module_args names {unknown}; {module_class} takes {list(parameters)}.{near}")
     return [_read_lightning(found, path, module_args or {}, trust=trust) for path in listed(ckpt_path)]
 
 
@@ -105,22 +111,41 @@ def _read_lightning(
     loaded = _read(path, trust=trust)
     if not isinstance(loaded, Mapping) or "pytorch-lightning_version" not in loaded:
         raise ConfigError(f"{path} is no Lightning checkpoint; use model=state_dict with model.net for bare weights.")
+
+    def load(*, strict: bool) -> LightningModule:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found keys that are")  # what is not loaded is loaded below
+            return cls.load_from_checkpoint(
+                path, map_location="cpu", weights_only=not trust, strict=strict, **module_args
+            )
+
     try:
-        return cls.load_from_checkpoint(path, map_location="cpu", weights_only=not trust, **module_args)
+        state = loaded.get("state_dict") or {}
+        if not any("_orig_mod." in key or "module." in key for key in state):
+            return load(strict=True)
+        # What was compiled or wrapped in training may not be so here.
+        module = load(strict=False)
+        state = renamed(dict(state), module.state_dict())
+        check(path, module.state_dict(), state, strict=True)
+        module.load_state_dict(state)
+        return module
     except (RuntimeError, TypeError, KeyError, pickle.UnpicklingError) as error:
-        raise ConfigError(f"{path} does not fit {cls.__qualname__}: {error}") from error
+        raise ConfigError(f"{path} does not fit {cls.__qualname__}: {plain_text(error)}") from error
 
 
 def listed(ckpt_path: Paths) -> list[Path]:
     """One or several files.
 
     Raises:
-        ConfigError: none.
+        ConfigError: none, or one that is something else than weights.
     """
     paths = [ckpt_path] if isinstance(ckpt_path, str | Path) else list(ckpt_path or ())
     if not paths:
         raise ConfigError("ckpt_path names no file.")
-    return [Path(path).expanduser() for path in paths]
+    found = [Path(path).expanduser() for path in paths]
+    for path in found:
+        check_is_weights(path)
+    return found
 
 
 def _read_torchscript(path: Path) -> nn.Module:
@@ -129,9 +154,9 @@ def _read_torchscript(path: Path) -> nn.Module:
             warnings.simplefilter("ignore", DeprecationWarning)  # torch.export cannot read what jit saved
             return torch.jit.load(path, map_location="cpu").eval()
     except (RuntimeError, ValueError) as error:
-        detail = str(error).strip().split("\n")[0]
         raise ConfigError(
-            f"{path} is no TorchScript archive ({detail}); use model=state_dict or model=lightning for other weights."
+            f"{path} is no TorchScript archive ({first_line(error)}); use model=state_dict or model=lightning for "
+            f"other weights."
         ) from error
 
 
@@ -150,8 +175,7 @@ def _read_exported(path: Path, *, trust: bool) -> ExportedNetwork:
             warnings.simplefilter("ignore")
             return ExportedNetwork(torch.export.load(content))
     except Exception as error:  # torch raises of any kind where a program does not fit this version
-        detail = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ConfigError(f"{path} cannot be used as an exported program: {detail}.") from error
+        raise ConfigError(f"{path} cannot be used as an exported program: {first_line(error)}.") from error
 
 
 def _read(path: Path, *, trust: bool) -> Any:
@@ -162,62 +186,30 @@ def _read(path: Path, *, trust: bool) -> Any:
             warnings.simplefilter("ignore")  # torch warns of TorchScript archives before it refuses them
             return torch.load(path, map_location="cpu", weights_only=not trust)
     except pickle.UnpicklingError as error:
-        first = str(error).split("\n")[0]
-        raise ConfigError(
-            f"{path} holds more than tensors and plain values, or is damaged; it was not unpickled, since that can run "
-            f"code ({first}). If you know where it comes from, set model.trust_checkpoint=true."
-        ) from error
+        raise ConfigError(_refused(path, plain_text(error))) from error
     except Exception as error:
-        detail = str(error).split("\n")[0]
-        raise ConfigError(f"{path} cannot be read as weights: {detail}") from error
+        raise ConfigError(f"{path} cannot be read as weights: {first_line(error)}") from error
 
 
-def _state_of(path: Path, loaded: Any) -> dict[str, Tensor]:
-    if isinstance(loaded, nn.Module):
-        return loaded.state_dict()
-    if isinstance(loaded, Mapping):
-        loaded = next((loaded[key] for key in _WRAPPERS if isinstance(loaded.get(key), Mapping)), loaded)
-        if loaded and all(isinstance(value, Tensor) for value in loaded.values()):
-            return dict(loaded)
-    raise ConfigError(f"{path} holds no state dict, neither by itself nor as one of {', '.join(_WRAPPERS)}.")
-
-
-def _strip(state: dict[str, Tensor], prefix: str | None, path: Path) -> dict[str, Tensor]:
-    if not prefix:
-        return state
-    stripped = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    if not stripped:
-        raise ConfigError(f"{path}: no key begins with model.prefix={prefix!r}; keys are {_some(state)}.")
-    return stripped
-
-
-def _check(path: Path, wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], *, strict: bool) -> None:
-    missing = [key for key in wanted if key not in state]
-    unexpected = [key for key in state if key not in wanted]
-    shapes = [
-        f"{key} {tuple(state[key].shape)} for {tuple(wanted[key].shape)}"
-        for key in wanted
-        if key in state and state[key].shape != wanted[key].shape
-    ]
-    strict = strict or len(missing) == len(wanted)  # where nothing fits, nothing was loaded
-    problems = {"missing": missing * strict, "unexpected": unexpected * strict, "of another shape": shapes}
-    if not any(problems.values()):
-        return
-    lines = "".join(f"\n  {len(keys)} {what}: {_some(keys)}" for what, keys in problems.items() if keys)
-    raise ConfigError(f"{path} does not fit the network:{lines}{_hint(wanted, unexpected)}")
-
-
-def _hint(wanted: Mapping[str, Tensor], unexpected: Sequence[str]) -> str:
-    for key in wanted:
-        prefixes = {other.removesuffix(key) for other in unexpected if other.endswith("." + key)}
-        if prefixes:
-            return f"\n  The keys fit behind a prefix: try model.prefix={min(prefixes, key=len)}"
-    return ""
-
-
-def _some(keys: Sequence[str] | Mapping[str, Any]) -> str:
-    keys = list(keys)
-    return ", ".join(keys[:8]) + (f", ... ({len(keys)} in all)" if len(keys) > 8 else "")
+def _refused(path: Path, text: str) -> str:
+    """What torch's restricted unpickler met, out of a text that is mostly about how to do without it."""
+    named = re.search(r"GLOBAL (\S+) (?:was not|whose module)", text)
+    other = re.search(r"(?:WeightsUnpickler error:|^)\s*((?:Unsupported|Trying|Can only)[^\n]*)", text, re.MULTILINE)
+    if named is None and (other is None or "operand" in other[1]):
+        return (
+            f"{path} cannot be read as weights: it is damaged, or not of a format that torch reads without running what "
+            f"is in it. If you know where it comes from, try model.trust_checkpoint=true."
+        )
+    what = named[1] if named else other[1].split(". ")[0] if other else ""
+    whole = (
+        " If the whole network was saved, torch.save(network.state_dict(), ...) makes a file that needs no trust."
+        if named and not named[1].startswith(("numpy.", "collections.", "pathlib.", "argparse.", "omegaconf."))
+        else ""
+    )
+    return (
+        f"{path} holds more than tensors and plain values: {what}. It was not unpickled, since that can run code. If "
+        f"you know where the file comes from, set model.trust_checkpoint=true.{whole}"
+    )
 
 
 def _import(name: str) -> object:

@@ -1,0 +1,107 @@
+"""What is a file that holds no weights? Told from its first bytes, without torch, for messages."""
+
+import json
+import zipfile
+import zlib
+from pathlib import Path
+
+from voxquilt.errors import ConfigError
+
+_LOOKED_AT = 4096
+_SAFETENSORS = "safetensors under another name: give it the suffix .safetensors"
+# torch.save's magic number, in files that are no zip archives.
+_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")
+_STARTS = {
+    b"version https://git-lfs": "a pointer of git-LFS and not the file itself: run 'git lfs pull' where it was cloned",
+    b"/annex/objects/": "a pointer of git-annex and not the file itself: run 'git annex get'",
+    b"\x89HDF\r\n": "an HDF5 file, such as Keras writes: export its weights to torch",
+    b"%PDF": "a PDF document",
+    b"\x89PNG": "a PNG picture",
+    b"7z\xbc\xaf": "a 7z archive: unpack it",
+    b"\x93NUMPY": "a NumPy array",
+}
+
+
+def check_is_weights(path: Path) -> None:
+    """Raises ConfigError of a file that is known to be something else, such as a page that was downloaded instead."""
+    what = not_weights(path)
+    if what:
+        raise ConfigError(f"{path} is no file of weights: it is {what}.")
+
+
+def not_weights(path: Path) -> str:
+    """What a file is instead of weights, and what to do; '' where it may be weights, or cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(_LOOKED_AT)
+        return _named(start) or _archive(path, start) or _text(start)
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
+        return ""
+
+
+def _named(start: bytes) -> str:
+    if not start:
+        return "empty: copying or downloading it was broken off"
+    for magic, what in _STARTS.items():
+        if start.startswith(magic):
+            return what
+    if start[:2] == b"\x1f\x8b":
+        return f"{'a NIfTI volume, ' if _is_nifti(_unpacked(start)) else ''}packed by gzip, which weights never are"
+    if _is_nifti(start):
+        return "a NIfTI volume"
+    if start[128:132] == b"DICM":
+        return "a DICOM file"
+    if start[257:262] == b"ustar":
+        return "a tar archive: unpack it"
+    if start[:1] == b"\x08" and (b"onnx" in start.lower() or b"pytorch" in start[:64]):
+        return "an ONNX model, which is not read: export the network to TorchScript or by torch.export"
+    if start[:1] == b"\x80" and start[1:2] in (b"\x03", b"\x04", b"\x05") and _MAGIC not in start[:64]:
+        return "a pickle that torch.save did not write: load it where it was made, and torch.save its state dict"
+    return ""
+
+
+def _archive(path: Path, start: bytes) -> str:
+    if path.suffix == ".safetensors":
+        return "torch's own format: give it the suffix .pt" if start[:2] == b"PK" else ""
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**32:
+        return _SAFETENSORS
+    if start[:4] != b"PK\x03\x04":
+        return ""
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    # torch.save, torch.jit.save and torch.export.save; Lightning's are torch.save's.
+    if any(name.endswith(("data.pkl", "constants.pkl", "archive_format")) or "serialized_" in name for name in names):
+        return ""
+    shown = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+    arrays = all(name.endswith(".npy") for name in names)
+    return f"{'NumPy arrays (.npz)' if arrays else 'a zip archive, not of torch: unpack it'} ({shown})"
+
+
+def _text(start: bytes) -> str:
+    text = start.decode("utf-8", errors="ignore").strip()
+    printable = sum(letter.isprintable() or letter.isspace() for letter in text)
+    if len(text.encode()) < 0.9 * len(start.strip()) or printable < len(text) or not text:
+        return ""
+    if text[:200].lower().startswith(("<!doctype html", "<html", "<?xml", "<head")):
+        return "an HTML page, such as a login or an error that was downloaded in its place"
+    beginning = " ".join(text.split())[:60]
+    return f"{'JSON' if _is_json(text) else 'text'} that begins with {beginning!r}"
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return text.startswith(('{"', '[{"'))  # the beginning of a long one
+    return True
+
+
+def _is_nifti(start: bytes) -> bool:
+    return start[344:347] in (b"n+1", b"ni1") or start[4:7] in (b"n+2", b"ni2")
+
+
+def _unpacked(start: bytes) -> bytes:
+    try:
+        return zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(start, _LOOKED_AT)
+    except zlib.error:
+        return b""
