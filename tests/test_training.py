@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from forks import Server, checked
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Trainer
 from monai.losses import DiceCELoss
@@ -18,6 +18,7 @@ from monai.networks.nets import UNet
 from monai.transforms import Compose, RandFlipd, RandGaussianNoised
 from omegaconf import OmegaConf
 from scipy.ndimage import gaussian_filter
+from scipy.stats import chi2
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from voxquilt.build import build
@@ -106,6 +107,45 @@ def test_balanced_patches_hold_a_rare_class_as_often_as_is_asked() -> None:
     assert 0.4 < share < 0.6
 
 
+def unevenness(volume: Labelled, masks: list[torch.Tensor], draws: int, seed: int) -> float:
+    """Chi-square of how often each mask holds a balanced patch's centre, against equally often.
+
+    A patch of one voxel is its centre.
+    """
+    patches = RandomPatches([volume], (1, 1, 1), draws, balanced=1.0, seed=seed)
+    voxels = torch.tensor([int(patches[n]["image"]) for n in range(draws)])
+    counts = np.array([int(mask.flatten()[voxels].sum()) for mask in masks])
+    assert counts.sum() == draws  # never the background
+    return float(((counts - draws / len(masks)) ** 2).sum() * len(masks) / draws)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    exponents=st.lists(st.integers(0, 4), min_size=2, max_size=5).filter(lambda some: max(some) - min(some) >= 2),
+    first=st.integers(1, 9), channels=st.booleans(), seed=st.integers(0, 2**32 - 1),
+)  # fmt: skip
+def test_each_class_is_drawn_as_often_however_many_voxels_it_has(
+    exponents: list[int], first: int, channels: bool, seed: int
+) -> None:
+    """One class of 6 to 1296 times another's voxels: counts pass a chi-square test that drawing by voxel fails."""
+    sizes = [6**e for e in exponents]
+    shape = (16, 22, 20)
+    image = torch.arange(np.prod(shape), dtype=torch.float32).reshape(1, *shape)
+    values = torch.zeros(image.numel(), dtype=torch.int32)
+    numbers = [first * (n + 1) for n in range(len(sizes))]  # classes need not follow each other
+    values[: sum(sizes)] = torch.tensor(numbers, dtype=torch.int32).repeat_interleave(torch.tensor(sizes))
+    generator = torch.Generator().manual_seed(seed)
+    label = values[torch.randperm(len(values), generator=generator)].reshape(1, *shape)
+    masks = [label[0] == number for number in numbers]
+    label = torch.stack(masks).to(torch.uint8) if channels else label
+    centres = centres_of(label)
+    assert [len(some) for some in centres] == sizes  # so few that all are remembered
+    draws, bound = 150 * len(sizes), float(chi2.isf(1e-9, len(sizes) - 1))
+    assert unevenness(Labelled("even", image, label, centres), masks, draws, seed) < bound
+    pooled = [torch.cat(centres)]  # the control: all classes' voxels alike
+    assert unevenness(Labelled("pooled", image, label, pooled), masks, draws, seed) > bound
+
+
 def test_unbalanced_patches_reach_every_voxel() -> None:
     """Starts are uniform over all that fit, the outermost included."""
     patches = RandomPatches([numbered((4, 3, 3))], (3, 3, 3), 60, balanced=0.0)
@@ -148,6 +188,7 @@ def test_augmentation_is_the_same_whenever_a_patch_is_made() -> None:
     assert type(first[0]["image"]) is torch.Tensor
 
 
+@settings(deadline=None)
 @given(
     volumes=st.integers(1, 12), per=st.integers(1, 6), group=st.integers(1, 5), ranks=st.integers(1, 3),
     epoch=st.integers(0, 3), seed=st.integers(0, 5),
@@ -176,6 +217,7 @@ def test_an_epoch_has_every_patch_once_and_the_ranks_share_it(
         assert len({n % total // per for n in some}) <= group
 
 
+@settings(deadline=None)
 @given(st.integers(1, 9), st.integers(0, 9), st.integers(1, 4), st.integers(0, 3))
 def test_each_volume_is_read_once_an_epoch_and_few_are_in_memory(count: int, kept: int, group: int, epoch: int) -> None:
     """What fits is read once for good; of the others a group is open."""
@@ -199,6 +241,7 @@ def test_each_volume_is_read_once_an_epoch_and_few_are_in_memory(count: int, kep
 # Splits
 
 
+@settings(deadline=None)
 @given(st.integers(2, 30), st.data())
 def test_folds_are_disjoint_complete_and_even(count: int, data: st.DataObject) -> None:
     """Every subject validates in one fold and trains in the others; sizes differ by one at most."""
