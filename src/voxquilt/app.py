@@ -26,6 +26,7 @@ from voxquilt.launch import end_with_parent, is_first
 from voxquilt.overrides import to_overrides
 from voxquilt.resolvers import register_resolvers
 from voxquilt.status import print_status
+from voxquilt.sweeps import give_folder, with_names
 from voxquilt.trainconfig import check_train
 
 DONE, FAILED, NOT_STARTED = 0, 1, 2
@@ -74,6 +75,7 @@ def _main(name: str, task: Callable[[DictConfig], int]) -> None:
         # Hydra wants --multirun and the like before or behind all overrides, not between them.
         sys.argv[1:] = sorted(to_overrides(sys.argv[1:]), key=lambda text: "=" in text and not text.startswith("-"))
         check_typed(sys.argv[1:], name, conf_dir(), *_own_folders(sys.argv[1:]))
+        sys.argv[1:] = with_names(sys.argv[1:])
         register_resolvers()
         with _held():
             hydra.main(config_path=str(conf_dir()), config_name=name, version_base="1.3")(guarded)()
@@ -143,6 +145,7 @@ def _guarded(task: Callable[[DictConfig], int], cfg: DictConfig) -> _Status:
     sys.path.append(str(Path.cwd()))  # the user's own classes; last, so that they hide nothing that is installed
     _statuses.append(FAILED)  # of an error that is none of ours
     try:
+        give_folder(cfg)
         _statuses[-1] = task(cfg)
     except VoxquiltError as error:
         if is_first():  # of many processes that all say the same
