@@ -29,7 +29,7 @@ def files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*_labels.nii.gz")}
 
 
-def test_a_sweep_of_predictions_works_as_it_is_typed(tmp_path: Path) -> None:
+def test_a_sweep_of_predictions_works_as_it_is_typed(forks: Server, tmp_path: Path) -> None:
     """Four jobs, four folders with tables of their own; typed again in another order, everything is there already."""
     volume = save(tmp_path / "scans/a.nii", noise((40, 20, 20)))
     common = ("data.inputs=scans", "data.patch_overlap=4", *NETWORK)
@@ -44,7 +44,7 @@ def test_a_sweep_of_predictions_works_as_it_is_typed(tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.asarray(labels.dataobj), volume > 50)
         record = (tmp_path / "out" / name / "run.json").read_text()
         assert f'"overlap_mode": "{name.rpartition("-")[2]}"' in record
-    done = run("predict.py", *common, "output_dir=out", *reversed(sweep[:2]), "-m", cwd=tmp_path)
+    done = forks.run(*common, "output_dir=out", *reversed(sweep[:2]), "-m", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     assert all(statuses(tmp_path / "out" / name) == {"a": "skipped"} for name in names)
