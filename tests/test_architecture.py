@@ -38,9 +38,11 @@ ORDER = [
     *("processes", "evaluation", "charts", "report", "fetch", "datasets"),
     *(
         "overrides",
+        "sweeps",
         "explain",
         "sections",
         "config",
+        "continuing",
         "trainconfig",
         "inherit",
         "build",
@@ -121,7 +123,7 @@ def test_what_a_configuration_names_is_made_in_one_place() -> None:
     known = {
         module for module in ORDER if any(name.split(".")[0] in ("hydra", "omegaconf") for name in imported(module))
     }
-    assert known <= {"overrides", "config", "trainconfig", "inherit", "build", "resolvers", "app"}
+    assert known <= {"overrides", "sweeps", "config", "trainconfig", "inherit", "build", "resolvers", "app"}
 
 
 def test_every_public_name_is_there() -> None:

@@ -21,13 +21,26 @@ ROOT = Path(__file__).parents[1]
         ("predict", "model=torchscrpt", "state_dict, torchscript. Did you mean model=torchscript?"),
         ("predict", "model/net=unett", "Did you mean model/net=unet?"),
         ("predict", "trainer=gpuu", "there are cpu, ddp, default, gpu, slurm. Did you mean trainer=gpu?"),
-        ("predict", "experiment=tissue", "brain_extraction for predict.py"),
+        (
+            "predict", "experiment=tissue",
+            "experiment=tissue is for train.py: python train.py experiment=tissue ...; predict.py has brain_extrac",
+        ),
+        ("predict", "experiment=ct", "experiment=ct is for train.py: python train.py experiment=ct ...; "),
+        ("predict", "-m experiment=brain_extraction,ct", "experiment=ct is for train.py"),
+        ("predict", "model=train", "model=train is for train.py; predict.py has auto, exported, lightning, "),
+        ("predict", "callbacks=[predict,ema]", "callbacks=ema is for train.py; predict.py has predict."),
+        ("predict", "model/loss=l1", "model/loss=l1 is for train.py."),
+        ("train", "model=torchscript", "model=torchscript is for predict.py; train.py has train."),
+        ("train", "trainer=gpuu", "there are cpu, ddp, default, gpu, slurm. Did you mean trainer=gpu?"),
         ("predict", "data.wholly_unknown=1", "there is no key data.wholly_unknown; data has batch_size, "),
         ("predict", "src", "src: a setting is written with =, without blanks around it, such as data.inputs=src."),
         ("predict", "data.inputs", "such as data.inputs=value."),
         ("predict", "ckpt_path=nowhere.ckpt", "ckpt_path: there is no file nowhere.ckpt (looked from "),
         ("predict", "--multirun --cfg job", "Only one of --run, --multirun, --cfg, "),
-        ("train", "experiment=brain_extraction", "slices_2d, tissue for train.py"),
+        (
+            "train", "experiment=brain_extraction",
+            "is for predict.py: python predict.py experiment=brain_extraction ...; train.py has ct, denoising, mr_t1, ",
+        ),
         ("train", "model.lr=3", "there is no key model.lr. Did you mean model.optimizer.lr?"),
         ("train", "callbacks=[train,emma]", "there is no callbacks=emma; there are early_stopping, ema, train."),
         ("train", "task=segmentatoin", "Did you mean task=segmentation?"),
@@ -37,11 +50,41 @@ ROOT = Path(__file__).parents[1]
 def test_a_slip_is_answered_with_what_was_meant(script: str, argument: str, message: str) -> None:
     """On one line of stderr, with status 2; nothing of Hydra's own words."""
     began = time.monotonic()
+    told(script, argument, message)
+    assert time.monotonic() - began < 10  # it takes half a second where nothing else runs
+
+
+def told(script: str, argument: str, message: str, cwd: Path = ROOT) -> None:
+    """One line on stderr."""
     command = [sys.executable, str(ROOT / f"{script}.py"), *argument.split()]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr
     assert done.stderr.startswith("voxquilt: ")
     assert done.stderr.count("\n") == 1
     assert "Hydra" not in done.stderr
-    assert time.monotonic() - began < 10  # it takes half a second where nothing else runs
+
+
+def test_the_script_of_an_experiment_is_what_the_experiment_says(tmp_path: Path) -> None:
+    """Of the user's own too, also where another one brings it; a remark about the other script counts for nothing."""
+    (tmp_path / "more/experiment").mkdir(parents=True)
+    for name, text in {
+        "mine": "# made from train.py's\nscript: predict\ndata: {batch_size: 3}\n",
+        "theirs": "# see predict.py\nscript: train\ndata: {batch_size: 3}\n",
+        "over": "defaults:\n  - theirs\n",
+        "wrong": "script: trian\n",
+        "both": "data: {batch_size: 3}\n",
+    }.items():
+        (tmp_path / f"more/experiment/{name}.yaml").write_text(f"# @package _global_\n{text}")
+    own = "--config-dir more experiment="
+    told("train", f"{own}mine", "experiment=mine is for predict.py: python predict.py experiment=mine ...", tmp_path)
+    told("predict", f"{own}theirs", "experiment=theirs is for train.py: python train.py", tmp_path)
+    told("predict", f"{own}over", "experiment=over is for train.py: python train.py experiment=over ...", tmp_path)
+    told("train", f"{own}wrong", "experiment=wrong: its script is predict or train (or left out, for both)", tmp_path)
+    for script, name in (("predict", "mine"), ("train", "over"), ("train", "both"), ("predict", "both")):
+        missing = subprocess.run(
+            [sys.executable, str(ROOT / f"{script}.py"), *f"{own}{name}".split()],
+            capture_output=True, text=True, check=False, cwd=tmp_path,
+        )  # fmt: skip
+        assert missing.returncode == 2
+        assert missing.stderr.startswith("voxquilt: these keys need a value:"), missing.stderr

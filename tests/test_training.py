@@ -1,6 +1,7 @@
 """Training: patches are cut where they should be, whatever process cuts them; what is trained predicts."""
 
 import os
+import shutil
 import signal as signals
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from forks import Server, checked
-from hypothesis import given
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Trainer
 from monai.losses import DiceCELoss
@@ -18,8 +21,11 @@ from monai.networks.nets import UNet
 from monai.transforms import Compose, RandFlipd, RandGaussianNoised
 from omegaconf import OmegaConf
 from scipy.ndimage import gaussian_filter
+from scipy.stats import chi2
+from synthetic import run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from voxquilt.app import conf_dir
 from voxquilt.build import build
 from voxquilt.carried import carried
 from voxquilt.cases import Case
@@ -27,11 +33,14 @@ from voxquilt.errors import ConfigError, InputError
 from voxquilt.fits import check_fits
 from voxquilt.metrics import class_dice
 from voxquilt.network import PatchNetwork
+from voxquilt.overrides import to_overrides
 from voxquilt.patches import CachedVolumes, EpochOrder, Labelled, RandomPatches, centres_of
 from voxquilt.predict import predict_volume
+from voxquilt.resolvers import register_resolvers
 from voxquilt.splits import make_split
 from voxquilt.stitch import Stitch
 from voxquilt.subject import ScalarImage, Subject
+from voxquilt.trainconfig import check_train
 from voxquilt.traindata import TrainingDataModule
 from voxquilt.training import PatchTrainer, polynomial, warmup_cosine
 from voxquilt.validation import Validated, mean_metrics, metrics_of
@@ -106,6 +115,45 @@ def test_balanced_patches_hold_a_rare_class_as_often_as_is_asked() -> None:
     assert 0.4 < share < 0.6
 
 
+def unevenness(volume: Labelled, masks: list[torch.Tensor], draws: int, seed: int) -> float:
+    """Chi-square of how often each mask holds a balanced patch's centre, against equally often.
+
+    A patch of one voxel is its centre.
+    """
+    patches = RandomPatches([volume], (1, 1, 1), draws, balanced=1.0, seed=seed)
+    voxels = torch.tensor([int(patches[n]["image"]) for n in range(draws)])
+    counts = np.array([int(mask.flatten()[voxels].sum()) for mask in masks])
+    assert counts.sum() == draws  # never the background
+    return float(((counts - draws / len(masks)) ** 2).sum() * len(masks) / draws)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    exponents=st.lists(st.integers(0, 4), min_size=2, max_size=5).filter(lambda some: max(some) - min(some) >= 2),
+    first=st.integers(1, 9), channels=st.booleans(), seed=st.integers(0, 2**32 - 1),
+)  # fmt: skip
+def test_each_class_is_drawn_as_often_however_many_voxels_it_has(
+    exponents: list[int], first: int, channels: bool, seed: int
+) -> None:
+    """One class of 6 to 1296 times another's voxels: counts pass a chi-square test that drawing by voxel fails."""
+    sizes = [6**e for e in exponents]
+    shape = (16, 22, 20)
+    image = torch.arange(np.prod(shape), dtype=torch.float32).reshape(1, *shape)
+    values = torch.zeros(image.numel(), dtype=torch.int32)
+    numbers = [first * (n + 1) for n in range(len(sizes))]  # classes need not follow each other
+    values[: sum(sizes)] = torch.tensor(numbers, dtype=torch.int32).repeat_interleave(torch.tensor(sizes))
+    generator = torch.Generator().manual_seed(seed)
+    label = values[torch.randperm(len(values), generator=generator)].reshape(1, *shape)
+    masks = [label[0] == number for number in numbers]
+    label = torch.stack(masks).to(torch.uint8) if channels else label
+    centres = centres_of(label)
+    assert [len(some) for some in centres] == sizes  # so few that all are remembered
+    draws, bound = 150 * len(sizes), float(chi2.isf(1e-9, len(sizes) - 1))
+    assert unevenness(Labelled("even", image, label, centres), masks, draws, seed) < bound
+    pooled = [torch.cat(centres)]  # the control: all classes' voxels alike
+    assert unevenness(Labelled("pooled", image, label, pooled), masks, draws, seed) > bound
+
+
 def test_unbalanced_patches_reach_every_voxel() -> None:
     """Starts are uniform over all that fit, the outermost included."""
     patches = RandomPatches([numbered((4, 3, 3))], (3, 3, 3), 60, balanced=0.0)
@@ -148,6 +196,7 @@ def test_augmentation_is_the_same_whenever_a_patch_is_made() -> None:
     assert type(first[0]["image"]) is torch.Tensor
 
 
+@settings(deadline=None)
 @given(
     volumes=st.integers(1, 12), per=st.integers(1, 6), group=st.integers(1, 5), ranks=st.integers(1, 3),
     epoch=st.integers(0, 3), seed=st.integers(0, 5),
@@ -176,6 +225,7 @@ def test_an_epoch_has_every_patch_once_and_the_ranks_share_it(
         assert len({n % total // per for n in some}) <= group
 
 
+@settings(deadline=None)
 @given(st.integers(1, 9), st.integers(0, 9), st.integers(1, 4), st.integers(0, 3))
 def test_each_volume_is_read_once_an_epoch_and_few_are_in_memory(count: int, kept: int, group: int, epoch: int) -> None:
     """What fits is read once for good; of the others a group is open."""
@@ -199,6 +249,7 @@ def test_each_volume_is_read_once_an_epoch_and_few_are_in_memory(count: int, kep
 # Splits
 
 
+@settings(deadline=None)
 @given(st.integers(2, 30), st.data())
 def test_folds_are_disjoint_complete_and_even(count: int, data: st.DataObject) -> None:
     """Every subject validates in one fold and trains in the others; sizes differ by one at most."""
@@ -419,6 +470,218 @@ def test_a_training_that_goes_on_ends_where_one_that_was_not_interrupted_does(
     parts = weights(last)
     assert parts.keys() == uninterrupted.keys()
     assert all(torch.equal(parts[key], uninterrupted[key]) for key in parts)
+
+
+ONE = ("trainer.max_epochs=1", "data.patches_per_volume=1", "callbacks.board=null")
+
+
+@pytest.fixture(scope="module")
+def finished(forks: Server, blobs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a training of one epoch."""
+    folder = tmp_path_factory.mktemp("finished")
+    train(forks, blobs, folder, *ONE)
+    return folder / "outputs"
+
+
+def kept(folder: Path) -> dict[str, bytes]:
+    """Checkpoints by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("there", "more"),
+    [
+        (("best.ckpt", "last.ckpt"), ()),
+        (("last.ckpt",), ()),  # of one that was interrupted
+        (("epoch=3.ckpt",), ()),
+        (("best.ckpt",), ("ckpt_path=elsewhere/last.ckpt", "trainer.max_epochs=2")),
+        (("best.ckpt",), ("output_dir=other", "callbacks.last.dirpath=${hydra:runtime.cwd}/outputs/checkpoints")),
+        (("best.ckpt",), ("-m", "output_dir=outputs,new")),
+    ],
+)
+def test_a_training_overwrites_no_other(
+    there: tuple[str, ...], more: tuple[str, ...], forks: Server, blobs: Path, tmp_path: Path, finished: Path
+) -> None:
+    """Refused before anything is written, with the three ways on; a training that starts from elsewhere is another."""
+    folder = tmp_path / "outputs/checkpoints"
+    folder.mkdir(parents=True)
+    for name in there:
+        (folder / name).write_bytes((finished / "checkpoints/last.ckpt").read_bytes())
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/last.ckpt").write_bytes((finished / "checkpoints/last.ckpt").read_bytes())
+    before = kept(folder)
+    text = train(forks, blobs, tmp_path, *ONE, *more, status=2)
+    assert f"has another training's checkpoints (outputs/checkpoints/{there[0]}" in text
+    assert f"ckpt_path=outputs/checkpoints/{'last.ckpt' if 'last.ckpt' in there else there[0]}, choose another" in text
+    assert "run.overwrite=true, which removes them. Nothing was started." in text
+    assert kept(folder) == before
+    assert {path.name for path in (tmp_path / "outputs").iterdir()} == {"checkpoints"}
+    assert (tmp_path / "new").exists() == ("-m" in more)  # the sweep's other job is a training of its own
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_training_that_may_overwrite_leaves_nothing_of_the_other(
+    ranks: int, forks: Server, blobs: Path, tmp_path: Path, finished: Path
+) -> None:
+    """Not even a best.ckpt where nothing validates; but only once it has begun, and never what it goes on from."""
+    folder = tmp_path / "outputs/checkpoints"
+    shutil.copytree(finished / "checkpoints", folder)
+    (folder / "notes.txt").write_text("mine")
+    before = kept(folder)
+    train(forks, blobs, tmp_path, *ONE, "run.overwrite=true", "model.net.channels=[4]", status=2, ranks=ranks)
+    assert kept(folder) == before
+    train(forks, blobs, tmp_path, *ONE, "run.overwrite=true", "data.folds=null", ranks=ranks)
+    assert kept(folder).keys() == {"last.ckpt", "notes.txt"}
+    assert kept(folder)["last.ckpt"] != before["last.ckpt"]
+    start = "ckpt_path=outputs/checkpoints/best.ckpt"
+    (folder / "best.ckpt").write_bytes(kept(folder)["last.ckpt"])
+    train(
+        forks,
+        blobs,
+        tmp_path,
+        *ONE,
+        "run.overwrite=true",
+        "data.folds=null",
+        "trainer.max_epochs=2",
+        start,
+        ranks=ranks,
+    )
+    assert kept(folder).keys() == {"best.ckpt", "last.ckpt", "notes.txt"}
+    assert torch.load(folder / "last.ckpt", weights_only=True)["epoch"] == 1
+
+
+def test_processes_that_lightning_starts_come_after_the_question_who_may_write(blobs: Path, tmp_path: Path) -> None:
+    """They find what rank 0 wrote, if they come late, and ask nothing; the same command again is refused once."""
+    arguments = (
+        "data.inputs=images", "data.labels=labels/{subject}.nii.gz", "data.patch_size=16", *NET, *ONE, "trainer=ddp",
+        "trainer.accelerator=cpu", "trainer.devices=2", f"output_dir={tmp_path}/o",
+    )  # fmt: skip
+    done = run("train.py", *arguments, cwd=blobs)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+    assert {"last.ckpt"} <= {path.name for path in (tmp_path / "o/checkpoints").iterdir()}
+    done = run("train.py", *arguments, cwd=blobs)
+    assert (done.returncode, done.stderr.count("has another training's checkpoints")) == (2, 1), done.stderr
+
+
+def refusal(blobs: Path, *overrides: str) -> str:
+    """What the checks of train.py say of a training that is to go on; nothing if it may."""
+    register_resolvers()
+    GlobalHydra.instance().clear()
+    typed = to_overrides([
+        f"data.inputs={blobs}/images", f"data.labels={blobs}/labels/{{subject}}.nii.gz", "data.patch_size=16", *NET,
+        *ONE, "trainer.accelerator=cpu", "trainer.max_epochs=2", "output_dir=not/there", *overrides,
+    ])  # fmt: skip
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("train", typed)
+    try:
+        check_train(cfg)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+CHANGES = [
+    (["data.patch_size=8"], ["data.patch_size was 16 and is 8"]),
+    (["model.net.channels=[4,16]"], ["model.net.channels was [4, 8] and is [4, 16]"]),
+    (["model/net=segresnet"], ['model.net._target_ was "monai.networks.nets.UNet" and is "monai.networks.nets.SegR']),
+    (["model/loss=dice_bce"], ['model.loss._target_ was "monai.losses.DiceCELoss" and is "monai.losses.DiceFocal']),
+    (["model.optimizer.lr=0.1"], ["model.optimizer.lr was 0.001 and is 0.1"]),
+    (["model.schedule=null"], ["model.schedule.warmup was 0.05 and is null"]),
+    (["data.augment.transforms.1.std=0.5"], ["data.augment.transforms.1.std was 0.1 and is 0.5"]),
+    (["data/augment=none"], ["data.augment.transforms.0.prob was 0.3 and is null"]),
+    (["preprocess.spacing=3"], ["preprocess.spacing was null and is 3"]),
+    (["run.seed=1"], ["run.seed was 0 and is 1", "data.seed was 0 and is 1"]),
+    (["data.fold=1"], ["data.fold was 0 and is 1", "(s1) newly among the subjects to validate on"]),
+    (["data.balanced=1", "data.batch_size=4"], ["data.balanced was 0.5 and is 1", "data.batch_size was 2 and is"]),
+    (["trainer.gradient_clip_val=1"], ["trainer.gradient_clip_val was null and is 1"]),
+    (["callbacks=[train,ema]"], ["callbacks.ema.decay was null and is 0.999"]),
+    (["data.inputs=moved/images"], ["other images of 1 subject (s3)", "data.inputs was "]),
+    (["data.labels=moved/labels/{subject}.nii.gz"], ["other labels of 1 subject (s4)", "data.labels was "]),
+    (["data.inputs=fewer", "data.folds=null"], ["data.folds was 5 and is null", "2 subjects (s3, s4) no longer among"]),
+]
+
+
+def test_a_training_goes_on_with_what_it_began_with(
+    forks: Server, blobs: Path, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What would train something else is refused, by its key with both values; nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(blobs, "moved")
+    for folder, name, other in (("images", "s3", "s2"), ("labels", "s4", "s0")):
+        shutil.copy(blobs / f"{folder}/{other}.nii.gz", f"moved/{folder}/{name}.nii.gz")
+    shutil.copytree(blobs / "images", "fewer", ignore=shutil.ignore_patterns("s3*", "s4*"))
+    last = finished / "checkpoints/last.ckpt"
+    assert refusal(blobs, f"ckpt_path={last}") == ""
+    for changed, named in CHANGES:
+        found = refusal(blobs, f"ckpt_path={last}", *changed)
+        assert found.startswith(f"{last} was trained otherwise:"), changed
+        for line in named:
+            assert line in found
+    text = train(forks, blobs, tmp_path, *ONE, "trainer.max_epochs=2", f"ckpt_path={last}", *CHANGES[0][0], status=2)
+    # And nothing is named that only follows from it, such as the overlap of validation's patches.
+    assert text.startswith(f"voxquilt: {last} was trained otherwise:\n  {CHANGES[0][1][0]}\n  A training goes on")
+    assert text.endswith("Nothing was started.\n")
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_what_changes_nothing_of_what_is_trained_may_change(
+    forks: Server, blobs: Path, tmp_path: Path, finished: Path
+) -> None:
+    """Where the data lies, how a patch size is written, how it is validated, and with how many workers."""
+    shutil.copytree(blobs, tmp_path / "moved")
+    text = train(
+        forks, blobs, tmp_path, *ONE, "trainer.max_epochs=2", f"ckpt_path={finished}/checkpoints/last.ckpt",
+        "data.inputs=moved/images", "data.labels=moved/labels/{subject}.nii.gz", "data.patch_size=[16,16,16]",
+        "data.patch_overlap=4", "stitch.overlap_mode=crop", "data.cache=0", "data.balanced=0.50", "callbacks=[train]",
+        "trainer.log_every_n_steps=5",
+    )  # fmt: skip
+    assert "epoch 2 of 2" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trainer.max_epochs=1"], "has been trained for 1 epochs, and trainer.max_epochs=1 leaves nothing to do: set"),
+        (["trainer.max_epochs=0"], "trainer.max_epochs=0 leaves nothing to do"),
+        (["trainer.max_epochs=5", "trainer.max_steps=2"], "for 2 steps, and trainer.max_steps=2 leaves nothing to do"),
+        (
+            ["trainer.max_epochs=5", "ckpt_path=net.pt"],
+            "net.pt is no checkpoint of a training that could go on",
+        ),
+        (["trainer.max_epochs=5", "ckpt_path=slim.ckpt"], "ckpt_path=slim.ckpt holds weights alone"),
+        (["trainer.max_epochs=5", "ckpt_path=[slim.ckpt]"], "ckpt_path is one checkpoint for a training to go on from"),
+        (
+            ["trainer.max_epochs=5", "ckpt_path=old.ckpt", "model.net.channels=[4,16]"],
+            "ckpt_path is of another network",
+        ),
+    ],
+)
+def test_a_training_with_nothing_to_go_on_with_is_one_message(
+    arguments: list[str], message: str, forks: Server, blobs: Path, tmp_path: Path, finished: Path
+) -> None:
+    """The epochs are done, or the file is none of a training, or of another network; status 2, no traceback."""
+    last = finished / "checkpoints/last.ckpt"
+    content = torch.load(last, weights_only=True)
+    torch.save(content["state_dict"], tmp_path / "net.pt")
+    torch.save({key: value for key, value in content.items() if key != "optimizer_states"}, tmp_path / "slim.ckpt")
+    torch.save({key: value for key, value in content.items() if key != "voxquilt_training"}, tmp_path / "old.ckpt")
+    text = train(forks, blobs, tmp_path, *ONE, f"ckpt_path={last}", *arguments, status=2)
+    assert message in text
+    assert text.count("voxquilt: ") == 1
+    assert "Traceback" not in text
+    assert not (tmp_path / "outputs/checkpoints").exists()
+
+
+def test_a_checkpoint_that_does_not_say_how_it_was_trained_goes_on_with_a_warning(
+    forks: Server, blobs: Path, tmp_path: Path, finished: Path
+) -> None:
+    """As those of earlier versions."""
+    content = torch.load(finished / "checkpoints/last.ckpt", weights_only=True)
+    del content["voxquilt_training"]
+    torch.save(content, tmp_path / "old.ckpt")
+    text = train(forks, blobs, tmp_path, *ONE, "trainer.max_epochs=2", "ckpt_path=old.ckpt")
+    assert "old.ckpt does not say how it was trained: whether it goes on alike cannot be checked." in text
+    assert "epoch 2 of 2" in text
 
 
 def test_means_are_over_the_subjects_that_have_a_metric() -> None:

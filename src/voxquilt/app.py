@@ -6,7 +6,7 @@ Heavy imports stand inside functions, so that a wrong configuration is answered 
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,18 +14,19 @@ from typing import Any, TextIO
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from voxquilt.cases import find_cases
 from voxquilt.config import check_predict
 from voxquilt.errors import ConfigError, VoxquiltError
-from voxquilt.explain import explain
+from voxquilt.explain import check_script, check_typed, explain
 from voxquilt.inherit import inherit
 from voxquilt.launch import end_with_parent, is_first
 from voxquilt.overrides import to_overrides
 from voxquilt.resolvers import register_resolvers
 from voxquilt.status import print_status
+from voxquilt.sweeps import give_folder, with_names
 from voxquilt.trainconfig import check_train
 
 DONE, FAILED, NOT_STARTED = 0, 1, 2
@@ -73,6 +74,8 @@ def _main(name: str, task: Callable[[DictConfig], int]) -> None:
     try:
         # Hydra wants --multirun and the like before or behind all overrides, not between them.
         sys.argv[1:] = sorted(to_overrides(sys.argv[1:]), key=lambda text: "=" in text and not text.startswith("-"))
+        check_typed(sys.argv[1:], name, conf_dir(), *_own_folders(sys.argv[1:]))
+        sys.argv[1:] = with_names(sys.argv[1:])
         register_resolvers()
         with _held():
             hydra.main(config_path=str(conf_dir()), config_name=name, version_base="1.3")(guarded)()
@@ -92,6 +95,25 @@ def _main(name: str, task: Callable[[DictConfig], int]) -> None:
         began = _statuses or not isinstance(cause, HydraException | OmegaConfBaseException | None)
         sys.exit(max([error.code if isinstance(error.code, int) else FAILED, *_statuses]) if began else NOT_STARTED)
     sys.exit(max(_statuses, default=0))  # none after --help or --cfg
+
+
+def _own_folders(arguments: Sequence[str]) -> list[Path]:
+    """The user's folder of configurations, as Hydra is told it."""
+    found = []
+    for text, after in zip(arguments, [*arguments[1:], ""], strict=True):
+        option, _, value = text.partition("=")
+        if option in ("--config-dir", "-cd"):
+            found.append(Path(value or after))
+    return found
+
+
+def _checked_script(cfg: DictConfig, script: str) -> None:
+    """Refuse an experiment of the other script, whichever way it came; what it says of itself is no setting."""
+    if "script" in cfg:
+        chosen = HydraConfig.get().runtime.choices.get("experiment") if HydraConfig.initialized() else None
+        check_script(cfg.script, script, f"experiment={chosen}", conf_dir())
+        with open_dict(cfg):
+            del cfg["script"]
 
 
 @contextmanager
@@ -123,6 +145,7 @@ def _guarded(task: Callable[[DictConfig], int], cfg: DictConfig) -> _Status:
     sys.path.append(str(Path.cwd()))  # the user's own classes; last, so that they hide nothing that is installed
     _statuses.append(FAILED)  # of an error that is none of ours
     try:
+        give_folder(cfg)
         _statuses[-1] = task(cfg)
     except VoxquiltError as error:
         if is_first():  # of many processes that all say the same
@@ -133,6 +156,7 @@ def _guarded(task: Callable[[DictConfig], int], cfg: DictConfig) -> _Status:
 
 def run_train(cfg: DictConfig) -> int:
     """Check, build, train; the exit status. Imported here, since it imports torch."""
+    _checked_script(cfg, "train")
     plain = check_train(cfg)
     from voxquilt.fit import fit
 
@@ -146,6 +170,7 @@ def run_predict(cfg: DictConfig) -> int:
         VoxquiltError: the configuration is wrong, and nothing was started.
     """
     end_with_parent()
+    _checked_script(cfg, "predict")
     inherited = inherit(cfg, HydraConfig.get().overrides.task if HydraConfig.initialized() else (), conf_dir())
     plain = check_predict(cfg)
     if plain["run"].get("status"):

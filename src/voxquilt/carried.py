@@ -15,6 +15,8 @@ from voxquilt.errors import ConfigError
 
 KEY = "voxquilt"
 """Of the settings in a checkpoint."""
+TRAINING = "voxquilt_training"
+"""Of the record of how it was trained, which predicting does not read."""
 FORMAT = 1
 
 TORCHSCRIPT, EXPORTED, LIGHTNING, TENSORS = "TorchScript", "torch.export", "Lightning", "tensors"
@@ -57,7 +59,7 @@ def kind_of(path: Path) -> str:
                 return EXPORTED
     except (OSError, zipfile.BadZipFile):
         return TENSORS
-    content = _pickled(path)
+    content = pickled(path)
     return LIGHTNING if isinstance(content, Mapping) and "pytorch-lightning_version" in content else TENSORS
 
 
@@ -67,7 +69,7 @@ def carried(path: Path) -> dict[str, Any] | None:
     Raises:
         ConfigError: settings of a newer version than this, or that are none.
     """
-    content = _of_safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
+    content = _of_safetensors(path) if path.suffix == ".safetensors" else pickled(path)
     found = content.get(KEY) if isinstance(content, Mapping) else None
     if found is None:
         return None
@@ -83,8 +85,8 @@ def carried(path: Path) -> dict[str, Any] | None:
     return {section: {} for section in _SECTIONS} | dict(found)
 
 
-def _pickled(path: Path) -> Any:
-    """What torch.save put into a zip archive, tensors and objects left out."""
+def pickled(path: Path) -> Any:
+    """What torch.save put into a zip archive, tensors and objects left out; None for anything else."""
     try:
         with zipfile.ZipFile(path) as archive:
             name = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from voxquilt.errors import plain_text
+from voxquilt.errors import ConfigError, plain_text
 from voxquilt.names import nearest, question
 
 
@@ -26,7 +26,7 @@ def explain(error: BaseException, script: str, conf: Path) -> str:
         return _no_option(group, name, _options(conf, group, script))
     swapped = re.search(r"In '(.+?)': Could not override '(.+?)'\. No match in the defaults list", text)
     if swapped:
-        return _not_for(swapped[1], swapped[2], script, conf)
+        return _not_for(swapped[1], swapped[2], script)
     unknown = re.search(r"Could not override '(.+?)'", text)
     if unknown:
         return _no_key(unknown[1], script, conf)
@@ -41,33 +41,84 @@ def _no_option(group: str, name: str, options: Iterable[str]) -> str:
 
 def _options(conf: Path, group: str, script: str) -> list[str]:
     paths = (conf / group).glob("*.yaml")
-    return [path.stem for path in paths if not path.stem.startswith("_") and _is_for(path.relative_to(conf), script)]
+    named = [path for path in paths if not path.stem.startswith("_")]
+    return sorted(path.stem for path in named if _declared(path, conf) in (None, script))
+
+
+def check_typed(arguments: Iterable[str], script: str, *folders: Path) -> None:
+    """Refuse options and experiments of the other script, before anything is composed of them.
+
+    Args:
+        arguments: Of the command line.
+        script: 'predict' or 'train'.
+        folders: Of configurations; the first is conf/, others are the user's.
+
+    Raises:
+        ConfigError: what belongs to the other script, and which that is.
+    """
+    for argument in arguments:
+        group, _, value = argument.lstrip("+").partition("=")
+        if not re.fullmatch(r"[a-z_/]*[a-z_]", group):
+            continue
+        for name in re.findall(r"\w+", value):
+            path = next((path for f in folders if (path := f / group / f"{name}.yaml").is_file()), None)
+            if path is not None:
+                check_script(_declared(path, folders[0]), script, f"{group}={name}", folders[0])
+
+
+def check_script(declared: Any, script: str, what: str, conf: Path) -> None:
+    """Refuse an experiment or an option that says that it is the other script's.
+
+    Args:
+        declared: 'predict' or 'train'; None for both.
+        script: The one that runs.
+        what: As it was typed.
+        conf: The folder of configurations.
+
+    Raises:
+        ConfigError: see above, or it says something else.
+    """
+    if declared in (None, script):
+        return
+    if declared not in ("predict", "train"):
+        raise ConfigError(f"{what}: its script is predict or train (or left out, for both); it is {declared!r}.")
+    group = what.partition("=")[0]
+    options = ", ".join(_options(conf, group, script)) if (conf / group).is_dir() else ""
+    use = f": python {declared}.py {what} ..." if group == "experiment" else ""
+    raise ConfigError(f"{what} is for {declared}.py{use}{f'; {script}.py has {options}' if options else ''}.")
+
+
+def _declared(path: Path, conf: Path) -> str | None:
+    """The script that an option is for, or None for both."""
+    if path.parent.name == "experiment":
+        return _all_of(path).get("script")
+    if not path.is_relative_to(conf):
+        return None  # the user's own
+    return next((one for one in ("predict", "train") if not _is_for(path.relative_to(conf), _other(one))), None)
+
+
+def _other(script: str) -> str:
+    return "train" if script == "predict" else "predict"
 
 
 def _is_for(path: Path, script: str) -> bool:
     """Whether an option is one of this script's, of a group that both have."""
-    if path.parts[0] not in ("data", "model", "callbacks", "trainer") or path.parent.name == "net":
+    if path.stem in ("_predict", "_train"):
+        return path.stem == f"_{script}"
+    if path.parts[0] == "task":
+        return script == "train"
+    if path.parts[0] not in ("data", "model", "callbacks") or path.parent.name == "net" or path.stem == "_options":
         return True
     of_train = path.stem in ("train", "ema", "early_stopping") or path.parent.name in ("loss", "augment")
     return of_train == (script == "train")
 
 
-def _not_for(where: str, wanted: str, script: str, conf: Path) -> str:
-    other = "train" if script == "predict" else "predict"
+def _not_for(where: str, wanted: str, script: str) -> str:
     group, _, name = where.rpartition("/")
-    if group == "experiment" or wanted.startswith(("model/loss", "data/augment")):
-        return (
-            f"an experiment is for one script: {', '.join(_experiments(conf, script))} for {script}.py, "
-            f"{', '.join(_experiments(conf, other))} for {other}.py."
-        )
-    return f"{group}={name} does not go with {script}.py: it has no {wanted}."
-
-
-def _experiments(conf: Path, script: str) -> list[str]:
-    return sorted(
-        path.stem
-        for path in (conf / "experiment").glob("*.yaml")
-        if ("train.py" in path.read_text()) == (script == "train")
+    what = "an experiment" if group == "experiment" else "what was chosen"
+    return (
+        f"{group}={name} does not go with the rest: there is no {wanted} in {script}.py, or not beside {what}. "
+        f"Is it for {_other(script)}.py?"
     )
 
 
@@ -126,5 +177,9 @@ def _flat(node: Any, key: str) -> Iterator[str]:
 
 
 def _read(path: Path) -> Any:
+    return {key: value for key, value in _all_of(path).items() if key not in ("defaults", "hydra")}
+
+
+def _all_of(path: Path) -> dict[str, Any]:
     content = yaml.safe_load(path.read_text("utf-8"))
-    return {key: value for key, value in content.items() if key not in ("defaults", "hydra")} if content else {}
+    return content if isinstance(content, dict) else {}

@@ -1,8 +1,9 @@
 """How does a training run, from a checked configuration to its exit status?"""
 
 import logging
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,25 @@ class Lines(Callback):
         log.info("epoch %d of %s: %s", trainer.current_epoch + 1, trainer.max_epochs, text)
 
 
+class Afresh(Callback):
+    """Removes what another training left, once this one begins: an old best.ckpt would look like one of its own.
+
+    Args:
+        checkpoints: Files or folders.
+    """
+
+    def __init__(self, checkpoints: Sequence[Path]) -> None:
+        self._checkpoints = checkpoints
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing can be refused any more."""
+        for path in self._checkpoints if trainer.is_global_zero else ():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
 def fit(plain: dict[str, Any]) -> int:
     """Build and train.
 
@@ -54,15 +74,16 @@ def fit(plain: dict[str, Any]) -> int:
     set_track_meta(False)  # MONAI would carry affines along with patches, which are of no use here
     seed_everything(plain["run"]["seed"], verbose=False, workers=True)
     data = build(plain["data"], "data", preprocess=build(plain["preprocess"], "preprocess"))
-    settings = to_carry(plain, plain.pop("images"))
+    settings, record, replaced = to_carry(plain, plain.pop("images")), plain.pop("record"), plain.pop("replaced")
     stitch = build(plain["stitch"], "stitch")
-    model = build(plain["model"], "model", stitch=stitch, settings=settings)
+    model = build(plain["model"], "model", stitch=stitch, settings=settings, record=record)
     logger = build(plain["logger"], "logger") if plain["logger"] else False
     callbacks = [_callback(name, node, plain) for name, node in plain["callbacks"].items() if node]
     options = dict(plain["trainer"])
     if options.get("enable_progress_bar") is None:
         options["enable_progress_bar"] = sys.stdout.isatty()
-    trainer = build(options, "trainer", callbacks=[*callbacks, Lines(), SpawnedLogging()], logger=logger)
+    callbacks += [Lines(), Afresh(replaced), SpawnedLogging()]
+    trainer = build(options, "trainer", callbacks=callbacks, logger=logger)
     case = data.training_cases[0]
     channels = sum(ScalarImage(path).shape[0] for path in case.images.values())
     for size in (data.patch_size, to_triple(plain["data"]["inference_patch_size"], "data.inference_patch_size")):

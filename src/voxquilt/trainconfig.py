@@ -3,12 +3,16 @@
 from collections.abc import Mapping
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from voxquilt.cases import find_cases
 from voxquilt.config import check_keys, check_output, check_weights, to_plain
+from voxquilt.continuing import check_folder, check_start, record
 from voxquilt.errors import ConfigError
 from voxquilt.geometry import to_triple
+from voxquilt.launch import is_external, is_first
 from voxquilt.names import TASKS, check_name
 from voxquilt.sections import (
     KEYS,
@@ -18,6 +22,7 @@ from voxquilt.sections import (
     check_labels,
     check_preprocess,
     check_stitch,
+    check_trainer,
 )
 from voxquilt.splits import make_split
 
@@ -25,7 +30,7 @@ _KEYS = KEYS | {
     "data": {"inputs", "labels", "images", "task", "patch_size", "inference_patch_size", "patch_overlap",
              "padding_mode", "divisible_by", "batch_size", "num_workers", "patches_per_volume", "balanced", "augment",
              "cache", "folds", "fold", "split", "seed"},
-    "run": {"seed"},
+    "run": {"seed", "overwrite"},
 }  # fmt: skip
 
 
@@ -43,6 +48,10 @@ def check_train(cfg: DictConfig) -> dict[str, Any]:
     check_stitch(plain["stitch"])
     _check_model(plain["model"], data["task"], plain["stitch"].get("class_names"))
     check_integer(plain["run"], "seed", 0, "run.seed")
+    if not isinstance(plain["run"].get("overwrite"), bool):
+        raise ConfigError(f"run.overwrite must be true or false; it is {plain['run'].get('overwrite')!r}.")
+    multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    check_trainer(plain["trainer"], 1, multirun=multirun)
     check_weights(plain)
     cases = find_cases(data["inputs"], data["images"], apart=[data["split"]] if data["split"] else ())
     check_image_names(plain["preprocess"].get("intensity"), cases)
@@ -53,6 +62,13 @@ def check_train(cfg: DictConfig) -> dict[str, Any]:
         plain["callbacks"] = {name: node for name, node in plain["callbacks"].items() if name not in scored}
     check_output(plain)
     plain["images"] = list(parts.training[0].images)
+    plain["record"], plain["replaced"] = {}, []
+    # Processes that Lightning starts come when rank 0 has been through this; torchrun's and SLURM's begin together, and
+    # nothing is written before all of them are there.
+    if is_first() or is_external():
+        plain["record"] = record(plain, parts)
+        plain["replaced"] = check_folder(plain)
+        check_start(plain, plain["record"])
     return plain
 
 

@@ -10,7 +10,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, PolynomialLR
 
 from voxquilt.batch import PatchBatch
-from voxquilt.carried import KEY
+from voxquilt.carried import KEY, TRAINING
 from voxquilt.errors import ConfigError, InputError, OutputError
 from voxquilt.group import Group
 from voxquilt.network import PatchNetwork
@@ -38,6 +38,7 @@ class PatchTrainer(LightningModule):
         squeeze_axis: The axis that a 2-D network does not have; see PatchNetwork.
         pictures: Of so many validation subjects a process.
         settings: What predicting with the weights needs; plain values.
+        record: How it is trained, which a training that goes on is compared with; plain values.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class PatchTrainer(LightningModule):
         squeeze_axis: int | None = None,
         pictures: int = 4,
         settings: Mapping[str, Any] | None = None,
+        record: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.net = net
@@ -64,7 +66,7 @@ class PatchTrainer(LightningModule):
         # In a list, or its parameters would be counted and saved twice.
         self._networks = [PatchNetwork([net], squeeze_axis=squeeze_axis)]
         self._pictures = pictures
-        self._settings = dict(settings or {})
+        self._settings, self._record = dict(settings or {}), dict(record or {})
 
     def setup(self, stage: str) -> None:
         """Get the processes together."""
@@ -138,9 +140,24 @@ class PatchTrainer(LightningModule):
             raise ConfigError("model.schedule needs the number of steps: set trainer.max_epochs or trainer.max_steps.")
         return [optimizer], [{"scheduler": self._schedule(optimizer, int(steps)), "interval": "step"}]
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse weights of another network, which torch would name all at once.
+
+        Raises:
+            ConfigError: the first parameter that is not there, or has another shape.
+        """
+        states = self.state_dict(), checkpoint["state_dict"]
+        mine, theirs = ({name: tuple(value.shape) for name, value in state.items()} for state in states)
+        other = next((name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)), None)
+        if other is not None:
+            raise ConfigError(
+                f"ckpt_path is of another network: its {other} is {theirs.get(other, 'not there')}, and model.net's is "
+                f"{mine.get(other, 'not there')}."
+            )
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the settings."""
-        checkpoint[KEY] = self._settings
+        """Add the settings and the record."""
+        checkpoint[KEY], checkpoint[TRAINING] = self._settings, self._record
 
 
 def warmup_cosine(optimizer: Optimizer, steps: int, *, warmup: float = 0.05) -> LRScheduler:
