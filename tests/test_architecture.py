@@ -12,9 +12,34 @@ import voxquilt
 SOURCE = Path(voxquilt.__file__).parent
 # The one-way flow: a module imports only modules before it. A new module takes its place here.
 ORDER = [
-    *("errors", "atomic", "names", "geometry", "grid", "blend", "parts", "ledger", "buffers", "sums", "blended"),
+    *(
+        "errors",
+        "atomic",
+        "names",
+        "foreign",
+        "geometry",
+        "grid",
+        "blend",
+        "parts",
+        "ledger",
+        "buffers",
+        "sums",
+        "blended",
+    ),
     *("stream", "aggregator", "space"),
-    *("nifti", "subject", "sampler", "skip", "inference", "preprocess", "products", "recipes", "volumes", "finish"),
+    *(
+        "packed",
+        "nifti",
+        "subject",
+        "sampler",
+        "skip",
+        "inference",
+        "preprocess",
+        "products",
+        "recipes",
+        "volumes",
+        "finish",
+    ),
     *("stitch", "quilt", "predict", "outline"),
     *(
         "launch",
