@@ -43,6 +43,7 @@ ORDER = [
     *("stitch", "quilt", "predict", "outline"),
     *(
         "launch",
+        "listing",
         "cases",
         "manifest",
         "fingerprint",
@@ -55,7 +56,7 @@ ORDER = [
         "group",
         "line",
     ),
-    *("signals", "meter", "batch", "loader", "datamodule", "chunks", "members", "network", "probe"),
+    *("signals", "meter", "batch", "loader", "assignment", "datamodule", "chunks", "members", "network", "probe"),
     *("fits", "carried", "archive", "exported", "weights", "module"),
     *("room", "needs", "plan", "settle"),
     *("overlay", "metrics", "validation", "splits", "patches", "traindata", "training", "board"),

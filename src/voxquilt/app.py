@@ -150,7 +150,7 @@ def run_predict(cfg: DictConfig) -> int:
     plain = check_predict(cfg)
     if plain["run"].get("status"):
         folder = Path(plain["output_dir"]).expanduser().resolve()
-        cases = find_cases(plain["data"].get("inputs"), plain["data"].get("images"))
+        cases = find_cases(plain["data"].get("inputs"), plain["data"].get("images"), output_dir=folder)
         return print_status(cases, folder, plain["shard"]["count"])
     from voxquilt.run import run
 

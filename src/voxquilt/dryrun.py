@@ -18,6 +18,7 @@ from voxquilt.outline import Outline, extent
 from voxquilt.plan import Planned
 from voxquilt.progress import say
 from voxquilt.settle import settled
+from voxquilt.tasks import Size
 from voxquilt.timing import Rates, measure
 from voxquilt.writer import VolumeWriter
 
@@ -84,7 +85,7 @@ class DryRun(Callback):
         sizes = {task.number: data.size(task.case).patches for task in data.plan.tasks[:50]}
         for task in sorted(data.plan.tasks[:50], key=lambda task: (sizes[task.number] < 2, sizes[task.number]))[:3]:
             of = data.size(task.case).outline
-            if of is None:
+            if of is None or task.problem:
                 continue
             writer = self._writer
             try:
@@ -110,7 +111,7 @@ def _content(data: GridDataModule, planned: Planned | None, ranks: Sequence[dict
     rates = [rank["rates"] for rank in ranks if rank["rates"] is not None]
     pace = rates[0] if rates else None
     subjects = [
-        _subject(name, one, planned, pace) for name, one in zip(plan.everything, outlines, strict=True)
+        _subject(name, size, planned, pace) for name, size in zip(plan.everything, plan.sizes, strict=True)
     ]  # fmt: skip
     # As `distributed` deals them: numbers are those of all subjects, done ones included.
     numbers = sorted({number for rank in ranks for number, _ in rank["tasks"]})
@@ -144,9 +145,10 @@ def _share(one: Outline | None, parts: int) -> Outline | None:
     return one if one is None or parts == 1 else one._replace(patches=-(-one.patches // parts))
 
 
-def _subject(name: str, one: Outline | None, planned: Planned | None, pace: Rates | None) -> dict[str, Any]:
+def _subject(name: str, size: Size, planned: Planned | None, pace: Rates | None) -> dict[str, Any]:
+    one = size.outline
     if one is None or planned is None:
-        return {"subject": name, "problem": "its headers cannot be read"}
+        return {"subject": name, "problem": size.problem or "there is no plan"}
     alone = needs(extent([one]), planned.probe, planned.forms, planned.settings)
     voxels, compress = prod(one.native), planned.settings.compress
     found = {

@@ -13,6 +13,19 @@ from voxquilt.probe import Probe, probe
 _MULTIPLES = (2, 4, 8, 16, 32, 64)
 
 
+class ChannelsError(ConfigError):
+    """The network takes another number of channels.
+
+    Args:
+        message: For people.
+        wanted: That number.
+    """
+
+    def __init__(self, message: str, wanted: int) -> None:
+        super().__init__(message)
+        self.wanted = wanted
+
+
 def check_fits(
     network: nn.Module,
     images: Sequence[str],
@@ -43,10 +56,12 @@ def check_fits(
         # Where nothing else would do either, the network just cannot run without voxels.
         wanted = _wanted_channels(network)
         if wanted not in (None, channels) and isinstance(_probed(network, wanted, patch_size), Probe):
-            raise ConfigError(
+            assert wanted is not None
+            raise ChannelsError(
                 f"the network takes {wanted} channel{'s' * (wanted != 1)}; subjects have {channels} "
                 f"({', '.join(images)}). Set data.images or data.inputs to what it was trained on, or "
-                f"model.net.in_channels={channels} for a network that is."
+                f"model.net.in_channels={channels} for a network that is.",
+                wanted,
             )
         larger = [m for m in _MULTIPLES if _up(patch_size, m) != patch_size]
         multiple = next((m for m in larger if isinstance(_probed(network, channels, _up(patch_size, m)), Probe)), None)

@@ -13,11 +13,14 @@ class _Format(NamedTuple):
     convert: str
 
 
+WITHOUT = "without an extension"
+"""Of files that are told by what is in them."""
 _DICOM = _Format("DICOM", "dcm2niix -z y -o <folder> <DICOM folder>")
 _ITK = "SimpleITK: SimpleITK.WriteImage(SimpleITK.ReadImage(path), 'name.nii.gz')"
 _NIBABEL = "nibabel: nibabel.Nifti1Image.from_image(nibabel.load(path)).to_filename('name.nii.gz')"
 _FREESURFER = _Format("FreeSurfer", f"mri_convert name.mgz name.nii.gz, or {_NIBABEL}")
 _FORMATS = {
+    WITHOUT: _DICOM,
     ".dcm": _DICOM,
     ".dicom": _DICOM,
     ".ima": _DICOM,

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
@@ -15,7 +16,7 @@ from voxquilt.errors import VoxquiltError, of_subjects
 from voxquilt.geometry import Triple
 from voxquilt.module import PatchPredictor
 from voxquilt.needs import MIB, Forms, Needs, Settings, forms, needs
-from voxquilt.outline import Extent
+from voxquilt.outline import Extent, Outline, extent
 from voxquilt.probe import Probe, probe
 from voxquilt.room import disk_free, memory_available
 from voxquilt.stitch import Stitch
@@ -116,7 +117,7 @@ class Planner:
         if isinstance(self._module, PatchPredictor) and self._module.network.compiled:
             self._notes.append("torch.compile takes memory and time of its own, which are not counted.")
         if self._of.unread:
-            self._notes.append(f"the headers of {of_subjects(self._of.unread)} cannot be read, which will fail.")
+            self._notes.append(f"{of_subjects(self._of.unread)} cannot be predicted, and will fail.")
         return Planned(
             self._of, settings, become, passed, required, self._room, self._notes, self._refusal(settings, required)
         )
@@ -125,9 +126,32 @@ class Planner:
         over = self._over(required)
         if over is None:
             return None
+        advice = self._advice(settings)
+        return (
+            f"the run does not fit {over} {advice} (run.dry_run=true shows what takes how much. Nothing was started.)"
+        )
+
+    def of_one(self, one: Outline) -> str | None:
+        """Why a subject cannot be predicted even by itself, and what would help; None if it can.
+
+        Args:
+            one: The subject, whose channels the network takes.
+
+        Raises:
+            OutputError: a product that the network's output does not have.
+        """
+        alone = copy(self)
+        alone._of = replace(extent([one]), channels=self._of.channels)
+        settings = self._settings
+        over = alone._over(alone._needs(settings)[2])
+        if over is None:
+            return None
+        model = "x".join(map(str, one.model))
+        return f"it does not fit {over} {alone._advice(settings)} Model space has {model} voxels."
+
+    def _advice(self, settings: Settings) -> str:
         ways = [said for said, changed, stitch in self._ways(settings) if self._fits(changed, stitch)]
-        advice = f"It fits with {ways[0]}." if ways else "No single setting does it; use a larger machine or disk."
-        return f"{over} {advice} (run.dry_run=true shows what takes how much. Nothing was started.)"
+        return f"It fits with {ways[0]}." if ways else "No single setting does it; use a larger machine or disk."
 
     def _over(self, required: Needs) -> str | None:
         room, new = self._room, required.memory - self._settings.base
@@ -135,15 +159,13 @@ class Planner:
             most = max((size, what) for what, size in required.host.items() if what != "process")
             several = f" for each of {room.processes} processes" if room.processes > 1 else ""
             return (
-                f"the run does not fit the host's memory: it needs {_gib(new)} more{several}, of which {_gib(most[0])} "
+                f"the host's memory: it needs {_gib(new)} more{several}, of which {_gib(most[0])} "
                 f"for {most[1]}, and {_gib(room.memory)} are available (limits of cgroups included)."
             )
         disk = required.disk + required.scratch * room.processes
         if disk > room.disk:
             beside = f", of which {_gib(required.scratch * room.processes)} for a while" if required.scratch else ""
-            return (
-                f"the run does not fit the disk: it needs about {_gib(disk)}{beside}, and {_gib(room.disk)} are free."
-            )
+            return f"the disk: it needs about {_gib(disk)}{beside}, and {_gib(room.disk)} are free."
         return None
 
     def _ways(self, settings: Settings) -> Iterator[tuple[str, Settings, Stitch]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from voxquilt.datamodule import Plan
+from voxquilt.assignment import Plan
 from voxquilt.line import Message, Stop
 from voxquilt.manifest import Manifest, Row, of_shard, read_json, read_rows, write_json
 from voxquilt.resume import finished, known_settings

@@ -10,11 +10,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from voxquilt.errors import ConfigError, VoxquiltError
-from voxquilt.fits import check_fits
+from voxquilt.fits import ChannelsError, check_fits
 from voxquilt.geometry import Triple
 from voxquilt.members import size_of
 from voxquilt.module import PatchPredictor
 from voxquilt.needs import MIB, Settings
+from voxquilt.outline import Outline
 from voxquilt.plan import MOST, Planned, Planner
 
 log = logging.getLogger("voxquilt")
@@ -46,6 +47,8 @@ def settled(
 ) -> Planned | None:
     """Work out the plan, agree on the batch size, and refuse what does not fit, alike in all processes.
 
+    A subject that alone cannot be predicted, for its channels or its size, is set apart to fail by itself.
+
     Args:
         trainer, module: Of the run.
         data: Its GridDataModule, set up; its batch size is settled.
@@ -53,17 +56,21 @@ def settled(
         refuse: False leaves the refusal in the plan.
 
     Returns:
-        None if there is nothing to predict, no header can be read, or an output does not have a product: every subject
+        None if there is nothing to predict, no header can be used, or an output does not have a product: every subject
         fails by that.
 
     Raises:
         ConfigError: the run cannot fit, or network and patches do not fit each other; what would fit is said.
     """
-    group, of, auto = data.plan.group, data.plan.extent, data.batch_size == AUTO
+    group, auto = data.plan.group, data.batch_size == AUTO
     settings = settings_of(module, data, writer, trainer.strategy.root_device)
 
     def planner(settings: Settings) -> Planner:
-        return Planner(trainer, module, writer.stitch, of, settings, writer.output_dir)
+        return Planner(trainer, module, writer.stitch, data.plan.extent, settings, writer.output_dir)
+
+    _set_other_channels_apart(module, data)
+    _set_misfits_apart(lambda: planner(settings), data)
+    of = data.plan.extent
 
     def largest() -> int:
         device = trainer.strategy.root_device
@@ -86,6 +93,53 @@ def settled(
     if reasons and refuse:
         raise ConfigError(reasons[0])
     return found
+
+
+def _set_other_channels_apart(module: LightningModule, data: Any) -> None:
+    """Where subjects differ in their number of channels, those fail of which the network takes no patch."""
+    counts = sorted(data.plan.extent.of_channels)
+    if len(counts) < 2 or not isinstance(module, PatchPredictor):
+        return
+    wrong: dict[int, int] = {}
+    for count in counts:
+        try:
+            check_fits(module.network, [], count, data.patch_size, None)
+        except ChannelsError as error:
+            wrong[count] = error.wanted
+        except ConfigError:  # of the patch size, say, which concerns all subjects
+            return
+    if 0 < len(wrong) < len(counts):
+        files = {case.subject: ", ".join(map(str, case.images.values())) for case in data.plan.cases}
+        _set_apart(
+            data,
+            lambda name, one: (
+                f"{files[name]}: there {'is' if one.channels == 1 else 'are'} {one.channels} channel"
+                f"{'s' * (one.channels != 1)}, and the network takes {wrong[one.channels]}."
+                if one.channels in wrong
+                else None
+            ),
+        )
+
+
+def _set_misfits_apart(planner: Callable[[], Planner], data: Any) -> None:
+    """Where the run does not fit, those subjects fail that would not fit by themselves, unless all do not."""
+
+    def look() -> tuple[Planner, bool] | None:
+        found = planner()
+        return found, found.plan().refusal is not None
+
+    looked = _tried(look) if data.plan.extent.of_channels else None
+    if any(data.plan.group.gather(looked is not None and looked[1])):
+        alone = planner()
+        _set_apart(data, lambda name, one: alone.of_one(one))
+
+
+def _set_apart(data: Any, problem: Callable[[str, Outline], str | None]) -> None:
+    outlines = data.outlines()
+    found = {name: problem(name, one) for name, one in outlines.items()}
+    problems = {name: reason for name, reason in found.items() if reason is not None}
+    if any(data.plan.group.gather(len(problems) < len(outlines))):
+        data.set_apart(problems, [one for name, one in outlines.items() if name not in problems])
 
 
 def on_device(module: LightningModule) -> int:

@@ -44,7 +44,8 @@ def check_train(cfg: DictConfig) -> dict[str, Any]:
     _check_model(plain["model"], data["task"], plain["stitch"].get("class_names"))
     check_integer(plain["run"], "seed", 0, "run.seed")
     check_weights(plain)
-    cases = find_cases(data["inputs"], data["images"], apart=[data["split"]] if data["split"] else ())
+    apart = [data["split"]] if data["split"] else ()
+    cases = find_cases(data["inputs"], data["images"], apart, plain["output_dir"])
     check_image_names(plain["preprocess"].get("intensity"), cases)
     parts = make_split(cases, data["folds"], data["fold"], data["seed"], data["split"])
     if not parts.validation:
