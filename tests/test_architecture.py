@@ -16,6 +16,7 @@ ORDER = [
         "errors",
         "atomic",
         "names",
+        "streams",
         "foreign",
         "geometry",
         "grid",

@@ -26,6 +26,7 @@ from voxquilt.launch import end_with_parent, is_first
 from voxquilt.overrides import to_overrides
 from voxquilt.resolvers import register_resolvers
 from voxquilt.status import print_status
+from voxquilt.streams import forgive
 from voxquilt.trainconfig import check_train
 
 DONE, FAILED, NOT_STARTED = 0, 1, 2
@@ -69,6 +70,7 @@ def _main(name: str, task: Callable[[DictConfig], int]) -> None:
         _release()
         return _guarded(task, cfg)
 
+    forgive()
     _statuses.clear()
     try:
         # Hydra wants --multirun and the like before or behind all overrides, not between them.
@@ -117,6 +119,7 @@ def _release() -> None:
 
 def _guarded(task: Callable[[DictConfig], int], cfg: DictConfig) -> _Status:
     register_resolvers()  # a launcher's process has not come through _main
+    forgive()
     # Read by torch when it first allocates: a network's outputs are large and new for every batch, and with huge pages
     # the operating system hands them out in a third less time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

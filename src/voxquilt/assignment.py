@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from voxquilt.cases import Case
 from voxquilt.errors import ConfigError, InputError
+from voxquilt.geometry import described
 from voxquilt.group import Group
 from voxquilt.launch import not_the_tasks, slurm_tasks
 from voxquilt.manifest import Row
@@ -68,14 +69,16 @@ def assigned(plan: Plan, left: Sequence[Task], extent: Extent, distribute: str) 
 
 
 def check_model_space(space: Space) -> None:
-    """Refuse a subject that no machine could hold, before anything is made as long as it."""
-    shape = space.model.shape
-    if max(shape) > _MOST_ALONG or prod(shape) > _MOST_VOXELS:
+    """Refuse a model space of more voxels than a machine can hold, before anything is made as long as it, or of none.
+
+    Raises:
+        InputError: the file's voxel size is another than somebody meant.
+    """
+    native, model = space.native, space.model
+    view = max(n * mm for n, mm in zip(native.shape, native.spacing, strict=True))
+    if max(model.shape) > _MOST_ALONG or prod(model.shape) > _MOST_VOXELS or view < min(model.spacing) / 2:
         raise InputError(
-            f"model space would have {'x'.join(map(str, shape))} voxels of "
-            f"{' x '.join(f'{mm:.4g}' for mm in space.model.spacing)} mm. The file has "
-            f"{'x'.join(map(str, space.native.shape))} of {' x '.join(f'{mm:.4g}' for mm in space.native.spacing)} mm; "
-            f"is that right?"
+            f"the file has {described(native)}, and model space would have {described(model)}. Is that right?"
         )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from voxquilt.errors import ConfigError, InputError
 from voxquilt.foreign import counted
-from voxquilt.listing import SUFFIXES, Listing, OutputFolder, in_folder, instead, matching
+from voxquilt.listing import SUFFIXES, Listing, OutputFolder, in_folder, instead, matching, root_of
 
 log = logging.getLogger("voxquilt")
 
@@ -144,7 +144,8 @@ def _in_folder(path: Path, outputs: OutputFolder) -> Listing:
 
 def _listed(path: Path, found: Listing, outputs: OutputFolder) -> list[Case]:
     """A case for each file that lies in a folder or matches a pattern, outputs left out."""
-    written = {image for image in found.images if outputs.holds(image, link=image in found.links)}
+    root = root_of(path)
+    written = {image for image in found.images if outputs.holds(image, root=root, link=image in found.links)}
     images = [image for image in found.images if image not in written]
     if not images:
         if written:
@@ -157,7 +158,8 @@ def _listed(path: Path, found: Listing, outputs: OutputFolder) -> list[Case]:
         raise ConfigError(f"data.inputs: {problem} (looked from {Path.cwd()}).{instead(path)}")
     if written:
         names = ", ".join(sorted(image.name for image in written)[:3]) + ", ..." * (len(written) > 3)
-        _say(f"data.inputs={path}: {len(written)} files are left out, since they lie in output_dir: {names}")
+        files = f"{len(written)} file{'s' * (len(written) > 1)}"
+        _say(f"data.inputs={path}: {files} in output_dir={outputs.name} left out, which are no inputs: {names}")
     if found.foreign:
         _say(f"data.inputs={path}: files that are not NIfTI are left out: {counted(found.foreign)}")
     return _one_image(images)
@@ -230,7 +232,7 @@ def _from_patterns(inputs: object, images: object, outputs: OutputFolder) -> lis
         if not isinstance(pattern, str) or "{subject}" not in pattern:
             raise ConfigError(f"data.images.{name} needs {{subject}} where subjects' names differ; it is {pattern!r}.")
         files = _subjects(str(root / _path(pattern)))
-        kept = {subject for subject, file in files.items() if not outputs.holds(file)}
+        kept = {subject for subject, file in files.items() if not outputs.holds(file, root=root)}
         if files and not kept:
             raise ConfigError(
                 f"data.images.{name}={pattern} names files in output_dir={outputs.name}, where nothing is an input, "

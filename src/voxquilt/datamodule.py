@@ -237,7 +237,7 @@ class GridDataModule(LightningDataModule):
             of_headers = outline(subject, space, grid, padding, transformed=bool(self.preprocess.intensity))
             return Size(len(grid) + 1, len(split(grid, ranks)), of_headers)
         except Exception as error:  # numbers that are too large may be of many kinds
-            return Size(1, problem=reason_of(error))
+            return Size(1, problem=_with_files(reason_of(error), case))
 
     def predict_dataloader(self) -> PatchStream:
         """All patches of this process, subject by subject."""
@@ -268,3 +268,9 @@ class GridDataModule(LightningDataModule):
         part = split(sampler.grid, len(task.team))[task.team.index(self.plan.group.rank)] if task.team else None
         numbers = to_predict(sampler, skipped, part)
         return Loaded(Work(task, file, sampler.grid, sampler.padding, space, numbers, skipped, part, started), sampler)
+
+
+def _with_files(reason: str, case: Case) -> str:
+    """A reason that names a file of the subject."""
+    files = [str(path) for path in case.images.values()]
+    return reason if any(file in reason for file in files) else f"{', '.join(files)}: {reason}"

@@ -180,7 +180,7 @@ def _print(content: dict[str, Any], planned: Planned | None, path: Path) -> None
         table.add_column(heading, justify="right")
     for one in subjects[:_ROWS]:
         if "problem" in one:
-            table.add_row(escape(one["subject"]), one["problem"], style="red")
+            table.add_row(escape(one["subject"]), "will fail", style="red")
             continue
         cells = ["x".join(map(str, one["shape"])), "x".join(f"{mm:.3g}" for mm in one["spacing"]),
                  "x".join(map(str, one["model_shape"])), str(one["patches"]), _size(one["host"])]  # fmt: skip
@@ -189,6 +189,8 @@ def _print(content: dict[str, Any], planned: Planned | None, path: Path) -> None
         table.add_row(escape(one["subject"]), *cells)
     if subjects:
         console.print(table)
+    for one in [one for one in subjects[:_ROWS] if "problem" in one]:
+        console.print(f"[red]{escape(one['subject'])}[/red]: {escape(one['problem'])}")
     if len(subjects) > _ROWS:
         console.print(f"... and {len(subjects) - _ROWS} more, in {escape(str(path))}")
     before = f", {content['done_before']} done before" if content["done_before"] else ""

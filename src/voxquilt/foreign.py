@@ -16,8 +16,8 @@ class _Format(NamedTuple):
 WITHOUT = "without an extension"
 """Of files that are told by what is in them."""
 _DICOM = _Format("DICOM", "dcm2niix -z y -o <folder> <DICOM folder>")
-_ITK = "SimpleITK: SimpleITK.WriteImage(SimpleITK.ReadImage(path), 'name.nii.gz')"
-_NIBABEL = "nibabel: nibabel.Nifti1Image.from_image(nibabel.load(path)).to_filename('name.nii.gz')"
+_ITK = "SimpleITK.WriteImage(SimpleITK.ReadImage(path), 'name.nii.gz')"
+_NIBABEL = "nibabel.Nifti1Image.from_image(nibabel.load(path)).to_filename('name.nii.gz')"
 _FREESURFER = _Format("FreeSurfer", f"mri_convert name.mgz name.nii.gz, or {_NIBABEL}")
 _FORMATS = {
     WITHOUT: _DICOM,
@@ -35,8 +35,8 @@ _FORMATS = {
     ".gipl": _Format("GIPL", _ITK),
     ".tif": _Format("TIFF", _ITK),
     ".tiff": _Format("TIFF", _ITK),
-    ".npy": _Format("NumPy", "nibabel: nibabel.Nifti1Image(array, affine).to_filename('name.nii.gz')"),
-    ".npz": _Format("NumPy", "nibabel: nibabel.Nifti1Image(array, affine).to_filename('name.nii.gz')"),
+    ".npy": _Format("NumPy", "nibabel.Nifti1Image(array, affine).to_filename('name.nii.gz')"),
+    ".npz": _Format("NumPy", "nibabel.Nifti1Image(array, affine).to_filename('name.nii.gz')"),
     ".nii.bz2": _Format("NIfTI packed by bzip2", "bunzip2 name.nii.bz2"),
     ".nii.zst": _Format("NIfTI packed by Zstandard", "unzstd name.nii.zst"),
     ".nii.xz": _Format("NIfTI packed by xz", "unxz name.nii.xz"),

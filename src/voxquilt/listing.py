@@ -42,39 +42,38 @@ class OutputFolder:
 
     def __init__(self, folder: Path | str | None) -> None:
         self.name = folder
-        self._known: dict[str, bool] = {}
-        self._identity = None if folder is None else _identity(os.path.expanduser(folder))
+        self._real = "" if folder is None else os.path.realpath(os.path.expanduser(folder))
+        self._exists = self._real != "" and os.path.isdir(self._real)
+        self._known: dict[str, str] = {}
 
     def is_folder(self, path: Path) -> bool:
         """Whether a path leads to this folder."""
-        return self._identity is not None and _identity(path) == self._identity
+        return self._exists and os.path.realpath(path) == self._real
 
-    def holds(self, path: Path, *, link: bool | None = None) -> bool:
+    def holds(self, path: Path, *, root: Path | None = None, link: bool | None = None) -> bool:
         """Whether a file lies in it, or is a link to one that does.
 
         Args:
             path: The file.
-            link: Whether it is a link, where that is known.
+            root: Where one began to look for it. Folders in the output folder are part of it, unless one looks there.
+            link: Whether the file is a link, where that is known.
         """
-        if self._identity is None:
+        if not self._exists:
             return False
-        return self._lies_in(path) or (
-            (path.is_symlink() if link is None else link) and self._lies_in(Path(os.path.realpath(path)))
-        )
+        deep = root is not None and not self._is_above(os.path.realpath(root))
+        if path.is_symlink() if link is None else link:
+            aim = os.path.realpath(path)
+            return self._lies_in(os.path.dirname(path), deep) or self._lies_in(os.path.dirname(aim), deep)
+        return self._lies_in(os.path.dirname(path), deep)
 
-    def _lies_in(self, path: Path) -> bool:
-        parent = os.path.dirname(path) or "."
-        if parent not in self._known:
-            self._known[parent] = _identity(parent) == self._identity
-        return self._known[parent]
+    def _lies_in(self, folder: str, deep: bool) -> bool:
+        if folder not in self._known:
+            self._known[folder] = os.path.realpath(folder)
+        real = self._known[folder]
+        return real == self._real or (deep and self._is_above(real))
 
-
-def _identity(path: Path | str) -> tuple[int, int] | None:
-    try:
-        found = os.stat(path)
-    except (OSError, ValueError):
-        return None
-    return found.st_dev, found.st_ino
+    def _is_above(self, real: str) -> bool:
+        return real.startswith(self._real.rstrip(os.sep) + os.sep)
 
 
 def is_image(name: str) -> bool:
@@ -137,11 +136,16 @@ def _once(paths: Iterable[Path]) -> Iterator[Path]:
             yield path
 
 
+def root_of(path: Path) -> Path:
+    """The folder from which a pattern looks; a path that is none is its own."""
+    while glob.has_magic(str(path)) and not path.is_dir():
+        path = path.parent
+    return path
+
+
 def instead(path: Path) -> str:
     """What to say of a folder or pattern without NIfTI files: what is there, and what could have been meant."""
-    root = path
-    while glob.has_magic(str(root)) and not root.is_dir():
-        root = root.parent
+    root = root_of(path)
     if not root.is_dir():
         return meant(path)
     here: list[str] = []

@@ -131,6 +131,13 @@ class Planner:
             f"the run does not fit {over} {advice} (run.dry_run=true shows what takes how much. Nothing was started.)"
         )
 
+    @property
+    def smallest(self) -> Outline:
+        """The outline of a subject of a single patch: where not even this fits, it is no subject's fault."""
+        patch, channels = self._settings.patch_size, self._of.channels
+        loaded = 4 * channels * prod(patch)
+        return Outline(patch, patch, (1.0, 1.0, 1.0), channels, 1, prod(patch), loaded, loaded, loaded)
+
     def of_one(self, one: Outline) -> str | None:
         """Why a subject cannot be predicted even by itself, and what would help; None if it can.
 
@@ -146,8 +153,10 @@ class Planner:
         over = alone._over(alone._needs(settings)[2])
         if over is None:
             return None
-        model = "x".join(map(str, one.model))
-        return f"it does not fit {over} {alone._advice(settings)} Model space has {model} voxels."
+        sizes = (" x ".join(f"{n:.5g}" for n in numbers) for numbers in (one.native, one.spacing, one.model))
+        return "it does not fit {} {} The file has {} voxels of {} mm, model space {}.".format(
+            over, alone._advice(settings), *sizes
+        )
 
     def _advice(self, settings: Settings) -> str:
         ways = [said for said, changed, stitch in self._ways(settings) if self._fits(changed, stitch)]

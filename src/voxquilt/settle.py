@@ -1,7 +1,7 @@
 """With which batches does a run go on, and does it go on at all? Agreed by all processes before the first patch."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -86,7 +86,14 @@ def settled(
     if found is not None and isinstance(module, PatchPredictor):
         known = None if found.probe.guessed else found.probe
         images, names = list(data.plan.cases[0].images), writer.stitch.class_names
-        check_fits(module.network, images, of.channels, data.patch_size, names, known)
+        try:
+            check_fits(module.network, images, of.channels, data.patch_size, names, known)
+        except ChannelsError as error:
+            if not _others_can(data):
+                raise
+            takes = {of.channels: error.wanted}
+            _set_apart(data, lambda one: _of_channels(one, takes))
+            return None
     if found is not None and any(task.team for task in data.plan.tasks):
         found.notes.append("each process is counted as if it did the volumes that several share by itself.")
     reasons = list(filter(None, group.gather(found.refusal if found else None)))
@@ -95,50 +102,57 @@ def settled(
     return found
 
 
+def _others_can(data: Any) -> bool:
+    """Whether there are subjects beside those of the plan, so that it may be no fault of the configuration if it has
+    none that can be predicted: some that are done, or of another shard."""
+    return bool(data.plan.done) or data.shard[1] > 1
+
+
 def _set_other_channels_apart(module: LightningModule, data: Any) -> None:
     """Where subjects differ in their number of channels, those fail of which the network takes no patch."""
     counts = sorted(data.plan.extent.of_channels)
     if len(counts) < 2 or not isinstance(module, PatchPredictor):
         return
-    wrong: dict[int, int] = {}
+    takes: dict[int, int] = {}
     for count in counts:
         try:
             check_fits(module.network, [], count, data.patch_size, None)
         except ChannelsError as error:
-            wrong[count] = error.wanted
+            takes[count] = error.wanted
         except ConfigError:  # of the patch size, say, which concerns all subjects
             return
-    if 0 < len(wrong) < len(counts):
-        files = {case.subject: ", ".join(map(str, case.images.values())) for case in data.plan.cases}
-        _set_apart(
-            data,
-            lambda name, one: (
-                f"{files[name]}: there {'is' if one.channels == 1 else 'are'} {one.channels} channel"
-                f"{'s' * (one.channels != 1)}, and the network takes {wrong[one.channels]}."
-                if one.channels in wrong
-                else None
-            ),
-        )
+    if len(takes) < len(counts) or _others_can(data):
+        _set_apart(data, lambda one: _of_channels(one, takes))
+
+
+def _of_channels(one: Outline, takes: Mapping[int, int]) -> str | None:
+    """What is wrong with a subject's channels, if they are not what the network takes."""
+    count, wanted = one.channels, takes.get(one.channels)
+    return None if wanted is None else f"it has {count} channel{'s' * (count != 1)}, and the network takes {wanted}."
 
 
 def _set_misfits_apart(planner: Callable[[], Planner], data: Any) -> None:
-    """Where the run does not fit, those subjects fail that would not fit by themselves, unless all do not."""
+    """Where the run does not fit, but would with small subjects, those fail that would not fit by themselves."""
 
     def look() -> tuple[Planner, bool] | None:
         found = planner()
         return found, found.plan().refusal is not None
 
+    gather = data.plan.group.gather
     looked = _tried(look) if data.plan.extent.of_channels else None
-    if any(data.plan.group.gather(looked is not None and looked[1])):
+    if any(gather(looked is not None and looked[1])):
         alone = planner()
-        _set_apart(data, lambda name, one: alone.of_one(one))
+        if all(gather(alone.of_one(alone.smallest) is None)):
+            _set_apart(data, alone.of_one)
 
 
-def _set_apart(data: Any, problem: Callable[[str, Outline], str | None]) -> None:
+def _set_apart(data: Any, problem: Callable[[Outline], str | None]) -> None:
+    """Have subjects fail that have a problem, unless all have it: then it is one of the run."""
     outlines = data.outlines()
-    found = {name: problem(name, one) for name, one in outlines.items()}
-    problems = {name: reason for name, reason in found.items() if reason is not None}
-    if any(data.plan.group.gather(len(problems) < len(outlines))):
+    files = {case.subject: ", ".join(map(str, case.images.values())) for case in data.plan.cases}
+    found = {name: problem(one) for name, one in outlines.items()}
+    problems = {name: f"{files[name]}: {reason}" for name, reason in found.items() if reason is not None}
+    if any(data.plan.group.gather(len(problems) < len(outlines))) or _others_can(data):
         data.set_apart(problems, [one for name, one in outlines.items() if name not in problems])
 
 
