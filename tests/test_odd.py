@@ -161,6 +161,40 @@ def test_a_dry_run_says_which_files_will_fail(place: Path, forks: Server) -> Non
     assert "it has 3 channels, and the network takes 1" in result.stdout
 
 
+@pytest.mark.parametrize("network", ["Touchy", "Over50"])
+@pytest.mark.parametrize("channels", [2, 30_000])
+def test_a_file_of_other_channels_fails_whatever_the_network_tells(
+    network: str, channels: int, tmp_path: Path, forks: Server
+) -> None:
+    """One that can only be asked with voxels fails for that file alone, with what it says."""
+    volume = noise(SHAPE) % 60
+    save(tmp_path / "in/a.nii.gz", volume)
+    save(tmp_path / "in/b.nii.gz", np.zeros((*SHAPE[:2], 2, channels), np.int16))
+    job = forks.start(*JOB, f"model.net._target_=synthetic.{network}", "data.batch_size=512", cwd=tmp_path)
+    assert job.wait() == [1], job.text
+    found = rows(tmp_path / "outputs/manifest.csv")
+    assert [found[name]["status"] for name in "ab"] == ["done", "failed"]
+    assert re.search(f"it has {channels} channels|expected input|does not fit the host's memory", found["b"]["error"])
+    np.testing.assert_array_equal(read(tmp_path / "outputs/a_labels.nii.gz"), volume > 50)
+
+
+def test_what_is_done_shows_that_the_configuration_is_right(tmp_path: Path, forks: Server) -> None:
+    """The same command again, where only subjects are left that cannot be predicted: their rows, not a refusal."""
+    save(tmp_path / "in/a.nii.gz", noise(SHAPE))
+    assert forks.start(*JOB, cwd=tmp_path).wait() == [0]
+    save(tmp_path / "in/b.nii.gz", np.stack([noise(SHAPE)] * 3, -1))
+    save(tmp_path / "in/c.nii.gz", noise(SHAPE), np.diag([400, 400, 400, 1]))
+    for ranks, removed in ((1, ""), (2, ""), (1, "b"), (1, "c")):
+        if removed:
+            (tmp_path / f"in/{removed}.nii.gz").rename(tmp_path / f"{removed}.nii.gz")
+        job = forks.start(*JOB, cwd=tmp_path, ranks=ranks)
+        assert checked(job.wait()) == (0 if removed == "c" else 1), job.text
+        found = rows(tmp_path / "outputs/manifest.csv")
+        assert found["a"]["status"] == "skipped"
+    assert "it has 3 channels, and the network takes 1" in found["b"]["error"]
+    assert "of 400 x 400 x 400 mm" in found["c"]["error"]
+
+
 def test_a_run_is_refused_where_no_subject_fits_the_network(tmp_path: Path, forks: Server) -> None:
     """Of three channels all: that is the configuration's fault, or all of the data's. Status 2, nothing started."""
     for name in "ab":
@@ -221,6 +255,7 @@ def test_a_name_that_a_stream_cannot_show_is_escaped(log: str, encoding: str, tm
         save(tmp_path / "volume.nii.gz", (noise(SHAPE, n) > 50).astype(np.uint8))
         (tmp_path / "truth").mkdir(exist_ok=True)
         (tmp_path / "volume.nii.gz").rename(tmp_path / f"truth/{name}.nii.gz")
+    (tmp_path / "in/größe.nrrd").touch()  # which is left out, in a line of its own
     words = (*JOB, f"run.log={log}", "data.labels='truth/{subject}.nii.gz'", "callbacks.writer.tensorboard=true",
              'stitch.class_names=[Hintergrund,"größer"]')  # fmt: skip
     result = forks.run(*words, cwd=tmp_path, env={"PYTHONIOENCODING": encoding})

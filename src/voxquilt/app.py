@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from voxquilt.cases import find_cases
@@ -24,6 +24,7 @@ from voxquilt.explain import explain
 from voxquilt.inherit import inherit
 from voxquilt.launch import end_with_parent, is_first
 from voxquilt.overrides import to_overrides
+from voxquilt.progress import only_json
 from voxquilt.resolvers import register_resolvers
 from voxquilt.status import print_status
 from voxquilt.streams import forgive
@@ -149,6 +150,8 @@ def run_predict(cfg: DictConfig) -> int:
         VoxquiltError: the configuration is wrong, and nothing was started.
     """
     end_with_parent()
+    if OmegaConf.select(cfg, "run.log") == "json" and OmegaConf.select(cfg, "run.status") is not True:
+        only_json()  # before anything is logged
     inherited = inherit(cfg, HydraConfig.get().overrides.task if HydraConfig.initialized() else (), conf_dir())
     plain = check_predict(cfg)
     if plain["run"].get("status"):

@@ -192,7 +192,10 @@ def check_output(plain: Mapping[str, Any]) -> None:
     name = plain["output_dir"]
     if not isinstance(name, str) or not name.strip():
         raise ConfigError(f"output_dir must be a folder's name, a number in quotes ('\"12\"'); it is {name!r}.")
-    folder = Path(os.path.expanduser(name)).resolve()
+    try:
+        folder = Path(os.path.expanduser(name)).resolve()
+    except (OSError, RuntimeError) as error:  # a link to itself, by older and newer Pythons
+        raise ConfigError(f"output_dir={name} cannot be written: {error}.") from error
     # Nothing is made yet, since building may still fail.
     existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):

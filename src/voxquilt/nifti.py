@@ -174,6 +174,11 @@ def _check_file(path: Path) -> None:
         raise InputError(f"it is {names.get(stat.S_IFMT(kind), 'a device')}, not a file." if kind else _NO_FILE)
     if not path.stat().st_size:
         raise InputError("the file is empty.")
+    try:
+        with open(path, "rb"):
+            pass
+    except OSError as error:
+        raise InputError(f"it cannot be opened: {error.strerror}.") from error
 
 
 _NO_FILE = "there is no such file."

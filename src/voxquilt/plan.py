@@ -104,7 +104,7 @@ class Planner:
         self._autocast = _autocast(str(trainer.precision))
         self._room = Room(memory_available(), disk_free(folder), trainer.num_devices)
         self._notes: list[str] = []
-        self._passes: dict[tuple[Triple, int], Probe] = {}
+        self._passes: dict[tuple[int, Triple, int], Probe] = {}
 
     def plan(self) -> Planned:
         """What the settings need.
@@ -134,7 +134,7 @@ class Planner:
     @property
     def smallest(self) -> Outline:
         """The outline of a subject of a single patch: where not even this fits, it is no subject's fault."""
-        patch, channels = self._settings.patch_size, self._of.channels
+        patch, channels = self._settings.patch_size, min(self._of.of_channels, default=self._of.channels)
         loaded = 4 * channels * prod(patch)
         return Outline(patch, patch, (1.0, 1.0, 1.0), channels, 1, prod(patch), loaded, loaded, loaded)
 
@@ -142,13 +142,13 @@ class Planner:
         """Why a subject cannot be predicted even by itself, and what would help; None if it can.
 
         Args:
-            one: The subject, whose channels the network takes.
+            one: The subject.
 
         Raises:
             OutputError: a product that the network's output does not have.
         """
         alone = copy(self)
-        alone._of = replace(extent([one]), channels=self._of.channels)
+        alone._of = extent([one])
         settings = self._settings
         over = alone._over(alone._needs(settings)[2])
         if over is None:
@@ -215,13 +215,13 @@ class Planner:
         return passed, become, needs(replace(self._of, ring=ring), passed, become, settings)
 
     def _probe(self, patch_size: Triple, batch_size: int) -> Probe:
-        key = patch_size, batch_size
+        key = self._of.channels, patch_size, batch_size
         if key not in self._passes:
             self._passes[key] = self._probed(*key)
         return self._passes[key]
 
-    def _probed(self, patch_size: Triple, batch_size: int) -> Probe:
-        channels, problem = self._of.channels, "it is not voxquilt's PatchPredictor"
+    def _probed(self, channels: int, patch_size: Triple, batch_size: int) -> Probe:
+        problem = "it is not voxquilt's PatchPredictor"
         if isinstance(self._module, PatchPredictor):
             try:
                 network: nn.Module = self._module.network
