@@ -74,7 +74,8 @@ class Server:
     """The process that forks."""
 
     def __init__(self) -> None:
-        environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+        path = os.pathsep.join(filter(None, [str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
+        environment = os.environ | {"PYTHONPATH": path, "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -174,6 +175,9 @@ def _forked(request: Mapping[str, Any], main: Any) -> int:
         apart = request["errors"] != request["log"]
         os.dup2(os.open(request["errors"], os.O_CREAT | os.O_WRONLY | os.O_TRUNC) if apart else 1, 2)
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # as on a terminal, beside stderr
+        if encoding := request["env"].get("PYTHONIOENCODING"):  # which is read when an interpreter starts
+            for stream in (sys.stdout, sys.stderr):
+                stream.reconfigure(encoding=encoding, errors="strict")  # type: ignore[union-attr]
         sys.argv = [str(ROOT / f"{request['script']}.py"), *request["arguments"]]
         status = _status(main)
     except BaseException:

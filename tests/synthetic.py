@@ -88,7 +88,8 @@ def run(
     script: str, *arguments: str, cwd: Path, env: Mapping[str, str] | None = None
 ) -> "subprocess.CompletedProcess[str]":
     """Run predict.py or train.py of the checkout in a folder, with this module importable."""
-    path = os.pathsep.join(filter(None, [(env or {}).get("PYTHONPATH"), str(ROOT / "tests")]))
+    given = (env or os.environ).get("PYTHONPATH") or os.environ.get("PYTHONPATH")
+    path = os.pathsep.join(filter(None, [given, str(ROOT / "tests")]))
     return subprocess.run(
         [sys.executable, str(ROOT / script), *arguments],
         cwd=cwd, env=os.environ | {"COLUMNS": "200"} | dict(env or {}) | {"PYTHONPATH": path},

@@ -12,12 +12,13 @@ import voxquilt
 SOURCE = Path(voxquilt.__file__).parent
 # The one-way flow: a module imports only modules before it. A new module takes its place here.
 ORDER = [
-    *("errors", "atomic", "names", "geometry", "grid", "blend", "parts", "ledger", "buffers", "sums", "blended"),
-    *("stream", "aggregator", "space", "output_layout"),
-    *("nifti", "image", "subject", "conversion", "sampler", "skip", "inference", "preprocess", "products", "recipes"),
-    *("volumes", "finish", "stitch", "label_volumes", "quilt", "predict", "outline"),
+    *("errors", "atomic", "names", "streams", "foreign", "geometry", "grid", "blend", "parts", "ledger", "buffers"),
+    *("sums", "blended", "stream", "aggregator", "space", "output_layout"),
+    *("packed", "nifti", "image", "subject", "conversion", "sampler", "skip", "inference", "preprocess", "products"),
+    *("recipes", "volumes", "finish", "stitch", "label_volumes", "quilt", "predict", "outline"),
     *(
         "launch",
+        "listing",
         "cases",
         "manifest",
         "fingerprint",
@@ -30,7 +31,7 @@ ORDER = [
         "group",
         "line",
     ),
-    *("signals", "meter", "batch", "loader", "chunks", "members", "network", "probe"),
+    *("signals", "meter", "batch", "loader", "assignment", "chunks", "members", "network", "probe"),
     *("fits", "filetype", "carried", "archive", "exported", "states", "weights", "module", "datamodule"),
     *("room", "needs", "plan", "settle"),
     *("overlay", "metrics", "validation", "splits", "patches", "traindata", "training", "board"),

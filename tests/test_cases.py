@@ -1,5 +1,7 @@
 """Laws of discovery: what a path, a pattern or a table names is found whole, in order, and under one id each."""
 
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -291,3 +293,164 @@ def test_a_path_that_is_nearly_there_is_asked_for(tmp_path: Path, typed: str, wa
     with pytest.raises(ConfigError) as error:
         find_cases(str(tmp_path / typed))
     assert str(error.value).endswith(f"Did you mean {tmp_path / wanted}?" if wanted else ").")
+
+
+# What lies in the output folder
+
+
+def ids(inputs: object, output_dir: str, images: dict[str, str] | None = None) -> list[str]:
+    return [case.subject for case in find_cases(inputs, images, output_dir=output_dir)]
+
+
+@pytest.mark.parametrize("output", ["in/out", "in/../in/./out/", "linked", "absolute", "~/in/out"])
+def test_what_lies_in_the_output_folder_is_never_found(
+    output: str, here: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By folder, pattern and {subject}, whatever the way to it, links too; what is left out is said."""
+    touch("in/a.nii.gz", "in/b/t1.nii.gz", "in/out/a_labels.nii.gz", "in/out/t1.nii.gz", "in/out/deeper/c.nii.gz")
+    Path("in/link.nii.gz").symlink_to("out/a_labels.nii.gz")
+    Path("linked").symlink_to("in/out")
+    Path("in/by").symlink_to("out")
+    monkeypatch.setenv("HOME", str(here))
+    output = str(here / "in/out") if output == "absolute" else output
+    assert ids("in", output) == ids("in/*.nii.gz", output) == ids(["in"], output) == ["a"]
+    assert ids("in/**/*.nii.gz", output) == ids("./in/../in/**/*", output) == ["a", "t1"]
+    assert ids("in", output, {"t1": "{subject}/t1.nii.gz"}) == ["b"]
+    assert ids("in", "in/other") == ["a", "link"]
+    assert any("left out, which are no inputs: a_labels.nii.gz" in record.getMessage() for record in caplog.records)
+
+
+def test_an_output_folder_may_hold_the_folder_of_the_inputs() -> None:
+    """What lies in that one is not written by a run; what lies beside it may be."""
+    touch("work/in/a.nii.gz", "work/in/b/c.nii.gz", "work/a_labels.nii.gz")
+    assert ids("work/in", "work") == ["a"]
+    assert ids("work/in/**/*.nii.gz", "work") == ["a", "c"]
+    assert ids("work/in/a.nii.gz", "work") == ["a"]
+    assert ids("work/in", "work", {"t1": "{subject}/c.nii.gz"}) == ["b"]
+    assert ids("work/in", ".") == ["a"]
+
+
+def test_a_file_of_the_output_folder_that_is_named_is_refused() -> None:
+    """It is not left out in silence: by path, by list, in a table, by pattern, or by the folder itself."""
+    touch("in/a.nii.gz", "out/a_labels.nii.gz")
+    Path("in/link.nii.gz").symlink_to("../out/a_labels.nii.gz")
+    Path("t.csv").write_text("subject,t1,prior\na,in/a.nii.gz,out/a_labels.nii.gz\n")
+    for inputs in ("out/a_labels.nii.gz", ["in/a.nii.gz", "in/../out/a_labels.nii.gz"], "t.csv", "in/link.nii.gz"):
+        with pytest.raises(ConfigError, match=r"\.nii\.gz lies in output_dir=out, where nothing is an input"):
+            find_cases(inputs, output_dir="out")
+        assert find_cases(inputs, output_dir="other")
+    for inputs in ("out", "out/*.nii.gz", ["in", "out/**/*"]):
+        with pytest.raises(ConfigError, match=r"output_dir=out is the folder of data\.inputs"):
+            find_cases(inputs, output_dir="out")
+    with pytest.raises(ConfigError, match=r"data\.images\.t1=out/\{subject\}\.nii\.gz names files in output_dir=out"):
+        find_cases(None, {"t1": "out/{subject}.nii.gz"}, output_dir="out")
+    with pytest.raises(ConfigError, match=r"data\.images\.prior=out/.* names files in output_dir=out"):
+        find_cases(None, {"t1": "in/{subject}.nii.gz", "prior": "out/{subject}_labels.nii.gz"}, output_dir="out")
+
+
+def test_two_stars_do_not_go_into_folders_that_runs_have_written_to() -> None:
+    """Another run's outputs below the inputs; who names its folder means them."""
+    touch("in/a.nii.gz", "in/run1/a_labels.nii.gz", "in/run1/manifest.csv", "in/run1/run.json")
+    touch("in/shards/a_image.nii.gz", "in/shards/manifest_0_of_2.csv", "in/shards/run_0_of_2.json")
+    touch("in/derived/b_labels.nii.gz")
+    assert ids("in/**/*.nii.gz", "in/run2") == ["a", "b_labels"]
+    assert ids("in/run1", "in/run2") == ids("in/run1/*.nii.gz", "in/run2") == ["a_labels"]
+
+
+def test_a_link_to_a_folder_above_gives_no_file_twice() -> None:
+    """`**` follows it; the same file by many paths is one subject."""
+    touch("in/a.nii.gz", "in/s/b.nii.gz")
+    Path("in/s/up").symlink_to("..")
+    assert ids("in/**/*.nii.gz", "out") == ["a", "b"]
+
+
+# Files that are odd
+
+
+def test_a_link_that_leads_nowhere_is_a_subject() -> None:
+    """It fails by itself when it is read; so does a pipe. Neither is left out in silence, however it is found."""
+    touch("s/a.nii.gz")
+    Path("s/dangling.nii.gz").symlink_to("annex/key")
+    Path("s/loop.nii.gz").symlink_to("loop.nii.gz")
+    os.mkfifo("s/pipe.nii.gz")
+    Path("s/folder.nii.gz").mkdir()
+    everything = ["a", "dangling", "loop", "pipe"]
+    assert list(found("s")) == list(found("s/*")) == list(found("s/**/*.nii.gz")) == everything
+    assert list(found(None, {"t1": "s/{subject}.nii.gz"})) == ["a", "dangling", "folder", "loop", "pipe"]
+    for name in ("dangling", "loop", "pipe"):
+        assert list(found(f"s/{name}.nii.gz")) == [name]
+
+
+def test_a_name_that_is_not_utf_8_is_kept() -> None:
+    """The bytes that the operating system has."""
+    Path("s").mkdir()
+    with open(b"s/latin\xfc.nii.gz", "wb"):
+        pass
+    assert [os.fsencode(case.subject) for case in find_cases("s")] == [b"latin\xfc"]
+
+
+# Folders without NIfTI
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["1.dcm", "2.DCM", "3.dcm"], "in has 3 .dcm (DICOM: dcm2niix"),
+        (["a.nrrd", "b.txt"], "in has 1 .nrrd (NRRD: SimpleITK.WriteImage("),
+        (["a.mha", "b.mhd", "c.mha"], "in has 2 .mha (MetaImage: SimpleITK.WriteImage("),
+        (["brain.mgz"], "in has 1 .mgz (FreeSurfer: mri_convert "),
+        (["a.nii.bz2"], "in has 1 .nii.bz2 (NIfTI packed by bzip2: bunzip2 name.nii.bz2)"),
+        (["x/1.dcm", "x/2.dcm"], "Folders in it have 2 .dcm (DICOM: dcm2niix"),
+        (["x/a.nii.gz", "y/b.nii.gz"], "Folders in it have: data.inputs='in/**/*.nii.gz'."),
+        (["x/deeper/a.nii"], "Folders in it have: data.inputs='in/**/*.nii'."),
+        (["a/t1.nii.gz", "b/t1.nii.gz"], "have: data.inputs=in data.images='{image: \"{subject}/t1.nii.gz\"}'."),
+        (["x/notes.txt"], None),
+        ([], None),
+    ],
+)
+def test_a_folder_without_nifti_says_what_it_has(names: list[str], said: str | None) -> None:
+    """How many files of which kind and how to convert them, or how to name what is deeper; never what was typed."""
+    touch("in/.keep", "inn/a.nii.gz", *[f"in/{name}" for name in names])
+    with pytest.raises(ConfigError, match="the folder in has no NIfTI file") as error:
+        find_cases("in")
+    assert "Did you mean" not in str(error.value)
+    assert said in str(error.value) if said else str(error.value).endswith(").")
+    if said and "data.inputs=" in said:  # it works as it is said
+        typed = re.search(r"data\.inputs='?([^' ]+)'?(?: data\.images='(.*)')?\.", str(error.value))
+        assert typed is not None
+        images = {"image": "{subject}/t1.nii.gz"} if typed[2] else None
+        assert len(find_cases(typed[1], images)) == len(names)
+
+
+def test_dicom_without_an_extension_is_told_by_what_is_in_it() -> None:
+    """As scanners write it."""
+    for n in range(3):
+        touch(f"in/IM{n}")
+        Path(f"in/IM{n}").write_bytes(bytes(128) + b"DICM" + bytes(20))
+    touch("in/README")
+    with pytest.raises(ConfigError, match=r"in has 3 without an extension \(DICOM: dcm2niix"):
+        find_cases("in")
+
+
+@pytest.mark.parametrize("pattern", ["in/*.nii", "in/*.nii.gz", "in/**/*.nii", "in/x*"])
+def test_a_pattern_without_nifti_says_what_is_there(pattern: str) -> None:
+    """What its folder has, which the pattern does not match."""
+    touch("in/1.dcm", "in/2.dcm")
+    with pytest.raises(ConfigError, match=r"no NIfTI file matches in.* in has 2 \.dcm \(DICOM: dcm2niix"):
+        find_cases(pattern)
+    for path in Path("in").iterdir():
+        path.unlink()
+    touch("in/sub/a.NII.GZ")
+    if "gz" not in pattern:
+        with pytest.raises(ConfigError, match=r"no NIfTI file matches .* There is in/sub/a\.NII\.GZ, for example"):
+            find_cases(pattern)
+
+
+def test_what_a_mixed_folder_leaves_out_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    """One line, though inputs are looked for several times; other files than images are no news."""
+    touch("mixed/a.nii.gz", "mixed/a.json", "mixed/a.bval", "mixed/b.nrrd", "mixed/c.nrrd", "mixed/d.dcm")
+    for _ in range(3):
+        assert list(found("mixed")) == ["a"]
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("data.inputs=mixed: files that are not NIfTI are left out: 2 .nrrd (NRRD: ")
+    assert ", 1 .dcm (DICOM: " in line

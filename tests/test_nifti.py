@@ -1,5 +1,6 @@
 """Laws of files: NIfTI is read as it is meant, outputs overlay their input exactly, and writing is all or nothing."""
 
+import contextlib
 import errno
 import gzip
 import json
@@ -12,7 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from isal import igzip
@@ -162,13 +163,160 @@ def test_what_is_read_can_be_changed_without_changing_the_file(tmp_path: Path) -
     assert path.read_bytes() == content
 
 
-def test_reading_a_header_reads_no_voxels(tmp_path: Path) -> None:
-    """It works where the voxels are not there; reading them then names the file."""
-    path = save_raw(tmp_path / "a.nii", full_range((3, 4, 5), "i2"))
-    with open(path, "r+b") as file:
-        file.truncate(352)
-    assert read_header(path).shape == (1, 3, 4, 5)
-    with pytest.raises(InputError, match=r"a\.nii: reading its voxels failed; the file may be truncated or damaged"):
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_reading_a_header_reads_no_voxels(tmp_path: Path, name: str) -> None:
+    """It works where the voxels are damaged; reading them then names the file."""
+    path = save_raw(tmp_path / name, np.random.default_rng(0).integers(0, 99, (30, 40, 50)).astype("i2"))
+    content = bytearray(path.read_bytes())
+    content[30000:] = bytes(len(content) - 30000)
+    path.write_bytes(content)
+    assert read_header(path).shape == (1, 30, 40, 50)
+    if name.endswith(".gz"):
+        with pytest.raises(InputError, match=r"a\.nii\.gz: reading its voxels failed; the file may be truncated or"):
+            read_header(path).read()
+
+
+UNITS = {"unknown": 1.0, "meter": 1000.0, "mm": 1.0, "micron": 0.001}
+
+
+@given(
+    st.sampled_from(sorted(UNITS)),
+    st.sampled_from([0, 8, 16, 24, 32, 40, 48, 64]),
+    st.sampled_from([(0, 0), (1, 0), (0, 2), (1, 1)]),
+    st.sampled_from([1, 2]),
+    st.sampled_from(["in.nii", "in.nii.gz", "in.img"]),
+    st.lists(st.floats(0.25, 8), min_size=3, max_size=3),
+)
+@settings(deadline=None, max_examples=60)
+def test_an_affine_is_in_mm_whatever_unit_its_file_has(
+    tmp_path_factory: pytest.TempPathFactory, unit: str, time: int, codes: tuple[int, int], kind: int, name: str,
+    sizes: list[float],
+) -> None:  # fmt: skip
+    """Microns and meters of the sform, the qform and of voxel sizes alone become mm, as in ITK; no unit is mm.
+
+    The unit of time in the same byte does not matter. Outputs have the input's unit, and so its place in the world.
+    """
+    folder = tmp_path_factory.mktemp("units")
+    mm = np.array(sizes, dtype=np.float32)
+    stored = (mm / UNITS[unit]).astype(np.float32)
+    fields = {
+        "pixdim": [1, *stored, 1, 0, 0, 0], "xyzt_units": unit_codes[unit] + time, "qform_code": codes[0],
+        "sform_code": codes[1], "srow_x": [stored[0], 0, 0, 0], "srow_y": [0, stored[1], 0, 0],
+        "srow_z": [0, 0, stored[2], 0],
+    }  # fmt: skip
+    file = read_header(save_raw(folder / name, full_range((3, 4, 5), "i2"), kind=kind, **fields))
+    np.testing.assert_allclose(file.frame.spacing, mm, rtol=1e-6)
+    np.testing.assert_allclose(np.abs(np.diag(file.frame.affine)[:3]), mm, rtol=1e-6)
+    assert int(file.header["xyzt_units"]) == unit_codes[unit] + time
+    write(folder / "out.nii", np.zeros((1, 3, 4, 5), np.uint8), file.frame, header=file.header)
+    np.testing.assert_array_equal(read_header(folder / "out.nii").frame.affine, file.frame.affine)
+    assert raw_header(folder / "out.nii")["xyzt_units"] == unit_codes[unit] + time
+
+
+@given(st.lists(st.floats(-1, 1), min_size=3, max_size=3), st.floats(1 - 1e-3, 1 + 1e-3), st.sampled_from([1, 2]))
+@settings(deadline=None, max_examples=60)
+def test_a_quaternion_that_is_too_long_by_rounding_is_that_rotation(
+    tmp_path_factory: pytest.TempPathFactory, axis: list[float], length: float, kind: int
+) -> None:
+    """Without an sform, as ITK reads it; nibabel, which refuses such an input, opens the output."""
+    folder = tmp_path_factory.mktemp("quaternion")
+    if np.linalg.norm(axis) < 0.1:
+        axis = [1.0, 0.0, 0.0]
+    b, c, d = np.array(axis) / np.linalg.norm(axis) * length
+    fields = {"sform_code": 0, "qform_code": 1, "quatern_b": b, "quatern_c": c, "quatern_d": d}
+    fields["pixdim"] = [1, 2, 2, 2, 1, 0, 0, 0]
+    file = read_header(save_raw(folder / "in.nii", full_range((3, 4, 5), "u1"), kind=kind, **fields))
+    a = np.sqrt(max(0, 1 - b * b - c * c - d * d))
+    a, b, c, d = np.array([a, b, c, d]) / np.linalg.norm([a, b, c, d])
+    rotation = [  # nifti1.h, method 2
+        [a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c)],
+        [2 * (b * c + a * d), a * a + c * c - b * b - d * d, 2 * (c * d - a * b)],
+        [2 * (b * d - a * c), 2 * (c * d + a * b), a * a + d * d - c * c - b * b],
+    ]
+    np.testing.assert_allclose(file.frame.affine[:3, :3], 2 * np.array(rotation), atol=4e-3)
+    write(folder / "out.nii", np.zeros((1, 3, 4, 5), np.uint8), file.frame, header=file.header)
+    np.testing.assert_allclose(nib.load(folder / "out.nii").affine, file.frame.affine, atol=1e-5)
+    np.testing.assert_array_equal(read_header(folder / "out.nii").frame.affine, file.frame.affine)
+
+
+@given(
+    st.lists(st.integers(1, 4), min_size=3, max_size=3), st.integers(1, 5), st.integers(0, 3), st.integers(0, 3),
+    st.sampled_from(["a.nii", "a.nii.gz", "a.img"]),
+)  # fmt: skip
+@settings(deadline=None, max_examples=60)
+def test_axes_of_one_voxel_behind_the_third_do_not_count(
+    tmp_path_factory: pytest.TempPathFactory, shape: list[int], channels: int, before: int, behind: int, name: str
+) -> None:
+    """A NIfTI vector (I, J, K, 1, C) is C channels, as is (I, J, K, C, 1, 1); (I, J, K, 1, 1) is a volume."""
+    stored = (*shape, *[1] * before, channels, *[1] * (min(behind, 3 - before)))
+    array = full_range(stored, "i2")
+    file = read_header(save_raw(tmp_path_factory.mktemp("axes") / name, array))
+    assert file.shape == (channels, *shape)
+    expected = np.moveaxis(array.reshape((*shape, channels)), 3, 0)
+    np.testing.assert_array_equal(file.read().numpy(), expected)
+
+
+@pytest.mark.parametrize("dtype", ["u8", "i8"])
+@pytest.mark.parametrize("largest", [2**53, 2**53 - 1, 2**24 + 1])
+def test_64_bits_are_read_exactly(tmp_path: Path, dtype: str, largest: int) -> None:
+    """Every whole number of a float64, and beyond, up to int64's end."""
+    array = np.array([[[0, 1, largest]]], dtype=dtype)
+    for name in ("a.nii", "a.nii.gz"):
+        data = read_header(save_raw(tmp_path / name, array)).read()
+        assert data.dtype == torch.int64
+        assert data.flatten().tolist() == [0, 1, largest]
+
+
+@pytest.mark.parametrize("kind", [1, 2])
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_an_offset_of_zero_means_right_behind_the_header(tmp_path: Path, name: str, kind: int) -> None:
+    """A single file without vox_offset: the header is not read as voxels."""
+    array = full_range((3, 4, 5), "i2")
+    path = save_raw(tmp_path / name, array, kind=kind)
+    content = bytearray(gzip.decompress(path.read_bytes()) if name.endswith(".gz") else path.read_bytes())
+    content[108:112] = bytes(4) if kind == 1 else content[108:112]
+    content[168:176] = bytes(8) if kind == 2 else content[168:176]
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert raw_header(path)["vox_offset"] == 0
+    np.testing.assert_array_equal(read_header(path).read()[0].numpy(), array)
+    short = tmp_path / f"short_{name}"
+    short.write_bytes(gzip.compress(content[:-1]) if name.endswith(".gz") else content[:-1])
+    with pytest.raises(InputError, match="short_"):
+        read_header(short).read()
+
+
+@given(st.binary(min_size=1, max_size=40), st.booleans())
+@settings(deadline=None, max_examples=60)
+def test_what_follows_a_good_gzip_is_not_looked_at(
+    tmp_path_factory: pytest.TempPathFactory, tail: bytes, zeros: bool
+) -> None:
+    """As gunzip and nibabel have it; but what begins as another part of the gzip has to be whole."""
+    path = save_raw(tmp_path_factory.mktemp("tail") / "a.nii.gz", VOLUME)
+    content = path.read_bytes()
+    tail = bytes(8) + tail if zeros else tail
+    path.write_bytes(content + tail)
+    assume(not tail.lstrip(b"\0").startswith(b"\x1f\x8b"))
+    np.testing.assert_array_equal(read_header(path).read()[0].numpy(), VOLUME)
+    path.write_bytes(content[:-8] + bytes(8) + tail)  # another checksum
+    with pytest.raises(InputError, match="reading its voxels failed"):
+        read_header(path).read()
+    path.write_bytes(content + content[:-9])  # a second part that is cut off
+    with pytest.raises(InputError, match="reading its voxels failed"):
+        read_header(path).read()
+
+
+@given(
+    st.integers(0, 7), st.lists(st.integers(-(2**15), 2**15 - 1), min_size=7, max_size=7),
+    st.sampled_from(["a.nii", "a.nii.gz", "a.img"]), st.floats(width=32), st.floats(width=32),
+)  # fmt: skip
+@settings(deadline=None, max_examples=200)
+def test_no_header_makes_more_than_an_input_error(
+    tmp_path_factory: pytest.TempPathFactory, axes: int, sizes: list[int], name: str, number: float, offset: float
+) -> None:
+    """Whatever it says: what a file holds cannot end a run. Nothing as large as it claims is made."""
+    path = save_raw(tmp_path_factory.mktemp("odd") / name, VOLUME, dim=[axes, *sizes], vox_offset=offset,
+                    pixdim=[1, number, number, 1, 1, 1, 1, 1], sform_code=0)  # fmt: skip
+    with contextlib.suppress(InputError):
         read_header(path).read()
 
 
@@ -387,6 +535,21 @@ def of_dtype(path: Path, dtype: Any) -> Path:
     return path
 
 
+def made(make: Any, path: Path) -> Path:
+    make(path)
+    return path
+
+
+def linked(path: Path, aim: str) -> Path:
+    path.symlink_to(aim)
+    return path
+
+
+def mgh(path: Path) -> Path:
+    nib.save(nib.MGHImage(np.zeros((2, 3, 4), np.int16), np.eye(4)), path)
+    return path
+
+
 def analyze_pair(folder: Path) -> Path:
     nib.AnalyzeImage(np.zeros((2, 3, 4), np.int16), np.eye(4)).to_filename(folder / "old.img")
     return folder / "old.hdr"
@@ -394,10 +557,19 @@ def analyze_pair(folder: Path) -> Path:
 
 RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
 VOLUME = full_range((8, 9, 10), "i2")
+SMALLER = "the file is smaller than its header says"
 NOT_NIFTI = "it is not a NIfTI file that can be read"
 BAD_HEADERS = {
     "missing": (lambda d: d / "a.nii.gz", "there is no such file"),
-    "folder": (lambda d: d, "there is no such file"),
+    "folder": (lambda d: d, "it is a folder, not a file"),
+    "pipe": (lambda d: made(os.mkfifo, d / "a.nii.gz"), "it is a pipe, not a file"),
+    "dangling link": (
+        lambda d: linked(d / "a.nii.gz", "gone.nii.gz"),
+        r"the link points to /.*/gone\.nii\.gz, which is not",
+    ),
+    "link to itself": (lambda d: linked(d / "a.nii.gz", "a.nii.gz"), "the link points to itself, by way of a.nii.gz"),
+    "NRRD": (lambda d: text_file(d / "a.nrrd"), r"it is NRRD, not NIfTI; convert it with SimpleITK"),
+    "MGZ": (lambda d: mgh(d / "a.mgz"), r"it is FreeSurfer, not NIfTI; convert it with mri_convert"),
     "empty": (lambda d: spoil(save_raw(d / "a.nii", VOLUME), 0), "the file is empty"),
     "empty gz": (lambda d: spoil(save_raw(d / "a.nii.gz", VOLUME), 0), "the file is empty"),
     "header cut": (lambda d: spoil(save_raw(d / "a.nii", VOLUME), 200), NOT_NIFTI),
@@ -405,7 +577,10 @@ BAD_HEADERS = {
     "text": (lambda d: text_file(d / "a.nii"), NOT_NIFTI),
     "text named gz": (lambda d: text_file(d / "a.nii.gz"), NOT_NIFTI),
     "2-D": (lambda d: save_raw(d / "a.nii", VOLUME[0]), r"the data is 2-D, \(9, 10\); voxquilt takes 3-D, or 4-D"),
-    "5-D": (lambda d: save_raw(d / "a.nii", VOLUME[..., None, None]), r"the data is 5-D, \(8, 9, 10, 1, 1\)"),
+    "5-D": (
+        lambda d: save_raw(d / "a.nii", VOLUME.reshape(8, 9, 5, 2, 1)[..., [0, 0]]),
+        r"the data is 5-D, \(8, 9, 5, 2, 2\)",
+    ),
     "zero-size axis": (
         lambda d: save_raw(d / "a.nii", VOLUME, dim=[3, 8, 0, 10, 1, 1, 1, 1]),
         r"the data has an axis without voxels: \(8, 0, 10\)",
@@ -432,10 +607,28 @@ BAD_HEADERS = {
     ),
     "no quaternion": (
         lambda d: save_raw(d / "a.nii", VOLUME, sform_code=0, qform_code=1, quatern_b=1, quatern_c=1, quatern_d=1),
-        NOT_NIFTI,
+        "its quaternion has length 1.732, and no rotation has more than 1",
     ),
     "slope without intercept": (lambda d: save_raw(d / "a.nii", VOLUME, scaling=(2, np.nan)), NOT_NIFTI),
     "Analyze": (analyze_pair, "convert it, since its orientation is not certain"),
+    "cut": (
+        lambda d: spoil(save_raw(d / "a.nii", VOLUME), 1000),
+        "needs? .*1792 bytes with the header, and it has 1000",
+    ),
+    "one byte short": (lambda d: spoil(save_raw(d / "a.nii", VOLUME), 352 + VOLUME.nbytes - 1), SMALLER),
+    "img missing": (
+        lambda d: (save_raw(d / "a.img", VOLUME).unlink(), d / "a.hdr")[1],
+        r"its voxels are not there: .*\.img",
+    ),
+    "img cut": (lambda d: spoil(save_raw(d / "a.img", VOLUME), 10), SMALLER),
+    "gz cannot hold it": (
+        lambda d: save_raw(d / "a.nii.gz", VOLUME, dim=[3, 30000, 30000, 30000, 1, 1, 1, 1]),
+        f"{SMALLER}: 30000x30000x30000 int16 voxels need 54000000000352 bytes .* at most unpacked",
+    ),
+    "2^32 voxels an axis": (
+        lambda d: save_raw(d / "a.nii", VOLUME, kind=2, dim=[3, 2**32, 2**32, 2**32, 1, 1, 1, 1]),
+        SMALLER,
+    ),
 }
 
 
@@ -451,13 +644,9 @@ def test_a_file_that_cannot_be_used_is_named_with_the_reason(tmp_path: Path, cas
 
 
 BAD_VOXELS = {
-    "cut": lambda d: spoil(save_raw(d / "a.nii", VOLUME), 1000),
-    "one byte short": lambda d: spoil(save_raw(d / "a.nii", VOLUME), 352 + VOLUME.nbytes - 1),
     "cut gz": lambda d: spoil(save_raw(d / "a.nii.gz", VOLUME), 900),
     "gz without its end": lambda d: spoil(path := save_raw(d / "a.nii.gz", VOLUME), path.stat().st_size - 3),
-    "img missing": lambda d: (save_raw(d / "a.img", VOLUME).unlink(), d / "a.hdr")[1],
-    "img cut": lambda d: spoil(save_raw(d / "a.img", VOLUME), 10),
-    "more voxels than the file": lambda d: save_raw(d / "a.nii.gz", VOLUME, dim=[3, 800, 900, 10, 1, 1, 1, 1]),
+    "more voxels than the file": lambda d: save_raw(d / "a.nii.gz", VOLUME, dim=[3, 80, 90, 10, 1, 1, 1, 1]),
 }
 
 

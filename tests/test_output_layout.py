@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool3d, conv3d, pad
 
 from voxquilt import predict_volume
+from voxquilt.cases import Case
 from voxquilt.errors import ConfigError, GridError, PatchShapeError
 from voxquilt.fits import check_fits, find_halo
 from voxquilt.network import PatchNetwork
@@ -54,6 +55,13 @@ class Pooling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.interpolate(avg_pool3d(x, 4), scale_factor=4.0)
+
+
+@pytest.fixture
+def one(tmp_path: Path) -> list[Case]:
+    """A subject of one channel, behind one that cannot be read."""
+    save(tmp_path / "b.nii", noise((4, 4, 4)))
+    return [Case(name, {"image": tmp_path / f"{name}.nii"}) for name in "ab"]
 
 
 @settings(deadline=None, max_examples=60)
@@ -169,24 +177,24 @@ def test_valid_convolutions_are_not_taken_for_a_lower_resolution(patch: int) -> 
     assert check_fits(half, ["t1"], 1, (8, 8, 8), None) is not None
 
 
-def test_voxels_lost_at_the_end_of_a_patch_are_no_halo() -> None:
+def test_voxels_lost_at_the_end_of_a_patch_are_no_halo(one: list[Case]) -> None:
     """A network that drops what its pooling does not divide: another patch size loses nothing."""
     network = PatchNetwork([Pooling()], output="cropped")
     with pytest.raises(ConfigError, match=r"Set data.patch_size=\[16, 16, 16\]"):
-        find_halo(network, lambda: 1, (14, 14, 14))
-    assert find_halo(network, lambda: 1, (16, 16, 16)) == ((0, 0),) * 3
+        find_halo(network, one, (14, 14, 14))
+    assert find_halo(network, one, (16, 16, 16)) == ((0, 0),) * 3
     with pytest.raises(ConfigError, match=r"multiple of 4 .*\n?.*data.patch_size=\[16, 16, 16\] would do"):
         check_fits(PatchNetwork([Pooling()]), ["t1"], 1, (14, 14, 14), None)
 
 
-def test_a_network_that_looks_at_voxels_is_shown_some() -> None:
+def test_a_network_that_looks_at_voxels_is_shown_some(one: list[Case]) -> None:
     """Where shapes alone do not tell, one forward pass does."""
 
     class Looks(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x[..., 1:-1] if float(x.sum()) == 0 else x[..., 1:-1] + 0
 
-    assert find_halo(PatchNetwork([Looks()]), lambda: 1, (4, 4, 4)) == ((0, 0), (0, 0), (1, 1))
+    assert find_halo(PatchNetwork([Looks()]), one, (4, 4, 4)) == ((0, 0), (0, 0), (1, 1))
 
 
 JOB = ("data.inputs=in", "model=state_dict", "ckpt_path=null", "trainer=cpu", "model.net._target_=test_output_layout.")

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from voxquilt.cases import find_cases
@@ -24,8 +24,10 @@ from voxquilt.explain import check_script, check_typed, explain
 from voxquilt.inherit import inherit
 from voxquilt.launch import end_with_parent, is_first
 from voxquilt.overrides import to_overrides
+from voxquilt.progress import only_json
 from voxquilt.resolvers import register_resolvers
 from voxquilt.status import print_status
+from voxquilt.streams import forgive
 from voxquilt.sweeps import give_folder, with_names
 from voxquilt.trainconfig import check_train
 
@@ -70,6 +72,7 @@ def _main(name: str, task: Callable[[DictConfig], int]) -> None:
         _release()
         return _guarded(task, cfg)
 
+    forgive()
     _statuses.clear()
     try:
         # Hydra wants --multirun and the like before or behind all overrides, not between them.
@@ -139,6 +142,7 @@ def _release() -> None:
 
 def _guarded(task: Callable[[DictConfig], int], cfg: DictConfig) -> _Status:
     register_resolvers()  # a launcher's process has not come through _main
+    forgive()
     # Read by torch when it first allocates: a network's outputs are large and new for every batch, and with huge pages
     # the operating system hands them out in a third less time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -171,11 +175,13 @@ def run_predict(cfg: DictConfig) -> int:
     """
     end_with_parent()
     _checked_script(cfg, "predict")
+    if OmegaConf.select(cfg, "run.log") == "json" and OmegaConf.select(cfg, "run.status") is not True:
+        only_json()  # before anything is logged
     inherited = inherit(cfg, HydraConfig.get().overrides.task if HydraConfig.initialized() else (), conf_dir())
     plain = check_predict(cfg)
     if plain["run"].get("status"):
         folder = Path(plain["output_dir"]).expanduser().resolve()
-        cases = find_cases(plain["data"].get("inputs"), plain["data"].get("images"))
+        cases = find_cases(plain["data"].get("inputs"), plain["data"].get("images"), output_dir=folder)
         return print_status(cases, folder, plain["shard"]["count"])
     from voxquilt.run import run
 

@@ -2,22 +2,24 @@
 
 import csv
 import glob
+import logging
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
-from voxquilt.errors import ConfigError
-from voxquilt.names import nearest
+from voxquilt.errors import ConfigError, InputError
+from voxquilt.foreign import counted
+from voxquilt.listing import SUFFIXES, Listing, OutputFolder, in_folder, instead, matching, root_of
+
+log = logging.getLogger("voxquilt")
 
 LABEL = "label"
 """The column of a table that names label files; it is no image."""
-# Names of a folder, at most, among which a near one is looked for.
-_LOOKED_AT = 10_000
 _NO_IMAGES = (LABEL, "split", "fold")
-SUFFIXES = (".nii.gz", ".nii", ".hdr.gz", ".img.gz", ".hdr", ".img")
+# What has been said of files that are left out: inputs are looked for more than once.
+_said: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,13 @@ class Case:
     values: Mapping[str, str] = field(default_factory=dict)
 
 
-def find_cases(inputs: object, images: object = None, apart: Collection[str] = ()) -> list[Case]:
+def find_cases(
+    inputs: object, images: object = None, apart: Collection[str] = (), output_dir: object = None
+) -> list[Case]:
     """The cases that `data.inputs` and `data.images` name, in the order of their ids.
+
+    A link that leads nowhere is a case too, which fails by itself. What lies in the output folder is never an input:
+    folders and patterns leave it out, and where it is named it is refused.
 
     Args:
         inputs: A NIfTI file, a folder, a glob, a .csv (a column per image, an optional column `subject`), or a list of
@@ -44,24 +51,26 @@ def find_cases(inputs: object, images: object = None, apart: Collection[str] = (
         images: A mapping, name -> pattern with `{subject}`, one per image of a subject.
         apart: Columns of tables that are no images, beside `label`, `split` and `fold`; their cells become the cases'
             values, paths made from where the table lies if a file is there.
+        output_dir: The run's output folder, if it has one.
 
     Raises:
-        ConfigError: nothing found, a path that is not there, two subjects with one id, entries that are no strings.
+        ConfigError: nothing found, a path that is not there, two subjects with one id, entries that are no strings, a
+            file that lies in the output folder.
     """
     apart = {*_NO_IMAGES, *apart}
+    outputs = OutputFolder(output_dir if isinstance(output_dir, str | Path) else None)
     if images:
-        cases = _from_patterns(inputs, images)
+        cases = _from_patterns(inputs, images, outputs)
     elif inputs is None:
         raise ConfigError("data.inputs is missing: name a NIfTI file, a folder, a glob, or a .csv; or set data.images.")
     else:
         entries = inputs if isinstance(inputs, Iterable) and not isinstance(inputs, str) else [inputs]
-        cases = [case for entry in entries for case in _from_entry(entry, apart)]
+        cases = [case for entry in entries for case in _from_entry(entry, apart, outputs)]
     if not cases:
         raise ConfigError("data.inputs names no image: the list is empty.")
     seen: dict[str, Case] = {}
     for case in cases:
-        # In a manifest, a semicolon stands between the names of files.
-        if not case.subject or Path(case.subject).name != case.subject or ";" in case.subject:
+        if not case.subject or Path(case.subject).name != case.subject:
             raise ConfigError(f"{case.subject!r} is no id, since files are to be named by it ({_files(case)}).")
         if case.subject in seen:
             raise ConfigError(
@@ -70,6 +79,15 @@ def find_cases(inputs: object, images: object = None, apart: Collection[str] = (
             )
         seen[case.subject] = case
     return sorted(cases, key=lambda case: case.subject)
+
+
+def check_id(case: Case) -> None:
+    """Raises InputError where a file's name makes an id that a manifest cannot keep: this subject fails alone."""
+    if ";" in case.subject:
+        raise InputError(f"{_files(case)}: {case.subject!r} is no id: {_SEMICOLON}. Rename the file.")
+
+
+_SEMICOLON = "in a manifest, a semicolon stands between the names of files"
 
 
 def label_files(case: Case, labels: str | Mapping[str, str] | None) -> dict[str, Path]:
@@ -95,48 +113,73 @@ def stem(path: Path | str) -> str:
     return next((name[: -len(s)] for s in SUFFIXES if name.lower().endswith(s)), name)
 
 
-def meant(path: Path) -> str:
-    """A question for a message on a path that is not there: the nearest name in the folder where it goes wrong."""
-    if path.exists():
-        return ""  # its name is not what is wrong
-    missing = path
-    while not missing.parent.exists():
-        missing = missing.parent
-    try:
-        with os.scandir(missing.parent) as entries:
-            names = [entry.name for entry in islice(entries, _LOOKED_AT)]
-    except OSError:
-        return ""
-    near = "" if glob.has_magic(missing.name) else nearest(missing.name, names)
-    return f" Did you mean {missing.with_name(near)}?" if near else ""
-
-
-def is_image(path: Path) -> bool:
-    """A name that NIfTI files have; hidden files, such as a running job's temporary ones, are left alone."""
-    return path.name.lower().endswith(SUFFIXES) and not path.name.startswith(".")
-
-
-def _from_entry(entry: object, apart: Collection[str]) -> list[Case]:
+def _from_entry(entry: object, apart: Collection[str], outputs: OutputFolder) -> list[Case]:
     if isinstance(entry, Case):
         return [entry]
     if not isinstance(entry, str | Path):
         raise ConfigError(f"data.inputs: {entry!r} is {type(entry).__name__}, not a path; quote it: '\"{entry}\"'.")
     path = _path(entry)
     if path.is_dir():
-        # Unlike Path.iterdir and is_file this asks nothing of each file, which of 100,000 on a network takes minutes.
-        with os.scandir(path) as entries:
-            found = sorted(path / entry.name for entry in entries if is_image(Path(entry.name)) and entry.is_file())
-        problem = f"the folder {path} has no NIfTI file ({', '.join(SUFFIXES)})"
-    elif path.is_file():
-        return _from_table(path, apart) if path.suffix.lower() == ".csv" else _one_image([path])
-    elif glob.has_magic(str(path)):
-        found = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if is_image(p) and p.is_file())
-        problem = f"no NIfTI file matches {path}"
-    else:
-        found, problem = [], f"there is no file or folder {path}"
-    if not found:
-        raise ConfigError(f"data.inputs: {problem} (looked from {Path.cwd()}).{meant(path)}")
-    return _one_image(found)
+        return _listed(path, _in_folder(path, outputs), outputs)
+    if path.is_file() and path.suffix.lower() == ".csv":
+        return [_checked(case, outputs, f"{path}: ") for case in _from_table(path, apart)]
+    if os.path.lexists(path):  # a link that leads nowhere too
+        return [_checked(case, outputs, "data.inputs: ") for case in _one_image([path])]
+    if glob.has_magic(str(path)):
+        return _listed(path, matching(str(path)), outputs)
+    raise ConfigError(f"data.inputs: there is no file or folder {path} (looked from {Path.cwd()}).{instead(path)}")
+
+
+def _in_folder(path: Path, outputs: OutputFolder) -> Listing:
+    if outputs.is_folder(path):
+        raise ConfigError(
+            f"output_dir={outputs.name} is the folder of data.inputs: outputs would be inputs of the next run. Choose "
+            f"another output_dir."
+        )
+    try:
+        return in_folder(path)
+    except OSError as error:
+        raise ConfigError(f"data.inputs: the folder {path} cannot be read: {error.strerror}.") from error
+
+
+def _listed(path: Path, found: Listing, outputs: OutputFolder) -> list[Case]:
+    """A case for each file that lies in a folder or matches a pattern, outputs left out."""
+    root = root_of(path)
+    written = {image for image in found.images if outputs.holds(image, root=root, link=image in found.links)}
+    images = [image for image in found.images if image not in written]
+    if not images:
+        if written:
+            raise ConfigError(
+                f"output_dir={outputs.name} is the folder of data.inputs={path}: what lies there is never an input, or "
+                f"outputs would be inputs of the next run. Choose another output_dir."
+            )
+        holds = f"the folder {path} has no NIfTI file ({', '.join(SUFFIXES)})"
+        problem = holds if path.is_dir() else f"no NIfTI file matches {path}"
+        raise ConfigError(f"data.inputs: {problem} (looked from {Path.cwd()}).{instead(path)}")
+    if written:
+        names = ", ".join(sorted(image.name for image in written)[:3]) + ", ..." * (len(written) > 3)
+        files = f"{len(written)} file{'s' * (len(written) > 1)}"
+        _say(f"data.inputs={path}: {files} in output_dir={outputs.name} left out, which are no inputs: {names}")
+    if found.foreign:
+        _say(f"data.inputs={path}: files that are not NIfTI are left out: {counted(found.foreign)}")
+    return _one_image(images)
+
+
+def _checked(case: Case, outputs: OutputFolder, where: str) -> Case:
+    """A case of files that were named one by one."""
+    for image in case.images.values():
+        if outputs.holds(image):
+            raise ConfigError(
+                f"{where}{image} lies in output_dir={outputs.name}, where nothing is an input, since outputs are "
+                f"written there. Choose another output_dir, or move the file."
+            )
+    return case
+
+
+def _say(text: str) -> None:
+    if text not in _said:
+        _said.add(text)
+        log.warning("%s", text)
 
 
 def _one_image(paths: Iterable[Path]) -> list[Case]:
@@ -172,10 +215,13 @@ def _from_row(table: Path, line: int, row: list[str], columns: list[str], apart:
     values = {
         name: str(path) if (path := table.parent / _path(cell)).is_file() else cell for name, cell in values.items()
     }
-    return Case(cells.get("subject") or stem(next(iter(images.values()))), images, values)
+    case = Case(cells.get("subject") or stem(next(iter(images.values()))), images, values)
+    if ";" in case.subject:
+        raise ConfigError(f"{table}, line {line}: {case.subject!r} is no id: {_SEMICOLON}.")
+    return case
 
 
-def _from_patterns(inputs: object, images: object) -> list[Case]:
+def _from_patterns(inputs: object, images: object, outputs: OutputFolder) -> list[Case]:
     if not isinstance(images, Mapping):
         raise ConfigError(f"data.images is a mapping from names to patterns with {{subject}}; it is {images!r}.")
     if not isinstance(inputs, str | Path | None) or not _path(inputs or ".").is_dir():
@@ -185,21 +231,33 @@ def _from_patterns(inputs: object, images: object) -> list[Case]:
     for name, pattern in images.items():
         if not isinstance(pattern, str) or "{subject}" not in pattern:
             raise ConfigError(f"data.images.{name} needs {{subject}} where subjects' names differ; it is {pattern!r}.")
-        found |= _subjects(str(root / _path(pattern)))
+        files = _subjects(str(root / _path(pattern)))
+        kept = {subject for subject, file in files.items() if not outputs.holds(file, root=root)}
+        if files and not kept:
+            raise ConfigError(
+                f"data.images.{name}={pattern} names files in output_dir={outputs.name}, where nothing is an input, "
+                f"since outputs are written there. Choose another output_dir."
+            )
+        found |= kept
     if not found:
         raise ConfigError(f"data.images: no file matches {dict(images)} from {root.resolve()}.")
     # A subject that lacks one image is found by its others, and fails alone.
     return [
-        Case(subject, {n: Path(str(root / _path(p)).replace("{subject}", subject)) for n, p in images.items()})
+        _checked(
+            Case(subject, {n: Path(str(root / _path(p)).replace("{subject}", subject)) for n, p in images.items()}),
+            outputs,
+            "data.images: ",
+        )
         for subject in sorted(found)
     ]
 
 
-def _subjects(pattern: str) -> set[str]:
+def _subjects(pattern: str) -> dict[str, Path]:
+    """Ids that fit a pattern, each with its file."""
     first, second, *others = (re.escape(part) for part in pattern.split("{subject}"))
     regex = re.compile(first + "(?P<subject>[^/]+?)" + second + "".join("(?P=subject)" + part for part in others))
     files = glob.glob("*".join(glob.escape(part) for part in pattern.split("{subject}")))
-    return {match["subject"] for match in map(regex.fullmatch, files) if match}
+    return {match["subject"]: Path(match[0]) for match in map(regex.fullmatch, files) if match}
 
 
 def _path(text: str | Path) -> Path:

@@ -11,10 +11,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from voxquilt.cases import find_cases, label_files, meant
+from voxquilt.cases import find_cases, label_files
 from voxquilt.errors import ConfigError
 from voxquilt.filetype import check_is_weights
 from voxquilt.launch import is_external, is_first
+from voxquilt.listing import meant
 from voxquilt.names import matches, question
 from voxquilt.sections import (
     KEYS,
@@ -66,10 +67,10 @@ def check_predict(cfg: DictConfig) -> dict[str, Any]:
     multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     check_trainer(plain["trainer"], plain["shard"]["count"], multirun=multirun)
     check_weights(plain)
+    check_output(plain)
     if is_first() and not is_external():
         _check_cases(plain)
     _check_targets(plain, _allowed(plain["run"].get("allowed_targets")))
-    check_output(plain)
     return plain
 
 
@@ -136,7 +137,7 @@ def check_keys(plain: Mapping[str, Any], sections: Mapping[str, set[str]]) -> No
 def _check_cases(plain: Mapping[str, Any]) -> None:
     """Not in every process of a run: the others take rank 0's word, or each would look through a large folder. Where a
     launcher started them all, rank 0 looks when it can tell the others what is wrong, or they would wait for it."""
-    cases = find_cases(plain["data"].get("inputs"), plain["data"].get("images"))
+    cases = find_cases(plain["data"].get("inputs"), plain["data"].get("images"), output_dir=plain["output_dir"])
     check_image_names(plain["preprocess"].get("intensity"), cases)
     skip = plain["data"].get("skip")
     if isinstance(skip, str) and not any(os.path.isfile(skip.replace("{subject}", case.subject)) for case in cases):
@@ -147,7 +148,8 @@ def _check_cases(plain: Mapping[str, Any]) -> None:
     ]
     if labels is not None and named and "labels" not in named:
         raise ConfigError(f"data.labels={labels} is compared with labels; add them to stitch.products={products}.")
-    if labels is not None and not any(path.is_file() for case in cases for path in label_files(case, labels).values()):
+    files = (path for case in cases if labels is not None for path in label_files(case, labels).values())
+    if labels is not None and not any(map(os.path.isfile, files)):
         raise ConfigError(f"data.labels={labels}: no subject has such a file (looked from {Path.cwd()}).")
 
 
@@ -187,19 +189,14 @@ def _check_targets(node: Any, allowed: Any, key: str = "") -> None:
 
 
 def check_output(plain: Mapping[str, Any]) -> None:
-    """Raises ConfigError where output_dir cannot be written, or is where inputs are."""
-    name, inputs = plain["output_dir"], plain["data"].get("inputs")
+    """Raises ConfigError where output_dir cannot be written."""
+    name = plain["output_dir"]
     if not isinstance(name, str) or not name.strip():
         raise ConfigError(f"output_dir must be a folder's name, a number in quotes ('\"12\"'); it is {name!r}.")
-    folder = Path(os.path.expanduser(name)).resolve()
-    for entry in inputs if isinstance(inputs, list) else [inputs]:
-        path = Path(os.path.expanduser(str(entry)))
-        path = path.parent if "*" in path.name else path
-        if entry is not None and not plain["data"].get("images") and path.is_dir() and path.resolve() == folder:
-            raise ConfigError(
-                f"output_dir={name} is the folder of data.inputs: outputs would be inputs of the next run. Choose "
-                f"another output_dir."
-            )
+    try:
+        folder = Path(os.path.expanduser(name)).resolve()
+    except (OSError, RuntimeError) as error:  # a link to itself, by older and newer Pythons
+        raise ConfigError(f"output_dir={name} cannot be written: {error}.") from error
     # Nothing is made yet, since building may still fail.
     existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):

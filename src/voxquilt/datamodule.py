@@ -2,65 +2,35 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property, partial
+from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
 from voxquilt.agreed import agreed
+from voxquilt.assignment import Plan, assigned, check_model_space, check_world
 from voxquilt.batch import Loaded, Work
-from voxquilt.cases import Case, find_cases
+from voxquilt.cases import Case, check_id, find_cases
 from voxquilt.dealing import deal
-from voxquilt.errors import VoxquiltError
+from voxquilt.errors import InputError, reason_of
 from voxquilt.fingerprint import digest
 from voxquilt.fits import check_overlap, find_halo
 from voxquilt.geometry import Padding, to_triple
-from voxquilt.group import Group, check_world
+from voxquilt.group import Group
 from voxquilt.launch import is_external, is_first
 from voxquilt.loader import LoadFailure, PatchStream
-from voxquilt.manifest import Row
 from voxquilt.module import PatchPredictor
 from voxquilt.names import DISTRIBUTE, check_name
-from voxquilt.outline import Extent, extent, outline, together
+from voxquilt.outline import Outline, extent, outline, together
 from voxquilt.parts import split
 from voxquilt.preprocess import Preprocess
 from voxquilt.resume import Resume, Todo
 from voxquilt.sampler import NO_PADDING, GridSampler, lay_grid, to_padding
 from voxquilt.skip import patches_to_skip, to_predict
 from voxquilt.subject import LabelMap, ScalarImage, Subject
-from voxquilt.tasks import Size, Task, distributed
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run does, as this process sees it.
-
-    Args:
-        group: The processes of the run.
-        tasks: Of this process, shared volumes first.
-        cases: Every subject there is, also of other shards.
-        everything: Ids of all subjects of the run, or of its shard, that are not done.
-        done: Rows of those that were done before.
-        settings: What made them, for the record; empty without `resume`.
-        sizes: On rank 0, of `everything`; with outlines where `GridDataModule.detailed` is set.
-        extent: Of `everything`.
-        loads: Patches of each rank, a subject's reading and writing counted as one.
-        counts: Subjects of each rank.
-    """
-
-    group: Group
-    tasks: list[Task]
-    cases: list[Case]
-    everything: list[str]
-    done: list[Row]
-    settings: Mapping[str, Any]
-    sizes: list[Size] = field(default_factory=list)
-    extent: Extent = field(default_factory=Extent)
-    loads: list[float] = field(default_factory=list)
-    counts: list[int] = field(default_factory=list)
+from voxquilt.tasks import Size, Task
 
 
 class GridDataModule(LightningDataModule):
@@ -86,6 +56,7 @@ class GridDataModule(LightningDataModule):
         distribute: With several processes, 'subject' gives each subject to one of them, 'slab' divides every volume's
             grid between all, 'auto' does so where there are fewer subjects than processes or one outweighs its share.
         resume: Finds what is done already; None predicts everything.
+        output_dir: Where the run writes, since what lies there is never an input; by default the folder of `resume`.
 
     Raises:
         ConfigError, GridError: one of these is wrong.
@@ -109,9 +80,10 @@ class GridDataModule(LightningDataModule):
         shard: tuple[int, int] = (0, 1),
         distribute: str = "subject",
         resume: Resume | None = None,
+        output_dir: str | Path | None = None,
     ) -> None:
         super().__init__()
-        self._inputs = inputs, images
+        self._inputs = inputs, images, (), output_dir if resume is None else resume.folder
         if is_first() and not is_external():
             _ = self.cases  # what is wrong with them is said at once, or when all processes can hear it
         self.patch_size = to_triple(patch_size, "data.patch_size", minimum=1)
@@ -161,27 +133,50 @@ class GridDataModule(LightningDataModule):
         ours = group.first(lambda: self._of_shard(cases))
         todo = group.first(lambda: self._resume.todo(ours) if self._resume else Todo([""] * len(ours)))
         tasks = [Task(*parts) for parts in zip(ours, todo.fingerprints, range(len(ours)), strict=True)]
-        left = [task for task in tasks if task.case.subject not in todo.done]
+        self._left = left = [task for task in tasks if task.case.subject not in todo.done]
         # Each header is read once, by one process; outlines travel only where somebody wants to look at them.
-        stride = self._sizes([task.case for task in left[group.rank :: group.size]], group.size)
-        self._known.clear()
+        stride = self._stride(group)
         sent = stride if self.detailed else [replace(size, outline=None) for size in stride]
         gathered = group.gather((sent, extent(size.outline for size in stride)))
         # Back from one list for each rank to one for all.
         sizes = [gathered[n % group.size][0][n // group.size] for n in range(len(left))]
-        mine, dealt = left, [left]
-        if group.size > 1:
-            dealt = distributed(left, sizes, group.size, self.distribute)
-            mine = dealt[group.rank]
-        patches = {task.number: size.patches for task, size in zip(left, sizes, strict=True)}
-        loads = [sum(patches[task.number] / max(1, len(task.team)) for task in tasks) for tasks in dealt]
         done = [todo.done[task.case.subject] for task in tasks if task.case.subject in todo.done]
         settings = {self._resume.settings_digest: self._resume.settings} if self._resume and group.rank == 0 else {}
-        self._plan = Plan(
-            group, mine, cases, [task.case.subject for task in left], done, settings,
-            sizes if group.rank == 0 else [], together(of_rank for _, of_rank in gathered), loads,
-            [len(tasks) for tasks in dealt],
-        )  # fmt: skip
+        plan = Plan(group, [], cases, [task.case.subject for task in left], done, settings, sizes)
+        self._plan = assigned(plan, left, together(of_rank for _, of_rank in gathered), self.distribute)
+
+    def outlines(self) -> dict[str, Outline]:
+        """Outlines of this process's share of the headers, read again; those of subjects that can be predicted."""
+        plan, sizes = self.plan, self._stride(self.plan.group)
+        names = plan.everything[plan.group.rank :: plan.group.size]
+        known = plan.sizes[plan.group.rank :: plan.group.size]
+        found = zip(names, known, sizes, strict=True)
+        return {name: size.outline for name, before, size in found if size.outline is not None and not before.problem}
+
+    def set_apart(self, problems: Mapping[str, str], left: Iterable[Outline]) -> None:
+        """Have subjects fail for what is wrong with them, and plan for the others alone; called by all processes.
+
+        Args:
+            problems: Reasons by subject, of this process's share of the headers.
+            left: Outlines of the others of its share.
+        """
+        plan = self.plan
+        gathered = plan.group.gather((dict(problems), extent(left)))
+        reasons = {name: reason for of_rank, _ in gathered for name, reason in of_rank.items()}
+        sizes = [
+            Size(1, problem=reasons[name]) if name in reasons else size
+            for name, size in zip(plan.everything, plan.sizes, strict=True)
+        ]
+        bad = sum(bool(size.problem) for size in sizes)
+        rest = together(of_rank for _, of_rank in gathered)
+        rest = replace(rest, subjects=len(sizes), unread=bad)
+        self._plan = assigned(replace(plan, sizes=sizes), self._left, rest, self.distribute)
+
+    def _stride(self, group: Group) -> list[Size]:
+        """Of the subjects whose headers this process reads."""
+        sizes = self._sizes([task.case for task in self._left[group.rank :: group.size]], group.size)
+        self._known.clear()
+        return sizes
 
     def _look_at_outputs(self, cases: Sequence[Case]) -> None:
         """Find out how the network's outputs lie in patches, where the model says that they lack a border."""
@@ -190,7 +185,7 @@ class GridDataModule(LightningDataModule):
             return
         self.layout = module.network.layout
         if self.layout == "cropped":
-            self.halo = find_halo(module.network, lambda: _channels(cases), self.patch_size)
+            self.halo = find_halo(module.network, cases, self.patch_size)
             check_overlap(self.patch_size, self.halo, self.patch_overlap)
 
     def stop_when(self, stopped: Callable[[], bool]) -> None:
@@ -236,15 +231,17 @@ class GridDataModule(LightningDataModule):
     def size(self, case: Case, ranks: int = 1) -> Size:
         """What a subject takes, in patches, from its headers alone; reading and writing count as one.
 
-        A header that cannot be read costs that only: whoever has the subject finds out.
+        What its files say costs this subject only, whatever it is.
 
         Args:
             case: The subject.
             ranks: Among how many processes its grid might be divided.
         """
         try:
+            check_id(case)
             subject = Subject({name: ScalarImage(path) for name, path in case.images.items()})
             space = self.preprocess.space(subject)
+            check_model_space(space)
             grid, padding = lay_grid(
                 space.model.shape,
                 self.patch_size,
@@ -254,10 +251,11 @@ class GridDataModule(LightningDataModule):
                 divisible_by=self.divisible_by,
                 halo=self.halo,
             )
-        except VoxquiltError:
-            return Size(1)
-        of_headers = outline(subject, space, grid, padding, transformed=bool(self.preprocess.intensity), halo=self.halo)
-        return Size(len(grid) + 1, len(split(grid, ranks)), of_headers)
+            transformed = bool(self.preprocess.intensity)
+            of_headers = outline(subject, space, grid, padding, transformed=transformed, halo=self.halo)
+            return Size(len(grid) + 1, len(split(grid, ranks)), of_headers)
+        except Exception as error:  # numbers that are too large may be of many kinds
+            return Size(1, problem=_with_files(reason_of(error), case))
 
     def predict_dataloader(self) -> PatchStream:
         """All patches of this process, subject by subject."""
@@ -271,6 +269,8 @@ class GridDataModule(LightningDataModule):
         Raises:
             VoxquiltError: of the kind that tells what is wrong with the subject.
         """
+        if task.problem:
+            raise InputError(task.problem)
         started, case = perf_counter(), task.case
         subject = Subject({name: ScalarImage(path) for name, path in case.images.items()})
         file = next(iter(subject.images.values())).file
@@ -289,9 +289,7 @@ class GridDataModule(LightningDataModule):
         return Loaded(Work(task, file, sampler.grid, sampler.padding, space, numbers, skipped, part, seconds), sampler)
 
 
-def _channels(cases: Iterable[Case]) -> int | None:
-    """Of the images of the first subject whose headers can be read."""
-    for case in cases:
-        with suppress(VoxquiltError):
-            return sum(ScalarImage(path).shape[0] for path in case.images.values())
-    return None
+def _with_files(reason: str, case: Case) -> str:
+    """A reason that names a file of the subject."""
+    files = [str(path) for path in case.images.values()]
+    return reason if any(file in reason for file in files) else f"{', '.join(files)}: {reason}"

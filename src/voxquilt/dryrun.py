@@ -18,6 +18,7 @@ from voxquilt.outline import Outline, extent
 from voxquilt.plan import Planned
 from voxquilt.progress import say
 from voxquilt.settle import settled
+from voxquilt.tasks import Size
 from voxquilt.timing import Rates, measure
 from voxquilt.writer import VolumeWriter
 
@@ -84,7 +85,7 @@ class DryRun(Callback):
         sizes = {task.number: data.size(task.case).patches for task in data.plan.tasks[:50]}
         for task in sorted(data.plan.tasks[:50], key=lambda task: (sizes[task.number] < 2, sizes[task.number]))[:3]:
             of = data.size(task.case).outline
-            if of is None:
+            if of is None or task.problem:
                 continue
             writer = self._writer
             try:
@@ -110,7 +111,7 @@ def _content(data: GridDataModule, planned: Planned | None, ranks: Sequence[dict
     rates = [rank["rates"] for rank in ranks if rank["rates"] is not None]
     pace = rates[0] if rates else None
     subjects = [
-        _subject(name, one, planned, pace) for name, one in zip(plan.everything, outlines, strict=True)
+        _subject(name, size, planned, pace) for name, size in zip(plan.everything, plan.sizes, strict=True)
     ]  # fmt: skip
     # As `distributed` deals them: numbers are those of all subjects, done ones included.
     numbers = sorted({number for rank in ranks for number, _ in rank["tasks"]})
@@ -144,9 +145,10 @@ def _share(one: Outline | None, parts: int) -> Outline | None:
     return one if one is None or parts == 1 else one._replace(patches=-(-one.patches // parts))
 
 
-def _subject(name: str, one: Outline | None, planned: Planned | None, pace: Rates | None) -> dict[str, Any]:
+def _subject(name: str, size: Size, planned: Planned | None, pace: Rates | None) -> dict[str, Any]:
+    one = size.outline
     if one is None or planned is None:
-        return {"subject": name, "problem": "its headers cannot be read"}
+        return {"subject": name, "problem": size.problem or "there is no plan"}
     alone = needs(extent([one]), planned.probe, planned.forms, planned.settings)
     voxels, compress = prod(one.native), planned.settings.compress
     found = {
@@ -178,7 +180,7 @@ def _print(content: dict[str, Any], planned: Planned | None, path: Path) -> None
         table.add_column(heading, justify="right")
     for one in subjects[:_ROWS]:
         if "problem" in one:
-            table.add_row(escape(one["subject"]), one["problem"], style="red")
+            table.add_row(escape(one["subject"]), "will fail", style="red")
             continue
         cells = ["x".join(map(str, one["shape"])), "x".join(f"{mm:.3g}" for mm in one["spacing"]),
                  "x".join(map(str, one["model_shape"])), str(one["patches"]), _size(one["host"])]  # fmt: skip
@@ -187,6 +189,8 @@ def _print(content: dict[str, Any], planned: Planned | None, path: Path) -> None
         table.add_row(escape(one["subject"]), *cells)
     if subjects:
         console.print(table)
+    for one in [one for one in subjects[:_ROWS] if "problem" in one]:
+        console.print(f"[red]{escape(one['subject'])}[/red]: {escape(one['problem'])}")
     if len(subjects) > _ROWS:
         console.print(f"... and {len(subjects) - _ROWS} more, in {escape(str(path))}")
     before = f", {content['done_before']} done before" if content["done_before"] else ""

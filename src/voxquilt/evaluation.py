@@ -21,6 +21,7 @@ from voxquilt.cases import Case, label_files
 from voxquilt.errors import InputError, reason_of
 from voxquilt.manifest import Row
 from voxquilt.metrics import Agreement, agreements
+from voxquilt.streams import escaped
 from voxquilt.subject import LabelMap, Subject
 
 ABSENT = Agreement(nan, nan, nan, 0.0, 0.0)
@@ -93,7 +94,7 @@ class Evaluation:
 
     def _tried(self, case: Case, row: Row) -> dict[str, dict[int, Agreement]] | Score:
         files = list(label_files(case, self.labels).values())
-        missing = [str(path) for path in files if not path.is_file()]
+        missing = [str(path) for path in files if not os.path.isfile(path)]
         if missing or not files:
             return Score(case.subject, "", None, f"there is no label file {' and '.join(missing)}".strip())
         if row.status == "failed":
@@ -160,7 +161,7 @@ def write_scores(path: Path, scores: Sequence[Score]) -> None:
         numbers = ["" if isnan(value) else f"{value:.6g}" for value in values(score)] or [""] * len(METRICS)
         writer.writerow([score.subject, score.name, score.product, *numbers, " ".join(score.error.split())])
     with replacing(path) as file:
-        file.write(text.getvalue().encode())
+        file.write(escaped(text.getvalue()).encode())
 
 
 METRICS = (*(field.name for field in fields(Agreement)), "volume_error_ml", "relative_volume_error")

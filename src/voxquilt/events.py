@@ -18,6 +18,7 @@ from voxquilt.line import Message
 from voxquilt.manifest import Row
 from voxquilt.nifti import read_header
 from voxquilt.overlay import flat, overlay
+from voxquilt.streams import escaped
 
 log = logging.getLogger("voxquilt")
 
@@ -81,7 +82,7 @@ class Events:
         for name, number in numbers.items():
             board.add_scalar(name, number, step)
         if picture is not None:
-            board.add_image(f"overlay/{row.subject}", picture, step, dataformats="HWC")
+            board.add_image(f"overlay/{escaped(row.subject)}", picture, step, dataformats="HWC")
 
     def _picture(self, row: Row, case: Case) -> np.ndarray | None:
         drawn, name = f"{row.subject}_overlay.png", next((name for name in row.outputs if "_labels" in name), None)

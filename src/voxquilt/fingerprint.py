@@ -131,7 +131,7 @@ def _files(path: Path) -> list[Path]:
 
 def _identity(path: Path, content: bool) -> list[Any]:
     try:
-        if content:
+        if content and os.path.isfile(path):  # a pipe would be waited for
             return [checksum(path)]
         found = os.stat(path)
         return [os.path.abspath(path), found.st_size, found.st_mtime_ns]

@@ -73,7 +73,8 @@ def fit(plain: dict[str, Any]) -> int:
     quiet()
     set_track_meta(False)  # MONAI would carry affines along with patches, which are of no use here
     seed_everything(plain["run"]["seed"], verbose=False, workers=True)
-    data = build(plain["data"], "data", preprocess=build(plain["preprocess"], "preprocess"))
+    preprocess = build(plain["preprocess"], "preprocess")
+    data = build(plain["data"], "data", preprocess=preprocess, output_dir=plain["output_dir"])
     settings, record, replaced = to_carry(plain, plain.pop("images")), plain.pop("record"), plain.pop("replaced")
     stitch = build(plain["stitch"], "stitch")
     model = build(plain["model"], "model", stitch=stitch, settings=settings, record=record)

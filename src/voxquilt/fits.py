@@ -1,10 +1,12 @@
 """Do network, patches and classes fit each other? Asked before a run, of shapes alone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 
 import torch
 from torch import nn
 
+from voxquilt.cases import Case
 from voxquilt.errors import ConfigError, OutputError, PatchShapeError, VoxquiltError
 from voxquilt.geometry import AXES, Padding, Triple
 from voxquilt.grid import make_grid
@@ -12,9 +14,23 @@ from voxquilt.network import PatchNetwork
 from voxquilt.output_layout import factor_of, halo_of
 from voxquilt.probe import Probe, probe
 from voxquilt.sampler import NO_PADDING
+from voxquilt.subject import ScalarImage
 
 # What a network's strides may ask of a patch: powers of 2, as nearly all networks have them.
 _MULTIPLES = (2, 4, 8, 16, 32, 64)
+
+
+class ChannelsError(ConfigError):
+    """The network takes another number of channels.
+
+    Args:
+        message: For people.
+        wanted: That number.
+    """
+
+    def __init__(self, message: str, wanted: int) -> None:
+        super().__init__(message)
+        self.wanted = wanted
 
 
 def check_fits(
@@ -53,10 +69,12 @@ def check_fits(
         # Where nothing else would do either, the network just cannot run without voxels.
         wanted = _wanted_channels(network)
         if wanted not in (None, channels) and isinstance(probed(network, wanted, patch_size), Probe):
-            raise ConfigError(
+            assert wanted is not None
+            raise ChannelsError(
                 f"the network takes {wanted} channel{'s' * (wanted != 1)}; subjects have {channels} "
                 f"({', '.join(images)}). Set data.images or data.inputs to what it was trained on, or "
-                f"model.net.in_channels={channels} for a network that is."
+                f"model.net.in_channels={channels} for a network that is.",
+                wanted,
             )
         larger = [m for m in _MULTIPLES if _up(patch_size, m) != patch_size]
         multiple = next((m for m in larger if _does(network, channels, _up(patch_size, m), m, layout)), None)
@@ -78,19 +96,19 @@ def check_fits(
     return found
 
 
-def find_halo(network: PatchNetwork, channels: Callable[[], int | None], patch_size: Triple) -> Padding:
+def find_halo(network: PatchNetwork, cases: Iterable[Case], patch_size: Triple) -> Padding:
     """The border that a network's valid convolutions use up of a patch; nothing where no channels are known.
 
     Args:
         network: With model.output=cropped.
-        channels: Of the subjects; asked where the network's first convolution does not tell.
+        cases: The subjects; their headers are asked for channels where the network's first convolution does not tell.
         patch_size: Voxels.
 
     Raises:
         ConfigError: the network cannot take such patches, its outputs lack different borders, or they lack something
             because of the patch's size.
     """
-    count = _wanted_channels(network) or channels()
+    count = _wanted_channels(network) or next(_channels(cases), None)
     if count is None:
         return NO_PADDING
     try:
@@ -120,6 +138,13 @@ def find_halo(network: PatchNetwork, channels: Callable[[], int | None], patch_s
                 f"not certain where the output lies. Set data.patch_size={list(larger)}."
             )
     return halo
+
+
+def _channels(cases: Iterable[Case]) -> Iterator[int]:
+    """Of subjects' images, as far as their headers can be read."""
+    for case in cases:
+        with suppress(VoxquiltError):
+            yield sum(ScalarImage(path).shape[0] for path in case.images.values())
 
 
 def check_overlap(patch_size: Triple, halo: Padding, patch_overlap: Triple) -> None:

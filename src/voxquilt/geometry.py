@@ -87,6 +87,16 @@ class Frame:
         return "".join(_CODES[w][int(s > 0)] for w, s in zip(world, signs, strict=True))
 
 
+def described(frame: Frame) -> str:
+    """Voxels and their size, for messages.
+
+    >>> described(Frame((3, 4, 5), np.diag([1, 1, 2.5, 1])))
+    '3 x 4 x 5 voxels of 1 x 1 x 2.5 mm'
+    """
+    voxels, sizes = (" x ".join(f"{n:.5g}" for n in numbers) for numbers in (frame.shape, frame.spacing))
+    return f"{voxels} voxels of {sizes} mm"
+
+
 def closest_axes(affine: np.ndarray) -> tuple[Triple, Triple]:
     """Which world axis each voxel axis runs along, and in which direction (1 or -1).
 

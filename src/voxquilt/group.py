@@ -10,11 +10,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
-from voxquilt.errors import ConfigError, RunError, VoxquiltError
-from voxquilt.launch import not_the_tasks, slurm_tasks
+from voxquilt.errors import RunError, VoxquiltError
 
 T = TypeVar("T")
 
@@ -105,20 +103,3 @@ def _of_the_living() -> Iterator[None]:
         yield
     except RuntimeError as error:  # gloo's, which has no kind of its own
         raise RunError(f"another process of the run died: {str(error).splitlines()[0]}") from error
-
-
-def check_world(trainer: Trainer | None, shard: tuple[int, int]) -> None:
-    """Refuse processes that would each predict everything, or wait for each other for ever.
-
-    Raises:
-        ConfigError: SLURM started more tasks than the trainer counts, or the strategy divides the network.
-    """
-    if trainer is None:
-        return
-    if shard[1] == 1 and slurm_tasks() not in (1, trainer.world_size):
-        raise ConfigError(not_the_tasks(trainer.world_size))
-    if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
-        raise ConfigError(
-            f"trainer.strategy={type(trainer.strategy).__name__} divides the network between processes, so that none "
-            f"may predict more patches than another; use ddp or ddp_spawn."
-        )

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import re
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -14,6 +15,7 @@ from typing import Any
 
 from voxquilt.atomic import replacing
 from voxquilt.errors import OutputError
+from voxquilt.streams import escaped
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def _cells(row: Row) -> list[Any]:
 def _line(cells: list[Any]) -> str:
     text = io.StringIO()
     csv.writer(text).writerow(cells)
-    return text.getvalue()
+    return escaped(text.getvalue())
 
 
 def read_rows(manifests: Iterable[Path]) -> dict[str, Row]:
@@ -138,12 +140,17 @@ def read_rows(manifests: Iterable[Path]) -> dict[str, Row]:
     """
     latest: dict[str, Row] = {}
     for path in sorted(path for path in manifests if path.is_file()):
-        text = path.read_bytes().decode("utf-8", errors="replace")
+        text = _unescaped(path.read_bytes().decode("utf-8", errors="replace"))
         for cells in csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline="")):
             row = _row(cells)
             if row is not None and (row.subject not in latest or latest[row.subject].finished <= row.finished):
                 latest[row.subject] = row
     return latest
+
+
+def _unescaped(text: str) -> str:
+    """File names as the operating system has them."""
+    return re.sub(r"\\(udc[89a-f][0-9a-f])", lambda match: chr(int(match[1][1:], 16)), text)
 
 
 def _row(cells: Mapping[str, str | None]) -> Row | None:
@@ -169,7 +176,8 @@ def _row(cells: Mapping[str, str | None]) -> Row | None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON whole or not at all."""
     with replacing(path) as file:
-        file.write((json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n").encode())
+        # What is escaped of a name is an escape of JSON as well.
+        file.write((escaped(json.dumps(content, indent=2, ensure_ascii=False, default=str)) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:

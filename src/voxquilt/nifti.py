@@ -2,18 +2,18 @@
 
 import contextlib
 import json
-import zlib
+import os
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
-from isal import igzip, igzip_lib
-from nibabel.arrayproxy import ArrayProxy
+from isal import igzip
 from nibabel.filebasedimages import ImageFileError
+from nibabel.imageclasses import all_image_classes
 from nibabel.nifti1 import Nifti1Extension, Nifti1Header, Nifti1Image, Nifti1Pair
 from nibabel.nifti2 import Nifti2Header, Nifti2Image
 from nibabel.spatialimages import HeaderDataError
@@ -21,12 +21,18 @@ from torch import Tensor
 
 from voxquilt.atomic import replacing
 from voxquilt.errors import InputError
+from voxquilt.foreign import conversion
 from voxquilt.geometry import Frame
+from voxquilt.packed import first_bytes, is_packed, stored
 
 # torch computes on few unsigned types, so the others are widened; the file's own type is kept by the header.
 _WIDER = {"u2": np.int32, "u4": np.int64, "f2": np.float32, "f16": np.float64, "f12": np.float64}
-_UNPACK_ERROR: Any = igzip_lib.IsalError  # isal's stub has an instance where the class is
-_READ_ERRORS = (ImageFileError, OSError, EOFError, zlib.error, _UNPACK_ERROR, ValueError, KeyError, HeaderDataError)
+# Units in one mm, by the code in a header's lowest three bits (meter, micron); any other code is taken for mm.
+_PER_MM = {1: 1e-3, 3: 1e3}
+# A quaternion that was stored with three digits is longer than 1 by less than this; a longer one is no rotation.
+_LONGEST = 1.01
+# DEFLATE never packs more bytes into one; a file that claims more than that holds less than its header says.
+_MOST_PACKED = 1032
 
 
 @dataclass(frozen=True)
@@ -35,9 +41,10 @@ class NiftiFile:
 
     Args:
         path: The file.
-        channels: Volumes along the 4th axis, 1 for a 3-D file.
-        frame: Native shape and affine.
+        channels: Of a voxel: volumes along the 4th axis, or components along the 5th; 1 for a 3-D file.
+        frame: Native shape and affine, in mm whatever unit the header has.
         header: nibabel's header, from which outputs take qform, sform, their codes and units.
+        voxels: The file that holds the voxels: the path itself, or the .img of a pair.
         voxel_bytes: Of a voxel as `read` gives it.
     """
 
@@ -45,6 +52,7 @@ class NiftiFile:
     channels: int
     frame: Frame
     header: Nifti1Header
+    voxels: Path
     voxel_bytes: int = 4
 
     @property
@@ -59,38 +67,38 @@ class NiftiFile:
             InputError: the file is truncated, damaged or gone, or holds unsigned integers beyond int64.
         """
         problem = "reading its voxels failed; the file may be truncated or damaged"
-        with _named(self.path, problem), _to_the_end(_load(self.path).dataobj) as proxy:  # type: ignore[arg-type]
-            array = np.asarray(proxy.get_unscaled())
-            scaling = float(proxy.slope), float(proxy.inter)
+        spec = self.header.get_data_shape(), self.header.get_data_dtype(), _offset(self.header)
+        with _named(self.path, problem):
+            array = stored(self.voxels, *spec).reshape((*self.frame.shape, self.channels), order="F")
+            scaling = _scaling(self.header)
             return _to_tensor(array if scaling == (1, 0) else _scaled(array, *scaling))
 
 
 def read_header(path: Path | str) -> NiftiFile:
     """Read a header and check that voxquilt can use the volume.
 
+    The affine is brought to mm where the header has microns or meters. Axes of one voxel behind the third are dropped,
+    so that a vector a voxel, (I, J, K, 1, C), is C channels.
+
     Raises:
-        InputError: no such file, not NIfTI, not 3-D or 4-D, an empty axis, complex or RGB voxels, a degenerate affine.
+        InputError: no such file, not NIfTI, fewer than three axes or several behind the third, an empty axis, complex
+            or RGB voxels, a degenerate affine, or a file that is smaller than its header says.
     """
     path = Path(path)
     with _named(path, "it is not a NIfTI file that can be read"):
-        if not path.is_file():
-            raise InputError("there is no such file.")
-        if not path.stat().st_size:
-            raise InputError("the file is empty.")
-        image = _load(path)
-        shape, dtype = image.shape, np.dtype(image.get_data_dtype())
-        if len(shape) not in (3, 4):
-            raise InputError(f"the data is {len(shape)}-D, {shape}; voxquilt takes 3-D, or 4-D with channels last.")
-        if 0 in shape:
-            raise InputError(f"the data has an axis without voxels: {shape}.")
+        _check_file(path)
+        header, voxels = _load(path)
+        shape, dtype = header.get_data_shape(), np.dtype(header.get_data_dtype())
+        spatial, channels = _axes(shape)
         if dtype.kind not in "iuf":
             kind = "complex" if dtype.kind == "c" else "RGB"
             raise InputError(f"the voxels are {kind} ({dtype}); convert the file to real numbers, one per channel.")
-        i, j, k = (int(n) for n in shape[:3])
-        frame = Frame((i, j, k), np.asarray(image.affine))
-        scaled = (image.dataobj.slope, image.dataobj.inter) != (1, 0)  # type: ignore[attr-defined]
-        size = 4 if scaled else np.dtype(_WIDER.get(f"{dtype.kind}{dtype.itemsize}", dtype)).itemsize
-        return NiftiFile(path, int(shape[3]) if len(shape) == 4 else 1, frame, image.header, size)
+        size = (
+            4 if _scaling(header) != (1, 0) else np.dtype(_WIDER.get(f"{dtype.kind}{dtype.itemsize}", dtype)).itemsize
+        )
+        frame = Frame(spatial, _affine(header))
+        _check_size(voxels, _offset(header) + prod(shape) * dtype.itemsize, f"{'x'.join(map(str, shape))} {dtype.name}")
+        return NiftiFile(path, channels, frame, header, voxels, size)
 
 
 def write(
@@ -155,33 +163,114 @@ def _new_header(array: np.ndarray, frame: Frame, source: Nifti1Header | None) ->
     return new
 
 
-def _load(path: Path) -> Nifti1Pair:
-    image = nib.load(path)
-    if not isinstance(image, Nifti1Pair):  # base of Nifti1Image, Nifti2Pair and Nifti2Image
-        raise InputError(f"it is {type(image).__name__}, not NIfTI; convert it, since its orientation is not certain.")
-    return image
-
-
-@contextlib.contextmanager
-def _to_the_end(proxy: ArrayProxy) -> Iterator[ArrayProxy]:
-    """The proxy of a file that is read to its end, where gzip keeps a checksum; nibabel stops at the last voxel."""
-    if not str(proxy.file_like).lower().endswith(".gz"):
-        yield proxy
-        return
-    with igzip.open(proxy.file_like) as file:
-        yield ArrayProxy(file, (proxy.shape, proxy.dtype, proxy.offset, proxy.slope, proxy.inter))
-        while file.read(2**20):
+def _check_file(path: Path) -> None:
+    if path.is_symlink() and not path.exists():
+        aim = os.path.realpath(path)
+        if os.path.islink(aim):  # what a loop of links comes to
+            raise InputError(f"the link points to itself, by way of {os.readlink(path)}; there is no file behind it.")
+        raise InputError(f"the link points to {aim}, which is not there.")
+    kind = path.stat().st_mode if path.exists() else 0
+    if not stat.S_ISREG(kind):
+        names = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+        raise InputError(f"it is {names.get(stat.S_IFMT(kind), 'a device')}, not a file." if kind else _NO_FILE)
+    if not path.stat().st_size:
+        raise InputError("the file is empty.")
+    try:
+        with open(path, "rb"):
             pass
+    except OSError as error:
+        raise InputError(f"it cannot be opened: {error.strerror}.") from error
+
+
+_NO_FILE = "there is no such file."
+
+
+def _load(path: Path) -> tuple[Nifti1Header, Path]:
+    """A header, and the file that holds the voxels. Extensions are not read, since outputs do not take them over."""
+    sniff = None
+    for kind in all_image_classes:
+        fits, sniff = kind.path_maybe_image(path, sniff)
+        if not fits:
+            continue
+        if not issubclass(kind, Nifti1Pair):  # base of Nifti1Image, Nifti2Pair and Nifti2Image
+            raise InputError(
+                conversion(path)
+                or f"it is {kind.__name__}, not NIfTI; convert it, since its orientation is not certain."
+            )
+        files = kind.filespec_to_file_map(path)
+        header_path, voxels = (
+            Path(str(files[role].filename)) for role in ("header" if "header" in files else "image", "image")
+        )
+        header_class = kind.header_class
+        return header_class(first_bytes(header_path, header_class.template_dtype.itemsize)), voxels
+    if advice := conversion(path):
+        raise InputError(advice)
+    raise ImageFileError("its first bytes are no header of NIfTI")
+
+
+def _axes(shape: tuple[int, ...]) -> tuple[tuple[int, int, int], int]:
+    """(I, J, K) and channels of a stored shape."""
+    if len(shape) < 3:
+        raise InputError(f"the data is {len(shape)}-D, {shape}; voxquilt takes 3-D, or 4-D with channels last.")
+    if 0 in shape:
+        raise InputError(f"the data has an axis without voxels: {shape}.")
+    behind = [n for n in shape[3:] if n != 1]
+    if len(behind) > 1 or min(behind, default=1) < 0:
+        raise InputError(f"the data is {len(shape)}-D, {shape}; voxquilt takes one axis of channels behind i, j, k.")
+    i, j, k = (int(n) for n in shape[:3])
+    return (i, j, k), int(behind[0]) if behind else 1
+
+
+def _affine(header: Nifti1Header) -> np.ndarray:
+    """Voxel indices to mm. A quaternion that is too long by rounding is shortened, in the header as well, since
+    programs that read outputs are no less strict than nibabel."""
+    if header["sform_code"] == 0 and header["qform_code"] != 0:
+        fields = ("quatern_b", "quatern_c", "quatern_d")
+        quaternion = np.array([header[field] for field in fields], dtype=np.float64)
+        length = float(np.linalg.norm(quaternion))
+        if length > _LONGEST:
+            raise HeaderDataError(f"its quaternion has length {length:.4g}, and no rotation has more than 1")
+        if length > 1:
+            for field, value in zip(fields, quaternion / length, strict=True):
+                header[field] = value
+    affine = np.array(header.get_best_affine(), dtype=np.float64)
+    affine[:3] /= _PER_MM.get(int(header["xyzt_units"]) & 7, 1.0)
+    return affine
+
+
+def _offset(header: Nifti1Header) -> int:
+    """Where voxels begin. 0 in a single file would be the header itself: it was not set, and they follow the header."""
+    offset = int(header.get_data_offset())
+    return header.single_vox_offset if header.is_single and offset == 0 else offset
+
+
+def _scaling(header: Nifti1Header) -> tuple[float, float]:
+    slope, inter = header.get_slope_inter()
+    return (1.0 if slope is None else float(slope)), (0.0 if inter is None else float(inter))
+
+
+def _check_size(voxels: Path, wanted: int, described: str) -> None:
+    """Before anything is planned with it, a header must not claim more than its file can hold."""
+    if not voxels.is_file():
+        raise InputError(f"its voxels are not there: {voxels}.")
+    size = voxels.stat().st_size
+    most = size * _MOST_PACKED if is_packed(voxels) else size
+    if wanted > most:
+        packed = f", which can be {most} at most unpacked" if most != size else ""
+        raise InputError(
+            f"the file is smaller than its header says: {described} voxels need {wanted} bytes with the header, and it "
+            f"has {size}{packed}. It was cut off, or its header is wrong."
+        )
 
 
 @contextlib.contextmanager
 def _named(path: Path, problem: str) -> Iterator[None]:
-    """Errors while reading become one InputError that names the file."""
+    """Errors while reading become one InputError that names the file: nibabel raises many kinds of odd bytes."""
     try:
         yield
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    except _READ_ERRORS as error:
+    except Exception as error:
         detail = str(error).split("\n")[0] or type(error).__name__
         raise InputError(f"{path}: {problem} ({detail}).") from error
 
@@ -201,8 +290,11 @@ def _to_tensor(array: np.ndarray) -> Tensor:
     wider = _WIDER.get(kind)
     if kind == "u8":
         if array.max() > np.iinfo(np.int64).max:
-            raise InputError("its uint64 voxels do not fit int64.")
+            raise InputError(
+                f"its uint64 voxels do not fit int64: the largest is {array.max()}. Convert the file to a type that "
+                f"holds its numbers, such as float32 for images."
+            )
         wider = np.int64
     array = array.astype(wider or dtype.newbyteorder("="), copy=False)
     tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
-    return tensor[None] if tensor.ndim == 3 else tensor.movedim(3, 0)
+    return tensor.movedim(3, 0)

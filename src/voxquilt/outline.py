@@ -1,7 +1,8 @@
 """What can be said of a subject before a voxel is read? Shapes, patches, and how much of everything there will be."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
 
@@ -81,7 +82,8 @@ class Extent:
         subjects, patches, voxels, file: Of all together; native voxels.
         largest: Native voxels of one.
         channels, ring, loaded, reading: See Outline.
-        unread: Subjects whose headers could not be read.
+        unread: Subjects of which is known that they will fail.
+        of_channels: How many subjects have so many channels.
     """
 
     subjects: int = 0
@@ -94,10 +96,11 @@ class Extent:
     loaded: int = 0
     reading: int = 0
     unread: int = 0
+    of_channels: Mapping[int, int] = field(default_factory=dict)
 
 
 def extent(outlines: Iterable[Outline | None]) -> Extent:
-    """Of subjects; None is one whose headers cannot be read."""
+    """Of subjects; None is one that will fail."""
     known = list(outlines)
     there = [one for one in known if one is not None]
 
@@ -112,6 +115,7 @@ def extent(outlines: Iterable[Outline | None]) -> Extent:
         file=sum(one.file for one in there),
         largest=max(voxels, default=0),
         unread=len(known) - len(there),
+        of_channels=Counter(one.channels for one in there),
         **{key: most(key) for key in ("channels", "ring", "loaded", "reading")},
     )
 
@@ -127,4 +131,9 @@ def together(extents: Iterable[Extent]) -> Extent:
         return max((getattr(one, key) for one in known), default=0)
 
     sums = {key: total(key) for key in ("subjects", "patches", "voxels", "file", "unread")}
-    return Extent(**sums, **{key: most(key) for key in ("largest", "channels", "ring", "loaded", "reading")})
+    of_channels = sum((Counter(one.of_channels) for one in known), Counter[int]())
+    return Extent(
+        of_channels=of_channels,
+        **sums,
+        **{key: most(key) for key in ("largest", "channels", "ring", "loaded", "reading")},
+    )

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
@@ -15,7 +16,7 @@ from voxquilt.errors import VoxquiltError, of_subjects
 from voxquilt.geometry import Triple
 from voxquilt.module import PatchPredictor
 from voxquilt.needs import MIB, Forms, Needs, Settings, forms, needs
-from voxquilt.outline import Extent
+from voxquilt.outline import Extent, Outline, extent
 from voxquilt.probe import Probe, probe
 from voxquilt.room import disk_free, memory_available
 from voxquilt.stitch import Stitch
@@ -103,7 +104,7 @@ class Planner:
         self._autocast = _autocast(str(trainer.precision))
         self._room = Room(memory_available(), disk_free(folder), trainer.num_devices)
         self._notes: list[str] = []
-        self._passes: dict[tuple[Triple, int], Probe] = {}
+        self._passes: dict[tuple[int, Triple, int], Probe] = {}
         self._layout = module.network.layout if isinstance(module, PatchPredictor) else "auto"
 
     def plan(self) -> Planned:
@@ -117,7 +118,7 @@ class Planner:
         if isinstance(self._module, PatchPredictor) and self._module.network.compiled:
             self._notes.append("torch.compile takes memory and time of its own, which are not counted.")
         if self._of.unread:
-            self._notes.append(f"the headers of {of_subjects(self._of.unread)} cannot be read, which will fail.")
+            self._notes.append(f"{of_subjects(self._of.unread)} cannot be predicted, and will fail.")
         return Planned(
             self._of, settings, become, passed, required, self._room, self._notes, self._refusal(settings, required)
         )
@@ -126,9 +127,41 @@ class Planner:
         over = self._over(required)
         if over is None:
             return None
+        advice = self._advice(settings)
+        return (
+            f"the run does not fit {over} {advice} (run.dry_run=true shows what takes how much. Nothing was started.)"
+        )
+
+    @property
+    def smallest(self) -> Outline:
+        """The outline of a subject of a single patch: where not even this fits, it is no subject's fault."""
+        patch, channels = self._settings.patch_size, min(self._of.of_channels, default=self._of.channels)
+        loaded = 4 * channels * prod(patch)
+        return Outline(patch, patch, (1.0, 1.0, 1.0), channels, 1, prod(patch), loaded, loaded, loaded)
+
+    def of_one(self, one: Outline) -> str | None:
+        """Why a subject cannot be predicted even by itself, and what would help; None if it can.
+
+        Args:
+            one: The subject.
+
+        Raises:
+            OutputError: a product that the network's output does not have.
+        """
+        alone = copy(self)
+        alone._of = extent([one])
+        settings = self._settings
+        over = alone._over(alone._needs(settings)[2])
+        if over is None:
+            return None
+        sizes = (" x ".join(f"{n:.5g}" for n in numbers) for numbers in (one.native, one.spacing, one.model))
+        return "it does not fit {} {} The file has {} voxels of {} mm, model space {}.".format(
+            over, alone._advice(settings), *sizes
+        )
+
+    def _advice(self, settings: Settings) -> str:
         ways = [said for said, changed, stitch in self._ways(settings) if self._fits(changed, stitch)]
-        advice = f"It fits with {ways[0]}." if ways else "No single setting does it; use a larger machine or disk."
-        return f"{over} {advice} (run.dry_run=true shows what takes how much. Nothing was started.)"
+        return f"It fits with {ways[0]}." if ways else "No single setting does it; use a larger machine or disk."
 
     def _over(self, required: Needs) -> str | None:
         room, new = self._room, required.memory - self._settings.base
@@ -136,15 +169,13 @@ class Planner:
             most = max((size, what) for what, size in required.host.items() if what != "process")
             several = f" for each of {room.processes} processes" if room.processes > 1 else ""
             return (
-                f"the run does not fit the host's memory: it needs {_gib(new)} more{several}, of which {_gib(most[0])} "
+                f"the host's memory: it needs {_gib(new)} more{several}, of which {_gib(most[0])} "
                 f"for {most[1]}, and {_gib(room.memory)} are available (limits of cgroups included)."
             )
         disk = required.disk + required.scratch * room.processes
         if disk > room.disk:
             beside = f", of which {_gib(required.scratch * room.processes)} for a while" if required.scratch else ""
-            return (
-                f"the run does not fit the disk: it needs about {_gib(disk)}{beside}, and {_gib(room.disk)} are free."
-            )
+            return f"the disk: it needs about {_gib(disk)}{beside}, and {_gib(room.disk)} are free."
         return None
 
     def _ways(self, settings: Settings) -> Iterator[tuple[str, Settings, Stitch]]:
@@ -188,13 +219,13 @@ class Planner:
         return passed, become, needs(replace(self._of, ring=ring), passed, become, settings)
 
     def _probe(self, patch_size: Triple, batch_size: int) -> Probe:
-        key = patch_size, batch_size
+        key = self._of.channels, patch_size, batch_size
         if key not in self._passes:
             self._passes[key] = self._probed(*key)
         return self._passes[key]
 
-    def _probed(self, patch_size: Triple, batch_size: int) -> Probe:
-        channels, problem = self._of.channels, "it is not voxquilt's PatchPredictor"
+    def _probed(self, channels: int, patch_size: Triple, batch_size: int) -> Probe:
+        problem = "it is not voxquilt's PatchPredictor"
         if isinstance(self._module, PatchPredictor):
             try:
                 network: nn.Module = self._module.network

@@ -15,13 +15,18 @@ from torch.multiprocessing.spawn import ProcessException
 from voxquilt.errors import ConfigError, OutputError, RunError, VoxquiltError
 from voxquilt.launch import disarm_observer
 from voxquilt.signals import Signals
+from voxquilt.streams import forgive
 
 # Seconds that processes are given to end after the run has.
 _PATIENCE = 30
 
 
 def quiet() -> None:
-    """Lightning's advertisements and remarks on a loop that is not a DataLoader tell users nothing."""
+    """Lightning's advertisements and remarks on a loop that is not a DataLoader tell users nothing.
+
+    What nibabel says of a header is said again, with the file's name, where it matters.
+    """
+    logging.getLogger("nibabel.global").setLevel(logging.CRITICAL + 1)
     for package in (lightning, lightning.fabric, lightning.pytorch):
         logging.getLogger(package.__name__).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning.*")
@@ -40,6 +45,7 @@ class SpawnedLogging(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """The first thing that can be done there."""
+        forgive()
         if not logging.getLogger().handlers:
             stream = sys.stderr if self._to_stderr else sys.stdout
             logging.basicConfig(stream=stream, level=logging.INFO, format="%(message)s")

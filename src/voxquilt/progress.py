@@ -154,7 +154,8 @@ def say(event: str, content: Mapping[str, Any]) -> None:
     out = sys.__stdout__
     if out is not None:
         with contextlib.suppress(OSError):  # whoever read it is gone, which is no reason for a run to end
-            out.write(json.dumps({"event": event, **content}, ensure_ascii=False, default=str) + "\n")
+            # In ASCII, which every stream can encode, and which says the same.
+            out.write(json.dumps({"event": event, **content}, default=str) + "\n")
             out.flush()
 
 

@@ -1,6 +1,7 @@
 """What does a run leave for people and programs? The manifest, row by row, and run.json."""
 
 import logging
+import os
 import platform
 import socket
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from voxquilt.datamodule import Plan
+from voxquilt.assignment import Plan
 from voxquilt.line import Message, Stop
 from voxquilt.manifest import Manifest, Row, of_shard, read_json, read_rows, write_json
 from voxquilt.resume import finished, known_settings
@@ -91,8 +92,9 @@ class Record:
     def _remove_stale(self, names: Iterable[str]) -> None:
         """Files of a subject as it was made before, beside which those made now would be taken for of one kind."""
         for path in [self._path.parent / name for name in names if name == Path(name).name]:
-            inputs = {image.resolve() for case in self._plan.cases for image in case.images.values()}
-            if path.resolve() not in inputs:
+            # Not Path.resolve, for which a link to itself is an error.
+            inputs = {os.path.realpath(image) for case in self._plan.cases for image in case.images.values()}
+            if os.path.realpath(path) not in inputs:
                 path.unlink(missing_ok=True)
 
     def close(self, summaries: Sequence[Message], stop: Stop | None) -> int:

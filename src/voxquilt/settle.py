@@ -1,7 +1,7 @@
 """With which batches does a run go on, and does it go on at all? Agreed by all processes before the first patch."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -10,11 +10,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from voxquilt.errors import ConfigError, VoxquiltError
-from voxquilt.fits import check_fits
+from voxquilt.fits import ChannelsError, check_fits
 from voxquilt.geometry import Triple
 from voxquilt.members import size_of
 from voxquilt.module import PatchPredictor
 from voxquilt.needs import MIB, Settings
+from voxquilt.outline import Outline
 from voxquilt.output_layout import described
 from voxquilt.plan import MOST, Planned, Planner
 
@@ -47,6 +48,8 @@ def settled(
 ) -> Planned | None:
     """Work out the plan, agree on the batch size, and refuse what does not fit, alike in all processes.
 
+    A subject that alone cannot be predicted, for its channels or its size, is set apart to fail by itself.
+
     Args:
         trainer, module: Of the run.
         data: Its GridDataModule, set up; its batch size is settled.
@@ -54,17 +57,21 @@ def settled(
         refuse: False leaves the refusal in the plan.
 
     Returns:
-        None if there is nothing to predict, no header can be read, or an output does not have a product: every subject
+        None if there is nothing to predict, no header can be used, or an output does not have a product: every subject
         fails by that.
 
     Raises:
         ConfigError: the run cannot fit, or network and patches do not fit each other; what would fit is said.
     """
-    group, of, auto = data.plan.group, data.plan.extent, data.batch_size == AUTO
+    group, auto = data.plan.group, data.batch_size == AUTO
     settings = settings_of(module, data, writer, trainer.strategy.root_device)
 
     def planner(settings: Settings) -> Planner:
-        return Planner(trainer, module, writer.stitch, of, settings, writer.output_dir)
+        return Planner(trainer, module, writer.stitch, data.plan.extent, settings, writer.output_dir)
+
+    _set_other_channels_apart(module, data)
+    _set_misfits_apart(lambda: planner(settings), data)
+    of = data.plan.extent
 
     def largest() -> int:
         device = trainer.strategy.root_device
@@ -80,7 +87,14 @@ def settled(
     if found is not None and isinstance(module, PatchPredictor):
         known = None if found.probe.guessed else found.probe
         images, names = list(data.plan.cases[0].images), writer.stitch.class_names
-        passed = check_fits(module.network, images, of.channels, data.patch_size, names, known)
+        try:
+            passed = check_fits(module.network, images, of.channels, data.patch_size, names, known)
+        except ChannelsError as error:
+            if not _others_can(data):
+                raise
+            takes = {of.channels: error.wanted}
+            _set_apart(data, lambda one: _of_channels(one, takes))
+            return None
         lines = described(module.network.layout, passed.outputs, data.patch_size) if passed else []
         found.notes.extend(lines)
         if group.rank == 0 and refuse:
@@ -92,6 +106,60 @@ def settled(
     if reasons and refuse:
         raise ConfigError(reasons[0])
     return found
+
+
+def _others_can(data: Any) -> bool:
+    """Whether there are subjects beside those of the plan, so that it may be no fault of the configuration if it has
+    none that can be predicted: some that are done, or of another shard."""
+    return bool(data.plan.done) or data.shard[1] > 1
+
+
+def _set_other_channels_apart(module: LightningModule, data: Any) -> None:
+    """Where subjects differ in their number of channels, those fail of which the network takes no patch."""
+    counts = sorted(data.plan.extent.of_channels)
+    if len(counts) < 2 or not isinstance(module, PatchPredictor):
+        return
+    takes: dict[int, int] = {}
+    for count in counts:
+        try:
+            check_fits(module.network, [], count, data.patch_size, None)
+        except ChannelsError as error:
+            takes[count] = error.wanted
+        except ConfigError:  # of the patch size, say, which concerns all subjects
+            return
+    if len(takes) < len(counts) or _others_can(data):
+        _set_apart(data, lambda one: _of_channels(one, takes))
+
+
+def _of_channels(one: Outline, takes: Mapping[int, int]) -> str | None:
+    """What is wrong with a subject's channels, if they are not what the network takes."""
+    count, wanted = one.channels, takes.get(one.channels)
+    return None if wanted is None else f"it has {count} channel{'s' * (count != 1)}, and the network takes {wanted}."
+
+
+def _set_misfits_apart(planner: Callable[[], Planner], data: Any) -> None:
+    """Where the run does not fit, but would with small subjects, those fail that would not fit by themselves."""
+
+    def look() -> tuple[Planner, bool] | None:
+        found = planner()
+        return found, found.plan().refusal is not None
+
+    gather = data.plan.group.gather
+    looked = _tried(look) if data.plan.extent.of_channels else None
+    if any(gather(looked is not None and looked[1])):
+        alone = planner()
+        if all(gather(alone.of_one(alone.smallest) is None)):
+            _set_apart(data, alone.of_one)
+
+
+def _set_apart(data: Any, problem: Callable[[Outline], str | None]) -> None:
+    """Have subjects fail that have a problem, unless all have it: then it is one of the run."""
+    outlines = data.outlines()
+    files = {case.subject: ", ".join(map(str, case.images.values())) for case in data.plan.cases}
+    found = {name: problem(one) for name, one in outlines.items()}
+    problems = {name: f"{files[name]}: {reason}" for name, reason in found.items() if reason is not None}
+    if any(data.plan.group.gather(len(problems) < len(outlines))) or _others_can(data):
+        data.set_apart(problems, [one for name, one in outlines.items() if name not in problems])
 
 
 def on_device(module: LightningModule) -> int:

@@ -18,12 +18,14 @@ class Task:
         number: Among the subjects of the run.
         team: The ranks that share its grid, in the order of their parts; the first collects and writes. Empty for a
             subject that one process does by itself.
+        problem: Why it fails, where that is known beforehand.
     """
 
     case: Case
     fingerprint: str = ""
     number: int = 0
     team: tuple[int, ...] = ()
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,14 @@ class Size:
     Args:
         patches: From its headers; reading and writing count as one more.
         parts: Into how many slabs its grid can be divided for the ranks of a run.
-        outline: What else its headers say; None where they cannot be read, and where it was left out.
+        outline: What else its headers say; None where they cannot be used, and where it was left out.
+        problem: Why the subject will fail, where its headers tell.
     """
 
     patches: int
     parts: int = 1
     outline: Outline | None = None
+    problem: str = ""
 
 
 def shares(sizes: Sequence[Size], ranks: int, distribute: str) -> list[int]:

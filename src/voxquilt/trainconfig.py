@@ -53,7 +53,8 @@ def check_train(cfg: DictConfig) -> dict[str, Any]:
     multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     check_trainer(plain["trainer"], 1, multirun=multirun)
     check_weights(plain)
-    cases = find_cases(data["inputs"], data["images"], apart=[data["split"]] if data["split"] else ())
+    apart = [data["split"]] if data["split"] else ()
+    cases = find_cases(data["inputs"], data["images"], apart, plain["output_dir"])
     check_image_names(plain["preprocess"].get("intensity"), cases)
     parts = make_split(cases, data["folds"], data["fold"], data["seed"], data["split"])
     if not parts.validation:

@@ -9,11 +9,12 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from voxquilt.cases import LABEL, Case, find_cases, label_files, meant
+from voxquilt.cases import LABEL, Case, find_cases, label_files
 from voxquilt.datamodule import GridDataModule
 from voxquilt.dealing import deal
 from voxquilt.errors import ConfigError, InputError, VoxquiltError
 from voxquilt.geometry import to_triple
+from voxquilt.listing import meant
 from voxquilt.loader import LoadFailure, PatchStream
 from voxquilt.names import TASKS, check_name
 from voxquilt.patches import Augment, CachedVolumes, EpochOrder, Labelled, LateLoader, RandomPatches, centres_of
@@ -49,6 +50,7 @@ class TrainingDataModule(LightningDataModule):
         folds, fold, split: See `voxquilt.splits.make_split`; `split` is its column.
         seed: Of the folds and of the patches.
         preprocess: To model space; RAS with the file's spacing by default.
+        output_dir: Of the training; what lies there is never an input.
 
     Raises:
         ConfigError: nothing found, too few subjects, or a label that is not there.
@@ -77,6 +79,7 @@ class TrainingDataModule(LightningDataModule):
         split: str | None = None,
         seed: int = 0,
         preprocess: Preprocess | None = None,
+        output_dir: str | Path | None = None,
     ) -> None:
         super().__init__()
         self.task = check_name(task, TASKS, "data.task")
@@ -86,7 +89,7 @@ class TrainingDataModule(LightningDataModule):
         self.cache, self.seed = cache, seed
         self.preprocess = preprocess or Preprocess()
         self._labels, self._divisible_by = labels, divisible_by
-        cases = find_cases(inputs, images, apart=[split] if split else ())
+        cases = find_cases(inputs, images, [split] if split else (), output_dir)
         self.training_cases, self.validation_cases = make_split(cases, folds, fold, seed, split)
         self._grids: GridDataModule | None = None
         if self.validation_cases:
