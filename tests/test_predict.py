@@ -504,7 +504,8 @@ def test_predictions_are_not_kept(tmp_path: Path) -> None:
 
     (row,) = predict(tmp_path / "out", tmp_path / "in", Counting())
     assert row["patches"] == "36"
-    assert alive.all == 36 + 1  # once it is asked for its outputs without voxels
+    # Twice it is asked for its outputs without voxels: whether a larger patch has larger voxels as well.
+    assert alive.all == 36 + 2
     assert alive.most <= 2
 
 
