@@ -11,7 +11,7 @@ from PIL import Image
 from scipy import ndimage
 
 from voxquilt.errors import InputError, OutputError
-from voxquilt.overlay import MARGIN, PALETTE, flat, overlay_png
+from voxquilt.overlay import LINE, MARGIN, PALETTE, flat, overlay, overlay_png, stacked
 
 ORIENTATIONS = [np.array([*zip(p, f, strict=True)]) for p in permutations(range(3)) for f in product((1, -1), repeat=3)]
 
@@ -46,6 +46,41 @@ def test_of_several_masks_the_last_is_drawn() -> None:
 
 def is_colour(panel: np.ndarray, label: int) -> np.ndarray:
     return (panel == PALETTE[(label - 1) % len(PALETTE)]).all(axis=-1)
+
+
+def test_pictures_that_are_compared_have_one_choice_of_planes_and_greys() -> None:
+    """Where nothing is outlined, a volume with other labels looks the same; a darker one looks as much darker."""
+    rng = np.random.default_rng(0)
+    image = rng.uniform(10, 200, (12, 14, 16))
+    truth, labels = np.zeros((2, 12, 14, 16), np.uint8)
+    truth[1:5, 9:13, 2:7], labels[7:11, 1:3, 9:15] = 1, 2
+    affine = np.array([[0, -2, 0, 0], [0, 0, 1, 0], [1.5, 0, 0, 0], [0, 0, 0, 1.0]])
+    wanted = np.asarray(overlay(image, truth, affine))
+    alone = np.asarray(overlay(image, labels, affine))
+    shown = np.asarray(overlay(image, labels, affine, planes_of=truth))
+    drawn_on = is_colour(wanted, 1) | is_colour(shown, 2)
+    assert np.array_equal(wanted[~drawn_on], shown[~drawn_on])
+    assert not np.array_equal(wanted[~drawn_on], alone[~drawn_on])  # the control: its own labels lie elsewhere
+    none = np.zeros_like(truth)
+    options = {"planes_of": truth, "window_of": image}
+    bright, dark = (np.asarray(overlay(v, none, affine, **options)).astype(int) for v in (image, image - 40))
+    inside = (bright > 60) & (bright < 250) & (dark > 5)  # where neither is cut off
+    black, white = np.percentile(image, (1, 99))
+    assert np.median((bright - dark)[inside]) == pytest.approx(40 / (white - black) * 255, abs=3)
+    assert np.array_equal(bright, np.asarray(overlay(image, none, affine, planes_of=truth)))
+    with pytest.raises(InputError, match="of one shape"):
+        overlay(image, labels, affine, planes_of=truth[:5])
+
+
+def test_pictures_below_each_other_have_their_captions() -> None:
+    """Each under its own, nothing of it lost."""
+    pictures = [Image.new("RGB", (60, 30), colour) for colour in ("red", "blue")]
+    found = np.asarray(stacked([("first", pictures[0]), ("", pictures[1])]))
+    assert found.shape == (2 * (30 + LINE), 60, 3)
+    assert (found[LINE : LINE + 30] == (255, 0, 0)).all()
+    assert (found[30 + 2 * LINE :] == (0, 0, 255)).all()
+    assert found[:LINE].any()
+    assert not found[LINE + 30 : 30 + 2 * LINE].any()
 
 
 def test_outlines_are_the_two_outermost_pixels_of_the_mask(tmp_path: Path) -> None:

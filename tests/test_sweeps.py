@@ -68,6 +68,11 @@ def test_a_sweep_of_predictions_works_as_it_is_typed(forks: Server, tmp_path: Pa
             {f"o/{n}/stitch.overlap_mode-{mode}" for n in (8, 16) for mode in ("crop", "hann")},
         ),
         (["data.patch_size=8,16", "output_dir=${oc.env:HERE}/o"], {"o/data.patch_size-8", "o/data.patch_size-16"}),
+        # typed twice, the last one counts
+        (
+            ["stitch.overlap_mode=crop", "stitch.overlap_mode=hann,crop"],
+            {f"outputs/stitch.overlap_mode-{mode}" for mode in ("hann", "crop")},
+        ),
         # parts of one run
         (["shard.count=2", "shard.index=0,1"], {"outputs"}),
         (

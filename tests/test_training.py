@@ -1,6 +1,8 @@
 """Training: patches are cut where they should be, whatever process cuts them; what is trained predicts."""
 
+import io
 import os
+import re
 import shutil
 import signal as signals
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ from monai.losses import DiceCELoss
 from monai.networks.nets import UNet
 from monai.transforms import Compose, RandFlipd, RandGaussianNoised
 from omegaconf import OmegaConf
+from PIL import Image
 from scipy.ndimage import gaussian_filter
 from scipy.stats import chi2
 from synthetic import run
@@ -33,6 +36,7 @@ from voxquilt.errors import ConfigError, InputError
 from voxquilt.fits import check_fits
 from voxquilt.metrics import class_dice
 from voxquilt.network import PatchNetwork
+from voxquilt.overlay import LINE, PALETTE, overlay, stacked
 from voxquilt.overrides import to_overrides
 from voxquilt.patches import CachedVolumes, EpochOrder, Labelled, RandomPatches, centres_of
 from voxquilt.predict import predict_volume
@@ -298,14 +302,64 @@ def test_a_missing_label_and_one_on_another_grid_are_named(blobs: Path, tmp_path
         data.setup("fit")
 
 
-@pytest.mark.parametrize(("value", "message"), [(0.5, "no classes"), (-1.0, "no classes")])
-def test_labels_that_are_no_classes_are_named(blobs: Path, tmp_path: Path, value: float, message: str) -> None:
-    """Fractions and negative numbers, with the subject."""
+def relabelled(blobs: Path, folder: Path, subject: str, value: float, channels: int = 1) -> str:
+    """The blobs' labels, one voxel of one subject's changed; a file of several masks where asked. Their pattern."""
+    folder.mkdir(exist_ok=True)
     for n in range(5):
         file = nib.load(blobs / f"labels/s{n}.nii.gz")
-        nib.save(nib.Nifti1Image(file.get_fdata().astype(np.float32) * value, file.affine), tmp_path / f"s{n}.nii.gz")
-    data = TrainingDataModule(blobs / "images", f"{tmp_path}/{{subject}}.nii.gz", 16)
-    with pytest.raises(InputError, match=rf"s\d: .*{message}"):
+        label = np.asarray(file.dataobj).astype(np.float32)
+        if f"s{n}" == subject:
+            label[3, 4, 5] = value
+            label = np.stack([label] * channels, axis=-1) if channels > 1 else label
+        nib.save(nib.Nifti1Image(label, file.affine), folder / f"s{n}.nii.gz")
+    return f"{folder}/{{subject}}.nii.gz"
+
+
+@pytest.mark.parametrize("cache", [None, 0])
+@pytest.mark.parametrize("subject", ["s0", "s2"])  # one trains, one validates
+@pytest.mark.parametrize(("value", "shown"), [(0.5, "0.5"), (-1, "-1"), (-0.25, "-0.25")])
+def test_a_label_that_is_no_class_is_named_before_training(
+    value: float, shown: str, subject: str, cache: float | None, blobs: Path, tmp_path: Path
+) -> None:
+    """One voxel of one subject, also of those that are not kept in memory and those that validate."""
+    pattern = relabelled(blobs, tmp_path / "odd", subject, value)
+    data = TrainingDataModule(blobs / "images", pattern, 16, cache=cache)
+    assert [case.subject for case in data.validation_cases] == ["s2"]
+    with pytest.raises(InputError, match=rf"^{subject}: its label holds {shown}; wanted are classes"):
+        data.setup("fit")
+
+
+@pytest.mark.parametrize("cache", [None, 0])
+@pytest.mark.parametrize("subject", ["s3", "s2"])
+@pytest.mark.parametrize("value", [2, 255, 1000])
+def test_a_label_beyond_the_networks_classes_is_named_before_training(
+    value: int, subject: str, cache: float | None, blobs: Path, tmp_path: Path
+) -> None:
+    """Once it is known how many there are; the highest that the network has is one of them."""
+    data = TrainingDataModule(blobs / "images", relabelled(blobs, tmp_path / "odd", subject, value), 16, cache=cache)
+    data.classes = 2
+    message = rf"^{subject}: its label has class {value}; the network gives 2, 0 to 1\."
+    with pytest.raises(InputError, match=message):
+        data.setup("fit")
+    data.classes = value + 1
+    data.setup("fit")
+
+
+def test_a_subject_with_other_channels_is_named_before_training(blobs: Path, tmp_path: Path) -> None:
+    """Of labels by task, and of images; from headers."""
+    two = relabelled(blobs, tmp_path / "two", "s1", 1, channels=2)
+    for task, classes, message in (
+        ("segmentation", 2, r"^s1: its label has 2 channels; one of classes is wanted, or task=multilabel\."),
+        ("multilabel", 1, r"^s1: its label has 2 channels; the network gives 1, with a mask for each\."),
+        ("image", 1, r"^s1: its label has 2 channels; the network gives 1, as many as the network's image\."),
+    ):
+        data = TrainingDataModule(blobs / "images", two, 16, task=task)
+        data.classes = classes
+        with pytest.raises(InputError, match=message):
+            data.setup("fit")
+    relabelled(blobs, tmp_path / "images", "s4", 1, channels=3)
+    data = TrainingDataModule(tmp_path / "images", f"{blobs}/labels/{{subject}}.nii.gz", 16)
+    with pytest.raises(InputError, match=r"^s4: its images have 3 channels; those of 4 subjects have 1\."):
         data.setup("fit")
 
 
@@ -369,8 +423,24 @@ def test_a_label_without_a_class_in_the_network_is_named(blobs: Path, tmp_path: 
         enable_checkpointing=False, enable_model_summary=False, default_root_dir=tmp_path,
     )  # fmt: skip
     data = TrainingDataModule(blobs / "images", f"{tmp_path}/{{subject}}.nii.gz", 16, balanced=1.0)
-    with pytest.raises(InputError, match=r"labels of s\d.* have class 2; the network gives 2, 0 to 1"):
+    with pytest.raises(InputError, match=r"^s\d: its label has class 2; the network gives 2, 0 to 1"):
         trainer.fit(module, datamodule=data)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "subject", "cache"), [(1, "s1", "null"), (1, "s2", "0"), (2, "s2", "0"), (2, "s4", "0")]
+)
+def test_the_command_names_the_one_label_and_does_not_advise_to_go_on(
+    ranks: int, subject: str, cache: str, forks: Server, blobs: Path, tmp_path: Path
+) -> None:
+    """Before training, with status 2 in all processes, whichever of them reads it."""
+    relabelled(blobs, blobs / f"odd_{subject}", subject, 7)
+    text = train(forks, blobs, tmp_path, f"data.cache={cache}", ranks=ranks, labels=f"odd_{subject}", status=2)
+    assert text.count(f"voxquilt: {subject}: its label has class 7; the network gives 2, 0 to 1.") == 1
+    assert "goes on" not in text
+    assert "Traceback" not in text
+    assert not re.search(r"s\d.* s\d", text.partition("voxquilt: ")[2])  # no other subject is named
+    assert not (tmp_path / "outputs/checkpoints").exists()
 
 
 @pytest.mark.parametrize("schedule", [warmup_cosine, polynomial])
@@ -744,6 +814,15 @@ def curves(folder: Path) -> dict[str, list[float]]:
     return {tag: [s.value for s in found.Scalars(tag)] for tag in found.Tags()["scalars"] if "final" not in tag}
 
 
+def pictures(folder: Path) -> list[np.ndarray]:
+    """Those of the one validation subject, in order."""
+    (events,) = {path.parent for path in (folder / "tensorboard").rglob("events*") if "hparams" not in str(path)}
+    found = EventAccumulator(str(events), size_guidance={"images": 0})
+    found.Reload()
+    assert found.Tags()["images"] == ["validation/s2"]
+    return [np.asarray(Image.open(io.BytesIO(one.encoded_image_string))) for one in found.Images("validation/s2")]
+
+
 def test_tensorboard_has_curves_pictures_and_hyperparameters(forks: Server, blobs: Path, tmp_path: Path) -> None:
     """Losses fall; a picture of each validation subject after each validation; settings with the final metrics."""
     train(forks, blobs, tmp_path, "trainer.max_epochs=6", "model.optimizer.lr=0.01")
@@ -751,12 +830,20 @@ def test_tensorboard_has_curves_pictures_and_hyperparameters(forks: Server, blob
     assert len(found["train_loss"]) == len(found["val_dice"]) == 6
     assert found["train_loss"][-1] < found["train_loss"][0]
     assert {"val_dice_1", "lr-AdamW"} <= found.keys() or "val_dice_1" in found
-    (folder,) = {p.parent for p in (tmp_path / "outputs/tensorboard").rglob("events*") if "hparams" not in str(p)}
-    events = EventAccumulator(str(folder), size_guidance={"images": 0})
-    events.Reload()
-    (tag,) = events.Tags()["images"]
-    assert tag.startswith("validation/s")
-    assert len(events.Images(tag)) == 6
+    shown = pictures(tmp_path / "outputs")
+    assert len(shown) == 6
+    image, label = (nib.load(blobs / f"{name}/s2.nii.gz") for name in ("images", "labels"))
+    volume, truth = np.asarray(image.dataobj), np.asarray(label.dataobj)
+    below = stacked([("s2: truth", overlay(volume, truth, image.affine))])
+    outlined = (np.asarray(below)[LINE:] == PALETTE[0]).all(axis=-1)
+    for n, picture in enumerate(shown, 1):
+        half = len(picture) // 2
+        assert np.array_equal(picture[half:], below)  # the same in every epoch
+        caption = stacked([(f"s2: prediction, epoch {n}, step {16 * n}", Image.fromarray(picture[LINE:half]))])
+        assert np.array_equal(picture[:half], caption)
+        # The planes and greys of the prediction are the truth's: only outlines differ.
+        plain = ~outlined & ~(picture[LINE:half] == PALETTE[0]).all(axis=-1)
+        assert np.array_equal(picture[LINE:half][plain], picture[half + LINE :][plain])
     text = b"".join(path.read_bytes() for path in (tmp_path / "outputs/tensorboard").rglob("events*"))
     assert b"model.optimizer.lr" in text
     assert b"final/val_dice" in text
@@ -798,6 +885,21 @@ def test_an_image_out_of_an_image_trains(forks: Server, blobs: Path, tmp_path: P
         script="train",
     )  # fmt: skip
     assert checked(run.wait(120)) == 0, run.text
+    (picture,) = pictures(tmp_path / "outputs")
+    clean = nib.load(tmp_path / "clean/s2.nii.gz")
+    volume = np.asarray(clean.dataobj)
+    bright, none = volume > volume.mean(), np.zeros(volume.shape, np.uint8)
+    truth = stacked([("s2: truth", overlay(volume, none, clean.affine, planes_of=bright))])
+    half = len(picture) // 2
+    assert np.array_equal(picture[half:], truth)
+    run = forks.start(
+        f"data.inputs={blobs}/images/s2.nii.gz", "ckpt_path=outputs/checkpoints/last.ckpt", "output_dir=one",
+        "trainer.accelerator=cpu", cwd=tmp_path,
+    )  # fmt: skip
+    assert checked(run.wait()) == 0, run.text
+    predicted = np.asarray(nib.load(tmp_path / "one/s2_image.nii.gz").dataobj)
+    above = np.asarray(overlay(predicted, none, clean.affine, planes_of=bright, window_of=volume))
+    assert np.abs(picture[LINE:half].astype(int) - above).max() <= 1  # in the truth's greys
     found = curves(tmp_path / "outputs")
     assert found["val_mae"][-1] < 0.8 * np.mean(noise)
     assert found["val_psnr"] == found["val_score"]

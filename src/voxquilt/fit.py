@@ -13,7 +13,7 @@ from monai.data.meta_obj import set_track_meta
 
 from voxquilt.build import build
 from voxquilt.carried import to_carry
-from voxquilt.errors import ConfigError, InputError, VoxquiltError, of_subjects
+from voxquilt.errors import ConfigError, InputError, RunError, VoxquiltError, of_subjects
 from voxquilt.fits import check_fits
 from voxquilt.geometry import to_triple
 from voxquilt.launch import is_first
@@ -88,16 +88,19 @@ def fit(plain: dict[str, Any]) -> int:
     case = data.training_cases[0]
     channels = sum(ScalarImage(path).shape[0] for path in case.images.values())
     for size in (data.patch_size, to_triple(plain["data"]["inference_patch_size"], "data.inference_patch_size")):
-        check_fits(model.network, list(case.images), channels, size, plain["stitch"].get("class_names"))
+        found = check_fits(model.network, list(case.images), channels, size, plain["stitch"].get("class_names"))
+    if found is not None:
+        data.classes = next(iter(found.outputs.values()))[1]
     if is_first():
         _say(data)
-    status = _fit(trainer, model, data, plain["ckpt_path"])
+    status, goes_on = _fit(trainer, model, data, plain["ckpt_path"])
     if is_first():
-        _say_where(trainer, status)
+        _say_where(trainer, status, goes_on=goes_on)
     return status
 
 
-def _fit(trainer: Trainer, model: Any, data: Any, ckpt_path: str | None) -> int:
+def _fit(trainer: Trainer, model: Any, data: Any, ckpt_path: str | None) -> tuple[int, bool]:
+    """The exit status, and whether the same command could go on: not where it would end alike."""
     try:
         with attended(trainer):
             trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
@@ -105,17 +108,17 @@ def _fit(trainer: Trainer, model: Any, data: Any, ckpt_path: str | None) -> int:
         if isinstance(error, ConfigError | InputError) and not trainer.global_step:
             raise ConfigError(str(error)) from error
         print(f"voxquilt: {error}", file=sys.stderr)
-        return FAILED
+        return FAILED, isinstance(error, RunError)
     except SystemExit:  # Lightning's, after Ctrl-C or SIGTERM
-        return 143 if trainer.received_sigterm else 130
-    return 143 if trainer.received_sigterm else DONE
+        return 143 if trainer.received_sigterm else 130, True
+    return 143 if trainer.received_sigterm else DONE, True
 
 
-def _say_where(trainer: Trainer, status: int) -> None:
+def _say_where(trainer: Trainer, status: int, *, goes_on: bool) -> None:
     saved = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
     last = next((Path(str(one.dirpath)) / f"{one.filename}.ckpt" for one in saved if one.monitor is None), None)
     if status:
-        more = f"; the same command with ckpt_path={last} goes on." if last is not None and last.is_file() else "."
+        more = f"; the same command with ckpt_path={last} goes on." if goes_on and last and last.is_file() else "."
         print(f"voxquilt: stopped{more}", file=sys.stderr)
     elif saved and saved[0].best_model_path:
         best, score = saved[0].best_model_path, saved[0].best_model_score

@@ -23,6 +23,7 @@ HEIGHT = 400  # pixels that the lowest plane has at least
 LONGEST = 1600  # pixels that no plane exceeds: this wins for needles and for very large volumes
 MARGIN = 20  # pixels around each plane, for the letters
 FONT_SIZE = 14  # pixels
+LINE = 24  # pixels of a caption
 
 
 @dataclass(frozen=True)
@@ -54,30 +55,44 @@ def overlay_png(image: np.ndarray, labels: np.ndarray, affine: np.ndarray, path:
         picture.save(file, format="PNG")
 
 
-def overlay(image: np.ndarray, labels: np.ndarray, affine: np.ndarray) -> Image.Image:
+def overlay(
+    image: np.ndarray,
+    labels: np.ndarray,
+    affine: np.ndarray,
+    *,
+    planes_of: np.ndarray | None = None,
+    window_of: np.ndarray | None = None,
+) -> Image.Image:
     """Draw a sagittal, a coronal and an axial plane side by side, with the outline of each label in its own colour.
 
     The planes meet in the centre of mass of all labels, or in the middle of the volume without any. Whatever the
     orientation of the arrays, superior or anterior is up, and the patient's left is on the left of the picture.
+    Pictures that are to be compared get one `planes_of` and one `window_of`.
 
     Args:
         image: (I, J, K) numbers; black to white is the 1st to the 99th percentile of what is not 0 in the planes.
         labels: (I, J, K) integers, 0 for background.
         affine: (4, 4) voxel indices to mm in RAS.
+        planes_of: (I, J, K) labels that say where the planes are; None: `labels`.
+        window_of: (I, J, K) numbers that say what is black and white; None: `image`.
 
     Raises:
-        InputError: image and labels are not 3-D or differ in shape, or the affine is degenerate.
+        InputError: these are not 3-D or differ in shape, or the affine is degenerate.
     """
-    if image.ndim != 3 or image.shape != labels.shape:
+    planes_of = labels if planes_of is None else planes_of
+    window_of = image if window_of is None else window_of
+    shapes = {volume.shape for volume in (image, labels, planes_of, window_of)}
+    if image.ndim != 3 or len(shapes) > 1:
         raise InputError(
             f"an overlay needs an image and labels of one shape (I, J, K), without channels; "
             f"the image is {image.shape} and the labels are {labels.shape}."
         )
     frame = Frame(image.shape, affine)
-    image, labels = _to_ras(image, frame), _to_ras(labels, frame)
+    centre = _centre(_to_ras(planes_of, frame))
+    image, labels, window_of = (_to_ras(volume, frame) for volume in (image, labels, window_of))
     spacing = [frame.spacing[axis] for axis in _ras_order(frame)]
-    centre = _centre(labels)
-    greys = _window([_plane(image, view, centre) for view in _VIEWS])
+    black, white = _window([_plane(window_of, view, centre) for view in _VIEWS])
+    greys = [_grey(_plane(image, view, centre), black, white) for view in _VIEWS]
     extents = [n * mm for n, mm in zip(image.shape, spacing, strict=True)]
     scale = _pixels_per_mm(extents, min(spacing))
     panels = []
@@ -86,6 +101,19 @@ def overlay(image: np.ndarray, labels: np.ndarray, affine: np.ndarray) -> Image.
         outlined = _outlined(_resized(grey, size), _nearest(_plane(labels, view, centre), size))
         panels.append(_captioned(outlined, view.letters))
     return _side_by_side(panels)
+
+
+def stacked(pictures: Sequence[tuple[str, Image.Image]]) -> Image.Image:
+    """Pictures below each other, each under its caption."""
+    canvas = Image.new(
+        "RGB", (max(picture.width for _, picture in pictures), sum(picture.height + LINE for _, picture in pictures))
+    )
+    draw, top = ImageDraw.Draw(canvas), 0
+    for caption, picture in pictures:
+        draw.text((MARGIN, top + LINE // 2), caption, fill="white", anchor="lm", font_size=FONT_SIZE)
+        canvas.paste(picture, (0, top + LINE))
+        top += LINE + picture.height
+    return canvas
 
 
 def flat(
@@ -154,18 +182,19 @@ def _plane(volume: np.ndarray, view: _View, centre: Triple) -> Shaped[np.ndarray
     return np.moveaxis(volume, view.cut, 0)[centre[view.cut]].T[::-1]
 
 
-def _window(planes: list[Shaped[np.ndarray, "_ _"]]) -> list[UInt8[np.ndarray, "_ _"]]:
-    """Grey values with one window for all planes."""
+def _window(planes: list[Shaped[np.ndarray, "_ _"]]) -> tuple[float, float]:
+    """What is black and what is white, in all planes."""
     values = np.concatenate([plane.ravel() for plane in planes]).astype(np.float64)
     values = values[np.isfinite(values)]
     low, high = np.percentile(values[values != 0], (1, 99)) if values.any() else (0.0, 0.0)
     if low == high and values.size:  # a mask, or a constant image
         low, high = values.min(), values.max()
-    span = (high - low) or 1.0
-    return [
-        (np.nan_to_num(np.clip((plane.astype(np.float64) - low) / span, 0, 1)) * 255).round().astype(np.uint8)
-        for plane in planes
-    ]
+    return float(low), float(high)
+
+
+def _grey(plane: Shaped[np.ndarray, "_ _"], black: float, white: float) -> UInt8[np.ndarray, "_ _"]:
+    shares = (plane.astype(np.float64) - black) / ((white - black) or 1.0)
+    return (np.nan_to_num(np.clip(shares, 0, 1)) * 255).round().astype(np.uint8)
 
 
 def _pixels_per_mm(extents: list[float], finest: float) -> float:

@@ -12,7 +12,7 @@ import lightning.pytorch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.multiprocessing.spawn import ProcessException
 
-from voxquilt.errors import ConfigError, OutputError, RunError, VoxquiltError
+from voxquilt.errors import ConfigError, InputError, OutputError, RunError, VoxquiltError
 from voxquilt.launch import disarm_observer
 from voxquilt.signals import Signals
 from voxquilt.streams import forgive
@@ -81,7 +81,7 @@ def attended(trainer: Trainer) -> Iterator[None]:
 
 def _as_ours(text: str) -> VoxquiltError:
     """The error that a spawned process's traceback ends with, if it is one of ours."""
-    for kind in (ConfigError, OutputError, RunError):
+    for kind in (ConfigError, InputError, OutputError, RunError):
         _, found, message = text.rpartition(f"{kind.__module__}.{kind.__name__}: ")
         if found:
             return kind(message.strip())

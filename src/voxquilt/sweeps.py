@@ -29,8 +29,9 @@ def with_names(arguments: Sequence[str]) -> list[str]:
     parser = OverridesParser.create()
     typed = [text for text in arguments if not text.startswith("-") and ("=" in text or text.startswith("~"))]
     overrides = [parser.parse_override(text) for text in typed]
-    # By a sweeper's own syntax nothing is said here: what it varies comes with the jobs.
-    fixed = [one.key_or_group for one in overrides if not one.is_sweep_override()]
+    # What is typed twice is varied if one of them is.
+    varied = {one.key_or_group for one in overrides if one.is_sweep_override()}
+    fixed = [one.key_or_group for one in overrides if one.key_or_group not in varied]
     names = ",".join(f'"{name}"' for name in dict.fromkeys(fixed))
     return [*arguments, f"{_EXCLUDED}=[{names}]"]
 

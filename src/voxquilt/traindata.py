@@ -1,6 +1,7 @@
 """What does a training see? Random patches of some subjects, and the whole volumes of others to validate on."""
 
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import Tensor
 from voxquilt.cases import LABEL, Case, find_cases, label_files
 from voxquilt.datamodule import GridDataModule
 from voxquilt.dealing import deal
-from voxquilt.errors import ConfigError, InputError, VoxquiltError
+from voxquilt.errors import ConfigError, InputError, VoxquiltError, of_subjects
 from voxquilt.geometry import to_triple
+from voxquilt.group import Group
 from voxquilt.listing import meant
 from voxquilt.loader import LoadFailure, PatchStream
 from voxquilt.names import TASKS, check_name
@@ -104,6 +106,8 @@ class TrainingDataModule(LightningDataModule):
                     raise ConfigError(
                         f"{case.subject}: its label {path} is not there (looked from {Path.cwd()}).{meant(path)}"
                     )
+        self.classes: int | None = None
+        """Channels of the network's output, once they are known: `setup` then refuses labels beyond them."""
         self._failures: list[LoadFailure] = []
         self._volumes: CachedVolumes | None = None
 
@@ -142,27 +146,24 @@ class TrainingDataModule(LightningDataModule):
             InputError: it cannot be read, or holds numbers that are no classes.
         """
         images = self.labelled(case).images
-        return self._checked(case, torch.cat([images[_named(name)].stored() for name in self.label_files(case)]))
+        return self._checked(torch.cat([images[_named(name)].stored() for name in self.label_files(case)]))
 
     def setup(self, stage: str) -> None:
-        """Look at every header, and read as many training subjects as memory is for.
+        """Look at every header and label, and read as many training subjects as memory is for.
 
         Raises:
             InputError: an image or label that cannot be used; training on what is left would be another training.
         """
         if self._volumes is not None:
             return
-        channels = {}
-        for case in (*self.training_cases, *self.validation_cases):
-            subject = self.labelled(case)
-            channels[case.subject] = sum(subject.images[name].shape[0] for name in case.images)
-        if len(set(channels.values())) > 1:
-            raise InputError(f"subjects differ in the number of channels of their images: {channels}.")
+        self._check_headers()
         share = 2 * (self.trainer.num_devices if self.trainer else 1)
         limit = psutil.virtual_memory().available / share if self.cache is None else self.cache * 2**20
         cases = self.training_cases
         self._volumes = CachedVolumes(lambda n: self._load(cases[n]), len(cases), limit, _GROUP)
-        self._volumes.preload(2)
+        kept = self._volumes.preload(2)
+        if self.task != "image":
+            self._check_labels(kept)
 
     def train_dataloader(self) -> LateLoader:
         """Random patches, others each epoch."""
@@ -207,6 +208,52 @@ class TrainingDataModule(LightningDataModule):
             failure = self._failures[0]
             raise InputError(f"{failure.task.case.subject}: {failure.error}") from failure.error
 
+    def _check_headers(self) -> None:
+        """Numbers of channels, of every subject."""
+        images: dict[int, list[str]] = {}
+        for case in (*self.training_cases, *self.validation_cases):
+            subject = self.labelled(case)
+            images.setdefault(sum(subject.images[name].shape[0] for name in case.images), []).append(case.subject)
+            labels = sum(image.shape[0] for name, image in subject.images.items() if name not in case.images)
+            wanted = 1 if self.task == "segmentation" else self.classes
+            if wanted not in (None, labels):
+                what = "with a mask for each" if self.task == "multilabel" else "as many as the network's image"
+                raise InputError(
+                    f"{case.subject}: its label has {labels} channel{'s' * (labels != 1)}; "
+                    + (
+                        "one of classes is wanted, or task=multilabel."
+                        if self.task == "segmentation"
+                        else f"the network gives {wanted}, {what}. Set model.net.out_channels, or change data.labels."
+                    )
+                )
+        if len(images) > 1:
+            (most, _), *others = sorted(images.items(), key=lambda item: -len(item[1]))
+            odd, subjects = others[-1]
+            raise InputError(
+                f"{subjects[0]}: its images have {odd} channel{'s' * (odd != 1)}; those of "
+                f"{of_subjects(len(images[most]))} have {most}. All must have as many."
+            )
+
+    def _check_labels(self, kept: int) -> None:
+        """Read the labels beyond the first `kept`, each by one process; what one of them finds is raised in all."""
+        group = Group(self.trainer)
+        cases = [*self.training_cases[min(group.gather(kept)) :], *self.validation_cases]
+
+        def problem(case: Case) -> str | None:
+            try:
+                self.truth(case)
+            except VoxquiltError as error:
+                return str(error).removeprefix(f"{case.subject}: ")
+            return None
+
+        with ThreadPoolExecutor(2) as pool:
+            mine = cases[group.rank :: group.size]
+            texts = zip(mine, pool.map(problem, mine), strict=True)
+            found = next((f"{case.subject}: {text}" for case, text in texts if text), None)
+        told = list(filter(None, group.gather(found)))
+        if told:
+            raise InputError(told[0])
+
     def _load(self, case: Case) -> Labelled:
         subject = self.labelled(case)
         images, labels = (
@@ -219,24 +266,35 @@ class TrainingDataModule(LightningDataModule):
             sampler = GridSampler(
                 Subject(in_model.images | wanted.images), self.patch_size, fit=True, divisible_by=self._divisible_by
             )
-            label = self._checked(case, torch.cat([sampler.volume(name) for name in labels]))
+            label = self._checked(torch.cat([sampler.volume(name) for name in labels]))
         except VoxquiltError as error:
             raise InputError(f"{case.subject}: {error}") from error
         image = torch.cat([sampler.volume(name) for name in images])
         return Labelled(case.subject, image, label, centres_of(label) if self.task != "image" else [])
 
-    def _checked(self, case: Case, label: Tensor) -> Tensor:
+    def _checked(self, label: Tensor) -> Tensor:
         if self.task == "image":
             return label.float()
         if self.task == "segmentation" and len(label) > 1:
+            raise InputError(f"its label has {len(label)} channels; one of classes is wanted, or task=multilabel.")
+        odd = (label < 0) | (label != label.round()) if label.is_floating_point() else label < 0
+        if odd.any():
             raise InputError(
-                f"{case.subject}: its label has {len(label)} channels; one of classes is wanted, or task=multilabel."
+                f"its label holds {float(label[odd][0]):g}; wanted are classes, which are whole numbers from 0."
             )
-        if (label.is_floating_point() and not torch.equal(label, label.round())) or label.min() < 0:
-            raise InputError(f"{case.subject}: its label holds numbers that are no classes 0, 1, 2, ...")
         if self.task == "multilabel":
             return (label > 0).to(torch.uint8)
+        if self.classes is not None and label.max() >= self.classes:
+            raise InputError(beyond(int(label.max()), self.classes))
         return label.to(torch.uint8 if label.max() < 256 else torch.int32)
+
+
+def beyond(highest: int, classes: int) -> str:
+    """What to say of a label with a class that the network does not have."""
+    return (
+        f"its label has class {highest}; the network gives {classes}, 0 to {classes - 1}. Set model.net.out_channels "
+        f"and stitch.class_names, or change the label: a value such as 255 for voxels that do not count is a class too."
+    )
 
 
 def _named(name: str) -> str:

@@ -15,7 +15,7 @@ from voxquilt.errors import ConfigError, InputError, OutputError
 from voxquilt.group import Group
 from voxquilt.network import PatchNetwork
 from voxquilt.stitch import Stitch
-from voxquilt.traindata import TrainingDataModule
+from voxquilt.traindata import TrainingDataModule, beyond
 from voxquilt.validation import Validated, Validator, mean_metrics
 
 Schedule = Callable[[Optimizer, int], LRScheduler]
@@ -91,7 +91,7 @@ class PatchTrainer(LightningModule):
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Look at labels while they are on the host."""
         if not isinstance(batch, PatchBatch) and self._data.task == "segmentation":
-            self._highest = int(batch["label"].max()), batch["subject"]
+            self._highest = batch["label"].flatten(1).amax(dim=1).tolist()
         return batch
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
@@ -103,11 +103,11 @@ class PatchTrainer(LightningModule):
         """
         output = self(batch["image"])
         subjects = ", ".join(dict.fromkeys(batch["subject"]))
-        if self._data.task == "segmentation" and self._highest[0] >= output.shape[1]:
-            raise InputError(
-                f"labels of {subjects} have class {self._highest[0]}; the network gives {output.shape[1]}, 0 to "
-                f"{output.shape[1] - 1}. Set model.net.out_channels and stitch.class_names, or change the labels."
-            )
+        if self._data.task == "segmentation":
+            # The data module has looked, unless it was not told how many classes there are.
+            for subject, highest in zip(batch["subject"], self._highest, strict=True):
+                if highest >= output.shape[1]:
+                    raise InputError(f"{subject}: {beyond(int(highest), output.shape[1])}")
         loss = self.loss(output, batch["label"])
         if not loss.isfinite():
             raise OutputError(
@@ -117,6 +117,10 @@ class PatchTrainer(LightningModule):
         size = len(batch["image"])
         self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=size, sync_dist=True)
         return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Pictures say when they were made."""
+        self._validator.when = f"epoch {self.current_epoch + 1}, step {self.global_step}"
 
     def validation_step(self, batch: PatchBatch, batch_idx: int) -> None:
         """Predict patches of whole volumes."""

@@ -16,7 +16,7 @@ from voxquilt.buffers import Buffers
 from voxquilt.cases import Case
 from voxquilt.errors import InputError, OutputError, VoxquiltError
 from voxquilt.metrics import class_dice
-from voxquilt.overlay import flat, overlay
+from voxquilt.overlay import flat, overlay, stacked
 from voxquilt.quilt import Outputs, Quilt
 from voxquilt.stitch import Stitch
 
@@ -30,7 +30,7 @@ class Validated:
     Args:
         subject: Its id.
         metrics: By name; NaN for a class that neither the label nor the prediction has.
-        picture: (H, W, 3) uint8: the prediction above what was wanted, or nothing.
+        picture: (H, W, 3) uint8: the prediction above the truth, with captions, in the same planes and greys; or None.
     """
 
     subject: str
@@ -47,12 +47,14 @@ class Validator:
         stitch: Blend, activation, and the classes' names.
         truth: The label of a subject, (L, I, J, K).
         pictures: Of so many subjects, the first ones.
+        when: Of the training, such as 'epoch 3', for captions.
     """
 
     task: str
     stitch: Stitch
     truth: Callable[[Case], Tensor]
     pictures: int = 0
+    when: str = ""
     found: list[Validated] = field(default_factory=list)
     _open: dict[Work, Quilt] = field(default_factory=dict)
     _buffers: Buffers = field(default_factory=Buffers)
@@ -95,14 +97,19 @@ class Validator:
         return Validated(case.subject, metrics, picture)
 
     def _picture(self, work: Work, volume: Tensor, truth: Tensor) -> np.ndarray:
-        affine = work.space.native.affine
+        """Planes and window are the truth's, so that they show the same of every epoch's prediction."""
+        affine, subject = work.space.native.affine, work.task.case.subject
+        captions = f"{subject}: prediction{self.when and f', {self.when}'}", f"{subject}: truth"
         if self.task == "image":
-            none = np.zeros(volume.shape[1:], np.uint8)
-            pictures = [overlay(image[0].float().numpy(), none, affine) for image in (volume, truth)]
+            window = truth[0].float().numpy()
+            none, bright = np.zeros(window.shape, np.uint8), window > np.nanmean(window)
+            drawn = [(image[0].float().numpy(), none) for image in (volume, truth)]
         else:
-            image = work.file.read()[0].numpy()
-            pictures = [overlay(image, flat(labels.numpy()), affine) for labels in (volume, truth)]
-        return np.concatenate([np.asarray(picture) for picture in pictures])
+            window = work.file.read()[0].numpy()
+            bright = flat(truth.numpy())
+            drawn = [(window, flat(labels.numpy())) for labels in (volume, truth)]
+        pictures = [overlay(*pair, affine, planes_of=bright, window_of=window) for pair in drawn]
+        return np.asarray(stacked(list(zip(captions, pictures, strict=True))))
 
 
 def metrics_of(task: str, volume: Tensor, truth: Tensor, names: Sequence[str]) -> Metrics:
