@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ def _experiments(conf: Path, script: str) -> list[str]:
 
 
 def _no_key(key: str, script: str, conf: Path) -> str:
+    key = key.replace("/", ".")
     known = sorted(set(_keys(conf, script)))
     elsewhere = _where(key, conf, script)
     if elsewhere:
@@ -125,6 +127,7 @@ def _flat(node: Any, key: str) -> Iterator[str]:
         yield from _flat(child, full)
 
 
+@cache
 def _read(path: Path) -> Any:
     content = yaml.safe_load(path.read_text("utf-8"))
     return {key: value for key, value in content.items() if key not in ("defaults", "hydra")} if content else {}
