@@ -198,6 +198,8 @@ def test_help_and_the_configuration_are_printed_in_a_moment(place: Path) -> None
     [
         (("model.net._target_=synthetic.Over51",), "'Over51' is importable from module 'synthetic'"),
         (("+trainer.foo=1",), "trainer cannot be built from lightning.pytorch.Trainer"),
+        (("+trainer.max_epoch=1",), "There is no trainer.max_epoch. Did you mean trainer.max_epochs?"),
+        (("model.net._target_=synthetic.Slow", "model.net.canels=2"), "There is no model.net.canels."),
         (("ckpt_path=weights.pt",), "weights.pt cannot be read as weights"),
     ],
 )
@@ -219,6 +221,18 @@ def test_build_names_the_key_and_the_cause() -> None:
     net = {"_target_": "torch.nn.Sequential", "_args_": [{"_target_": "torch.nn.Conv3d", "in_chanels": 1}]}
     with pytest.raises(ConfigError, match=r"model cannot be built from torch\.nn\.Sequential: .*'in_chanels'"):
         build(net, "model")
+    with pytest.raises(
+        ConfigError, match=r"There is no model\._args_\[0\]\.in_chanels\. Did you mean .*\.in_channels\?"
+    ):
+        build(net, "model")
+    unet = {"_target_": "monai.networks.nets.UNet", "outchannels": 2, "in_channels": 1}
+    with pytest.raises(ConfigError) as caught:
+        build({"_target_": "voxquilt.module.from_state_dict", "net": unet, "ckpt_path": None}, "model")
+    assert "There is no model.net.outchannels. Did you mean model.net.out_channels? " in str(caught.value)
+    assert "monai.networks.nets.UNet takes spatial_dims, in_channels, out_channels, channels, " in str(caught.value)
+    transform = {"_target_": "monai.transforms.NormalizeIntensity", "nonzer": True}
+    with pytest.raises(ConfigError, match=r"no preprocess\.intensity\[0\]\.nonzer\. Did you mean .*\.nonzero\?"):
+        build({"_target_": "voxquilt.preprocess.Preprocess", "intensity": [transform]}, "preprocess")
     with pytest.raises(ConfigError, match=r"^spacing must be null"):
         build({"_target_": "voxquilt.preprocess.Preprocess", "spacing": -1}, "preprocess")
     with pytest.raises(ConfigError, match=r"(?s)model cannot be built from os\.system: .*blocklisted"):

@@ -6,6 +6,14 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from voxquilt.app import conf_dir
+from voxquilt.cases import meant
+from voxquilt.errors import ConfigError
+from voxquilt.explain import _keys, _no_key, explain
+from voxquilt.names import check_name, question
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,6 +41,10 @@ ROOT = Path(__file__).parents[1]
         ("train", "model=torchscript", "model=torchscript is for predict.py; train.py has train."),
         ("train", "trainer=gpuu", "there are cpu, ddp, default, gpu, slurm. Did you mean trainer=gpu?"),
         ("predict", "data.wholly_unknown=1", "there is no key data.wholly_unknown; data has batch_size, "),
+        ("predict", "model.module_class=a.B", "model.module_class as things are: it comes with model=lightning."),
+        ("predict", "trainer.max_epochs=3", "no key trainer.max_epochs in predict.py: it is one of train.py's."),
+        ("predict", "model/loss=mse", "there is no key model.loss in predict.py: it is one of train.py's."),
+        ("train", "model.flips=[0]", "there is no key model.flips in train.py: it is one of predict.py's."),
         ("predict", "src", "src: a setting is written with =, without blanks around it, such as data.inputs=src."),
         ("predict", "data.inputs", "such as data.inputs=value."),
         ("predict", "ckpt_path=nowhere.ckpt", "ckpt_path: there is no file nowhere.ckpt (looked from "),
@@ -63,6 +75,49 @@ def told(script: str, argument: str, message: str, cwd: Path = ROOT) -> None:
     assert done.stderr.startswith("voxquilt: ")
     assert done.stderr.count("\n") == 1
     assert "Hydra" not in done.stderr
+    assert time.monotonic() - began < 10  # it takes half a second where nothing else runs
+
+
+WORDS = st.lists(st.text("abc_", min_size=1, max_size=4), min_size=1, max_size=6)
+
+
+@given(WORDS, st.data())
+def test_no_suggestion_is_what_was_typed(words: list[str], data: st.DataObject) -> None:
+    """Whether it is one of the words or not; of values of other types, which look alike, neither."""
+    typed = data.draw(st.sampled_from(words) | st.text("abc_", max_size=4))
+    assert f"Did you mean {typed}?" not in question(typed, words)
+    near = question(typed, words)
+    assert near == "" or near.removeprefix(" Did you mean ").removesuffix("?") in words
+    for value in (Path(words[0]), words[:1], words[0].encode()):
+        with pytest.raises(ConfigError) as caught:
+            check_name(value, words, "key")
+        assert f"it is {value!r}. Did you mean {value}?" not in str(caught.value)
+
+
+@pytest.mark.parametrize("script", ["predict", "train"])
+def test_no_key_is_answered_with_itself(script: str) -> None:
+    """Every key that either script knows, asked where it is not."""
+    keys = {key for name in ("predict", "train") for key in _keys(conf_dir(), name)}
+    assert len(keys) > 100
+    for key in keys:
+        answer = _no_key(key, script, conf_dir())
+        assert f"Did you mean {key}?" not in answer
+        assert key in answer
+
+
+def test_a_path_that_is_there_is_not_suggested(tmp_path: Path) -> None:
+    """Nor is another for it: its name is not what is wrong."""
+    for name in ("ct", "ct2"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "ct3").symlink_to(tmp_path / "nowhere")
+    assert meant(tmp_path / "ct") == ""
+    assert meant(tmp_path / "ct1") in {f" Did you mean {tmp_path / name}?" for name in ("ct", "ct2", "ct3")}
+    assert meant(tmp_path / "ct3") in {f" Did you mean {tmp_path / name}?" for name in ("ct", "ct2")}
+
+
+def test_what_hydra_says_in_bold_is_explained_in_plain_letters() -> None:
+    """A terminal's codes are taken out of whatever it quotes."""
+    assert explain(ValueError("\x1b[1mno\x1b[0m such thing"), "predict", conf_dir()) == "no such thing"
 
 
 def test_the_script_of_an_experiment_is_what_the_experiment_says(tmp_path: Path) -> None:

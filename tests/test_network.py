@@ -225,6 +225,41 @@ def test_an_output_that_cannot_be_used_says_what_it_is(
         PatchNetwork([Returning(function)], outputs=outputs)(PATCHES)
 
 
+def coarser(x: Tensor, n: int) -> list[Tensor]:
+    """As deep supervision has it: the scores, and the same coarser."""
+    return [x, *(nn.functional.avg_pool3d(x, (1, 2, 2)) for _ in range(n - 1))]
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_deep_supervision_is_told_how_to_keep_its_first_output(n: int, kind: type) -> None:
+    """And is obeyed when it does; when all are named, all are given."""
+    net = Returning(lambda x: kind(coarser(x, n)))
+    nulls = ",null" * (n - 1)
+    with pytest.raises(OutputError) as caught:
+        PatchNetwork([net])(PATCHES)
+    assert f"Set model.outputs=[seg{nulls}] to keep the first" in str(caught.value)
+    with pytest.raises(OutputError) as caught:
+        PatchNetwork([net], outputs=["seg"])(PATCHES)
+    assert f"such as model.outputs=[seg{nulls}]" in str(caught.value)
+    assert list(PatchNetwork([net], outputs=["seg", *[None] * (n - 1)])(PATCHES)) == ["seg"]
+    names = [f"level{k}" for k in range(n)]
+    assert list(PatchNetwork([net], outputs=names)(PATCHES)) == names
+
+
+def test_nested_and_stacked_deep_supervision_is_answered_too() -> None:
+    """A list inside a tuple, and all in one tensor; outputs of one size, or of other channels, are several outputs."""
+    with pytest.raises(
+        OutputError, match=r"are no tensors; choose by model\.outputs, such as model\.outputs=\[seg,null\]"
+    ):
+        PatchNetwork([Returning(lambda x: (x, coarser(x, 3)))])(PATCHES)
+    assert list(PatchNetwork([Returning(lambda x: (x, coarser(x, 3)))], outputs=["seg", None])(PATCHES)) == ["seg"]
+    with pytest.raises(OutputError, match="Is it stacked for deep supervision"):
+        PatchNetwork([Returning(lambda x: torch.stack([x, x], 1))])(PATCHES)
+    for other in (lambda x: (x, x), lambda x: (x, coarser(x, 2)[1][:, :1]), lambda x: (coarser(x, 2)[1], x)):
+        assert list(PatchNetwork([Returning(other)])(PATCHES)) == ["out0", "out1"]
+
+
 def test_members_must_give_the_same_outputs() -> None:
     """An average over different names would be none."""
     nets = [Returning(lambda x: {"a": x}), Returning(lambda x: {"b": x})]

@@ -8,6 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.transforms.intensity.array import NormalizeIntensity
 from torch import Tensor
 
 from voxquilt.errors import ConfigError, InputError
@@ -187,6 +188,41 @@ def test_voxels_that_are_not_finite_are_counted_or_zeroed(value: float, dtype: t
     assert not data.isfinite().all()
 
 
+@pytest.mark.parametrize("value", [1e300, -1e300, 3.5e38])
+@pytest.mark.parametrize("kind", [ScalarImage, LabelMap])
+def test_what_float32_cannot_hold_is_said_of_the_image(value: float, kind: Any, tmp_path: Path) -> None:
+    """Of float64 voxels, in a file or a tensor; the network, which sees float32, is not blamed."""
+    data = noise(1, 4, 5, 6).double()
+    data[0, 1, 2, 3] = data[0, 0, 0, 0] = value
+    nib.save(nib.Nifti1Image(data[0].numpy(), np.eye(4)), tmp_path / "t1.nii")
+    for image in (kind(data), kind(tmp_path / "t1.nii")):
+        with pytest.raises(InputError, match=r"image 't1' .* has 2 voxels .* or too large for float32 \(2 of them\)"):
+            Preprocess()(Subject(t1=image))
+        prepared = Preprocess(nonfinite="zero")(Subject(t1=image)).subject["t1"].data
+        assert torch.equal(prepared.double(), torch.where(data.abs() < 1e30, data, 0))
+    largest = torch.full((1, 3, 3, 3), torch.finfo(torch.float32).max, dtype=torch.float64)
+    assert torch.equal(Preprocess()(Subject(t1=ScalarImage(largest))).subject["t1"].data.double(), largest)
+
+
+@pytest.mark.parametrize(
+    ("transform", "count"),
+    [
+        (torch.log, 60),
+        (lambda x: x / x.sum(), 60),
+        (lambda x: x.numpy().astype(np.float64) + 1e300, 60),
+        (NormalizeIntensity(subtrahend=0, divisor=np.nan), 60),
+        (lambda x: torch.sqrt(x - torch.arange(60).view(x.shape)), 59),
+    ],
+)
+def test_a_transform_that_makes_no_numbers_is_named(transform: Any, count: int) -> None:
+    """With the image and how many; whatever is done with voxels of the file that are none."""
+    constant = torch.zeros(1, 3, 4, 5)
+    for nonfinite in ("error", "zero"):
+        preprocess = Preprocess(intensity={"t2": [lambda x: x, transform]}, nonfinite=nonfinite)
+        with pytest.raises(InputError, match=rf"intensity transform .* made {count} voxels of image 't2' NaN or inf"):
+            preprocess(Subject(t1=ScalarImage(constant), t2=ScalarImage(constant)))
+
+
 def test_infinities_that_cancel_are_found() -> None:
     """inf and -inf sum to NaN, a lone NaN among millions of voxels to NaN: no sum hides them."""
     data = torch.zeros(1, 100, 100, 100)
@@ -204,9 +240,10 @@ def test_a_label_map_that_is_not_finite_is_an_error_too(tmp_path: Path) -> None:
 
 
 def test_finite_voxels_whose_sum_is_not_are_finite() -> None:
-    """The largest values of a type pass, although their sum overflows even float64."""
+    """The largest values of a type that float32 holds pass, although their sum overflows it."""
     for dtype in (torch.float16, torch.float32, torch.float64):
-        largest = torch.full((1, 4, 4, 4), torch.finfo(dtype).max, dtype=dtype)
+        most = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+        largest = torch.full((1, 4, 4, 4), most, dtype=dtype)
         prepared = Preprocess()(Subject(seg=LabelMap(largest), t1=ScalarImage(largest))).subject
         assert torch.equal(prepared["seg"].data, largest)
         assert torch.equal(prepared["t1"].data, largest)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,7 @@ def _not_for(where: str, wanted: str, script: str) -> str:
 
 
 def _no_key(key: str, script: str, conf: Path) -> str:
+    key = key.replace("/", ".")
     known = sorted(set(_keys(conf, script)))
     elsewhere = _where(key, conf, script)
     if elsewhere:
@@ -176,6 +178,7 @@ def _flat(node: Any, key: str) -> Iterator[str]:
         yield from _flat(child, full)
 
 
+@cache
 def _read(path: Path) -> Any:
     return {key: value for key, value in _all_of(path).items() if key not in ("defaults", "hydra")}
 

@@ -76,10 +76,10 @@ def some(keys: Sequence[str] | Mapping[str, Any]) -> str:
     return ", ".join(keys[:8]) + (f", ... ({len(keys)} in all)" if len(keys) > 8 else "")
 
 
-def _states(node: Mapping[Any, Any], name: str = "") -> Iterator[tuple[str, State]]:
+def _states(node: Mapping[Any, Any], name: str = "", depth: int = 0) -> Iterator[tuple[str, State]]:
     """State dicts and where they are: mappings from names to tensors, beside which there may be plain values."""
     # The state of an optimizer is by numbers.
-    if not all(isinstance(key, str) for key in node):
+    if not all(isinstance(key, str) for key in node) or depth > 8:
         return
     inner = {key: value for key, value in node.items() if isinstance(value, Mapping)}
     tensors = {key: value for key, value in node.items() if isinstance(value, Tensor)}
@@ -88,7 +88,7 @@ def _states(node: Mapping[Any, Any], name: str = "") -> Iterator[tuple[str, Stat
         return
     for key, value in inner.items():
         if not key.startswith(("optim", "lr_sched", "scheduler", "scaler", "loops", "callbacks")):
-            yield from _states(value, f"{name}.{key}".lstrip("."))
+            yield from _states(value, f"{name}.{key}".lstrip("."), depth + 1)
 
 
 def _behind(path: Path, found: Mapping[str, State], prefix: str) -> State:
