@@ -317,7 +317,7 @@ def test_a_folder_of_bad_files_is_reported_and_the_good_ones_are_finished(tmp_pa
     rows = manifest(tmp_path / "aus gabe")
     reasons = {
         "truncated": "may be truncated or damaged", "flipped": "may be truncated or damaged",
-        "short": "may be truncated or damaged", "empty": "the file is empty", "text": "not a NIfTI file",
+        "short": "smaller than its header says", "empty": "the file is empty", "text": "not a NIfTI file",
         "text_gz": "not a NIfTI file", "two_d": "2-D", "five_d": "5-D", "nan": "NaN or infinite",
         "complex": "complex", "rgb": "RGB", "zero_axis": "an axis without voxels", "degenerate": "degenerate",
         "alone": "not a NIfTI file",
@@ -345,8 +345,8 @@ def test_a_folder_of_bad_files_is_reported_and_the_good_ones_are_finished(tmp_pa
 def test_a_table_of_several_images_and_weights_with_lightnings_name(forks: Server, tmp_path: Path) -> None:
     """Columns become channels; inputs keep their place; run.json holds what ran, with which versions."""
     a, b = save(tmp_path / "in/a b.nii.gz", noise((9, 9, 9), 1)), save(tmp_path / "in/b.nii.gz", noise((9, 9, 9), 2))
-    mine = save(tmp_path / "out/s3_labels.nii.gz", noise((9, 9, 9), 3))
-    rows = "s1,a b.nii.gz,b.nii.gz\n007,b.nii.gz,a b.nii.gz\ns3,b.nii.gz,../out/s3_labels.nii.gz\n"
+    mine = save(tmp_path / "mine/s3_labels.nii.gz", noise((9, 9, 9), 3))
+    rows = "s1,a b.nii.gz,b.nii.gz\n007,b.nii.gz,a b.nii.gz\ns3,b.nii.gz,../mine/s3_labels.nii.gz\n"
     (tmp_path / "in/table.csv").write_text(f"subject,t1,t2\n{rows}")
     torch.save(
         {"state_dict": {f"net.{k}": v for k, v in Over50(2).state_dict().items()}}, tmp_path / "epoch=3-step=9.ckpt"
@@ -361,7 +361,7 @@ def test_a_table_of_several_images_and_weights_with_lightnings_name(forks: Serve
     np.testing.assert_array_equal(read(tmp_path / "out/s1_labels.nii"), a > 50)
     np.testing.assert_array_equal(read(tmp_path / "out/007_labels.nii"), b > 50)
     assert read(tmp_path / "out/s1_probabilities.nii").shape == (9, 9, 9, 2)
-    np.testing.assert_array_equal(read(tmp_path / "out/s3_labels.nii.gz"), mine)
+    np.testing.assert_array_equal(read(tmp_path / "mine/s3_labels.nii.gz"), mine)
     assert manifest(tmp_path / "out")["007"]["outputs"] == "007_labels.nii;007_probabilities.nii;007_overlay.png"
     assert (tmp_path / "out/007_overlay.png").read_bytes()[:4] == b"\x89PNG"
     record = json.loads((tmp_path / "out/run.json").read_text())

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from voxquilt.app import conf_dir
-from voxquilt.cases import meant
 from voxquilt.errors import ConfigError
 from voxquilt.explain import _keys, _no_key, explain
+from voxquilt.listing import meant
 from voxquilt.names import check_name, question
 
 ROOT = Path(__file__).parents[1]
@@ -75,7 +75,6 @@ def told(script: str, argument: str, message: str, cwd: Path = ROOT) -> None:
     assert done.stderr.startswith("voxquilt: ")
     assert done.stderr.count("\n") == 1
     assert "Hydra" not in done.stderr
-    assert time.monotonic() - began < 10  # it takes half a second where nothing else runs
 
 
 WORDS = st.lists(st.text("abc_", min_size=1, max_size=4), min_size=1, max_size=6)

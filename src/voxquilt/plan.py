@@ -104,8 +104,16 @@ class Planner:
         self._autocast = _autocast(str(trainer.precision))
         self._room = Room(memory_available(), disk_free(folder), trainer.num_devices)
         self._notes: list[str] = []
+        # Shared by those that are made of this one: a large network takes a while to be asked.
         self._passes: dict[tuple[int, Triple, int], Probe] = {}
         self._layout = module.network.layout if isinstance(module, PatchPredictor) else "auto"
+        self._guesses: dict[tuple[int, Triple, int], str] = {}
+
+    def changed(self, of: Extent, settings: Settings) -> "Planner":
+        """The same for other subjects and settings."""
+        other = copy(self)
+        other._of, other._settings, other._notes = of, settings, []
+        return other
 
     def plan(self) -> Planned:
         """What the settings need.
@@ -148,9 +156,8 @@ class Planner:
         Raises:
             OutputError: a product that the network's output does not have.
         """
-        alone = copy(self)
-        alone._of = extent([one])
         settings = self._settings
+        alone = self.changed(extent([one]), settings)
         over = alone._over(alone._needs(settings)[2])
         if over is None:
             return None
@@ -222,6 +229,8 @@ class Planner:
         key = self._of.channels, patch_size, batch_size
         if key not in self._passes:
             self._passes[key] = self._probed(*key)
+        if key in self._guesses:
+            self._note(self._guesses[key])
         return self._passes[key]
 
     def _probed(self, channels: int, patch_size: Triple, batch_size: int) -> Probe:
@@ -232,7 +241,7 @@ class Planner:
                 return probe(network, channels, patch_size, batch_size, device=self._device, autocast=self._autocast)
             except Exception as error:
                 problem = f"{type(error).__name__}: {error}".split("\n")[0]
-        self._note(
+        self._guesses[channels, patch_size, batch_size] = (
             "the network cannot be run without voxels, so its memory is a guess, 64 channels of a patch, and so are "
             f"its outputs, 2 channels ({problem})."
         )

@@ -66,8 +66,10 @@ def settled(
     group, auto = data.plan.group, data.batch_size == AUTO
     settings = settings_of(module, data, writer, trainer.strategy.root_device)
 
+    first = Planner(trainer, module, writer.stitch, data.plan.extent, settings, writer.output_dir)
+
     def planner(settings: Settings) -> Planner:
-        return Planner(trainer, module, writer.stitch, data.plan.extent, settings, writer.output_dir)
+        return first.changed(data.plan.extent, settings)
 
     _set_other_channels_apart(module, data)
     _set_misfits_apart(lambda: planner(settings), data)
