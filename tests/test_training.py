@@ -1051,3 +1051,33 @@ def test_a_training_that_cannot_be_is_one_message_and_status_2(
     assert message in run.text
     assert "Traceback" not in run.text
     assert not (tmp_path / "outputs").exists()
+
+
+def test_labels_are_trained_on_by_the_numbers_that_they_have_in_files(
+    forks: Server, blobs: Path, tmp_path: Path
+) -> None:
+    """0 and 1002: the same training as of 0 and 1; the checkpoint brings the numbers to predicting."""
+    shutil.copytree(blobs / "images", tmp_path / "images")
+    (blobs / "numbers").mkdir()
+    for path in (blobs / "labels").iterdir():
+        image = nib.load(path)
+        numbers = np.asarray(image.dataobj).astype(np.int16) * 1002
+        nib.save(nib.Nifti1Image(numbers, image.affine), blobs / "numbers" / path.name)
+    more = ("trainer.max_epochs=1", "stitch.label_values=[0,1002]")
+    train(forks, blobs, tmp_path, "trainer.max_epochs=1", "output_dir=plain")
+    text = train(forks, blobs, tmp_path, *more, labels="numbers")
+    one, other = (weights(tmp_path / name / "checkpoints/last.ckpt") for name in ("plain", "outputs"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert "val_dice" in text
+    done = forks.start(
+        "data.inputs=images", "ckpt_path=outputs/checkpoints/last.ckpt", "output_dir=made", "trainer=cpu", cwd=tmp_path
+    )
+    assert checked(done.wait(120)) == 0, done.text
+    for path in (tmp_path / "made").glob("*_labels.nii.gz"):
+        labels = np.asarray(nib.load(path).dataobj)
+        assert labels.dtype == np.uint16
+        assert set(np.unique(labels)) <= {0, 1002}
+    wrong = train(forks, blobs, tmp_path, *more, "output_dir=wrong", status=2)  # whose labels are 0 and 1
+    assert "its label holds 1, which is none of stitch.label_values=[0, 1002]" in wrong
+    for more, message in (("stitch.label_values=[0,5,7]", "out_channels is 2"), ("stitch.label_values=[1,2]", "has 0")):
+        assert message in train(forks, blobs, tmp_path, more, "output_dir=wrong", status=2)

@@ -74,7 +74,8 @@ def fit(plain: dict[str, Any]) -> int:
     set_track_meta(False)  # MONAI would carry affines along with patches, which are of no use here
     seed_everything(plain["run"]["seed"], verbose=False, workers=True)
     preprocess = build(plain["preprocess"], "preprocess")
-    data = build(plain["data"], "data", preprocess=preprocess, output_dir=plain["output_dir"])
+    numbers = {"label_values": values} if (values := plain["stitch"].get("label_values")) else {}
+    data = build(plain["data"], "data", preprocess=preprocess, output_dir=plain["output_dir"], **numbers)
     settings, record, replaced = to_carry(plain, plain.pop("images")), plain.pop("record"), plain.pop("replaced")
     stitch = build(plain["stitch"], "stitch")
     model = build(plain["model"], "model", stitch=stitch, settings=settings, record=record)

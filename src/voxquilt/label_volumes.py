@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Int64, Integer, Shaped
 from torch import Tensor
 
-from voxquilt.errors import OutputError
+from voxquilt.errors import InputError, OutputError
 
 
 def to_labels(
@@ -43,6 +43,26 @@ def to_labels(
     for plane in planes_of(labels):
         plane[...] = numbers[plane]
     return labels
+
+
+def to_classes(labels: Integer[Tensor, "*volume"], label_values: Sequence[int]) -> Int64[Tensor, "*volume"]:
+    """The classes of numbers as label files have them.
+
+    Args:
+        labels: Numbers of a label file.
+        label_values: The number of each class.
+
+    Raises:
+        InputError: a number that no class has.
+    """
+    numbers, classes = torch.tensor(label_values, dtype=torch.int64).sort()
+    places = torch.searchsorted(numbers, labels.long()).clamp(max=len(numbers) - 1)
+    unknown = labels[numbers[places] != labels]
+    if len(unknown):
+        raise InputError(
+            f"its label holds {int(unknown.min())}, which is none of stitch.label_values={list(label_values)}."
+        )
+    return classes[places]
 
 
 def planes_of(volume: Shaped[np.ndarray, "c i j k"]) -> Iterator[np.ndarray]:

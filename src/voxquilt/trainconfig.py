@@ -47,6 +47,7 @@ def check_train(cfg: DictConfig) -> dict[str, Any]:
     check_preprocess(plain["preprocess"])
     check_stitch(plain["stitch"])
     _check_model(plain["model"], data["task"], plain["stitch"].get("class_names"))
+    _check_label_values(plain["stitch"].get("label_values"), plain["model"]["net"].get("out_channels"), data["task"])
     check_integer(plain["run"], "seed", 0, "run.seed")
     if not isinstance(plain["run"].get("overwrite"), bool):
         raise ConfigError(f"run.overwrite must be true or false; it is {plain['run'].get('overwrite')!r}.")
@@ -91,6 +92,19 @@ def _check_data(data: Mapping[str, Any]) -> None:
         raise ConfigError(
             "data.labels is missing: the label of each subject, such as 'labels/{subject}.nii.gz'; or data.inputs is a "
             ".csv with a column 'label'."
+        )
+
+
+def _check_label_values(values: Any, channels: Any, task: str) -> None:
+    if values is None:
+        return
+    if task != "segmentation":
+        raise ConfigError(f"stitch.label_values={values} is of classes; task={task} has none.")
+    if 0 not in values:
+        raise ConfigError(f"stitch.label_values={values}: one class has 0 to train on, which volumes are padded with.")
+    if isinstance(channels, int) and channels != len(values):
+        raise ConfigError(
+            f"stitch.label_values={values} has {len(values)} numbers; model.net.out_channels is {channels}."
         )
 
 

@@ -1,6 +1,6 @@
 """What does a training see? Random patches of some subjects, and the whole volumes of others to validate on."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from voxquilt.dealing import deal
 from voxquilt.errors import ConfigError, InputError, VoxquiltError, of_subjects
 from voxquilt.geometry import to_triple
 from voxquilt.group import Group
+from voxquilt.label_volumes import to_classes
 from voxquilt.listing import meant
 from voxquilt.loader import LoadFailure, PatchStream
 from voxquilt.names import TASKS, check_name
@@ -53,6 +54,7 @@ class TrainingDataModule(LightningDataModule):
         seed: Of the folds and of the patches.
         preprocess: To model space; RAS with the file's spacing by default.
         output_dir: Of the training; what lies there is never an input.
+        label_values: The numbers that classes 0, 1, ... have in the label files of a segmentation; None for 0, 1, ...
 
     Raises:
         ConfigError: nothing found, too few subjects, or a label that is not there.
@@ -82,6 +84,7 @@ class TrainingDataModule(LightningDataModule):
         seed: int = 0,
         preprocess: Preprocess | None = None,
         output_dir: str | Path | None = None,
+        label_values: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.task = check_name(task, TASKS, "data.task")
@@ -90,7 +93,7 @@ class TrainingDataModule(LightningDataModule):
         self.patches_per_volume, self.balanced, self.augment = patches_per_volume, balanced, augment
         self.cache, self.seed = cache, seed
         self.preprocess = preprocess or Preprocess()
-        self._labels, self._divisible_by = labels, divisible_by
+        self._labels, self._divisible_by, self._label_values = labels, divisible_by, label_values
         cases = find_cases(inputs, images, [split] if split else (), output_dir)
         self.training_cases, self.validation_cases = make_split(cases, folds, fold, seed, split)
         self._grids: GridDataModule | None = None
@@ -284,6 +287,8 @@ class TrainingDataModule(LightningDataModule):
             )
         if self.task == "multilabel":
             return (label > 0).to(torch.uint8)
+        if self._label_values is not None:
+            label = to_classes(label, self._label_values)
         if self.classes is not None and label.max() >= self.classes:
             raise InputError(beyond(int(label.max()), self.classes))
         return label.to(torch.uint8 if label.max() < 256 else torch.int32)

@@ -1,6 +1,7 @@
 """How is a patch network trained? The LightningModule; its checkpoints know how to predict with them."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -61,7 +62,8 @@ class PatchTrainer(LightningModule):
         """Of the last validation, every subject's on every rank."""
         self._optimizer = optimizer or (lambda parameters: AdamW(parameters, lr=1e-3))
         self._schedule = schedule
-        self._stitch = stitch or Stitch()
+        # Labels are compared as classes, whichever numbers they have in files.
+        self._stitch = replace(stitch or Stitch(), label_values=None)
         self._squeeze = None if squeeze_axis is None else squeeze_axis + 2
         # In a list, or its parameters would be counted and saved twice.
         self._networks = [PatchNetwork([net], squeeze_axis=squeeze_axis)]
