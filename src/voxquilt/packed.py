@@ -87,7 +87,7 @@ class _Unpacked(io.RawIOBase):
         while not (self._unpack.eof and self._is_last()):
             self._packed = self._packed or self._file.read(_PIECE)
             if not self._packed:
-                raise EOFError("it ends before gzip's end")
+                raise EOFError("Compressed file ended before the end-of-stream marker was reached")
             unpacked = self._unpack.decompress(self._packed, len(buffer))
             self._packed = self._unpack.unused_data if self._unpack.eof else self._unpack.unconsumed_tail
             if unpacked:
