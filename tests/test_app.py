@@ -318,7 +318,8 @@ def test_a_folder_of_bad_files_is_reported_and_the_good_ones_are_finished(tmp_pa
     reasons = {
         "truncated": "may be truncated or damaged", "flipped": "may be truncated or damaged",
         "short": "smaller than its header says", "empty": "the file is empty", "text": "not a NIfTI file",
-        "text_gz": "not a NIfTI file", "two_d": "2-D", "five_d": "5-D", "nan": "NaN or infinite",
+        "text_gz": "not a NIfTI file", "two_d": "2-D", "five_d": "it has 2 channels, and the network takes 1",
+        "nan": "NaN or infinite",
         "complex": "complex", "rgb": "RGB", "zero_axis": "an axis without voxels", "degenerate": "degenerate",
         "alone": "not a NIfTI file",
     }  # fmt: skip

@@ -348,13 +348,16 @@ def test_a_file_of_the_output_folder_that_is_named_is_refused() -> None:
         find_cases(None, {"t1": "in/{subject}.nii.gz", "prior": "out/{subject}_labels.nii.gz"}, output_dir="out")
 
 
-def test_two_stars_do_not_go_into_folders_that_runs_have_written_to() -> None:
+def test_two_stars_do_not_go_into_folders_that_runs_have_written_to(caplog: pytest.LogCaptureFixture) -> None:
     """Another run's outputs below the inputs; who names its folder means them."""
     touch("in/a.nii.gz", "in/run1/a_labels.nii.gz", "in/run1/manifest.csv", "in/run1/run.json")
     touch("in/shards/a_image.nii.gz", "in/shards/manifest_0_of_2.csv", "in/shards/run_0_of_2.json")
     touch("in/derived/b_labels.nii.gz")
     assert ids("in/**/*.nii.gz", "in/run2") == ["a", "b_labels"]
     assert ids("in/run1", "in/run2") == ids("in/run1/*.nii.gz", "in/run2") == ["a_labels"]
+    assert "** does not go into folders that runs have written to: in/run1, in/shards" in caplog.text
+    with pytest.raises(ConfigError, match=r"matches only outputs of runs, .* such as data\.inputs=in/run1\."):
+        find_cases("in/run1/**/*.nii.gz")
 
 
 def test_a_link_to_a_folder_above_gives_no_file_twice() -> None:

@@ -119,9 +119,9 @@ def _from_entry(entry: object, apart: Collection[str], outputs: OutputFolder) ->
     if not isinstance(entry, str | Path):
         raise ConfigError(f"data.inputs: {entry!r} is {type(entry).__name__}, not a path; quote it: '\"{entry}\"'.")
     path = _path(entry)
-    if path.is_dir():
+    if os.path.isdir(path):
         return _listed(path, _in_folder(path, outputs), outputs)
-    if path.is_file() and path.suffix.lower() == ".csv":
+    if os.path.isfile(path) and path.suffix.lower() == ".csv":
         return [_checked(case, outputs, f"{path}: ") for case in _from_table(path, apart)]
     if os.path.lexists(path):  # a link that leads nowhere too
         return [_checked(case, outputs, "data.inputs: ") for case in _one_image([path])]
@@ -153,13 +153,20 @@ def _listed(path: Path, found: Listing, outputs: OutputFolder) -> list[Case]:
                 f"output_dir={outputs.name} is the folder of data.inputs={path}: what lies there is never an input, or "
                 f"outputs would be inputs of the next run. Choose another output_dir."
             )
+        if found.of_runs:
+            raise ConfigError(
+                f"data.inputs: {path} matches only outputs of runs, into whose folders ** does not go: name the folder "
+                f"itself, such as data.inputs={found.of_runs[0].parent}."
+            )
         holds = f"the folder {path} has no NIfTI file ({', '.join(SUFFIXES)})"
-        problem = holds if path.is_dir() else f"no NIfTI file matches {path}"
+        problem = holds if os.path.isdir(path) else f"no NIfTI file matches {path}"
         raise ConfigError(f"data.inputs: {problem} (looked from {Path.cwd()}).{instead(path)}")
     if written:
         names = ", ".join(sorted(image.name for image in written)[:3]) + ", ..." * (len(written) > 3)
         files = f"{len(written)} file{'s' * (len(written) > 1)}"
         _say(f"data.inputs={path}: {files} in output_dir={outputs.name} left out, which are no inputs: {names}")
+    if found.of_runs:
+        _say(f"data.inputs={path}: ** does not go into folders that runs have written to: {_folders(found.of_runs)}")
     if found.foreign:
         _say(f"data.inputs={path}: files that are not NIfTI are left out: {counted(found.foreign)}")
     return _one_image(images)
@@ -174,6 +181,11 @@ def _checked(case: Case, outputs: OutputFolder, where: str) -> Case:
                 f"written there. Choose another output_dir, or move the file."
             )
     return case
+
+
+def _folders(paths: Iterable[Path]) -> str:
+    names = sorted({str(path.parent) for path in paths})
+    return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
 
 
 def _say(text: str) -> None:
@@ -224,7 +236,7 @@ def _from_row(table: Path, line: int, row: list[str], columns: list[str], apart:
 def _from_patterns(inputs: object, images: object, outputs: OutputFolder) -> list[Case]:
     if not isinstance(images, Mapping):
         raise ConfigError(f"data.images is a mapping from names to patterns with {{subject}}; it is {images!r}.")
-    if not isinstance(inputs, str | Path | None) or not _path(inputs or ".").is_dir():
+    if not isinstance(inputs, str | Path | None) or not os.path.isdir(_path(inputs or ".")):
         raise ConfigError(f"with data.images, data.inputs is the folder that they lie in, or null; it is {inputs!r}.")
     root = _path(inputs or ".")
     found: set[str] = set()

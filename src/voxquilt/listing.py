@@ -25,11 +25,13 @@ class Listing(NamedTuple):
         images: NIfTI files by their names, also links that lead nowhere: whoever reads them says so.
         foreign: Extensions of images of other formats.
         links: Those of the images that are links.
+        of_runs: Outputs of runs, into whose folders `**` does not go.
     """
 
     images: list[Path]
     foreign: list[str]
     links: set[Path]
+    of_runs: list[Path]
 
 
 class OutputFolder:
@@ -60,7 +62,7 @@ class OutputFolder:
         if not self._exists:
             return False
         deep = root is not None and not self._is_above(os.path.realpath(root))
-        if path.is_symlink() if link is None else link:
+        if os.path.islink(path) if link is None else link:
             aim = os.path.realpath(path)
             return self._lies_in(os.path.dirname(path), deep) or self._lies_in(os.path.dirname(aim), deep)
         return self._lies_in(os.path.dirname(path), deep)
@@ -86,7 +88,7 @@ def in_folder(path: Path) -> Listing:
     Raises:
         OSError: it cannot be read.
     """
-    found = Listing([], [], set())
+    found = Listing([], [], set(), [])
     # Unlike Path.iterdir and is_file this asks nothing of each file, which of 100,000 on a network takes minutes.
     with os.scandir(path) as entries:
         for entry in entries:
@@ -108,12 +110,14 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
 def matching(pattern: str) -> Listing:
     """What a pattern matches; `**` goes into all folders but those that runs have written to."""
     paths = sorted(map(Path, glob.glob(pattern, recursive=True)))
-    links = {path for path in paths if is_image(path.name) and path.is_symlink()}
+    links = {path for path in paths if is_image(path.name) and os.path.islink(path)}
     images = [path for path in paths if is_image(path.name) and not os.path.isdir(path)]
+    of_runs: list[Path] = []
     if "**" in pattern:
-        of_runs = {folder for folder in {p.parent for p in images if _PRODUCT.search(p.name)} if _is_of_run(folder)}
-        images = list(_once(path for path in images if path.parent not in of_runs))
-    return Listing(images, [suffix for path in paths if (suffix := foreign_suffix(path.name))], links)
+        written = {folder for folder in {p.parent for p in images if _PRODUCT.search(p.name)} if _is_of_run(folder)}
+        of_runs = [path for path in images if path.parent in written]
+        images = list(_once(path for path in images if path.parent not in written))
+    return Listing(images, [suffix for path in paths if (suffix := foreign_suffix(path.name))], links, of_runs)
 
 
 _PRODUCT = re.compile(rf"_({'|'.join(PRODUCTS)})(_[a-z]+)?\.nii(\.gz)?$")
@@ -137,7 +141,7 @@ def _once(paths: Iterable[Path]) -> Iterator[Path]:
 
 def root_of(path: Path) -> Path:
     """The folder from which a pattern looks; a path that is none is its own."""
-    while glob.has_magic(str(path)) and not path.is_dir():
+    while glob.has_magic(str(path)) and not os.path.isdir(path):
         path = path.parent
     return path
 
@@ -145,7 +149,7 @@ def root_of(path: Path) -> Path:
 def instead(path: Path) -> str:
     """What to say of a folder or pattern without NIfTI files: what is there, and what could have been meant."""
     root = root_of(path)
-    if not root.is_dir():
+    if not os.path.isdir(root):
         return meant(path)
     here: list[str] = []
     with suppress(OSError):
@@ -166,7 +170,7 @@ def _dicom(folder: Path) -> list[str]:
     """DICOM without an extension."""
     with os.scandir(folder) as entries:
         paths = [Path(entry.path) for entry in islice(entries, 1000) if not entry.is_dir(follow_symlinks=False)]
-    return [WITHOUT for path in paths if path.is_file() and is_dicom(path)]
+    return [WITHOUT for path in paths if os.path.isfile(path) and is_dicom(path)]
 
 
 def _below(root: Path) -> tuple[list[Path], list[str]]:
@@ -197,7 +201,7 @@ def _pattern(root: Path, images: list[Path]) -> str:
 def meant(path: Path) -> str:
     """A question for a message on a path that is not there: the nearest name in the folder where it goes wrong."""
     missing = path
-    while not missing.parent.exists():
+    while not os.path.exists(missing.parent):
         missing = missing.parent
     if os.path.lexists(missing) or glob.has_magic(missing.name):
         return ""  # it is there, and what is wrong is something else

@@ -164,25 +164,24 @@ def _new_header(array: np.ndarray, frame: Frame, source: Nifti1Header | None) ->
 
 
 def _check_file(path: Path) -> None:
-    if path.is_symlink() and not path.exists():
+    if os.path.islink(path) and not os.path.exists(path):
         aim = os.path.realpath(path)
         if os.path.islink(aim):  # what a loop of links comes to
             raise InputError(f"the link points to itself, by way of {os.readlink(path)}; there is no file behind it.")
         raise InputError(f"the link points to {aim}, which is not there.")
-    kind = path.stat().st_mode if path.exists() else 0
-    if not stat.S_ISREG(kind):
-        names = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
-        raise InputError(f"it is {names.get(stat.S_IFMT(kind), 'a device')}, not a file." if kind else _NO_FILE)
-    if not path.stat().st_size:
-        raise InputError("the file is empty.")
     try:
-        with open(path, "rb"):
-            pass
+        found = os.stat(path)
+        if stat.S_ISREG(found.st_mode):
+            open(path, "rb").close()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError("there is no such file.") from error
     except OSError as error:
         raise InputError(f"it cannot be opened: {error.strerror}.") from error
-
-
-_NO_FILE = "there is no such file."
+    if not stat.S_ISREG(found.st_mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+        raise InputError(f"it is {kinds.get(stat.S_IFMT(found.st_mode), 'a device')}, not a file.")
+    if not found.st_size:
+        raise InputError("the file is empty.")
 
 
 def _load(path: Path) -> tuple[Nifti1Header, Path]:

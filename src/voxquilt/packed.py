@@ -22,7 +22,7 @@ def is_packed(path: Path) -> bool:
 def first_bytes(path: Path, count: int) -> bytes:
     """Fewer where the file has fewer; what comes behind them is not looked at."""
     if not is_packed(path):
-        with ImageOpener(path) as file:
+        with ImageOpener(str(path)) as file:
             return file.read(count)
     found = b""
     with _Unpacked(path) as file:
@@ -55,7 +55,7 @@ def stored(path: Path, shape: tuple[int, ...], dtype: np.dtype, offset: int) -> 
 def _to_the_end(file: Any, shape: tuple[int, ...], dtype: np.dtype, offset: int) -> np.ndarray:
     """Voxels of a packed file, which is read to its end, where gzip keeps a checksum."""
     array = np.empty(shape, dtype, order="F")
-    left = memoryview(array.reshape(-1, order="F").view(np.uint8))
+    left = array.reshape(-1, order="F").view(np.uint8).data
     skipped = len(file.read(offset))
     while skipped == offset and len(left):
         count = file.readinto(left[:_PIECE])
@@ -87,7 +87,7 @@ class _Unpacked(io.RawIOBase):
         while not (self._unpack.eof and self._is_last()):
             self._packed = self._packed or self._file.read(_PIECE)
             if not self._packed:
-                raise EOFError("it ends before gzip's end")
+                raise EOFError("Compressed file ended before the end-of-stream marker was reached")
             unpacked = self._unpack.decompress(self._packed, len(buffer))
             self._packed = self._unpack.unused_data if self._unpack.eof else self._unpack.unconsumed_tail
             if unpacked:

@@ -141,14 +141,9 @@ def _of_channels(one: Outline, takes: Mapping[int, int]) -> str | None:
 
 def _set_misfits_apart(planner: Callable[[], Planner], data: Any) -> None:
     """Where the run does not fit, but would with small subjects, those fail that would not fit by themselves."""
-
-    def look() -> tuple[Planner, bool] | None:
-        found = planner()
-        return found, found.plan().refusal is not None
-
     gather = data.plan.group.gather
-    looked = _tried(look) if data.plan.extent.of_channels else None
-    if any(gather(looked is not None and looked[1])):
+    refusal = _tried(lambda: planner().plan().refusal) if data.plan.extent.of_channels else None
+    if any(gather(refusal is not None)):
         alone = planner()
         if all(gather(alone.of_one(alone.smallest) is None)):
             _set_apart(data, alone.of_one)
