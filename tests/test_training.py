@@ -967,6 +967,8 @@ def test_a_loss_that_is_no_number_ends_the_training_with_what_to_do(forks: Serve
     assert checked(run.wait(60)) == 1, run.text
     assert "voxquilt: the loss is nan in epoch" in run.text
     assert "lower model.optimizer.lr" in run.text
+    assert (tmp_path / "outputs/checkpoints/last.ckpt").is_file()
+    assert " goes on." not in run.text  # it would end alike
     assert "Traceback" not in run.text
 
 
