@@ -266,6 +266,8 @@ def test_the_allow_list_covers_everything_that_is_imported(place: Path) -> None:
         ("model.net.channels=[16,32]", "++model.net.channels=[16,32]"),
         ("model.module_args.width=3", "++model.module_args.width=3"),
         ("model/net=unet", "model/net=unet"),
+        ("logger=null", "~logger"),
+        ("logger.name=null", "logger.name=null"),
         ("x=range(start=1,stop=3)", "x=range(start=1,stop=3)"),
         ("~data.batch_size", "~data.batch_size"),
         ("--config-dir=/a=b", "--config-dir=/a=b"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from forks import Server
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import noise, run, save
 
@@ -114,7 +114,7 @@ def test_jobs_that_train_keep_their_checkpoints_apart(forks: Server, tmp_path: P
     job = forks.start(
         "--multirun", "data.fold=0,1,2", "data.folds=3", "data.inputs=in", "data.labels=labels/{subject}.nii",
         "data.patch_size=8", "model.net.channels=[2,2]", "model.net.strides=[2]", "trainer=cpu",
-        "trainer.max_epochs=1", "data.patches_per_volume=1", "trainer.check_val_every_n_epoch=1",
+        "trainer.max_epochs=1", "data.patches_per_volume=1", "trainer.check_val_every_n_epoch=1", "logger=null",
         cwd=tmp_path, script="train",
     )  # fmt: skip
     assert job.wait(120) == [0], job.text
@@ -123,10 +123,24 @@ def test_jobs_that_train_keep_their_checkpoints_apart(forks: Server, tmp_path: P
     first = next(iter(scores[0]))
     assert not torch.equal(scores[0][first], scores[1][first])
     assert not (tmp_path / "outputs/checkpoints").exists()
+    assert not list(tmp_path.rglob("tensorboard"))  # a logger that is not wanted
     done = forks.run("data.inputs=in", f"ckpt_path=[{','.join(paths)}]", "output_dir=p", "trainer=cpu", cwd=tmp_path)
     assert (done.returncode, files(tmp_path / "p")) == (0, {f"{n}_labels.nii.gz" for n in range(3)}), done.stderr
 
 
+def test_a_sweep_of_trainings_over_several_processes_is_refused(forks: Server, tmp_path: Path) -> None:
+    """Each process of ddp would begin the whole sweep again; the message has the ways out."""
+    save(tmp_path / "in/a.nii", noise((8, 8, 8)))
+    job = forks.start(
+        "-m", "data.fold=0,1", "data.inputs=in", "data.labels=in/{subject}.nii", "data.patch_size=8", "trainer=ddp",
+        "trainer.accelerator=cpu", "trainer.devices=2", cwd=tmp_path, script="train",
+    )  # fmt: skip
+    assert job.wait(60) == [2], job.text
+    assert job.text.count("voxquilt: --multirun with trainer.devices=2: each process of ddp would begin the whole") == 2
+    assert not (tmp_path / "outputs").exists()
+
+
+@settings(deadline=None)
 @given(st.dictionaries(st.text("abz._/", min_size=1, max_size=30), st.text(max_size=90), min_size=1, max_size=4))
 def test_a_folders_name_is_safe_short_and_its_own(values: dict[str, str]) -> None:
     """Letters, digits and ._+- in at most 120 characters, not hidden; another value is another name; order is none."""

@@ -25,7 +25,6 @@ from omegaconf import OmegaConf
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 from scipy.stats import chi2
-from synthetic import run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from voxquilt.app import conf_dir
@@ -620,17 +619,14 @@ def test_a_training_that_may_overwrite_leaves_nothing_of_the_other(
     assert torch.load(folder / "last.ckpt", weights_only=True)["epoch"] == 1
 
 
-def test_processes_that_lightning_starts_come_after_the_question_who_may_write(blobs: Path, tmp_path: Path) -> None:
+def test_processes_that_lightning_starts_come_after_the_question_who_may_write(
+    forks: Server, blobs: Path, tmp_path: Path
+) -> None:
     """They find what rank 0 wrote, if they come late, and ask nothing; the same command again is refused once."""
-    arguments = (
-        "data.inputs=images", "data.labels=labels/{subject}.nii.gz", "data.patch_size=16", *NET, *ONE, "trainer=ddp",
-        "trainer.accelerator=cpu", "trainer.devices=2", f"output_dir={tmp_path}/o",
-    )  # fmt: skip
-    done = run("train.py", *arguments, cwd=blobs)
-    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
-    assert {"last.ckpt"} <= {path.name for path in (tmp_path / "o/checkpoints").iterdir()}
-    done = run("train.py", *arguments, cwd=blobs)
-    assert (done.returncode, done.stderr.count("has another training's checkpoints")) == (2, 1), done.stderr
+    more = (*ONE, "trainer=ddp", "trainer.devices=2", "logger=null")
+    train(forks, blobs, tmp_path, *more)
+    assert {"last.ckpt"} <= kept(tmp_path / "outputs/checkpoints").keys()
+    assert train(forks, blobs, tmp_path, *more, status=2).count("has another training's checkpoints") == 1
 
 
 def refusal(blobs: Path, *overrides: str) -> str:
@@ -971,6 +967,8 @@ def test_a_loss_that_is_no_number_ends_the_training_with_what_to_do(forks: Serve
     assert checked(run.wait(60)) == 1, run.text
     assert "voxquilt: the loss is nan in epoch" in run.text
     assert "lower model.optimizer.lr" in run.text
+    assert (tmp_path / "outputs/checkpoints/last.ckpt").is_file()
+    assert " goes on." not in run.text  # it would end alike
     assert "Traceback" not in run.text
 
 

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -103,7 +104,7 @@ def _main(name: str, task: Callable[[DictConfig], int]) -> None:
 def _own_folders(arguments: Sequence[str]) -> list[Path]:
     """The user's folder of configurations, as Hydra is told it."""
     found = []
-    for text, after in zip(arguments, [*arguments[1:], ""], strict=True):
+    for text, after in pairwise([*arguments, ""]):
         option, _, value = text.partition("=")
         if option in ("--config-dir", "-cd"):
             found.append(Path(value or after))

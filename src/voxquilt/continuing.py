@@ -65,7 +65,7 @@ def check_folder(plain: Mapping[str, Any]) -> list[Path]:
     folders = list(dict.fromkeys(_folders(plain)))
     found = sorted(path for folder in folders for path in folder.glob("*.ckpt"))
     start = plain["ckpt_path"]
-    if not found or (start is not None and Path(start).expanduser().resolve().parent in folders):
+    if not found or (start is not None and Path(str(start)).expanduser().parent.resolve() in folders):
         return []
     if plain["run"]["overwrite"]:
         return found
@@ -121,7 +121,7 @@ def _folders(plain: Mapping[str, Any]) -> Iterator[Path]:
             continue
         if node.get("dirpath") is not None:
             yield Path(str(node["dirpath"])).expanduser().resolve()
-        elif not plain["logger"]:
+        elif not plain.get("logger"):
             yield Path(plain["trainer"].get("default_root_dir") or ".").expanduser().resolve() / "checkpoints"
 
 

@@ -79,7 +79,7 @@ def fit(plain: dict[str, Any]) -> int:
     settings, record, replaced = to_carry(plain, plain.pop("images")), plain.pop("record"), plain.pop("replaced")
     stitch = build(plain["stitch"], "stitch")
     model = build(plain["model"], "model", stitch=stitch, settings=settings, record=record)
-    logger = build(plain["logger"], "logger") if plain["logger"] else False
+    logger = build(plain["logger"], "logger") if plain.get("logger") else False
     callbacks = [_callback(name, node, plain) for name, node in plain["callbacks"].items() if node]
     options = dict(plain["trainer"])
     if options.get("enable_progress_bar") is None:

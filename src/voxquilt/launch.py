@@ -34,8 +34,8 @@ def not_the_tasks(world_size: int) -> str:
     """What to say where SLURM started more or fewer processes than the trainer counts."""
     return (
         f"SLURM started {slurm_tasks()} tasks, but trainer.devices and trainer.num_nodes make {world_size} process"
-        f"{'es' * (world_size > 1)}: each task would predict everything. Set trainer.devices to the tasks per node and "
-        f"trainer.num_nodes to the nodes, or shard.count=$SLURM_NTASKS with shard.index=$SLURM_PROCID."
+        f"{'es' * (world_size > 1)}: each task would do all of it. Set trainer.devices to the tasks per node and "
+        f"trainer.num_nodes to the nodes, or for predict.py shard.count=$SLURM_NTASKS with shard.index=$SLURM_PROCID."
     )
 
 

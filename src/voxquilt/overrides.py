@@ -13,6 +13,10 @@ from voxquilt.errors import ConfigError
 _FREE = re.compile(r"(model\.net|model\.module_args|data\.images)\.")
 
 
+# Groups of which there may be none; to Hydra that is another word.
+_NONE = re.compile(r"(logger|experiment|data/augment)=null")
+
+
 def to_overrides(arguments: Sequence[str]) -> list[str]:
     """Command-line arguments that Hydra understands; options such as --help are left as they are.
 
@@ -34,6 +38,8 @@ def to_overrides(arguments: Sequence[str]) -> list[str]:
 
 
 def _to_override(parser: OverridesParser, text: str) -> str:
+    if _NONE.fullmatch(text):
+        return f"~{text.partition('=')[0]}"
     key, _, value = text.partition("=")
     key = f"{'++' if _FREE.match(key) else ''}{key}"
     problem = _problem(parser, f"{key}={value}")
