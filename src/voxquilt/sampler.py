@@ -147,7 +147,9 @@ class GridSampler(Dataset[Subject]):
             patch_size: Voxels along i, j, k.
         """
         (i0, j0, k0), (i1, j1, k1) = index_ini, np.add(index_ini, patch_size).tolist()
-        found = {k: v for k, v in subject.items() if isinstance(v, (bool, int, float, str, Tensor, np.ndarray))}
+        found: dict[str, Any] = {
+            k: v for k, v in subject.items() if isinstance(v, (bool, int, float, str, Tensor, np.ndarray))
+        }
         for name, image in subject.images.items():
             # Copies, so that changing a patch in place changes neither the volume nor its neighbours.
             data = image.data[:, i0:i1, j0:j1, k0:k1].clone(memory_format=torch.contiguous_format)
