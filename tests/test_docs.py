@@ -145,6 +145,7 @@ def folder(cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     """A copy of the cohort, and the working folder."""
     shutil.copytree(cohort, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # as it is for whoever starts Python there
     return tmp_path
 
 

@@ -777,6 +777,22 @@ def test_the_writer_needs_the_data_module(tmp_path: Path) -> None:
         trainer(VolumeWriter(tmp_path)).predict(Own(lambda x: x), dataloaders=DataLoader([torch.zeros(1)]))
 
 
+def test_a_module_without_a_predict_step_is_told_what_to_do(cohort: Path, tmp_path: Path) -> None:
+    """Lightning's own would hand a batch to its forward, in the middle of the run; wrapped, it predicts."""
+
+    class Forward(pl.LightningModule):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([50 - x, x - 50], 1)
+
+    with pytest.raises(
+        ConfigError, match=r"Forward has no predict_step.* predict with PatchPredictor\(Forward\(\.\.\.\)\)"
+    ):
+        predict(tmp_path / "bare", cohort, Forward())
+    assert not (tmp_path / "bare").exists()
+    rows = predict(tmp_path / "wrapped", cohort, PatchPredictor(Forward()))
+    assert set(statuses(rows).values()) == {"done"}
+
+
 def test_a_writer_and_a_data_module_may_be_used_again(cohort: Path, tmp_path: Path) -> None:
     """A second run starts a new manifest and gives the same files."""
     writer, data = VolumeWriter(tmp_path), GridDataModule(cohort, 8, 4)

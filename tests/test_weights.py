@@ -571,3 +571,30 @@ def test_a_network_may_have_parts_called_module(outer: str, tmp_path: Path) -> N
     torch.save({outer + key: value for key, value in trained.state_dict().items()}, tmp_path / "a.pt")
     (loaded,) = read_state_dict(Named(), tmp_path / "a.pt")
     assert same(loaded, trained)
+
+
+class Stepping(Lit):
+    """Whose predict_step is not what its forward is."""
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch).argmax(1)
+
+
+class Formless(pl.LightningModule):
+    """Only a predict_step."""
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return batch
+
+
+def test_a_predict_step_that_is_not_called_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The module's forward is; where there is none, nothing is begun."""
+    lit_checkpoint(tmp_path / "a.ckpt")
+    (loaded,) = read_lightning("test_weights.Stepping", tmp_path / "a.ckpt")
+    assert loaded(X).shape == (2, 2, 4, 4, 4)
+    assert "test_weights.Stepping.predict_step is not called: a run calls forward" in caplog.text
+    caplog.clear()
+    read_lightning("test_weights.Lit", tmp_path / "a.ckpt")
+    assert caplog.text == ""
+    with pytest.raises(ConfigError, match=r"test_weights\.Formless has no forward, which is what a run calls"):
+        read_lightning("test_weights.Formless", tmp_path / "a.ckpt")

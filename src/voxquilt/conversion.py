@@ -71,7 +71,7 @@ def _to_image(value: Any, *, tensors: bool = True) -> Image | None:
     if isinstance(value, Mapping) and {DATA, AFFINE} <= value.keys():
         found = value[DATA], value[AFFINE], value.get(TYPE)
     elif hasattr(value, DATA) and hasattr(value, AFFINE):
-        found = value.data, value.affine, getattr(value, TYPE, None)
+        found = getattr(value, DATA), getattr(value, AFFINE), getattr(value, TYPE, None)
     else:
         return None
     data, affine, kind = found

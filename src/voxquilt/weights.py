@@ -4,6 +4,7 @@ import copyreg
 import importlib
 import inspect
 import io
+import logging
 import pickle
 import re
 import warnings
@@ -23,6 +24,8 @@ from voxquilt.exported import ExportedNetwork
 from voxquilt.filetype import check_is_weights
 from voxquilt.names import question
 from voxquilt.states import check, renamed, state_of
+
+log = logging.getLogger("voxquilt")
 
 Paths = str | Path | Sequence[str | Path]
 
@@ -91,11 +94,17 @@ def read_lightning(
         trust: Unpickle anything the file holds, which can run its code.
 
     Raises:
-        ConfigError: no such class, or a checkpoint that does not fit it.
+        ConfigError: no such class, one without a forward, or a checkpoint that does not fit it.
     """
     found = _import(module_class)
     if not (isinstance(found, type) and issubclass(found, LightningModule)):
         raise ConfigError(f"model.module_class={module_class} is not a LightningModule.")
+    if found.forward is LightningModule.forward:
+        raise ConfigError(f"{module_class} has no forward, which is what a run calls with (B, C, I, J, K) patches.")
+    if found.predict_step is not LightningModule.predict_step:
+        log.warning(
+            "%s.predict_step is not called: a run calls forward, and makes its own of what that gives.", module_class
+        )
     parameters = inspect.signature(found).parameters
     unknown = sorted(set(module_args or {}) - set(parameters))
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
@@ -197,8 +206,8 @@ def _refused(path: Path, text: str) -> str:
     other = re.search(r"(?:WeightsUnpickler error:|^)\s*((?:Unsupported|Trying|Can only)[^\n]*)", text, re.MULTILINE)
     if named is None and (other is None or "operand" in other[1]):
         return (
-            f"{path} cannot be read as weights: it is damaged, or not of a format that torch reads without running what "
-            f"is in it. If you know where it comes from, try model.trust_checkpoint=true."
+            f"{path} cannot be read as weights: it is damaged, or not of a format that torch reads without running "
+            f"what is in it. If you know where it comes from, try model.trust_checkpoint=true."
         )
     what = named[1] if named else other[1].split(". ")[0] if other else ""
     whole = (

@@ -84,11 +84,17 @@ class VolumeWriter(Callback):
         """Refuse what cannot fit, open the manifest on rank 0, and connect the other processes to it.
 
         Raises:
-            ConfigError: too little memory or disk; or the data are not a GridDataModule's.
+            ConfigError: too little memory or disk; data that are not a GridDataModule's; a module without predict_step.
         """
         data = getattr(trainer, "datamodule", None)
         if not isinstance(data, GridDataModule):
             raise ConfigError(f"VolumeWriter needs a GridDataModule at predict; the trainer has {type(data).__name__}.")
+        if type(pl_module).predict_step is LightningModule.predict_step:
+            name = type(pl_module).__name__
+            raise ConfigError(
+                f"{name} has no predict_step, and Lightning's own would call it with a batch that is no tensor: "
+                f"predict with PatchPredictor({name}(...)), or give it one that returns self(batch.data)."
+            )
         settled(trainer, pl_module, data, self)
         shown: list[_Shown] = []
         if data.plan.group.rank == 0:
