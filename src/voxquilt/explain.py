@@ -108,7 +108,7 @@ def _is_for(path: Path, script: str) -> bool:
         return path.stem == f"_{script}"
     if path.parts[0] == "task":
         return script == "train"
-    if path.parts[0] not in ("data", "model", "callbacks") or path.parent.name == "net" or path.stem == "_options":
+    if path.parts[0] not in ("data", "model", "callbacks") or path.parent.name == "net":
         return True
     of_train = path.stem in ("train", "ema", "early_stopping") or path.parent.name in ("loss", "augment")
     return of_train == (script == "train")

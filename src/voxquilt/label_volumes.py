@@ -65,6 +65,14 @@ def to_classes(labels: Integer[Tensor, "*volume"], label_values: Sequence[int]) 
     return classes[places]
 
 
+def beyond(highest: int, classes: int) -> str:
+    """What to say of a label with a class that the network does not have."""
+    return (
+        f"its label has class {highest}; the network gives {classes}, 0 to {classes - 1}. Set model.net.out_channels "
+        f"and stitch.class_names, or change the label: a value such as 255 for voxels that do not count is a class too."
+    )
+
+
 def planes_of(volume: Shaped[np.ndarray, "c i j k"]) -> Iterator[np.ndarray]:
     """Views of a volume, channel by channel and plane by plane, as they lie in memory."""
     for channel in volume:

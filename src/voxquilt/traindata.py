@@ -16,7 +16,7 @@ from voxquilt.dealing import deal
 from voxquilt.errors import ConfigError, InputError, VoxquiltError, of_subjects
 from voxquilt.geometry import to_triple
 from voxquilt.group import Group
-from voxquilt.label_volumes import to_classes
+from voxquilt.label_volumes import beyond, to_classes
 from voxquilt.listing import meant
 from voxquilt.loader import LoadFailure, PatchStream
 from voxquilt.names import TASKS, check_name
@@ -292,14 +292,6 @@ class TrainingDataModule(LightningDataModule):
         if self.classes is not None and label.max() >= self.classes:
             raise InputError(beyond(int(label.max()), self.classes))
         return label.to(torch.uint8 if label.max() < 256 else torch.int32)
-
-
-def beyond(highest: int, classes: int) -> str:
-    """What to say of a label with a class that the network does not have."""
-    return (
-        f"its label has class {highest}; the network gives {classes}, 0 to {classes - 1}. Set model.net.out_channels "
-        f"and stitch.class_names, or change the label: a value such as 255 for voxels that do not count is a class too."
-    )
 
 
 def _named(name: str) -> str:

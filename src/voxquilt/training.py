@@ -14,9 +14,10 @@ from voxquilt.batch import PatchBatch
 from voxquilt.carried import KEY, TRAINING
 from voxquilt.errors import ConfigError, InputError, OutputError
 from voxquilt.group import Group
+from voxquilt.label_volumes import beyond
 from voxquilt.network import PatchNetwork
 from voxquilt.stitch import Stitch
-from voxquilt.traindata import TrainingDataModule, beyond
+from voxquilt.traindata import TrainingDataModule
 from voxquilt.validation import Validated, Validator, mean_metrics
 
 Schedule = Callable[[Optimizer, int], LRScheduler]

@@ -89,11 +89,11 @@ class VolumeWriter(Callback):
         data = getattr(trainer, "datamodule", None)
         if not isinstance(data, GridDataModule):
             raise ConfigError(f"VolumeWriter needs a GridDataModule at predict; the trainer has {type(data).__name__}.")
+        name = type(pl_module).__name__
         if type(pl_module).predict_step is LightningModule.predict_step:
-            name = type(pl_module).__name__
             raise ConfigError(
-                f"{name} has no predict_step, and Lightning's own would call it with a batch that is no tensor: "
-                f"predict with PatchPredictor({name}(...)), or give it one that returns self(batch.data)."
+                f"{name} has no predict_step, and Lightning's own would call it with a batch that is no tensor: use "
+                f"PatchPredictor({name}(...)), or give it one that returns self(batch.data)."
             )
         settled(trainer, pl_module, data, self)
         shown: list[_Shown] = []
@@ -127,7 +127,6 @@ class VolumeWriter(Callback):
     def on_predict_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """The batch is on its device."""
         self._running().cohort.begin_batch()
 
     def on_predict_batch_end(
