@@ -310,13 +310,9 @@ def test_what_is_no_archive_is_one_message(tmp_path: Path, content: bytes | None
     path = tmp_path / "net.pt2"
     if content is not None:
         path.write_bytes(content)
-<<<<<<< HEAD
     with pytest.raises(
         ConfigError, match=r"net\.pt2 (was not loaded .*model=state_dict|cannot be read|is no file of weights)"
     ):
-=======
-    with pytest.raises(ConfigError, match=r"net\.pt2 (was not loaded .*=state_dict|cannot be read|is no file of w)"):
->>>>>>> messages
         read_exported(path)
 
 
