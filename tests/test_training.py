@@ -1075,7 +1075,21 @@ def test_labels_are_trained_on_by_the_numbers_that_they_have_in_files(
         labels = np.asarray(nib.load(path).dataobj)
         assert labels.dtype == np.uint16
         assert set(np.unique(labels)) <= {0, 1002}
+    last = "ckpt_path=outputs/checkpoints/last.ckpt"
+    text = train(forks, blobs, tmp_path, last, "trainer.max_epochs=2", labels="numbers", status=2)
+    assert "stitch.label_values was [0, 1002] and is null" in text
     wrong = train(forks, blobs, tmp_path, *more, "output_dir=wrong", status=2)  # whose labels are 0 and 1
     assert "its label holds 1, which is none of stitch.label_values=[0, 1002]" in wrong
     for more, message in (("stitch.label_values=[0,5,7]", "out_channels is 2"), ("stitch.label_values=[1,2]", "has 0")):
         assert message in train(forks, blobs, tmp_path, more, "output_dir=wrong", status=2)
+
+
+def test_a_network_with_a_smaller_output_is_not_trained(forks: Server, blobs: Path, tmp_path: Path) -> None:
+    """A label would not lie on it: one message, not the loss's."""
+    net = ("~model/net", "+model.net._target_=torch.nn.Conv3d", "+model.net.in_channels=1", "+model.net.out_channels=2")
+    run = forks.start(
+        f"data.inputs={blobs}/images", f"data.labels={blobs}/labels/{{subject}}.nii.gz", "data.patch_size=16", *net,
+        "+model.net.kernel_size=5", "trainer.accelerator=cpu", cwd=tmp_path, script="train",
+    )  # fmt: skip
+    assert checked(run.wait(60)) == 2, run.text
+    assert "train.py trains networks whose outputs are as large as their patches" in run.text

@@ -159,6 +159,7 @@ def _settings(plain: Mapping[str, Any]) -> dict[str, Any]:
     found = {}
     for section, free in _FREE.items():
         found |= _flat({key: value for key, value in plain[section].items() if key not in free}, section)
+    found["stitch.label_values"] = plain["stitch"].get("label_values")  # which numbers labels are read by
     for name, node in plain["callbacks"].items():
         # The one kind of callback that changes weights.
         if isinstance(node, Mapping) and str(node.get("_target_")).endswith("WeightAveraging"):

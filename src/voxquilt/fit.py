@@ -89,7 +89,8 @@ def fit(plain: dict[str, Any]) -> int:
     case = data.training_cases[0]
     channels = sum(ScalarImage(path).shape[0] for path in case.images.values())
     for size in (data.patch_size, to_triple(plain["data"]["inference_patch_size"], "data.inference_patch_size")):
-        found = check_fits(model.network, list(case.images), channels, size, plain["stitch"].get("class_names"))
+        names = plain["stitch"].get("class_names")
+        found = check_fits(model.network, list(case.images), channels, size, names, layout="equal")
     if found is not None:
         data.classes = next(iter(found.outputs.values()))[1]
     if is_first():

@@ -40,6 +40,7 @@ def check_fits(
     patch_size: Triple,
     class_names: Sequence[str] | None,
     known: Probe | None = None,
+    layout: str | None = None,
 ) -> Probe | None:
     """Refuse what the network cannot take, with what it could; None where it cannot be asked without voxels.
 
@@ -50,11 +51,12 @@ def check_fits(
         patch_size: Voxels.
         class_names: Of the only output's channels; None for any number.
         known: What the network makes of such patches, where that was found before.
+        layout: How outputs lie in patches, see `voxquilt.output_layout.factor_of`; None is as the network has it.
 
     Raises:
         ConfigError: another number of channels or classes, or a patch that the network's strides do not divide.
     """
-    layout = network.layout if isinstance(network, PatchNetwork) else "auto"
+    layout = layout or (network.layout if isinstance(network, PatchNetwork) else "auto")
     found = known or probed(network, channels, patch_size)
     if isinstance(found, Probe):
         try:
@@ -178,7 +180,7 @@ def _check_layout(network: nn.Module, channels: int, patch_size: Triple, layout:
         return
     for name, shape in found.outputs.items():
         factor = factor_of(layout, name, shape, patch_size)
-        if layout == "resampled" or max(factor) == 1:
+        if layout != "auto" or max(factor) == 1:
             continue
         doubled = _plus(patch_size, max(patch_size))
         other = probed(network, channels, doubled)

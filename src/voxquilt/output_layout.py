@@ -19,7 +19,8 @@ def factor_of(layout: str, name: str, shape: Sequence[int], patch: Triple) -> Tr
 
     Args:
         layout: 'resampled' takes any whole factors, 'auto' one factor for all axes on which the patch has several
-            voxels, 'cropped' none: the output's voxels are those of `patch`, which is without its halo.
+            voxels, 'cropped' none: the output's voxels are those of `patch`, which is without its halo. 'equal', of
+            training, takes outputs that are as large as patches.
         name: Of the output, '' for the only one.
         shape: (B, C, I, J, K) of the output.
         patch: Voxels of the patch, or with 'cropped' of what is left of it.
@@ -32,6 +33,11 @@ def factor_of(layout: str, name: str, shape: Sequence[int], patch: Triple) -> Tr
         raise PatchShapeError(
             f"the network's output {name!r} has shape {tuple(shape)} for patches of {patch} voxels; wanted is "
             f"(B, C, I, J, K) with as many voxels, or fewer."
+        )
+    if layout == "equal" and sizes != patch:
+        raise PatchShapeError(
+            f"the network's output {name!r} has {sizes} voxels for patches of {patch}; train.py trains networks whose "
+            f"outputs are as large as their patches: pad its convolutions (padding='same')."
         )
     if layout == "cropped":
         if sizes != patch:
