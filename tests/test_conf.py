@@ -55,7 +55,12 @@ def owned(group: str, script: str) -> set[str]:
     return OWNERS.get(group, {}).get(script, options(group))
 
 
-CASES = [(script, group, name) for script in ("predict", "train") for group in GROUPS for name in owned(group, script)]
+CASES = [
+    (script, group, name)
+    for script in ("predict", "train")
+    for group in GROUPS
+    for name in sorted(owned(group, script))
+]
 
 
 @pytest.fixture(scope="module")
