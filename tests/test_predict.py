@@ -783,9 +783,7 @@ def test_a_module_without_a_predict_step_is_told_what_to_do(cohort: Path, tmp_pa
         def forward(self, x: Tensor) -> Tensor:
             return torch.cat([50 - x, x - 50], 1)
 
-    with pytest.raises(
-        ConfigError, match=r"Forward has no predict_step.* use PatchPredictor\(Forward\(\.\.\.\)\)"
-    ):
+    with pytest.raises(ConfigError, match=r"Forward has no predict_step.* use PatchPredictor\(Forward\(\.\.\.\)\)"):
         predict(tmp_path / "bare", cohort, Forward())
     assert not (tmp_path / "bare").exists()
     rows = predict(tmp_path / "wrapped", cohort, PatchPredictor(Forward()))
