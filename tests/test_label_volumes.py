@@ -128,6 +128,15 @@ def test_there_is_a_number_for_each_class_and_each_name() -> None:
     np.testing.assert_array_equal(made["labels"][0], np.where(noise((4, 4, 4)) > 50, 512, 0))
 
 
+def test_outputs_without_labels_may_have_any_number_of_classes() -> None:
+    """The numbers are of the output whose labels are written."""
+    stitch = Stitch(products={"organ": ["labels"], "tissue": ["probabilities"]}, label_values=[0, 900])
+    subject = Subject(t1=ScalarImage(torch.from_numpy(noise((4, 4, 4)))[None].float()))
+    made = predict_volume(lambda x: {"organ": three(x)[:, :2], "tissue": three(x)}, subject, 4, stitch=stitch)
+    assert made["organ_labels"].dtype == np.uint16
+    assert made["tissue_probabilities"].shape == (3, 4, 4, 4)
+
+
 def test_classes_are_drawn_by_their_place_not_by_their_number() -> None:
     """1002 and 9 are the first and the second that are no background."""
     labels = np.array([0, 1002, 9, 77], np.uint16).reshape(1, 4, 1, 1)

@@ -125,7 +125,8 @@ def find_halo(network: PatchNetwork, cases: Iterable[Case], patch_size: Triple) 
         raise ConfigError(f"data.patch_size={list(patch_size)}: {error}") from error
     except Exception as error:
         raise ConfigError(
-            f"the network cannot take patches of {list(patch_size)} voxels with {count} channels: {_first(error)}"
+            f"the network cannot take patches of {list(patch_size)} voxels with {count} channel{'s' * (count != 1)}: "
+            f"{_first(error)}"
         ) from error
     lost = [sum(around) for around in halo]
     for more in range(1, 17):

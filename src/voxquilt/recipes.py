@@ -91,7 +91,9 @@ def make_products(
     """
     activation = activation or ("softmax" if channels > 1 else "none")
     names = names or (["labels"] if channels > 1 or threshold is not None else ["image"])
-    dtype = None if label_values is None else _type_of_labels(label_values, channels, activation)
+    # Of several outputs, those without labels may have any number of classes.
+    numbered = label_values if "labels" in names else None
+    dtype = None if numbered is None else _type_of_labels(numbered, channels, activation)
     return {name: _recipe(name, channels, activation, threshold, restore, dtype) for name in names}
 
 
