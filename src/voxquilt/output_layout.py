@@ -104,14 +104,16 @@ def described(layout: str, outputs: Mapping[str, Sequence[int]], patch: Triple) 
         sizes = tuple(shape[2:])
         if sizes == patch:
             continue
-        what = f"the network's output {name!r} has {sizes} voxels for patches of {patch}: taken as"
+        what = f"the network's output {name!r} has {sizes} voxels for patches of {patch}: taken for"
         if layout == "cropped":
             lost = [p - n for p, n in zip(patch, sizes, strict=True)]
-            lines.append(f"{what} their inner part, without a border of {lost} voxels in all (model.output=cropped).")
+            lines.append(
+                f"{what} the inner part of a patch, without a border of {lost} voxels in all (model.output=cropped)."
+            )
         else:
             factor = factor_of(layout, name, shape, patch)
             lines.append(
-                f"{what} all of them at {factor} times the voxel size (model.output=resampled). If it lacks a border "
-                f"instead, as that of valid convolutions does, set model.output=cropped."
+                f"{what} the whole patch at {factor} times the voxel size (model.output=resampled). If it lacks a "
+                f"border instead, as that of valid convolutions does, set model.output=cropped."
             )
     return lines

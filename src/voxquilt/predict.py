@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from voxquilt.conversion import SubjectLike, to_mask, to_subject
-from voxquilt.geometry import to_triple
+from voxquilt.geometry import Padding, Triple, to_triple
 from voxquilt.names import OUTPUTS, check_name
 from voxquilt.output_layout import halo_of
 from voxquilt.preprocess import Preprocess
@@ -62,12 +62,8 @@ def predict_volume(
     skip = skip if isinstance(skip, float | int | None) else to_mask(skip)
     stitch = Stitch(stitch) if isinstance(stitch, str) else stitch or Stitch()
     model_subject, space = (preprocess or Preprocess())(subject)
-    halo = NO_PADDING
-    if check_name(output, OUTPUTS, "output") == "cropped":
-        patch = to_triple(patch_size, "patch_size", minimum=1)
-        channels = sum(image.shape[0] for image in model_subject.images.values())
-        made = _named(network(torch.zeros(1, channels, *patch)))
-        halo = halo_of({name: tensor.shape for name, tensor in made.items()}, patch)
+    cropped = check_name(output, OUTPUTS, "output") == "cropped"
+    halo = _halo(network, model_subject, to_triple(patch_size, "patch_size", minimum=1)) if cropped else NO_PADDING
     sampler = GridSampler(
         model_subject, patch_size, patch_overlap, padding_mode, fit=True, divisible_by=divisible_by, halo=halo
     )
@@ -83,6 +79,13 @@ def predict_volume(
         quilt.add(_named(outputs), sampler.locations[indices])
         del outputs  # or they would stay in memory beside the next
     return quilt.volumes()
+
+
+def _halo(network: Callable[[Tensor], Tensor | dict[str, Tensor]], subject: Subject, patch: Triple) -> Padding:
+    """What the network's outputs lack of a patch: seen in one of zeros."""
+    channels = sum(image.shape[0] for image in subject.images.values())
+    outputs = _named(network(torch.zeros(1, channels, *patch)))
+    return halo_of({name: tensor.shape for name, tensor in outputs.items()}, patch)
 
 
 def _named(outputs: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
