@@ -1,6 +1,6 @@
 """Predict the volumes of a folder: `python predict.py --help`."""
 
-from voxquilt.app import predict
+from voxquilt.cli.main import predict
 
 if __name__ == "__main__":
     predict()

@@ -1,6 +1,6 @@
 """Train a patch network on a folder of images and labels: `python train.py --help`."""
 
-from voxquilt.app import train
+from voxquilt.cli.main import train
 
 if __name__ == "__main__":
     train()

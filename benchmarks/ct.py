@@ -23,8 +23,8 @@ import torch
 from common import ROOT, STEP, network
 from scipy.ndimage import map_coordinates
 
-from voxquilt.geometry import Frame
-from voxquilt.space import make_space
+from voxquilt.geometry.frame import Frame
+from voxquilt.geometry.space import make_space
 
 SPACING, CELL = 1.5, 24
 CROP = (96, 64, 48)

@@ -45,7 +45,7 @@ def bare(classes: int, device: str) -> Job:
     """The network alone, on every patch of the grid."""
     import nibabel as nib
 
-    from voxquilt.grid import make_grid
+    from voxquilt.geometry.grid import make_grid
 
     def job(source: Path, target: Path) -> list[Path]:
         net = on(device, network(classes))
@@ -64,8 +64,8 @@ def voxquilt(mode: str) -> Callable[[int, str], Job]:
 
     def prepare(classes: int, device: str) -> Job:
         from voxquilt import ScalarImage, Subject, predict_volume
-        from voxquilt.nifti import write
-        from voxquilt.stitch import Stitch
+        from voxquilt.data.formats.nifti import write
+        from voxquilt.stitching.stitch import Stitch
 
         def job(source: Path, target: Path) -> list[Path]:
             net, made = on(device, network(classes)), []
@@ -87,10 +87,10 @@ def lightning(mode: str) -> Callable[[int, str], Job]:
     def prepare(classes: int, device: str) -> Job:
         from lightning.pytorch import Trainer
 
-        from voxquilt.datamodule import GridDataModule
-        from voxquilt.module import PatchPredictor
-        from voxquilt.stitch import Stitch
-        from voxquilt.writer import VolumeWriter
+        from voxquilt.models.predictor import PatchPredictor
+        from voxquilt.prediction.datamodule import GridDataModule
+        from voxquilt.prediction.writer_callback import VolumeWriter
+        from voxquilt.stitching.stitch import Stitch
 
         def job(source: Path, target: Path) -> list[Path]:
             data = GridDataModule(None, PATCH, OVERLAP, images={"t1": f"{source}/{{subject}}/image.nii.gz"})

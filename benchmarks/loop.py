@@ -29,14 +29,14 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from voxquilt.app import conf_dir
-from voxquilt.build import build
-from voxquilt.datamodule import GridDataModule
-from voxquilt.fetch import fetch
-from voxquilt.module import PatchPredictor
-from voxquilt.resolvers import register_resolvers
-from voxquilt.stitch import Stitch
-from voxquilt.writer import VolumeWriter
+from voxquilt.cli.instantiate import build
+from voxquilt.cli.main import conf_dir
+from voxquilt.cli.resolvers import register_resolvers
+from voxquilt.example_files import fetch
+from voxquilt.models.predictor import PatchPredictor
+from voxquilt.prediction.datamodule import GridDataModule
+from voxquilt.prediction.writer_callback import VolumeWriter
+from voxquilt.stitching.stitch import Stitch
 
 PATCH, OVERLAP = 96, 48
 

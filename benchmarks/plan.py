@@ -38,14 +38,14 @@ import numpy as np
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from voxquilt.cases import Case, find_cases
-from voxquilt.datamodule import GridDataModule
-from voxquilt.dealing import deal
-from voxquilt.fingerprint import inputs
-from voxquilt.line import Hub, Spoke
-from voxquilt.manifest import Manifest, Row, read_rows
-from voxquilt.resume import Resume
-from voxquilt.tasks import Size, Task, distributed
+from voxquilt.data.discovery import Case, find_cases
+from voxquilt.distributed.assignment import Size, Task, distributed
+from voxquilt.distributed.control_channel import Hub, Spoke
+from voxquilt.distributed.load_balancing import deal
+from voxquilt.prediction.datamodule import GridDataModule
+from voxquilt.prediction.fingerprint import inputs
+from voxquilt.prediction.resume import Resume
+from voxquilt.reporting.manifest import Manifest, Row, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 LINKS = 20_000  # to one file; file systems have limits

@@ -26,7 +26,7 @@ import nibabel as nib
 import numpy as np
 import psutil
 
-from voxquilt.fetch import fetch
+from voxquilt.example_files import fetch
 
 ROOT = Path(__file__).parents[1]
 SUBJECTS = 2000
@@ -140,7 +140,14 @@ def watched(folder: Path) -> tuple[float, dict[str, object], tuple[float, float]
 def _imports() -> float:
     """Seconds that a process takes to import what predict.py uses, and to build nothing."""
     start = time.perf_counter()
-    modules = "voxquilt.app, voxquilt.writer, voxquilt.module, voxquilt.processes, voxquilt.report"
+    names = (
+        "cli.main",
+        "prediction.writer_callback",
+        "models.predictor",
+        "distributed.child_processes",
+        "reporting.tables",
+    )
+    modules = ", ".join(f"voxquilt.{name}" for name in names)
     subprocess.run([sys.executable, "-c", f"import {modules}"], check=True)
     return time.perf_counter() - start
 

@@ -68,7 +68,7 @@ def to_labels(scores: Tensor) -> Tensor:
 
 def bound(patches: list[Tensor], device: str) -> Job:
     """Adding without weights into memory that is there already."""
-    from voxquilt.grid import make_grid
+    from voxquilt.geometry.grid import make_grid
 
     grid = make_grid(SHAPE, PATCH, OVERLAP)
     sums = torch.zeros(len(patches[0]), *SHAPE, device=device)
@@ -89,11 +89,11 @@ def voxquilt(mode: str) -> Callable[[list[Tensor], str], Job]:
         import numpy as np
 
         from voxquilt import GridSampler, ScalarImage, Subject
-        from voxquilt.buffers import Buffers
-        from voxquilt.geometry import Frame
-        from voxquilt.preprocess import Preprocess
-        from voxquilt.quilt import Quilt
-        from voxquilt.stitch import Stitch
+        from voxquilt.data.preprocess import Preprocess
+        from voxquilt.geometry.frame import Frame
+        from voxquilt.stitching.buffer_pool import Buffers
+        from voxquilt.stitching.stitch import Stitch
+        from voxquilt.stitching.subject_stitcher import Quilt
 
         subject = Subject(t1=ScalarImage(tensor=torch.zeros(1, *SHAPE)))
         sampler, space = GridSampler(subject, PATCH, OVERLAP), Preprocess().space(subject)
@@ -207,8 +207,8 @@ CONTENDERS = {
 
 def reference(patches: list[Tensor], mode: str) -> Tensor:
     """Labels where a plain float64 sum is sure of them, 255 elsewhere."""
-    from voxquilt.blend import BLENDS
-    from voxquilt.grid import make_grid
+    from voxquilt.geometry.grid import make_grid
+    from voxquilt.stitching.blend import BLENDS
 
     grid, blend = make_grid(SHAPE, PATCH, OVERLAP), BLENDS[mode]
     i, j, k = (blend.axis_weights(grid, axis) for axis in range(3))

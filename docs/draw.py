@@ -5,8 +5,8 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 
-from voxquilt.blend import to_blend
-from voxquilt.grid import make_grid
+from voxquilt.geometry.grid import make_grid
+from voxquilt.stitching.blend import to_blend
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

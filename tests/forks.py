@@ -145,20 +145,27 @@ def _serve() -> None:
     import lightning.pytorch
     import synthetic
 
-    import voxquilt.app
-    import voxquilt.fit
-    import voxquilt.processes
-    import voxquilt.report
-    import voxquilt.run
-    import voxquilt.writer
+    import voxquilt.cli.main
+    import voxquilt.cli.predict_run
+    import voxquilt.cli.train_run
+    import voxquilt.distributed.child_processes
+    import voxquilt.prediction.writer_callback
+    import voxquilt.reporting.tables
 
-    _ = lightning.pytorch, synthetic, voxquilt.fit, voxquilt.processes, voxquilt.report, voxquilt.writer
+    _ = (
+        lightning.pytorch,
+        synthetic,
+        voxquilt.cli.train_run,
+        voxquilt.distributed.child_processes,
+        voxquilt.reporting.tables,
+        voxquilt.prediction.writer_callback,
+    )
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
             answer = {"status": _waited(request["wait"], request["timeout"])}
         else:
-            answer = {"pid": _forked(request, getattr(voxquilt.app, request["script"]))}
+            answer = {"pid": _forked(request, getattr(voxquilt.cli.main, request["script"]))}
         print(json.dumps(answer), flush=True)
 
 

@@ -18,10 +18,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from voxquilt.cases import Case
-from voxquilt.datamodule import GridDataModule
-from voxquilt.files import Files
-from voxquilt.tasks import Size
+from voxquilt.data.discovery import Case
+from voxquilt.distributed.assignment import Size
+from voxquilt.prediction.datamodule import GridDataModule
+from voxquilt.prediction.output_files import Files
 
 ROOT = Path(__file__).parents[1]
 

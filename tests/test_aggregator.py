@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from test_grid import axis_sizes, bare
 from torch import Tensor
 
-from voxquilt.aggregator import GridAggregator
-from voxquilt.blend import BLENDS, Windowed
+from voxquilt.data.grid_sampler import GridSampler
+from voxquilt.data.subject import DATA, LOCATION, LabelMap, ScalarImage, Subject
 from voxquilt.errors import BatchError, ConfigError, GridError, LedgerError, PatchShapeError
-from voxquilt.grid import Grid, make_grid
-from voxquilt.names import PADDING_MODES
-from voxquilt.sampler import GridSampler
-from voxquilt.subject import DATA, LOCATION, LabelMap, ScalarImage, Subject
+from voxquilt.geometry.grid import Grid, make_grid
+from voxquilt.stitching.aggregator import GridAggregator
+from voxquilt.stitching.blend import BLENDS, Windowed
+from voxquilt.vocabulary import PADDING_MODES
 
 INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64]
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

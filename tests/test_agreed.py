@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from synthetic import count_headers, noise, save
 
-from voxquilt.agreed import agreed
-from voxquilt.datamodule import GridDataModule
+from voxquilt.distributed.shard_agreement import agreed
 from voxquilt.errors import OutputError
-from voxquilt.resume import Resume
+from voxquilt.prediction.datamodule import GridDataModule
+from voxquilt.prediction.resume import Resume
 
 
 def test_of_many_who_ask_at_once_one_works_it_out(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 import ast
 import subprocess
 import sys
+from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -10,63 +12,57 @@ import pytest
 import voxquilt
 
 SOURCE = Path(voxquilt.__file__).parent
-# The one-way flow: a module imports only modules before it. A new module takes its place here.
-ORDER = [
-    *("errors", "atomic", "names", "streams", "foreign", "geometry", "grid", "blend", "parts", "ledger", "buffers"),
-    *("sums", "blended", "stream", "aggregator", "space", "output_layout"),
-    *("packed", "nifti", "image", "subject", "conversion", "sampler", "skip", "inference", "preprocess", "products"),
-    *("recipes", "volumes", "finish", "stitch", "label_volumes", "quilt", "predict", "outline"),
-    *(
-        "launch",
-        "listing",
-        "cases",
-        "manifest",
-        "fingerprint",
-        "resume",
-        "lock",
-        "agreed",
-        "status",
-        "dealing",
-        "tasks",
-        "group",
-        "line",
-    ),
-    *("signals", "meter", "batch", "loader", "assignment", "chunks", "members", "network", "probe"),
-    *("fits", "filetype", "carried", "archive", "exported", "states", "weights", "module", "datamodule"),
-    *("room", "needs", "plan", "settle"),
-    *("overlay", "metrics", "validation", "splits", "patches", "traindata", "training", "board"),
-    *("files", "team", "cohort", "record", "tally", "progress", "events", "writer", "timing", "dryrun"),
-    *("processes", "evaluation", "charts", "report", "fetch", "datasets"),
-    *(
-        "overrides",
-        "sweeps",
-        "explain",
-        "sections",
-        "config",
-        "continuing",
-        "trainconfig",
-        "inherit",
-        "build",
-        "fit",
-        "run",
-        "resolvers",
-        "app",
-    ),
+# A folder imports only from folders in lines above its own; two in one line do not import each other.
+FOLDERS = [
+    ["errors"],
+    ["text"],
+    ["vocabulary", "filesystem"],
+    ["geometry", "example_files"],
+    ["data", "stitching"],
+    ["datasets", "inference", "predict"],
+    ["models", "distributed", "reporting"],
+    ["planning", "training"],
+    ["prediction"],
+    ["cli"],
 ]
-CORE = ORDER[: ORDER.index("output_layout") + 1]
-FRAMEWORKS = ["lightning", "hydra", "omegaconf", "nibabel", "monai", "scipy", "rich"]
+LEVEL = {folder: level for level, line in enumerate(FOLDERS) for folder in line}
+CORE = ("geometry", "stitching")
+FRAMEWORKS = {"lightning", "hydra", "omegaconf", "nibabel", "monai", "scipy", "rich"}
+PEERS = {"torchio", "patchly", "tiler", "nnunetv2"}
+# Modules that a wrong command line is answered with.
+LIGHT = ["", ".errors", ".vocabulary", ".data.discovery", ".cli.predict_config", ".cli.train_config", ".cli.schema"]
 
 
-def imported(module: str) -> set[str]:
-    """Everything that a module's imports name, also inside its functions, as dotted paths."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse((SOURCE / f"{module}.py").read_text("utf-8"))):
+def name_of(path: Path) -> str:
+    """A module's name below voxquilt, such as 'geometry.grid'."""
+    return ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+
+
+MODULES = {name_of(path): path for path in sorted(SOURCE.rglob("*.py")) if path.stem != "__init__"}
+
+
+@cache
+def imported(path: Path) -> frozenset[str]:
+    """Everything that a file's imports name, also inside its functions, as dotted paths."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{module} has a relative import, which this test cannot follow"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            assert node.level == 0, f"{path} has a relative import, which this test cannot follow"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return frozenset(names)
+
+
+def ours(path: Path) -> set[str]:
+    """The modules of voxquilt that a file imports."""
+    parts = [name.removeprefix("voxquilt.") for name in imported(path) if name.startswith("voxquilt.")]
+    return {part if part in MODULES else part.rpartition(".")[0] for part in parts}
+
+
+def packages(path: Path) -> set[str]:
+    """The top-level packages that a file imports."""
+    return {name.split(".")[0] for name in imported(path)}
 
 
 def loaded(*modules: str) -> set[str]:
@@ -77,54 +73,65 @@ def loaded(*modules: str) -> set[str]:
     )
 
 
-def test_every_module_has_its_place_in_the_flow() -> None:
-    """The order lists all modules, each once, the core first."""
-    assert sorted(ORDER) == sorted(path.stem for path in SOURCE.glob("*.py") if path.stem != "__init__")
-    assert ORDER[: len(CORE)] == CORE
-
-
-@pytest.mark.parametrize("module", ORDER)
-def test_a_module_imports_only_modules_before_it(module: str) -> None:
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_folders_above_its_own(module: str) -> None:
     """Imports point one way, those inside functions too."""
-    ours = {name.split(".")[1] for name in imported(module) if name.startswith("voxquilt.")}
-    assert ours <= set(ORDER[: ORDER.index(module)])
+    folder = module.split(".")[0]
+    others = {name.split(".")[0] for name in ours(MODULES[module])} - {folder}
+    assert {name for name in others if LEVEL[name] >= LEVEL[folder]} == set()
 
 
-@pytest.mark.parametrize("module", CORE)
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Not within a folder either."""
+    TopologicalSorter({module: ours(path) for module, path in MODULES.items()}).prepare()
+
+
+def test_folders_are_the_table_of_contents() -> None:
+    """The table lists every folder and file of the top level, of which there are few."""
+    top = [path for path in SOURCE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
+    assert sorted(LEVEL) == sorted(path.stem for path in top if path.stem != "__init__")
+    assert sum(path.is_file() for path in top) <= 10
+
+
+def test_sub_packages_are_empty() -> None:
+    """Or a wrong command line would load torch before it is answered. `voxquilt.data` keeps a name of TorchIO's."""
+    filled = [path for path in SOURCE.rglob("__init__.py") if path.read_text("utf-8").strip()]
+    assert {path.parent for path in filled} == {SOURCE, SOURCE / "data"}
+    assert packages(SOURCE / "data" / "__init__.py") == {"importlib", "typing"}
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module.startswith(CORE)])
 def test_the_core_names_no_framework(module: str) -> None:
     """Grids, blends, sums and spaces know torch and numpy."""
-    outside = {name.split(".")[0] for name in imported(module)} - set(sys.stdlib_module_names)
+    outside = packages(MODULES[module]) - set(sys.stdlib_module_names)
     assert outside <= {"voxquilt", "torch", "numpy", "jaxtyping"}
 
 
 def test_importing_the_core_imports_no_framework() -> None:
     """Not by way of other modules either."""
-    packages = loaded("voxquilt.aggregator", "voxquilt.space")
+    packages = loaded("voxquilt.stitching.subject_stitcher", "voxquilt.geometry.space")
     assert "torch" in packages
-    assert not packages & set(FRAMEWORKS)
+    assert not packages & FRAMEWORKS
 
 
-@pytest.mark.parametrize(
-    "module", ["voxquilt", "voxquilt.config", "voxquilt.errors", "voxquilt.cases", "voxquilt.names"]
-)
+@pytest.mark.parametrize("module", LIGHT)
 def test_a_wrong_command_line_is_answered_before_torch_has_loaded(module: str) -> None:
     """The package itself and the checks of a configuration import nothing heavy."""
-    assert not loaded(module) & {"torch", "lightning", "nibabel", "monai", "scipy", "torchio"}
+    assert not loaded(f"voxquilt{module}") & {"torch", "lightning", "nibabel", "monai", "scipy", "torchio"}
 
 
-@pytest.mark.parametrize("module", ["__init__", *ORDER])
-def test_no_module_imports_a_peer(module: str) -> None:
+@pytest.mark.parametrize("path", [SOURCE / "__init__.py", *MODULES.values()], ids=name_of)
+def test_no_module_imports_a_peer(path: Path) -> None:
     """TorchIO is an oracle of the tests, not a dependency."""
-    assert not {name.split(".")[0] for name in imported(module)} & {"torchio", "patchly", "tiler", "nnunetv2"}
+    assert not packages(path) & PEERS
 
 
 def test_what_a_configuration_names_is_made_in_one_place() -> None:
-    """Only `build` instantiates; only the application and the checks of a configuration know Hydra."""
-    assert [module for module in ORDER if "hydra.utils.instantiate" in imported(module)] == ["build"]
-    known = {
-        module for module in ORDER if any(name.split(".")[0] in ("hydra", "omegaconf") for name in imported(module))
-    }
-    assert known <= {"overrides", "sweeps", "config", "trainconfig", "inherit", "build", "resolvers", "app"}
+    """One module instantiates; only the command line knows Hydra."""
+    making = [module for module, path in MODULES.items() if "hydra.utils.instantiate" in imported(path)]
+    assert making == ["cli.instantiate"]
+    knowing = {module.split(".")[0] for module, path in MODULES.items() if packages(path) & {"hydra", "omegaconf"}}
+    assert knowing == {"cli"}
 
 
 def test_every_public_name_is_there() -> None:
@@ -135,9 +142,9 @@ def test_every_public_name_is_there() -> None:
         _ = voxquilt.GridSampl
 
 
-@pytest.mark.parametrize("module", ["__init__", *ORDER])
-def test_a_module_is_small_and_says_which_question_it_answers(module: str) -> None:
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_is_small_and_says_what_it_provides(module: str) -> None:
     """At most 300 lines, and a docstring."""
-    text = (SOURCE / f"{module}.py").read_text("utf-8")
+    text = MODULES[module].read_text("utf-8")
     assert len(text.splitlines()) <= 300
     assert ast.get_docstring(ast.parse(text))

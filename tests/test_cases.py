@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from voxquilt.cases import Case, find_cases, stem
+from voxquilt.data.discovery import Case, find_cases, stem
 from voxquilt.errors import ConfigError
 
 

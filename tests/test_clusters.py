@@ -18,13 +18,13 @@ from hydra.core.global_hydra import GlobalHydra
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from synthetic import ROOT, noise, read, run, save
 
-from voxquilt.app import conf_dir
-from voxquilt.build import build
-from voxquilt.config import to_plain
+from voxquilt.cli.instantiate import build
+from voxquilt.cli.main import conf_dir
+from voxquilt.cli.predict_config import to_plain
+from voxquilt.cli.resolvers import register_resolvers
+from voxquilt.cli.schema import check_trainer
+from voxquilt.distributed.environment import is_first, slurm_tasks
 from voxquilt.errors import ConfigError
-from voxquilt.launch import is_first, slurm_tasks
-from voxquilt.resolvers import register_resolvers
-from voxquilt.sections import check_trainer
 
 ARGUMENTS = (
     "data.inputs=scans", "model=state_dict", "model.net._target_=synthetic.Touchy", "ckpt_path=null",

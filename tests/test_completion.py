@@ -22,7 +22,7 @@ def path(tmp_path: Path) -> str:
     """PATH with both console scripts, as pip makes them."""
     for name in ("predict", "train"):
         script = tmp_path / f"voxquilt-{name}"
-        script.write_text(f"#!{sys.executable}\nimport sys\nfrom voxquilt.app import {name}\nsys.exit({name}())\n")
+        script.write_text(f"#!{sys.executable}\nimport sys\nfrom voxquilt.cli.main import {name}\nsys.exit({name}())\n")
         script.chmod(0o755)
     return f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
 

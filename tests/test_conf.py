@@ -12,13 +12,13 @@ from hydra.core.global_hydra import GlobalHydra
 from lightning.pytorch.callbacks import ModelCheckpoint
 from synthetic import noise, save
 
-from voxquilt.app import conf_dir, run_predict, run_train
-from voxquilt.build import build
-from voxquilt.config import check_predict, to_plain
+from voxquilt.cli.instantiate import build
+from voxquilt.cli.main import conf_dir, run_predict, run_train
+from voxquilt.cli.predict_config import check_predict, to_plain
+from voxquilt.cli.resolvers import register_resolvers
+from voxquilt.cli.suggestions import check_typed
+from voxquilt.cli.train_config import check_train
 from voxquilt.errors import ConfigError
-from voxquilt.explain import check_typed
-from voxquilt.resolvers import register_resolvers
-from voxquilt.trainconfig import check_train
 
 CONF = conf_dir()
 GROUPS = sorted({path.parent.relative_to(CONF).as_posix() for path in CONF.glob("*/**/*.yaml")} - {"hydra/help"})

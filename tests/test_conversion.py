@@ -16,9 +16,9 @@ from test_grid import bare
 from torch import Tensor
 
 from voxquilt import GridSampler, LabelMap, ScalarImage, Stitch, Subject, predict_volume
-from voxquilt.conversion import to_mask, to_subject
+from voxquilt.data.conversion import to_mask, to_subject
+from voxquilt.data.preprocess import Preprocess
 from voxquilt.errors import ConfigError, InputError
-from voxquilt.preprocess import Preprocess
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from voxquilt.dealing import deal
+from voxquilt.distributed.load_balancing import deal
 
 COSTS = st.lists(st.integers(1, 500), max_size=40)
 

@@ -36,11 +36,11 @@ from monai.networks.nets import UNet
 from scipy.ndimage import gaussian_filter
 from synthetic import ROOT, Over50, save
 
-from voxquilt.app import conf_dir, register_resolvers
-from voxquilt.build import build
-from voxquilt.carried import KEY, to_carry
-from voxquilt.explain import _keys
-from voxquilt.trainconfig import check_train
+from voxquilt.cli.instantiate import build
+from voxquilt.cli.main import conf_dir, register_resolvers
+from voxquilt.cli.suggestions import _keys
+from voxquilt.cli.train_config import check_train
+from voxquilt.models.weights.stored_settings import KEY, to_carry
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 WALK = ROOT / "docs/walkthrough.md"

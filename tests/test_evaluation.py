@@ -12,12 +12,12 @@ from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 from PIL import Image
 from synthetic import noise, read, save
 
-from voxquilt.cases import Case
-from voxquilt.charts import write_boxes
-from voxquilt.evaluation import Evaluation, Score
-from voxquilt.fetch import fetch
-from voxquilt.manifest import Row
-from voxquilt.metrics import Agreement, agreements
+from voxquilt.data.discovery import Case
+from voxquilt.example_files import fetch
+from voxquilt.reporting.evaluation import Evaluation, Score
+from voxquilt.reporting.manifest import Row
+from voxquilt.reporting.metrics import Agreement, agreements
+from voxquilt.reporting.plots import write_boxes
 
 NETWORK = ("model=state_dict", "model.net._target_=synthetic.Over50", "ckpt_path=null", "trainer=cpu")
 JOB = ("data.patch_size=8", "data.patch_overlap=4", *NETWORK)

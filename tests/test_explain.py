@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from voxquilt.app import conf_dir
+from voxquilt.cli.main import conf_dir
+from voxquilt.cli.suggestions import _keys, _no_key, explain
+from voxquilt.data.listing import meant
 from voxquilt.errors import ConfigError
-from voxquilt.explain import _keys, _no_key, explain
-from voxquilt.listing import meant
-from voxquilt.names import check_name, question
+from voxquilt.vocabulary import check_name, question
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,9 +15,9 @@ from test_weights import Bomb
 from torch import Tensor, nn
 
 from voxquilt.errors import ConfigError, OutputError
-from voxquilt.fits import check_fits
-from voxquilt.module import from_exported, from_file
-from voxquilt.weights import read_exported
+from voxquilt.models.predictor import from_exported, from_file
+from voxquilt.models.weights.reading import read_exported
+from voxquilt.planning.network_check import check_fits
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.export's own
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from voxquilt import fetch as fetching
+from voxquilt import example_files as fetching
 from voxquilt.datasets import Colin27, head_mask
 from voxquilt.errors import ConfigError, VoxquiltError
-from voxquilt.fetch import SOURCES, DebianPackage, FetchError, Source, Wheel, cache_dir, fetch
+from voxquilt.example_files import SOURCES, DebianPackage, FetchError, Source, Wheel, cache_dir, fetch
 
 CONTENTS = {"one": b"first file", "two": b"second file"}
 
@@ -195,7 +195,7 @@ def test_two_processes_may_fetch_at_once(cache: Path, wheel: Path) -> None:
     """Both get the whole file, and no temporary file is left."""
     source = tiny_source("one", Wheel("tiny==1.0"))
     code = (
-        "from voxquilt.fetch import SOURCES, Source, Wheel, fetch\n"
+        "from voxquilt.example_files import SOURCES, Source, Wheel, fetch\n"
         f"SOURCES['one'] = Source({source.filename!r}, Wheel('tiny==1.0'), {source.member!r}, {source.sha256!r})\n"
         "print(fetch('one').read_text())"
     )
@@ -213,9 +213,9 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
 
 
 def test_asking_for_a_path_imports_nothing_heavy() -> None:
-    """`import voxquilt.fetch` needs the standard library only."""
+    """`import voxquilt.example_files` needs the standard library only."""
     code = (
-        "import sys, voxquilt.fetch\n"
+        "import sys, voxquilt.example_files\n"
         "print([name for name in ('torch', 'nibabel', 'numpy', 'scipy', 'PIL') if name in sys.modules])"
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

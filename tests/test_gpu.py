@@ -9,17 +9,17 @@ import torch
 from lightning.pytorch import Trainer
 from synthetic import Over50, noise, read, save
 
-from voxquilt.datamodule import GridDataModule
-from voxquilt.module import PatchPredictor
-from voxquilt.names import OVERLAP_MODES
-from voxquilt.parts import Part, split
-from voxquilt.preprocess import Preprocess
-from voxquilt.quilt import Quilt
-from voxquilt.sampler import GridSampler
-from voxquilt.skip import to_predict
-from voxquilt.stitch import Stitch
-from voxquilt.subject import ScalarImage, Subject
-from voxquilt.writer import VolumeWriter
+from voxquilt.data.foreground import to_predict
+from voxquilt.data.grid_sampler import GridSampler
+from voxquilt.data.preprocess import Preprocess
+from voxquilt.data.subject import ScalarImage, Subject
+from voxquilt.geometry.slab_split import Part, split
+from voxquilt.models.predictor import PatchPredictor
+from voxquilt.prediction.datamodule import GridDataModule
+from voxquilt.prediction.writer_callback import VolumeWriter
+from voxquilt.stitching.stitch import Stitch
+from voxquilt.stitching.subject_stitcher import Quilt
+from voxquilt.vocabulary import OVERLAP_MODES
 
 pytestmark = [
     pytest.mark.gpu,

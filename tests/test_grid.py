@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from voxquilt.errors import GridError, PatchShapeError
-from voxquilt.geometry import AXES, to_triple
-from voxquilt.grid import axis_starts, make_grid
+from voxquilt.geometry.frame import AXES, to_triple
+from voxquilt.geometry.grid import axis_starts, make_grid
 
 
 def bare(function: Callable[..., Any]) -> Callable[..., Any]:

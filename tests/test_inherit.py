@@ -21,11 +21,20 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from synthetic import Over50, read
 
-from voxquilt.build import check_classes
-from voxquilt.carried import FORMAT, KEY, LIGHTNING, TENSORS, TORCHSCRIPT, carried, kind_of, to_carry
+from voxquilt.cli.instantiate import check_classes
 from voxquilt.errors import ConfigError
-from voxquilt.fits import check_fits
-from voxquilt.network import PatchNetwork
+from voxquilt.models.patch_network import PatchNetwork
+from voxquilt.models.weights.stored_settings import (
+    FORMAT,
+    KEY,
+    LIGHTNING,
+    TENSORS,
+    TORCHSCRIPT,
+    carried,
+    kind_of,
+    to_carry,
+)
+from voxquilt.planning.network_check import check_fits
 
 NET = {
     "_target_": "monai.networks.nets.UNet", "spatial_dims": 3, "in_channels": 1, "out_channels": 2, "channels": [4, 8],
@@ -36,7 +45,7 @@ SETTINGS: dict[str, Any] = {
     "images": ["image"],
     "data": {"patch_size": 16, "patch_overlap": 8, "padding_mode": None, "divisible_by": 1},
     "preprocess": {
-        "_target_": "voxquilt.preprocess.Preprocess",
+        "_target_": "voxquilt.data.preprocess.Preprocess",
         "orientation": "RAS",
         "spacing": None,
         "intensity": None,
@@ -208,7 +217,7 @@ def test_a_training_carries_what_predicting_needs() -> None:
     "target",
     [
         "os.system", "builtins.eval", "torch.load", "torch.nn.modules.module.torch.load", "torch.nn.functional.relu",
-        "monai.networks.utils.os.system", "voxquilt.config.check_predict", "monai.networks.nets.NoSuchNet",
+        "monai.networks.utils.os.system", "voxquilt.cli.predict_config.check_predict", "monai.networks.nets.NoSuchNet",
         "synthetic.Over50", "torch.nn.modules.module.OrderedDict",
     ],
 )  # fmt: skip
@@ -222,7 +231,7 @@ def test_a_checkpoint_may_name_no_function_and_no_class_of_elsewhere(target: str
 def test_a_checkpoint_may_name_networks_and_transforms() -> None:
     """Of MONAI, torch and voxquilt, also by the short way that packages offer."""
     short = "monai.networks.nets.UNet", "monai.transforms.ScaleIntensity", "torch.nn.Conv3d"
-    check_classes([{"_target_": name} for name in (*short, "voxquilt.preprocess.Preprocess")], ALLOWED)
+    check_classes([{"_target_": name} for name in (*short, "voxquilt.data.preprocess.Preprocess")], ALLOWED)
 
 
 def test_a_class_of_ones_own_is_named_by_the_user(forks: Server, place: Path) -> None:

@@ -17,12 +17,12 @@ from synthetic import noise, read, save
 from torch import Tensor
 
 from voxquilt import predict_volume
+from voxquilt.data.subject import ScalarImage, Subject
 from voxquilt.errors import ConfigError, OutputError
-from voxquilt.label_volumes import to_labels
-from voxquilt.names import check_label_values
-from voxquilt.overlay import PALETTE, flat
-from voxquilt.stitch import Stitch
-from voxquilt.subject import ScalarImage, Subject
+from voxquilt.reporting.overlay import PALETTE, flat
+from voxquilt.stitching.label_values import to_labels
+from voxquilt.stitching.stitch import Stitch
+from voxquilt.vocabulary import check_label_values
 
 NUMBERS = st.one_of(
     st.integers(0, 300), st.sampled_from([255, 256, 1002, 65535, 65536, 2**24 + 1, 2**32 - 1, 2**40 + 1])

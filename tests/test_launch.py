@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from voxquilt.launch import is_external, is_first, slurm_tasks
-from voxquilt.signals import Signals
+from voxquilt.distributed.environment import is_external, is_first, slurm_tasks
+from voxquilt.distributed.signals import Signals
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "4"}
 SLURM = {"SLURM_JOB_NAME": "job", "SLURM_NTASKS": "4"}
@@ -47,14 +47,14 @@ def test_who_speaks_and_who_started_it(
 
 _CHILD = """
 import os, sys, time
-from voxquilt.launch import end_with_parent
+from voxquilt.distributed.environment import end_with_parent
 end_with_parent()
 print(os.getpid(), flush=True)
 time.sleep(60)
 """
 _PARENT = """
 import os, subprocess, sys, time
-from voxquilt.launch import end_with_parent
+from voxquilt.distributed.environment import end_with_parent
 end_with_parent()
 if sys.argv[1] == "by hand":
     del os.environ["VOXQUILT_PARENT"]
@@ -108,7 +108,7 @@ def test_who_asks_again_seconds_later_means_now(monkeypatch: pytest.MonkeyPatch)
     asked: list[str] = []
     exits: list[int] = []
     now = [100.0]
-    monkeypatch.setattr("voxquilt.signals.monotonic", lambda: now[0])
+    monkeypatch.setattr("voxquilt.distributed.signals.monotonic", lambda: now[0])
     monkeypatch.setattr(os, "_exit", exits.append)
     signals = Signals(lambda name, status: asked.append(name))
     signals.hold()

@@ -15,10 +15,10 @@ import pytest
 from forks import Run, Server
 from synthetic import noise, read, save
 
-import voxquilt.lock
-from voxquilt.atomic import replacing
+import voxquilt.prediction.output_lock
 from voxquilt.errors import ConfigError, OutputError
-from voxquilt.lock import locked
+from voxquilt.filesystem import replacing
+from voxquilt.prediction.output_lock import locked
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no flock")
 
@@ -171,7 +171,7 @@ def test_shards_of_one_count_share_a_folder(tmp_path: Path) -> None:
 
 def test_a_shard_beside_a_run_that_is_no_shard_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the time that another shard could take to begin or to end."""
-    monkeypatch.setattr(voxquilt.lock, "_PATIENCE", 0.3)
+    monkeypatch.setattr(voxquilt.prediction.output_lock, "_PATIENCE", 0.3)
     with holder(tmp_path / "out") as pid:
         began = time.monotonic()
         with pytest.raises(ConfigError, match=rf"\(process {pid} on "):
@@ -246,7 +246,7 @@ def test_a_lock_file_that_its_holder_removed_meanwhile_is_made_anew(
     shard: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A lock on a file that nobody can find any more would keep nobody out."""
-    locks, calls = voxquilt.lock._locks, []
+    locks, calls = voxquilt.prediction.output_lock._locks, []
 
     def late(descriptor: int, kind: int) -> bool:
         calls.append(kind)
@@ -254,7 +254,7 @@ def test_a_lock_file_that_its_holder_removed_meanwhile_is_made_anew(
             (tmp_path / LOCK).unlink()
         return locks(descriptor, kind)
 
-    monkeypatch.setattr(voxquilt.lock, "_locks", late)
+    monkeypatch.setattr(voxquilt.prediction.output_lock, "_locks", late)
     with locked(tmp_path, shard):
         assert LOCK in hidden(tmp_path)
     assert hidden(tmp_path) == set()

@@ -12,15 +12,15 @@ from lightning.pytorch import Trainer
 from synthetic import Over50, noise, read, save
 from torch import Tensor, nn
 
-import voxquilt.members
-from voxquilt.batch import PatchBatch
-from voxquilt.datamodule import GridDataModule
+import voxquilt.models.ensemble
+from voxquilt.data.batch import PatchBatch
 from voxquilt.errors import ConfigError
-from voxquilt.members import Members, size_of, waiting
-from voxquilt.module import PatchPredictor
-from voxquilt.network import PatchNetwork
-from voxquilt.stitch import Stitch
-from voxquilt.writer import VolumeWriter
+from voxquilt.models.ensemble import Members, size_of, waiting
+from voxquilt.models.patch_network import PatchNetwork
+from voxquilt.models.predictor import PatchPredictor
+from voxquilt.prediction.datamodule import GridDataModule
+from voxquilt.prediction.writer_callback import VolumeWriter
+from voxquilt.stitching.stitch import Stitch
 
 PATCHES = torch.randn(5, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
 META = torch.device("meta")
@@ -75,7 +75,7 @@ def test_members_that_do_not_fit_wait_on_the_host(
     monkeypatch: pytest.MonkeyPatch, offload: bool | str, free: int, where: list[str]
 ) -> None:
     """Half of the free memory is theirs, the largest that waits included."""
-    monkeypatch.setattr(voxquilt.members, "free_bytes", lambda device: free)
+    monkeypatch.setattr(voxquilt.models.ensemble, "free_bytes", lambda device: free)
     members = Members(nets(3), offload)
     members.to(META)
     assert devices(members) == where
@@ -87,7 +87,7 @@ class FakeDevice:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.held = self.peak = 0
-        monkeypatch.setattr(voxquilt.members, "fetched", self.fetched)
+        monkeypatch.setattr(voxquilt.models.ensemble, "fetched", self.fetched)
 
     def fetched(self, tensor: Tensor, device: torch.device) -> Tensor:
         assert device == META

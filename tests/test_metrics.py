@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 
-from voxquilt.metrics import Agreement, agreements, class_dice
+from voxquilt.reporting.metrics import Agreement, agreements, class_dice
 
 NEIGHBOURS = [(1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1)]
 OBLIQUE = np.array([[0.5, 0.1, 0, 3], [-0.1, 0.5, 0.2, -4], [0, 0.3, 1.5, 5], [0, 0, 0, 1]])

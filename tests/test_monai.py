@@ -9,7 +9,7 @@ from monai.inferers.utils import sliding_window_inference
 from torch import Tensor
 
 from voxquilt import GridAggregator, GridSampler
-from voxquilt.blend import Blend, Windowed, gaussian
+from voxquilt.stitching.blend import Blend, Windowed, gaussian
 
 SAID = (Path(__file__).parents[1] / "docs/from-monai.md").read_text("utf-8")
 FLOORED = Windowed(lambda patch: gaussian(patch).clamp(min=0.03))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from voxquilt.errors import ConfigError, OutputError
-from voxquilt.network import PatchNetwork, to_activation
+from voxquilt.models.patch_network import PatchNetwork, to_activation
 
 PATCHES = torch.randn(2, 3, 5, 4, 6, generator=torch.Generator().manual_seed(0))
 

@@ -21,9 +21,9 @@ from nibabel.nifti1 import header_dtype, unit_codes
 from nibabel.nifti2 import header_dtype as header_dtype_2
 from synthetic import unpacked
 
+from voxquilt.data.formats.nifti import read_header, write
 from voxquilt.errors import InputError, OutputError
-from voxquilt.geometry import Frame
-from voxquilt.nifti import read_header, write
+from voxquilt.geometry.frame import Frame
 
 OBLIQUE = np.array([[0.9, -0.3, 0.1, -30], [0.4, 1.9, 0.2, 12], [-0.1, 0.1, 3.1, 7], [0, 0, 0, 1]])
 # What a tensor of each stored type is: torch computes on few unsigned types.

@@ -16,11 +16,11 @@ from forks import Server, checked
 from synthetic import noise, read, save
 from test_nifti import BAD_HEADERS, BAD_VOXELS, save_raw
 
-from voxquilt.datamodule import GridDataModule
+from voxquilt.data.preprocess import Preprocess
 from voxquilt.errors import InputError
-from voxquilt.fits import ChannelsError, check_fits
-from voxquilt.preprocess import Preprocess
-from voxquilt.traindata import TrainingDataModule
+from voxquilt.planning.network_check import ChannelsError, check_fits
+from voxquilt.prediction.datamodule import GridDataModule
+from voxquilt.training.datamodule import TrainingDataModule
 
 JOB = (
     "data.inputs=in", "model=state_dict", "model.net._target_=synthetic.Over50", "ckpt_path=null", "data.patch_size=8",

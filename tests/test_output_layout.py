@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool3d, conv3d, pad
 
 from voxquilt import predict_volume
-from voxquilt.cases import Case
+from voxquilt.data.discovery import Case
+from voxquilt.data.grid_sampler import GridSampler
+from voxquilt.data.preprocess import Preprocess
+from voxquilt.data.subject import ScalarImage, Subject
 from voxquilt.errors import ConfigError, GridError, PatchShapeError
-from voxquilt.fits import check_fits, find_halo
-from voxquilt.network import PatchNetwork
-from voxquilt.output_layout import factor_of, halo_of
-from voxquilt.preprocess import Preprocess
-from voxquilt.sampler import GridSampler
-from voxquilt.stitch import Stitch
-from voxquilt.subject import ScalarImage, Subject
+from voxquilt.geometry.output_layout import factor_of, halo_of
+from voxquilt.models.patch_network import PatchNetwork
+from voxquilt.planning.network_check import check_fits, find_halo
+from voxquilt.stitching.stitch import Stitch
 
 MODES = ["crop", "average", "hann", "gaussian"]
 

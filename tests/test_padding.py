@@ -12,15 +12,15 @@ from torch import Tensor
 from torch.nn.functional import avg_pool3d
 
 from voxquilt import predict_volume
-from voxquilt.parts import split
-from voxquilt.preprocess import Preprocess
-from voxquilt.quilt import Quilt
-from voxquilt.recipes import make_products
-from voxquilt.sampler import GridSampler
-from voxquilt.skip import to_predict
-from voxquilt.space import make_space, resample
-from voxquilt.stitch import Stitch
-from voxquilt.subject import ScalarImage, Subject
+from voxquilt.data.foreground import to_predict
+from voxquilt.data.grid_sampler import GridSampler
+from voxquilt.data.preprocess import Preprocess
+from voxquilt.data.subject import ScalarImage, Subject
+from voxquilt.geometry.slab_split import split
+from voxquilt.geometry.space import make_space, resample
+from voxquilt.stitching.products.spec import make_products
+from voxquilt.stitching.stitch import Stitch
+from voxquilt.stitching.subject_stitcher import Quilt
 
 SPACINGS = st.tuples(*[st.sampled_from([None, 0.7, 1.7, 2.05, 3.0, 4.6])] * 3)
 PRODUCTS = ["logits", "labels", "probabilities", "entropy", "disagreement"]

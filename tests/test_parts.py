@@ -10,19 +10,19 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_streaming import Placed, in_starts, to_grid
 
-from voxquilt.aggregator import GridAggregator, Slab
-from voxquilt.blend import to_blend
-from voxquilt.buffers import Buffers
+from voxquilt.data.foreground import to_predict
+from voxquilt.data.grid_sampler import GridSampler
+from voxquilt.data.preprocess import Preprocess
+from voxquilt.data.subject import ScalarImage, Subject
 from voxquilt.errors import BatchError, ConfigError, LedgerError, PatchShapeError
-from voxquilt.grid import Grid, make_grid
-from voxquilt.names import OVERLAP_MODES
-from voxquilt.parts import Part, boundary, split
-from voxquilt.preprocess import Preprocess
-from voxquilt.quilt import Quilt
-from voxquilt.sampler import GridSampler
-from voxquilt.skip import to_predict
-from voxquilt.stitch import Stitch
-from voxquilt.subject import ScalarImage, Subject
+from voxquilt.geometry.grid import Grid, make_grid
+from voxquilt.geometry.slab_split import Part, boundary, split
+from voxquilt.stitching.aggregator import GridAggregator, Slab
+from voxquilt.stitching.blend import to_blend
+from voxquilt.stitching.buffer_pool import Buffers
+from voxquilt.stitching.stitch import Stitch
+from voxquilt.stitching.subject_stitcher import Quilt
+from voxquilt.vocabulary import OVERLAP_MODES
 
 # Per axis: patch size, overlap as a share of what there can be, voxels beside the first patch.
 AXES = st.tuples(st.integers(1, 7), st.integers(0, 3), st.integers(0, 9))

@@ -14,17 +14,17 @@ from lightning.pytorch import Trainer
 from synthetic import ROOT, Over50, count_headers, noise, read, save
 from torch import nn
 
-from voxquilt.datamodule import GridDataModule
-from voxquilt.module import PatchPredictor
-from voxquilt.needs import MIB, Settings, forms, needs, voxels_of
-from voxquilt.outline import Extent, Outline, extent, together
-from voxquilt.plan import Planner, Room
-from voxquilt.preprocess import Preprocess
-from voxquilt.probe import Probe
-from voxquilt.room import disk_free, memory_available
-from voxquilt.settle import on_device
-from voxquilt.stitch import Stitch
-from voxquilt.timing import Rates
+from voxquilt.data.preprocess import Preprocess
+from voxquilt.data.subject_size import Extent, Outline, extent, together
+from voxquilt.models.predictor import PatchPredictor
+from voxquilt.planning.machine import disk_free, memory_available
+from voxquilt.planning.planner import Planner, Room
+from voxquilt.planning.preflight import on_device
+from voxquilt.planning.resource_estimate import MIB, Settings, forms, needs, voxels_of
+from voxquilt.planning.shape_probe import Probe
+from voxquilt.prediction.datamodule import GridDataModule
+from voxquilt.prediction.timing import Rates
+from voxquilt.stitching.stitch import Stitch
 
 NETWORK = ("model=state_dict", "model.net._target_=synthetic.Over50", "ckpt_path=null")
 JOB = ("data.inputs=in", *NETWORK, "data.patch_size=8", "data.patch_overlap=4", "data.batch_size=3")

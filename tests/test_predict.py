@@ -21,19 +21,19 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import avg_pool3d
 from torch.utils.data import DataLoader
 
-from voxquilt.batch import Loaded, PatchBatch
-from voxquilt.cases import Case
-from voxquilt.datamodule import GridDataModule
+from voxquilt.data.batch import Loaded, PatchBatch
+from voxquilt.data.discovery import Case
+from voxquilt.data.formats.nifti import write
+from voxquilt.data.preprocess import Preprocess
+from voxquilt.data.subject import ScalarImage, Subject
 from voxquilt.errors import ConfigError, RunError
-from voxquilt.module import PatchPredictor
-from voxquilt.nifti import write
+from voxquilt.models.predictor import PatchPredictor
 from voxquilt.predict import predict_volume
-from voxquilt.preprocess import Preprocess
-from voxquilt.quilt import Quilt
-from voxquilt.stitch import Stitch
-from voxquilt.subject import ScalarImage, Subject
-from voxquilt.sums import Sums
-from voxquilt.writer import VolumeWriter
+from voxquilt.prediction.datamodule import GridDataModule
+from voxquilt.prediction.writer_callback import VolumeWriter
+from voxquilt.stitching.accumulator import Sums
+from voxquilt.stitching.stitch import Stitch
+from voxquilt.stitching.subject_stitcher import Quilt
 
 pytestmark = [
     pytest.mark.timeout(60),  # a deadlock must not look like a slow test

@@ -11,9 +11,9 @@ import torch
 from monai.transforms.intensity.array import NormalizeIntensity
 from torch import Tensor
 
+from voxquilt.data.preprocess import Preprocess
+from voxquilt.data.subject import LabelMap, ScalarImage, Subject
 from voxquilt.errors import ConfigError, InputError
-from voxquilt.preprocess import Preprocess
-from voxquilt.subject import LabelMap, ScalarImage, Subject
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 

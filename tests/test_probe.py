@@ -9,8 +9,8 @@ import torch
 from monai.networks.nets.unet import UNet
 from torch import Tensor, nn
 
-from voxquilt.network import PatchNetwork
-from voxquilt.probe import probe
+from voxquilt.models.patch_network import PatchNetwork
+from voxquilt.planning.shape_probe import probe
 
 MIB = 2**20
 
@@ -96,7 +96,7 @@ import ctypes, sys
 ctypes.CDLL(None).mallopt(-3, 2**20)  # what is freed goes back at once, so that the peak is what is live
 import torch
 from test_probe import NETWORKS, hwm, resident
-from voxquilt.probe import probe
+from voxquilt.planning.shape_probe import probe
 torch.set_num_threads(2)
 name, size, batch = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 net = NETWORKS[name]().eval()

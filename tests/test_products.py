@@ -16,19 +16,19 @@ from torch import Tensor
 from torch.nn.functional import avg_pool3d
 
 from voxquilt import predict_volume
-from voxquilt.aggregator import GridAggregator
-from voxquilt.blend import BLENDS
+from voxquilt.data.formats.nifti import write
+from voxquilt.data.grid_sampler import GridSampler
+from voxquilt.data.preprocess import Preprocess
+from voxquilt.data.subject import LabelMap, ScalarImage, Subject
 from voxquilt.errors import ConfigError, GridError, OutputError, PatchShapeError
-from voxquilt.nifti import write
-from voxquilt.preprocess import Preprocess
-from voxquilt.products import ArgMax, contenders
-from voxquilt.quilt import Quilt
-from voxquilt.recipes import make_products
-from voxquilt.sampler import GridSampler
-from voxquilt.space import Piece, resample
-from voxquilt.stitch import Stitch
-from voxquilt.subject import LabelMap, ScalarImage, Subject
-from voxquilt.volumes import Scratch, Volumes
+from voxquilt.geometry.space import Piece, resample
+from voxquilt.stitching.aggregator import GridAggregator
+from voxquilt.stitching.blend import BLENDS
+from voxquilt.stitching.output_volumes import Scratch, Volumes
+from voxquilt.stitching.products.base import ArgMax, contenders
+from voxquilt.stitching.products.spec import make_products
+from voxquilt.stitching.stitch import Stitch
+from voxquilt.stitching.subject_stitcher import Quilt
 
 SEEDS = st.integers(0, 2**32 - 1)
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -660,7 +660,7 @@ def test_leaving_out_what_cannot_win_changes_no_label(
     """Equal at every voxel, ties included, to the arg-max of every class interpolated; and less is interpolated."""
     rng = np.random.default_rng(7)
     image = zoom(rng.uniform(0, 10, (4, 3, 5)), (18, 14, 14), order=1).astype(np.float32)[None]
-    monkeypatch.setattr("voxquilt.finish._TILE", 7)
+    monkeypatch.setattr("voxquilt.stitching.native_products._TILE", 7)
     if spacing == 0.6:  # a million calls; what they are given is checked at the other spacings
         monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)
     subject = Subject(t1=ScalarImage(image.round() if whole else image, affine=OBLIQUE))

@@ -18,9 +18,9 @@ from PIL import Image
 from synthetic import ROOT, noise, save
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from voxquilt.manifest import Row
-from voxquilt.progress import Bars, Lines, Objects, make_show
-from voxquilt.tally import Tally
+from voxquilt.reporting.manifest import Row
+from voxquilt.reporting.progress import Bars, Lines, Objects, make_show
+from voxquilt.reporting.progress_counts import Tally
 
 JOB = (
     "data.inputs=in", "model=state_dict", "model.net._target_=synthetic.Slow", "ckpt_path=null", "data.patch_size=8",

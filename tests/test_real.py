@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 
-from voxquilt.app import conf_dir, run_predict
-from voxquilt.fetch import fetch
-from voxquilt.resolvers import register_resolvers
+from voxquilt.cli.main import conf_dir, run_predict
+from voxquilt.cli.resolvers import register_resolvers
+from voxquilt.example_files import fetch
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore"

@@ -22,19 +22,19 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from synthetic import Over50, noise, read, save
 
-from voxquilt.app import conf_dir
-from voxquilt.cases import Case, find_cases
-from voxquilt.config import check_predict
-from voxquilt.datamodule import Plan
+from voxquilt.cli.main import conf_dir
+from voxquilt.cli.overrides import to_overrides
+from voxquilt.cli.predict_config import check_predict
+from voxquilt.cli.resolvers import register_resolvers
+from voxquilt.cli.shard_status import print_status
+from voxquilt.data.discovery import Case, find_cases
+from voxquilt.distributed.process_group import Group
 from voxquilt.errors import ConfigError
-from voxquilt.fingerprint import NO_VOXELS, inputs, settings
-from voxquilt.group import Group
-from voxquilt.manifest import Manifest, Row, read_rows, write_json
-from voxquilt.overrides import to_overrides
-from voxquilt.record import Record
-from voxquilt.resolvers import register_resolvers
-from voxquilt.resume import Resume, finished
-from voxquilt.status import print_status
+from voxquilt.prediction.datamodule import Plan
+from voxquilt.prediction.fingerprint import NO_VOXELS, inputs, settings
+from voxquilt.prediction.resume import Resume, finished
+from voxquilt.prediction.run_record import Record
+from voxquilt.reporting.manifest import Manifest, Row, read_rows, write_json
 
 JOB = (
     "data.inputs=in", "model=state_dict", "model.net._target_=synthetic.Slow",

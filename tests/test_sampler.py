@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from test_grid import axis_sizes
 from torch.utils.data import DataLoader
 
+from voxquilt.data.formats.nifti import NiftiFile
+from voxquilt.data.grid_sampler import GridSampler
+from voxquilt.data.subject import AFFINE, DATA, LOCATION, LabelMap, ScalarImage, Subject
 from voxquilt.errors import GridError, InputError, PaddingModeError
-from voxquilt.names import PADDING_MODES
-from voxquilt.nifti import NiftiFile
-from voxquilt.sampler import GridSampler
-from voxquilt.subject import AFFINE, DATA, LOCATION, LabelMap, ScalarImage, Subject
+from voxquilt.vocabulary import PADDING_MODES
 
 GEOMETRIES = st.tuples(axis_sizes(10), axis_sizes(8), axis_sizes(6))
 SEEDS = st.integers(0, 2**32 - 1)

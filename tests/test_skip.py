@@ -9,17 +9,17 @@ from test_streaming import Placed, in_starts, to_grid
 from torch import Tensor
 
 from voxquilt import predict_volume
-from voxquilt.aggregator import GridAggregator
-from voxquilt.blend import BLENDS
+from voxquilt.data.foreground import empty_patches, inside, to_predict
+from voxquilt.data.grid_sampler import GridSampler
+from voxquilt.data.preprocess import Preprocess
+from voxquilt.data.subject import LabelMap, ScalarImage, Subject
 from voxquilt.errors import BatchError, InputError, LedgerError, OutputError
-from voxquilt.geometry import Frame
-from voxquilt.grid import Grid, make_grid
-from voxquilt.names import OVERLAP_MODES
-from voxquilt.preprocess import Preprocess
-from voxquilt.sampler import GridSampler
-from voxquilt.skip import empty_patches, inside, to_predict
-from voxquilt.stitch import Stitch
-from voxquilt.subject import LabelMap, ScalarImage, Subject
+from voxquilt.geometry.frame import Frame
+from voxquilt.geometry.grid import Grid, make_grid
+from voxquilt.stitching.aggregator import GridAggregator
+from voxquilt.stitching.blend import BLENDS
+from voxquilt.stitching.stitch import Stitch
+from voxquilt.vocabulary import OVERLAP_MODES
 
 # Per axis: patch size, overlap as a share of what there can be, voxels beside the first patch.
 AXES = st.tuples(st.integers(1, 7), st.integers(0, 3), st.integers(0, 12))

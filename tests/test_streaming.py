@@ -11,21 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from voxquilt.aggregator import GridAggregator, Slab
-from voxquilt.buffers import Buffers, home
+from voxquilt.data.grid_sampler import NO_PADDING, GridSampler, Padding
+from voxquilt.data.preprocess import Preprocess
+from voxquilt.data.subject import ScalarImage, Subject
 from voxquilt.errors import BatchError, LedgerError
-from voxquilt.geometry import Frame
-from voxquilt.grid import Grid, make_grid
-from voxquilt.names import OVERLAP_MODES
+from voxquilt.geometry.frame import Frame
+from voxquilt.geometry.grid import Grid, make_grid
+from voxquilt.geometry.space import AxisMap, Restorer, resample
 from voxquilt.predict import predict_volume
-from voxquilt.preprocess import Preprocess
-from voxquilt.products import ACTIVATIONS
-from voxquilt.quilt import Quilt
-from voxquilt.recipes import Moments
-from voxquilt.sampler import NO_PADDING, GridSampler, Padding
-from voxquilt.space import AxisMap, Restorer, resample
-from voxquilt.stitch import Stitch
-from voxquilt.subject import ScalarImage, Subject
+from voxquilt.stitching.aggregator import GridAggregator, Slab
+from voxquilt.stitching.buffer_pool import Buffers, home
+from voxquilt.stitching.products.base import ACTIVATIONS
+from voxquilt.stitching.products.spec import Moments
+from voxquilt.stitching.stitch import Stitch
+from voxquilt.stitching.subject_stitcher import Quilt
+from voxquilt.vocabulary import OVERLAP_MODES
 
 
 @dataclass(frozen=True)

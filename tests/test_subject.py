@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import voxquilt
-import voxquilt.image
+import voxquilt.data.image
+from voxquilt.data.formats.nifti import NiftiFile
+from voxquilt.data.subject import AFFINE, CHANNELS_DIMENSION, DATA, LOCATION, LabelMap, ScalarImage, Subject
 from voxquilt.errors import InputError
-from voxquilt.geometry import Frame
-from voxquilt.nifti import NiftiFile
-from voxquilt.subject import AFFINE, CHANNELS_DIMENSION, DATA, LOCATION, LabelMap, ScalarImage, Subject
+from voxquilt.geometry.frame import Frame
 
 AFFINE_2MM = np.diag([2.0, 3.0, 4.0, 1.0])
 
@@ -188,7 +188,7 @@ def test_voxels_are_not_read_before_they_are_asked_for(tmp_path: Path, monkeypat
     """Making a subject reads nothing, its geometry reads headers, once; voxels are read at the first use, once."""
     paths = [saved(tmp_path / f"{n}.nii", np.full((2, 3, 4), n, dtype=np.uint8), AFFINE_2MM) for n in range(2)]
     read: list[Path] = []
-    voxels, header = NiftiFile.read, voxquilt.image.read_header
+    voxels, header = NiftiFile.read, voxquilt.data.image.read_header
 
     def count(file: NiftiFile) -> torch.Tensor:
         read.append(file.path)
@@ -196,7 +196,7 @@ def test_voxels_are_not_read_before_they_are_asked_for(tmp_path: Path, monkeypat
 
     headers: list[Any] = []
     monkeypatch.setattr(NiftiFile, "read", count)
-    monkeypatch.setattr(voxquilt.image, "read_header", lambda path: headers.append(path) or header(path))
+    monkeypatch.setattr(voxquilt.data.image, "read_header", lambda path: headers.append(path) or header(path))
     subject = Subject(t1=ScalarImage(paths[0]), seg=LabelMap(paths[1]))
     assert repr(subject) == "Subject(Keys: ('t1', 'seg'); images: 2)"
     assert headers == []

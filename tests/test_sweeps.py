@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import noise, run, save
 
-from voxquilt.sweeps import folder_name, with_names
+from voxquilt.cli.sweeps import folder_name, with_names
 
 NETWORK = ("model=state_dict", "model.net._target_=synthetic.Over50", "ckpt_path=null", "trainer=cpu")
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from voxquilt.cases import Case
-from voxquilt.dealing import deal
-from voxquilt.names import DISTRIBUTE
-from voxquilt.tasks import Size, Task, distributed, shares
+from voxquilt.data.discovery import Case
+from voxquilt.distributed.assignment import Size, Task, distributed, shares
+from voxquilt.distributed.load_balancing import deal
+from voxquilt.vocabulary import DISTRIBUTE
 
 RANKS = st.integers(1, 9)
 

@@ -11,11 +11,11 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from voxquilt.data.subject import ScalarImage, Subject
 from voxquilt.datasets import tissue_table
-from voxquilt.metrics import class_dice
 from voxquilt.predict import predict_volume
-from voxquilt.stitch import Stitch
-from voxquilt.subject import ScalarImage, Subject
+from voxquilt.reporting.metrics import class_dice
+from voxquilt.stitching.stitch import Stitch
 
 ROOT = Path(__file__).parents[1]
 

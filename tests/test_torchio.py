@@ -21,7 +21,7 @@ from test_grid import axis_sizes, bare
 
 import voxquilt
 from voxquilt.errors import VoxquiltError
-from voxquilt.geometry import to_triple
+from voxquilt.geometry.frame import to_triple
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -27,26 +27,26 @@ from scipy.ndimage import gaussian_filter
 from scipy.stats import chi2
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from voxquilt.app import conf_dir
-from voxquilt.build import build
-from voxquilt.carried import carried
-from voxquilt.cases import Case
+from voxquilt.cli.instantiate import build
+from voxquilt.cli.main import conf_dir
+from voxquilt.cli.overrides import to_overrides
+from voxquilt.cli.resolvers import register_resolvers
+from voxquilt.cli.train_config import check_train
+from voxquilt.data.discovery import Case
+from voxquilt.data.subject import ScalarImage, Subject
 from voxquilt.errors import ConfigError, InputError
-from voxquilt.fits import check_fits
-from voxquilt.metrics import class_dice
-from voxquilt.network import PatchNetwork
-from voxquilt.overlay import LINE, PALETTE, overlay, stacked
-from voxquilt.overrides import to_overrides
-from voxquilt.patches import CachedVolumes, EpochOrder, Labelled, RandomPatches, centres_of
+from voxquilt.models.patch_network import PatchNetwork
+from voxquilt.models.weights.stored_settings import carried
+from voxquilt.planning.network_check import check_fits
 from voxquilt.predict import predict_volume
-from voxquilt.resolvers import register_resolvers
-from voxquilt.splits import make_split
-from voxquilt.stitch import Stitch
-from voxquilt.subject import ScalarImage, Subject
-from voxquilt.trainconfig import check_train
-from voxquilt.traindata import TrainingDataModule
-from voxquilt.training import PatchTrainer, polynomial, warmup_cosine
-from voxquilt.validation import Validated, mean_metrics, metrics_of
+from voxquilt.reporting.metrics import class_dice
+from voxquilt.reporting.overlay import LINE, PALETTE, overlay, stacked
+from voxquilt.stitching.stitch import Stitch
+from voxquilt.training.datamodule import TrainingDataModule
+from voxquilt.training.module import PatchTrainer, polynomial, warmup_cosine
+from voxquilt.training.random_patches import CachedVolumes, EpochOrder, Labelled, RandomPatches, centres_of
+from voxquilt.training.splits import make_split
+from voxquilt.training.validation import Validated, mean_metrics, metrics_of
 
 ROOT = Path(__file__).parents[1]
 NET = (

@@ -11,7 +11,7 @@ from pathlib import Path
 import nibabel as nib
 import pytest
 
-from voxquilt.cases import stem
+from voxquilt.data.discovery import stem
 from voxquilt.datasets import MNI152
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +30,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(installed: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The console script as pip makes it, away from the checkout."""
-    code = f"import sys; sys.argv[0] = 'voxquilt-{script}'; from voxquilt.app import {script}; {script}()"
+    code = f"import sys; sys.argv[0] = 'voxquilt-{script}'; from voxquilt.cli.main import {script}; {script}()"
     environment = os.environ | {"PYTHONPATH": str(installed)}
     command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=installed, check=False)
@@ -65,8 +65,8 @@ def test_the_wheel_names_both_console_scripts(installed: Path) -> None:
     """entry_points.txt points at functions that exist."""
     (points,) = installed.glob("voxquilt-*.dist-info/entry_points.txt")
     text = points.read_text()
-    assert "voxquilt-predict = voxquilt.app:predict" in text
-    assert "voxquilt-train = voxquilt.app:train" in text
+    assert "voxquilt-predict = voxquilt.cli.main:predict" in text
+    assert "voxquilt-train = voxquilt.cli.main:train" in text
 
 
 @pytest.mark.slow

@@ -10,12 +10,8 @@ if TYPE_CHECKING:
 
     from voxquilt import datasets, inference
     from voxquilt import inference as data
-    from voxquilt.aggregator import GridAggregator
-    from voxquilt.errors import VoxquiltError
-    from voxquilt.predict import predict_volume
-    from voxquilt.sampler import GridSampler
-    from voxquilt.stitch import Stitch
-    from voxquilt.subject import (
+    from voxquilt.data.grid_sampler import GridSampler
+    from voxquilt.data.subject import (
         AFFINE,
         CHANNELS_DIMENSION,
         DATA,
@@ -30,14 +26,18 @@ if TYPE_CHECKING:
         ScalarImage,
         Subject,
     )
+    from voxquilt.errors import VoxquiltError
+    from voxquilt.predict import predict_volume
+    from voxquilt.stitching.aggregator import GridAggregator
+    from voxquilt.stitching.stitch import Stitch
 
 # Imported at their first use, so that a wrong command line is answered before torch has loaded.
 _HOMES = {
     **dict.fromkeys(("AFFINE", "CHANNELS_DIMENSION", "DATA", "INTENSITY", "LABEL", "LOCATION", "PATH", "STEM", "TYPE"),
-                    "voxquilt.subject"),
-    **dict.fromkeys(("Image", "LabelMap", "ScalarImage", "Subject"), "voxquilt.subject"),
-    "GridAggregator": "voxquilt.aggregator", "GridSampler": "voxquilt.sampler", "Stitch": "voxquilt.stitch",
-    "VoxquiltError": "voxquilt.errors", "predict_volume": "voxquilt.predict",
+                    "voxquilt.data.subject"),
+    **dict.fromkeys(("Image", "LabelMap", "ScalarImage", "Subject"), "voxquilt.data.subject"),
+    "GridAggregator": "voxquilt.stitching.aggregator", "GridSampler": "voxquilt.data.grid_sampler", "Stitch":
+    "voxquilt.stitching.stitch", "VoxquiltError": "voxquilt.errors", "predict_volume": "voxquilt.predict",
 }  # fmt: skip
 # TorchIO's names of what is elsewhere: its loader does what torch's does with our patches.
 _MODULES = {"datasets": "voxquilt.datasets", "inference": "voxquilt.inference", "data": "voxquilt.inference"}

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from voxquilt.atomic import replacing
-from voxquilt.fetch import cache_dir, fetch
-from voxquilt.geometry import Frame
-from voxquilt.nifti import read_header, write
-from voxquilt.subject import LabelMap, ScalarImage, Subject
+from voxquilt.data.formats.nifti import read_header, write
+from voxquilt.data.subject import LabelMap, ScalarImage, Subject
+from voxquilt.example_files import cache_dir, fetch
+from voxquilt.filesystem import replacing
+from voxquilt.geometry.frame import Frame
 
 _HALVES = (("posterior", "train"), ("anterior", "val"))
 

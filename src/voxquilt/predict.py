@@ -6,16 +6,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from voxquilt.conversion import SubjectLike, to_mask, to_subject
-from voxquilt.geometry import Padding, Triple, to_triple
-from voxquilt.names import OUTPUTS, check_name
-from voxquilt.output_layout import halo_of
-from voxquilt.preprocess import Preprocess
-from voxquilt.quilt import Quilt
-from voxquilt.sampler import NO_PADDING, GridSampler
-from voxquilt.skip import patches_to_skip, to_predict
-from voxquilt.stitch import Stitch
-from voxquilt.subject import Subject
+from voxquilt.data.conversion import SubjectLike, to_mask, to_subject
+from voxquilt.data.foreground import patches_to_skip, to_predict
+from voxquilt.data.grid_sampler import NO_PADDING, GridSampler
+from voxquilt.data.preprocess import Preprocess
+from voxquilt.data.subject import Subject
+from voxquilt.geometry.frame import Padding, Triple, to_triple
+from voxquilt.geometry.output_layout import halo_of
+from voxquilt.stitching.stitch import Stitch
+from voxquilt.stitching.subject_stitcher import Quilt
+from voxquilt.vocabulary import OUTPUTS, check_name
 
 
 @torch.inference_mode()
@@ -40,7 +40,7 @@ def predict_volume(
             the subject's images, in their order, without label maps where there are other images. Put it in eval mode
             before.
         subject: The images: a Subject, or whatever one can be made of, such as a path, a (C, I, J, K) tensor or array,
-            MONAI's MetaTensor, TorchIO's Subject; see `voxquilt.conversion.to_subject`.
+            MONAI's MetaTensor, TorchIO's Subject; see `voxquilt.data.conversion.to_subject`.
         patch_size, patch_overlap, padding_mode, divisible_by: See GridSampler.
         batch_size: Patches a forward pass.
         skip: Patches without foreground are not predicted and count as background: nothing above a number in the first
@@ -52,7 +52,8 @@ def predict_volume(
             of zeros): then outputs lie side by side, or overlap by `patch_overlap`.
 
     Returns:
-        (C, I, J, K) arrays in native space by product name, such as 'labels'; `voxquilt.nifti.write` saves them.
+        (C, I, J, K) arrays in native space by product name, such as 'labels'; `voxquilt.data.formats.nifti.write` saves
+        them.
 
     Raises:
         VoxquiltError: of the kind that tells what is wrong: input, grid, patch shape, ledger or output.

@@ -1,0 +1,141 @@
+"""A batch of patches, which may come from several subjects, and whose they are."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from voxquilt.data.formats.nifti import NiftiFile
+from voxquilt.data.grid_sampler import GridSampler, Padding
+from voxquilt.distributed.assignment import Task
+from voxquilt.errors import OutputError
+from voxquilt.geometry.grid import Grid
+from voxquilt.geometry.slab_split import Part
+from voxquilt.geometry.space import Space
+
+
+@dataclass(eq=False)
+class Work:
+    """A subject on its way through a run; compared and hashed by identity.
+
+    Args:
+        task: The subject's id and files, and who does it.
+        file: The first image's file, whose header outputs take over.
+        grid, padding: Where its patches lie.
+        space: The way back to native space.
+        numbers: The patches to predict, in streaming order.
+        skipped: The patches that hold nothing to predict.
+        part: Of the grid, where several processes share it; `numbers` are of that part.
+        seconds: What it took so far: loading, its share of forward passes, adding its patches; not waiting.
+        failed: Set once; what is left of the subject is then skipped.
+    """
+
+    task: Task
+    file: NiftiFile
+    grid: Grid
+    padding: Padding
+    space: Space
+    numbers: list[int]
+    skipped: list[int]
+    part: Part | None = None
+    seconds: float = 0.0
+    failed: bool = False
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A subject whose volumes are in memory."""
+
+    work: Work
+    sampler: GridSampler
+
+
+@dataclass(frozen=True)
+class Run:
+    """Patches `first`, `first + 1`, ... of those that one subject has, at rows [start, stop) of a batch."""
+
+    work: Work
+    first: int
+    start: int
+    stop: int
+
+    @property
+    def locations(self) -> np.ndarray:
+        """(stop - start, 6)."""
+        numbers = self.work.numbers[self.first : self.first + self.stop - self.start]
+        return np.array([self.work.grid.location(n) for n in numbers])
+
+
+class PatchBatch:
+    """A (B, C, I, J, K) float32 tensor and the runs of subjects in it.
+
+    A plain class: Lightning rebuilds dataclasses and converts the floats in them, here it only calls `to`.
+    """
+
+    def __init__(self, data: Tensor, runs: list[Run]) -> None:
+        self.data = data
+        self.runs = runs
+
+    def to(self, device: torch.device) -> "PatchBatch":
+        """The batch on another device."""
+        return PatchBatch(self.data.to(device), self.runs)
+
+    def named(self, outputs: object) -> dict[str, Tensor]:
+        """What predict_step gave for the batch, by name; a single tensor has the name ''.
+
+        Raises:
+            Exception: the network's, where predict_step gave one.
+            OutputError: it is not of the batch.
+        """
+        if isinstance(outputs, Exception):
+            raise outputs
+        named = outputs if isinstance(outputs, Mapping) else {"": outputs}
+        for name, output in named.items():
+            if not isinstance(output, Tensor):
+                raise OutputError(f"predict_step gave {type(output).__name__}; wanted are tensors (B, C, I, J, K).")
+            if output.ndim == 0 or len(output) != len(self.data):
+                shape, patches = tuple(output.shape), len(self.data)
+                raise OutputError(f"output {name!r} has shape {shape} for a batch of {patches} patches.")
+        return dict(named)
+
+    def by_subject(self) -> "Iterator[PatchBatch]":
+        """A batch for each of its subjects."""
+        for run in self.runs:
+            yield PatchBatch(self.data[run.start : run.stop], [Run(run.work, run.first, 0, run.stop - run.start)])
+
+    def pin_memory(self) -> "PatchBatch":
+        """The batch in pinned memory."""
+        return PatchBatch(self.data.pin_memory(), self.runs)
+
+
+def batches(subjects: Iterable[Loaded], batch_size: int) -> Iterator[PatchBatch]:
+    """Cut subjects into batches that are full but for the last, and where the number of channels changes.
+
+    Two buffers take turns, since first use of memory is dear: a batch is valid until the next but one is asked for.
+    """
+    buffers: list[Tensor] = []
+    runs: list[Run] = []
+    filled = count = 0
+    for loaded in subjects:
+        work, sampler = loaded.work, loaded.sampler
+        shape = (batch_size, sampler.channels, *sampler.patch_size)
+        if filled and buffers[0].shape != shape:
+            yield PatchBatch(buffers[count % 2][:filled], runs)
+            runs, filled, count = [], 0, count + 1
+        if not buffers or buffers[0].shape != shape:
+            buffers = [torch.empty(shape), torch.empty(shape)]
+        first, total = 0, len(work.numbers)
+        while first < total and not work.failed:
+            take = min(batch_size - filled, total - first)
+            for n in range(take):
+                sampler.fill(buffers[count % 2][filled + n], work.numbers[first + n])
+            runs.append(Run(work, first, filled, filled + take))
+            first, filled = first + take, filled + take
+            if filled == batch_size:
+                yield PatchBatch(buffers[count % 2], runs)
+                runs, filled, count = [], 0, count + 1
+        del loaded, sampler  # the volume goes before the next one is waited for
+    if filled:
+        yield PatchBatch(buffers[count % 2][:filled], runs)

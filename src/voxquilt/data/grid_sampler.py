@@ -1,0 +1,273 @@
+"""A volume as a Dataset of patches: what does patch n of a subject hold?"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+from torch.utils.data import Dataset
+from torch.utils.data._utils.collate import collate, default_collate_fn_map
+
+from voxquilt.data.conversion import SubjectLike, to_subject
+from voxquilt.data.subject import AFFINE, LOCATION, Image, Subject
+from voxquilt.errors import GridError, PaddingModeError
+from voxquilt.geometry.frame import Padding, Triple, to_triple
+from voxquilt.geometry.grid import Grid, make_grid
+from voxquilt.vocabulary import PADDING_MODES
+
+NO_PADDING: Padding = ((0, 0), (0, 0), (0, 0))
+
+
+class GridSampler(Dataset[Subject]):
+    """A map-style Dataset of the overlapping patches of one subject; the interface is TorchIO 1.x's.
+
+    Patch n is a Subject of its own: each image with its 'data' (C, pi, pj, pk) and 'affine' (4, 4), the 'location'
+    (6,), and the subject's other values that a DataLoader can collate. A DataLoader makes plain dictionaries of them:
+    `batch['t1']['data']` is (B, C, pi, pj, pk), `batch['location']` (B, 6). The subject is not changed.
+
+    Args:
+        subject: Images on one grid, or whatever they can be made of; see `voxquilt.data.conversion.to_subject`.
+        patch_size: Voxels, an integer or three.
+        patch_overlap: Voxels that neighbours share, even, an integer or three.
+        padding_mode: None, or how half of the overlap is added on every side: a mode of `numpy.pad` (its statistics,
+            such as 'mean', are per line of voxels) or a number. Locations are then those of the padded volume.
+        fit: Pad volumes that are smaller than a patch (with `padding_mode`, or zeros), for networks that need it.
+        divisible_by: With `fit`, pad to a multiple of so many voxels, an integer or three.
+        halo: Voxels before and after along i, j, k that the network uses up, so that its outputs are smaller than
+            patches (see `voxquilt.geometry.output_layout`). Outputs are what lies on the grid, and what locations are
+            of; patches have the halo around, and beyond the volume's edge padding.
+
+    Raises:
+        GridError: (a ValueError) sizes that make no grid.
+        PaddingModeError: (a ValueError and KeyError) an unknown padding mode.
+        InputError: images on different grids, or a file that cannot be read.
+    """
+
+    def __init__(
+        self,
+        subject: SubjectLike,
+        patch_size: int | Iterable[int],
+        patch_overlap: int | Iterable[int] = 0,
+        padding_mode: str | float | None = None,
+        *,
+        fit: bool = False,
+        divisible_by: int | Iterable[int] = 1,
+        halo: Padding = NO_PADDING,
+    ) -> None:
+        self.padding_mode = padding_mode
+        self._pad = to_padding(0 if padding_mode is None else padding_mode)
+        self._sizes = {
+            "patch_size": patch_size,
+            "patch_overlap": patch_overlap,
+            "divisible_by": divisible_by,
+            "fit": fit,
+            "halo": halo,
+        }
+        self.halo = halo
+        self._lay(to_subject(subject))
+
+    def _lay(self, subject: Subject) -> None:
+        self.subject = subject
+        border = self.padding_mode is not None
+        self.grid, self.padding = lay_grid(subject.spatial_shape, border=border, **self._sizes)
+        i, j, k = ((before + b, after + a) for (before, after), (b, a) in zip(self.padding, self.halo, strict=True))
+        self._around: Padding = (i, j, k)
+        self._volumes: dict[str, Tensor] = {}
+        self._padded: Subject | None = None
+
+    def __len__(self) -> int:
+        return len(self.grid)
+
+    @property
+    def locations(self) -> np.ndarray:
+        """(n, 6) int64: i0, j0, k0, i1, j1, k1 of every patch, end exclusive."""
+        return self.grid.locations
+
+    @property
+    def patch_size(self) -> Triple:
+        """Voxels of a patch, the halo included."""
+        i, j, k = (n + sum(around) for n, around in zip(self.grid.patch_size, self.halo, strict=True))
+        return i, j, k
+
+    @property
+    def patch_overlap(self) -> Triple:
+        """Voxels that neighbours share."""
+        return self.grid.patch_overlap
+
+    def volume(self, name: str) -> Shaped[Tensor, "c i j k"]:
+        """An image's voxels with the padding and the halo around, made once."""
+        if name not in self._volumes:
+            data = self.subject.images[name].data
+            self._volumes[name] = self._pad(data, self._around) if self._around != NO_PADDING else data
+        return self._volumes[name]
+
+    def cut(self, name: str, index: int) -> Shaped[Tensor, "c pi pj pk"]:
+        """One image's patch, a view of its volume."""
+        # The volume has the halo around, so a patch begins where its output does, and is longer.
+        i, j, k = (slice(s, s + n) for s, n in zip(self.grid.location(index)[:3], self.patch_size, strict=True))
+        return self.volume(name)[:, i, j, k]
+
+    def fill(self, out: Shaped[Tensor, "c pi pj pk"], index: int) -> None:
+        """Copy a patch of all images, one after the other as channels, into memory that is there."""
+        channel = 0
+        for name in self.subject.images:
+            patch = self.cut(name, index)
+            out[channel : channel + len(patch)].copy_(patch)
+            channel += len(patch)
+
+    @property
+    def channels(self) -> int:
+        """Of all images together."""
+        return sum(len(self.volume(name)) for name in self.subject.images)
+
+    def __getitem__(self, index: int) -> Subject:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"patch {index} of {len(self)}")
+        if self._padded is None:
+            self._padded = self._with_padding()
+        location = self.grid.location(index % len(self))
+        patch = self.crop(self._padded, location[:3], self.patch_size)
+        if self.halo != NO_PADDING:
+            patch[LOCATION] = torch.tensor(location)  # of its output
+        return patch
+
+    def __iter__(self) -> Iterator[Subject]:
+        return (self[index] for index in range(len(self)))
+
+    def __call__(self, subject: SubjectLike | None = None, num_patches: int | None = None) -> Iterator[Subject]:
+        """Every patch in grid order, of this subject or of another.
+
+        Raises:
+            GridError: (a ValueError) a number of patches: a grid has as many as it has.
+        """
+        if num_patches is not None:
+            raise GridError("GridSampler does not support limiting the number of patches; a grid covers its volume.")
+        if subject is None:
+            return iter(self)
+        other = copy(self)
+        other._lay(to_subject(subject))
+        return iter(other)
+
+    def crop(self, subject: Subject, index_ini: Triple, patch_size: Triple) -> Subject:
+        """A patch; a subclass may do so in another way.
+
+        Args:
+            subject: The images with the padding.
+            index_ini: The patch's first voxel.
+            patch_size: Voxels along i, j, k.
+        """
+        (i0, j0, k0), (i1, j1, k1) = index_ini, np.add(index_ini, patch_size).tolist()
+        kept = (bool, int, float, str, Tensor, np.ndarray)
+        found: dict[str, Any] = {k: v for k, v in subject.items() if isinstance(v, kept)}
+        for name, image in subject.images.items():
+            # Copies, so that changing a patch in place changes neither the volume nor its neighbours.
+            data = image.data[:, i0:i1, j0:j1, k0:k1].clone(memory_format=torch.contiguous_format)
+            found[name] = image.part(data, _moved(image[AFFINE], index_ini))
+        return Subject(found, **{LOCATION: torch.tensor([i0, j0, k0, i1, j1, k1])})
+
+    def _with_padding(self) -> Subject:
+        first = [-before for before, _ in self._around]
+        volumes = {
+            n: image.part(self.volume(n), _moved(image.affine, first)) for n, image in self.subject.images.items()
+        }
+        return Subject({**self.subject, **volumes})
+
+
+def _moved(affine: np.ndarray, first: Sequence[int]) -> np.ndarray:
+    """The affine of a part of a volume that begins at this voxel."""
+    moved = affine.copy()
+    moved[:3, 3] += affine[:3, :3] @ first
+    return moved
+
+
+def _collate_images(images: list[Image], *, collate_fn_map: Any = None) -> dict[str, Any]:
+    for image in images:
+        image.load()
+    return _collate_values(images, collate_fn_map=collate_fn_map)
+
+
+def _collate_values(mappings: Sequence[Mapping[str, Any]], *, collate_fn_map: Any = None) -> dict[str, Any]:
+    return {key: collate([m[key] for m in mappings], collate_fn_map=collate_fn_map) for key in mappings[0]}
+
+
+# Torch's documented way of telling a DataLoader how a class is collated. Otherwise it would make a Subject of a batch.
+default_collate_fn_map.update({Image: _collate_images, Subject: _collate_values})
+
+
+def lay_grid(
+    shape: Triple,
+    patch_size: int | Iterable[int],
+    patch_overlap: int | Iterable[int],
+    *,
+    border: bool,
+    fit: bool,
+    divisible_by: int | Iterable[int],
+    halo: Padding = NO_PADDING,
+) -> tuple[Grid, Padding]:
+    """The grid of a volume of `shape` once it is padded, and the padding; see GridSampler.
+
+    Args:
+        shape: Voxels along i, j, k.
+        patch_size, patch_overlap: Voxels.
+        border: Add half of the overlap on every side.
+        fit, divisible_by: Add what a patch, or a multiple, needs.
+        halo: What patches have around what lies on the grid.
+
+    Raises:
+        GridError: (a ValueError) sizes that make no grid.
+    """
+    patch_size = _without_halo(to_triple(patch_size, "patch_size", minimum=1), halo)
+    patch_overlap = to_triple(patch_overlap, "patch_overlap")
+    around = [o // 2 if border else 0 for o in patch_overlap]
+    multiple = to_triple(divisible_by, "divisible_by", minimum=1)
+    i, j, k = (
+        _pad_axis(*sizes) if fit else (b, b)
+        for b, *sizes in zip(around, shape, around, patch_size, multiple, strict=True)
+    )
+    padded = [n + before + after for n, (before, after) in zip(shape, (i, j, k), strict=True)]
+    return make_grid(padded, patch_size, patch_overlap), (i, j, k)
+
+
+def _without_halo(patch_size: Triple, halo: Padding) -> Triple:
+    left = [n - sum(around) for n, around in zip(patch_size, halo, strict=True)]
+    if min(left) < 1:
+        raise GridError(
+            f"patches of {patch_size} voxels are all halo: {halo} before and after; use a larger patch_size."
+        )
+    return left[0], left[1], left[2]
+
+
+def to_padding(mode: str | float) -> Callable[[Tensor, Padding], Tensor]:
+    """A function that pads a (C, I, J, K) tensor, from a mode of numpy.pad or a number.
+
+    Raises:
+        PaddingModeError: anything else.
+    """
+    if isinstance(mode, (int, float)) and not isinstance(mode, bool):
+        return lambda tensor, padding: _pad_with(tensor, padding, mode)
+    if mode not in PADDING_MODES:
+        raise PaddingModeError(f"padding_mode must be a number or one of {', '.join(PADDING_MODES)}; it is {mode!r}.")
+    return lambda tensor, padding: _numpy_pad(tensor, padding, mode=mode)
+
+
+def _pad_with(tensor: Tensor, padding: Padding, value: float) -> Tensor:
+    if not tensor.is_floating_point() and torch.tensor(value).to(tensor.dtype).item() != value:
+        tensor = tensor.float()  # -1024 does not fit unsigned voxels, and 0.5 no integers
+    return _numpy_pad(tensor, padding, mode="constant", constant_values=value)
+
+
+def _numpy_pad(tensor: Tensor, padding: Padding, **options: Any) -> Tensor:
+    if tensor.dtype == torch.bfloat16:  # numpy has no such type
+        return _numpy_pad(tensor.float(), padding, **options).bfloat16()
+    return torch.from_numpy(np.pad(tensor.numpy(force=True), ((0, 0), *padding), **options))
+
+
+def _pad_axis(size: int, border: int, patch: int, multiple: int) -> tuple[int, int]:
+    """Voxels to add before and after, so that the axis holds a patch and is a multiple, the volume in the middle."""
+    wanted = max(size + 2 * border, patch)
+    wanted += -wanted % multiple
+    before = (wanted - size) // 2
+    return before, wanted - size - before

@@ -1,0 +1,80 @@
+"""In which order do patches come? Subject by subject, while threads load those to come."""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from time import perf_counter
+
+from voxquilt.data.batch import Loaded, PatchBatch, batches
+from voxquilt.distributed.assignment import Task
+from voxquilt.errors import VoxquiltError
+
+
+@dataclass(frozen=True)
+class LoadFailure:
+    """A subject that could not be read or preprocessed."""
+
+    task: Task
+    error: Exception
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PatchStream:
+    """The batches of a run.
+
+    An iterable without a length: Lightning would rebuild and re-sample a DataLoader, and silently drop what comes after
+    an announced length.
+
+    Args:
+        tasks: The subjects, in order.
+        load: Reads one.
+        batch_size: Patches a batch.
+        num_workers: Threads that load subjects ahead, each one subject; 0 loads in the main thread.
+        failed: Called, in any thread, with what cannot be loaded.
+        stopped: Whether to end before the next batch.
+    """
+
+    tasks: Sequence[Task]
+    load: Callable[[Task], Loaded]
+    batch_size: int
+    num_workers: int
+    failed: Callable[[LoadFailure], None]
+    stopped: Callable[[], bool]
+
+    def __iter__(self) -> Iterator[PatchBatch]:
+        for batch in batches(self._subjects(), self.batch_size):
+            if self.stopped():
+                return
+            yield batch
+
+    def _subjects(self) -> Iterator[Loaded]:
+        if self.num_workers == 0:
+            yield from filter(None, map(self._load, self.tasks))
+            return
+        with ThreadPoolExecutor(self.num_workers, thread_name_prefix="voxquilt-loader") as pool:
+            ahead: deque[Future[Loaded | None]] = deque()
+            try:
+                for task in self.tasks:
+                    ahead.append(pool.submit(self._load, task))
+                    if len(ahead) > self.num_workers:
+                        # No name holds the subject here: its volume is free once it is cut.
+                        yield from filter(None, [ahead.popleft().result()])
+                while ahead:
+                    yield from filter(None, [ahead.popleft().result()])
+            finally:
+                for future in ahead:
+                    future.cancel()
+
+    def _load(self, task: Task) -> Loaded | None:
+        if self.stopped():
+            return None
+        started = perf_counter()
+        try:
+            return self.load(task)
+        except Exception as error:
+            described = RuntimeError(f"loading failed: {type(error).__name__}: {error}")
+            reported = error if isinstance(error, VoxquiltError) else described
+            self.failed(LoadFailure(task, reported, perf_counter() - started))
+            return None

@@ -1,0 +1,82 @@
+"""Which process does what? Subjects whole to one process each, or a volume's grid in slabs to several."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from voxquilt.data.discovery import Case
+from voxquilt.data.subject_size import Outline
+from voxquilt.distributed.load_balancing import deal
+
+
+@dataclass(frozen=True)
+class Task:
+    """A subject of a run.
+
+    Args:
+        case: Its id and files.
+        fingerprint: See `voxquilt.reporting.manifest.Row`.
+        number: Among the subjects of the run.
+        team: The ranks that share its grid, in the order of their parts; the first collects and writes. Empty for a
+            subject that one process does by itself.
+        problem: Why it fails, where that is known beforehand.
+    """
+
+    case: Case
+    fingerprint: str = ""
+    number: int = 0
+    team: tuple[int, ...] = ()
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a subject takes.
+
+    Args:
+        patches: From its headers; reading and writing count as one more.
+        parts: Into how many slabs its grid can be divided for the ranks of a run.
+        outline: What else its headers say; None where they cannot be used, and where it was left out.
+        problem: Why the subject will fail, where its headers tell.
+    """
+
+    patches: int
+    parts: int = 1
+    outline: Outline | None = None
+    problem: str = ""
+
+
+def shares(sizes: Sequence[Size], ranks: int, distribute: str) -> list[int]:
+    """Numbers of the subjects that several processes share.
+
+    Args:
+        sizes: Of every subject.
+        ranks: How many processes there are.
+        distribute: 'subject' for none, 'slab' for all, 'auto' for all if there are fewer subjects than processes, and
+            else for those that outweigh an even share, so that one process would keep the others waiting.
+    """
+    if ranks == 1 or distribute == "subject":
+        return []
+    even = sum(size.patches for size in sizes) / ranks
+    every = distribute == "slab" or len(sizes) < ranks
+    return [n for n, size in enumerate(sizes) if size.parts > 1 and (every or size.patches > even)]
+
+
+def distributed(tasks: Sequence[Task], sizes: Sequence[Size], ranks: int, distribute: str) -> list[list[Task]]:
+    """For each rank its tasks: first those that are shared, in one order for all; then its own.
+
+    Whole subjects are dealt on top of what the shares weigh, so that they fill up where slabs are unequal.
+    """
+    shared = shares(sizes, ranks, distribute)
+    dealt: list[list[Task]] = [[] for _ in range(ranks)]
+    loads = [0.0] * ranks
+    for place, n in enumerate(shared):
+        # The collecting rank changes, since it also writes.
+        team = tuple((place + member) % ranks for member in range(sizes[n].parts))
+        task = replace(tasks[n], team=team)
+        for rank in team:
+            dealt[rank].append(task)
+            loads[rank] += sizes[n].patches / len(team)
+    whole = sorted(set(range(len(tasks))) - set(shared))
+    for mine, numbers in zip(dealt, deal([sizes[n].patches for n in whole], ranks, loads), strict=True):
+        mine.extend(tasks[whole[n]] for n in numbers)
+    return dealt

@@ -1,0 +1,156 @@
+"""Where do patches lie? A grid is the Cartesian product of its starts along each axis.
+
+Along one axis of N = 13 voxels, patches of 5 that share 2:
+
+    volume   |-------------------------|
+    patches  |---------|                   a patch every 3 voxels
+                   |---------|
+                         |---------|
+                             |---------|   the last one moved back to end with the volume
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import numpy as np
+
+from voxquilt.errors import GridError, PatchShapeError
+from voxquilt.geometry.frame import AXES, Location, Triple, to_triple
+
+
+def axis_starts(size: int, patch: int, overlap: int) -> tuple[int, ...]:
+    """First voxels of the patches along one axis: every `patch - overlap` voxels, the last one clamped to the end.
+
+    >>> axis_starts(13, 5, 2)
+    (0, 3, 6, 8)
+    """
+    starts = list(range(0, size - patch + 1, patch - overlap))
+    if starts[-1] != size - patch:
+        starts.append(size - patch)
+    return tuple(starts)
+
+
+def make_grid(shape: Iterable[int], patch_size: int | Iterable[int], patch_overlap: int | Iterable[int] = 0) -> "Grid":
+    """Overlapping patches of one size that cover a volume, placed as TorchIO 1.x places them.
+
+    Args:
+        shape: Voxels of the volume along i, j, k.
+        patch_size: Voxels of a patch, an integer or three.
+        patch_overlap: Voxels that neighbours share, even, an integer or three.
+
+    Raises:
+        GridError: a patch larger than the volume, or an overlap that is negative, odd, or not below the patch size.
+    """
+    shape = to_triple(shape, "a volume's shape", minimum=1)
+    patch_size = to_triple(patch_size, "patch_size", minimum=1)
+    patch_overlap = to_triple(patch_overlap, "patch_overlap")
+    for axis, n, p, o in zip(AXES, shape, patch_size, patch_overlap, strict=True):
+        if p > n:
+            raise GridError(
+                f"axis {axis} has {n} voxels but the patch needs {p}: patch_size cannot be larger than the image "
+                f"size; set padding_mode or use a smaller patch_size."
+            )
+        if o >= p:
+            raise GridError(f"axis {axis}: patch_overlap {o} must be smaller than patch size {p}.")
+        if o % 2:
+            raise GridError(f"axis {axis}: patch_overlap must be even, half for each neighbour; it is {o}.")
+    i, j, k = (axis_starts(n, p, o) for n, p, o in zip(shape, patch_size, patch_overlap, strict=True))
+    return Grid(shape, patch_size, patch_overlap, (i, j, k))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The patches of a volume: every combination of a start along i, one along j and one along k."""
+
+    shape: Triple
+    patch_size: Triple
+    patch_overlap: Triple
+    starts: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+    @property
+    def counts(self) -> Triple:
+        """Patches along i, j and k."""
+        i, j, k = (len(s) for s in self.starts)
+        return i, j, k
+
+    def __len__(self) -> int:
+        return prod(self.counts)
+
+    def place(self, index: int) -> Triple:
+        """The patch's number along each axis; k runs fastest."""
+        _, nj, nk = self.counts
+        return index // (nj * nk), index // nk % nj, index % nk
+
+    def location(self, index: int) -> Location:
+        """(i0, j0, k0, i1, j1, k1) of a patch, end exclusive."""
+        i, j, k = (s[n] for s, n in zip(self.starts, self.place(index), strict=True))
+        pi, pj, pk = self.patch_size
+        return i, j, k, i + pi, j + pj, k + pk
+
+    @cached_property
+    def locations(self) -> np.ndarray:
+        """(n, 6) int64, every patch's location in grid order."""
+        starts = np.stack(np.meshgrid(*self.starts, indexing="ij"), -1).reshape(-1, 3).astype(np.int64)
+        return np.hstack([starts, starts + np.array(self.patch_size, dtype=np.int64)])
+
+    @cached_property
+    def _numbers(self) -> tuple[dict[int, int], ...]:
+        return tuple({start: n for n, start in enumerate(starts)} for starts in self.starts)
+
+    @property
+    def streaming_axis(self) -> int:
+        """The axis along which a patch is the smallest part of the volume: what is kept while streaming is least."""
+        return min(range(3), key=lambda axis: self.patch_size[axis] / self.shape[axis])
+
+    @cached_property
+    def streaming_order(self) -> np.ndarray:
+        """(n,) patch numbers, all patches of one start along the streaming axis before those of the next."""
+        return self.order_along(self.streaming_axis)
+
+    def order_along(self, axis: int) -> np.ndarray:
+        """(n,) patch numbers, all patches of one start along an axis before those of the next."""
+        numbers = np.arange(len(self)).reshape(self.counts)
+        return np.moveaxis(numbers, axis, 0).ravel()
+
+    def find(self, location: Iterable[int]) -> Triple:
+        """The inverse of `location`: the patch's number along each axis.
+
+        Raises:
+            PatchShapeError: the grid has no patch there.
+        """
+        location = tuple(int(v) for v in location)
+        sizes = tuple(end - start for start, end in zip(location[:3], location[3:], strict=True))
+        numbers = [n.get(start) for n, start in zip(self._numbers, location[:3], strict=True)]
+        if sizes != self.patch_size or None in numbers:
+            raise PatchShapeError(
+                f"no patch of the grid lies at {location}; its patches are {self.patch_size} voxels and start at "
+                f"{_some(self.starts[0])} along i, {_some(self.starts[1])} along j, {_some(self.starts[2])} along k."
+            )
+        i, j, k = (n for n in numbers if n is not None)
+        return i, j, k
+
+    def downsampled(self, factor: Triple) -> "Grid":
+        """The same grid on voxels that are `factor` times larger, for a network whose output is smaller than its input.
+
+        Raises:
+            GridError: a patch, a step or the volume is not a multiple of the factor, so patches would not line up.
+        """
+        for axis, f, n, p, starts in zip(AXES, factor, self.shape, self.patch_size, self.starts, strict=True):
+            for what, size in (("patch size", p), ("volume", n), *(("patch start", s) for s in starts)):
+                if size % f:
+                    raise GridError(
+                        f"axis {axis}: {what} {size} is not a multiple of downsampling_factor {f}, so output patches "
+                        f"would not line up; choose patch_size and patch_overlap so, and pad (divisible_by)."
+                    )
+        shape, patch, overlap = (
+            to_triple([v // f for v, f in zip(t, factor, strict=True)], "a downsampled size")
+            for t in (self.shape, self.patch_size, self.patch_overlap)
+        )
+        i, j, k = (tuple(s // f for s in starts) for starts, f in zip(self.starts, factor, strict=True))
+        return Grid(shape, patch, overlap, (i, j, k))
+
+
+def _some(starts: tuple[int, ...]) -> str:
+    return ", ".join(map(str, starts)) if len(starts) <= 6 else f"{starts[0]}, {starts[1]}, ... {starts[-1]}"

@@ -1,0 +1,105 @@
+"""Which rows of a grid does each of several processes predict, and which planes do neighbours exchange?
+
+A row is all patches of one start along an axis. Where patches are averaged, the planes that the last row before a
+boundary and the first row after it share are summed by both processes, and the one before the boundary finishes them:
+
+    rows of one part      |=================|
+                                |=================|
+    rows of the next                  |=================|
+                                            |=================|
+    finished by one       |-----------------------|
+    by the next                                   |-----------|
+    summed by both                    [low    high)
+
+Plane `high`, too, is handed back: voxels of native space that lie between two planes need both.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from voxquilt.errors import ConfigError
+from voxquilt.geometry.frame import AXES, Triple
+from voxquilt.geometry.grid import Grid
+from voxquilt.stitching.blend import Blend
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows `first` to `stop`, end exclusive, of a grid along `axis`: what one process predicts of a volume.
+
+    Raises:
+        ConfigError: (a ValueError) no such axis, or no rows.
+    """
+
+    axis: int
+    first: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        if self.axis not in range(3) or not 0 <= self.first < self.stop:
+            raise ConfigError(f"a part is at least one row along axis 0, 1 or 2; this one is {self}.")
+
+    def __contains__(self, place: Triple) -> bool:
+        """Whether the patch with these numbers along i, j, k is of this part."""
+        return self.first <= place[self.axis] < self.stop
+
+    def patches(self, grid: Grid) -> np.ndarray:
+        """(n,) numbers of the part's patches, row by row.
+
+        Raises:
+            ConfigError: (a ValueError) the grid has fewer rows.
+        """
+        rows = grid.counts[self.axis]
+        if self.stop > rows:
+            raise ConfigError(f"a part of rows {self.first} to {self.stop} along {AXES[self.axis]}: there are {rows}.")
+        return grid.order_along(self.axis).reshape(rows, -1)[self.first : self.stop].ravel()
+
+    def planes(self, grid: Grid, blend: Blend) -> range:
+        """The planes that this part finishes; those of all parts are all planes, each once."""
+        return range(*(boundary(grid, blend, self.axis, row).high for row in (self.first, self.stop)))
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """Planes `low` to `high`, end exclusive, have contributions from rows on either side, those from `high` on of later
+    rows alone."""
+
+    low: int
+    high: int
+
+
+def boundary(grid: Grid, blend: Blend, axis: int, row: int) -> Boundary:
+    """The boundary before a row; before the first and after the last it is the volume's own."""
+    starts = grid.starts[axis]
+    if row == 0:
+        return Boundary(0, 0)
+    if row == len(starts):
+        return Boundary(grid.shape[axis], grid.shape[axis])
+    if blend.averages:
+        return Boundary(starts[row], starts[row - 1] + grid.patch_size[axis])
+    owned = starts[row] + int(blend.axis_weights(grid, axis)[row].nonzero()[0])
+    return Boundary(owned, owned)
+
+
+def whole(grid: Grid, axis: int) -> Part:
+    """All rows along an axis."""
+    return Part(axis, 0, grid.counts[axis])
+
+
+def split(grid: Grid, ranks: int) -> list[Part]:
+    """Parts for so many processes, fewer if there are not as many rows.
+
+    They lie along the axis that leaves the largest part smallest; of several such axes, along the one that needs the
+    least memory. Rows are dealt as evenly as they can be.
+    """
+
+    def cost(axis: int) -> tuple[float, float]:
+        rows = grid.counts[axis]
+        largest = -(-rows // min(ranks, rows))
+        return largest / rows, grid.patch_size[axis] / grid.shape[axis]
+
+    axis = min(range(3), key=cost)
+    rows = grid.counts[axis]
+    parts = min(ranks, rows)
+    return [Part(axis, rows * n // parts, rows * (n + 1) // parts) for n in range(parts)]

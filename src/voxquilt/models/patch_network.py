@@ -1,0 +1,202 @@
+"""One network out of several: members of an ensemble, flips of the patch, named outputs, 2-D networks."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, combinations, pairwise
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor, nn
+
+from voxquilt.errors import ConfigError, OutputError
+from voxquilt.geometry.frame import AXES
+from voxquilt.models.ensemble import Members
+from voxquilt.vocabulary import ACTIVATIONS, AVERAGES, OFFLOAD, OUTPUTS, check_name
+
+Named = dict[str, Tensor]
+
+
+class PatchNetwork(nn.Module):
+    """Runs networks on a patch batch and averages their outputs, in float32.
+
+    Args:
+        networks: The members, each (B, C, I, J, K) to a tensor, a tuple of tensors, or tensors by name.
+        outputs: Names for a tuple's outputs, None for one that is dropped; for a mapping, the ones to keep. By default
+            all are kept and a tuple's are called out0, out1, ...
+        flips: Axes (0, 1, 2 of the model's i, j, k) along which patches are also predicted flipped, in every
+            combination: test-time augmentation.
+        average: 'logits' averages outputs as they are, 'probabilities' after the activation.
+        activation: With average='probabilities': 'softmax', 'sigmoid', 'none'; None is soft-max over several channels.
+        squeeze_axis: The axis of one voxel that a 2-D network does not have: it sees (B, C, I, J) for axis 2.
+        output: How outputs lie in patches, 'auto', 'resampled' or 'cropped'; see
+            `voxquilt.geometry.output_layout.factor_of`.
+        offload: Whether members wait on the host while others run; see `voxquilt.models.ensemble.Members`.
+        compile: Whether `compile_members` is to compile them, which is for whoever runs it to call, in each process.
+        channels_last: Keep weights and patches channels last in memory, which some devices compute faster.
+
+    Raises:
+        ConfigError: one of these is wrong.
+    """
+
+    def __init__(
+        self,
+        networks: Sequence[nn.Module],
+        *,
+        outputs: Sequence[str | None] | None = None,
+        flips: Sequence[int] = (),
+        average: str = "logits",
+        activation: str | None = None,
+        squeeze_axis: int | None = None,
+        output: str = "auto",
+        offload: bool | str = "auto",
+        compile: bool = False,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        if any(axis not in (0, 1, 2) for axis in flips) or len(set(flips)) != len(flips):
+            raise ConfigError(f"flips must be different axes out of 0, 1, 2; they are {list(flips)}.")
+        if squeeze_axis not in (None, 0, 1, 2):
+            raise ConfigError(f"squeeze_axis must be null, 0, 1 or 2; it is {squeeze_axis!r}.")
+        if not isinstance(offload, bool):
+            check_name(offload, OFFLOAD, "offload (true, false)")
+        if compile and any(isinstance(network, torch.jit.ScriptModule) for network in networks):
+            raise ConfigError("compile=true does nothing for TorchScript, which is compiled; leave it out.")
+        self.networks = Members(networks, offload)
+        self.compiled = compile
+        self._calls: list[Callable[[Tensor], object]] = []
+        self._channels_last = channels_last
+        if channels_last:
+            for parameter in self.parameters():
+                parameter.data = _channels_last(parameter.data)
+        self.layout = check_name(output, OUTPUTS, "output")
+        self.flips = tuple(flips)
+        self._outputs = outputs
+        self._flips = list(chain.from_iterable(combinations(flips, n) for n in range(len(flips) + 1)))
+        self._squeeze = None if squeeze_axis is None else squeeze_axis + 2
+        check_name(activation or "none", ACTIVATIONS, "activation")
+        probabilities = check_name(average, AVERAGES, "average") == "probabilities"
+        self._activate = to_activation(activation) if probabilities else _as_it_is
+
+    def forward(self, patches: Shaped[Tensor, "b c i j k"]) -> Named:
+        """Outputs (B, C', ...) by name; the only output of a network is named ''.
+
+        Raises:
+            OutputError: a network that gives no tensors, or another number of them than there are names.
+        """
+        runs = self._runs(patches)
+        total = next(runs)
+        count = len(self.networks) * len(self._flips)
+        if count == 1:
+            return total
+        for outputs in runs:
+            if outputs.keys() != total.keys():
+                raise OutputError(f"members of the ensemble give outputs {list(total)} and {list(outputs)}.")
+            total = {name: total[name].float() + outputs[name] for name in total}
+        return {name: tensor / count for name, tensor in total.items()}
+
+    def compile_members(self) -> None:
+        """Let torch compile every member when it first runs, if that was asked for."""
+        # Not nn.Module.compile, which leaves a network made of torch.nn's own modules alone, such as nn.Sequential.
+        self._calls = [torch.compile(network) for network in self.networks] if self.compiled else []
+
+    def _runs(self, patches: Tensor) -> Iterator[Named]:
+        alone = len(self.networks) * len(self._flips) == 1
+        for n in range(len(self.networks)):
+            with self.networks.ready(n) as member:
+                network = self._calls[n] if self._calls else member
+                for axes in self._flips:
+                    spatial = [axis + 2 for axis in axes]
+                    # A copy for each, since networks may work in place.
+                    seen = self._squeezed(patches if alone else patches.flip(spatial))
+                    outputs = self._named(network(_channels_last(seen) if self._channels_last else seen))
+                    unsqueezed = {name: self._unsqueezed(name, output) for name, output in outputs.items()}
+                    yield {name: self._activate(_flipped(output, spatial)) for name, output in unsqueezed.items()}
+
+    def _squeezed(self, patches: Tensor) -> Tensor:
+        if self._squeeze is None:
+            return patches
+        if patches.shape[self._squeeze] != 1:
+            axis = AXES[self._squeeze - 2]
+            raise OutputError(
+                f"model.squeeze_axis={self._squeeze - 2} needs patches of one voxel along {axis}; they have "
+                f"{patches.shape[self._squeeze]}. Set data.patch_size to 1 there."
+            )
+        return patches.squeeze(self._squeeze)
+
+    def _unsqueezed(self, name: str, output: Tensor) -> Tensor:
+        if output.ndim != (5 if self._squeeze is None else 4):
+            wanted = "(B, C, I, J, K)" if self._squeeze is None else "(B, C) and two spatial axes"
+            stacked = output.ndim == (6 if self._squeeze is None else 5)
+            deep = " Is it stacked for deep supervision? Build the network without." if stacked else ""
+            raise OutputError(
+                f"the network's output {name!r} has shape {tuple(output.shape)}; wanted is {wanted}.{deep}"
+            )
+        return output if self._squeeze is None else output.unsqueeze(self._squeeze)
+
+    def _named(self, output: object) -> Named:
+        if isinstance(output, Tensor):
+            return {"": output}
+        if isinstance(output, Mapping):
+            named = {str(name): tensor for name, tensor in output.items()}
+            unknown = set(self._outputs or ()) - named.keys()
+            if unknown:
+                raise OutputError(f"model.outputs names {sorted(map(str, unknown))}; the network gives {list(named)}.")
+        elif isinstance(output, (tuple, list)):
+            names = self._outputs or [f"out{n}" for n in range(len(output))]
+            if len(names) != len(output):
+                raise OutputError(
+                    f"model.outputs has {len(names)} names and the network {len(output)} outputs; name each, null for "
+                    f"one to drop, such as model.outputs={_first_named(output)}."
+                )
+            if self._outputs is None and _is_pyramid(output):
+                raise OutputError(
+                    f"the network gives {len(output)} outputs of the same channels, the later ones of fewer voxels: "
+                    f"deep supervision? Set model.outputs={_first_named(output)} to keep the first, or name all that "
+                    f"are wanted."
+                )
+            named = {name: tensor for name, tensor in zip(names, output, strict=True) if name is not None}
+        else:
+            raise OutputError(f"the network gave {type(output).__name__}; wanted are a tensor, or several of them.")
+        kept = {name: tensor for name, tensor in named.items() if self._outputs is None or name in self._outputs}
+        bad = [name for name, tensor in kept.items() if not isinstance(tensor, Tensor)]
+        if bad or not kept:
+            one = f", such as model.outputs={_first_named(output)}" if isinstance(output, (tuple, list)) else ""
+            raise OutputError(
+                f"the network's outputs {bad or list(named)} are no tensors; choose by model.outputs{one}."
+            )
+        return kept
+
+
+def _first_named(output: Sequence[object]) -> str:
+    """model.outputs that keep the first tensor alone."""
+    first = next((n for n, one in enumerate(output) if isinstance(one, Tensor)), 0)
+    return f"[{','.join('seg' if n == first else 'null' for n in range(len(output)))}]"
+
+
+def _is_pyramid(output: Sequence[object]) -> bool:
+    """Whether all are the same scores, the later ones coarser, as deep supervision has them."""
+    shapes = [tuple(one.shape) for one in output if isinstance(one, Tensor)]
+    if len(shapes) < max(2, len(output)) or len({shape[:2] for shape in shapes}) > 1:
+        return False
+    pairs = list(pairwise(shapes))
+    return shapes[0] != shapes[-1] and all(x >= y for a, b in pairs for x, y in zip(a, b, strict=True))
+
+
+def to_activation(name: str | None) -> Callable[[Tensor], Tensor]:
+    """A function on (B, C, ...) batches; None is soft-max for several channels and nothing for one."""
+    if name is None:
+        return lambda batch: batch.float().softmax(1) if batch.shape[1] > 1 else batch
+    functions = {"softmax": lambda batch: batch.float().softmax(1), "sigmoid": lambda batch: batch.float().sigmoid()}
+    return functions.get(name, _as_it_is)
+
+
+def _flipped(batch: Tensor, dims: list[int]) -> Tensor:
+    return batch.flip(dims) if dims else batch  # flipping along nothing would copy
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim, torch.preserve_format)
+    return tensor if form is torch.preserve_format else tensor.contiguous(memory_format=form)
+
+
+def _as_it_is(batch: Tensor) -> Tensor:
+    return batch

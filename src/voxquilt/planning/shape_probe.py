@@ -1,0 +1,173 @@
+"""What does a network make of a batch, and how much memory does it take? Found without computing a voxel.
+
+The forward pass runs on tensors that have shapes and no data, while the bytes of those that are alive are counted.
+"""
+
+import logging
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode  # loaded in any case: Lightning imports torch._dynamo
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from voxquilt.errors import OutputError
+from voxquilt.geometry.frame import Triple
+
+Shape = tuple[int, ...]
+
+# Channels that oneDNN, which computes convolutions on a CPU, keeps beside each other.
+_BLOCK = 16
+# The product of channels and two axes up to which torch convolves a single patch by itself.
+_SMALL = 20480
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A forward pass that was not made.
+
+    Args:
+        outputs: (B, C, I, J, K) by output name; '' for the only output of a network.
+        peak_bytes: The most memory at any time beside the weights and the batch, outputs included.
+        output_bytes: Of the outputs.
+        types: Of each output, such as torch.float32.
+        guessed: Whether it is no more than a guess, of a network that cannot be asked.
+    """
+
+    outputs: dict[str, Shape]
+    peak_bytes: int
+    output_bytes: int
+    types: dict[str, torch.dtype]
+    guessed: bool = False
+
+
+def probe(
+    network: nn.Module,
+    channels: int,
+    patch_size: Triple,
+    batch_size: int = 1,
+    *,
+    device: torch.device | str = "cpu",
+    autocast: torch.dtype | None = None,
+) -> Probe:
+    """Run a network on a batch without data.
+
+    Args:
+        network: A PatchNetwork, or any that maps (B, C, I, J, K) to a tensor or to tensors by name.
+        channels: Of the batch.
+        patch_size: Voxels along i, j, k.
+        batch_size: Patches.
+        device: Where it is to run, for the memory that its kernels use; nothing is allocated there.
+        autocast: The type of trainer.precision='16-mixed' or 'bf16-mixed'.
+
+    Raises:
+        Exception: whatever the network raises for such a batch, such as another number of channels; and what torch
+            raises for a network that looks at values (one that branches by them) and cannot run without data.
+    """
+    kind = torch.device(device).type
+    dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+    training = [module for module in network.modules() if module.training]
+    network.eval()
+    counter = _Counter(blocked=kind == "cpu")
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # which prints a traceback of what is raised
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with torch.inference_mode(), FakeTensorMode(allow_non_fake_inputs=True):
+            batch = torch.empty(batch_size, channels, *patch_size, dtype=dtype)
+            with torch.autocast(kind, autocast, enabled=autocast is not None), counter:
+                outputs = network(batch)
+            return _described(outputs, counter.peak)
+    finally:
+        log.setLevel(level)
+        for module in training:
+            module.training = True
+
+
+def _described(outputs: Any, peak: int) -> Probe:
+    named = outputs if isinstance(outputs, Mapping) else {"": outputs}
+    bad = [name for name, tensor in named.items() if not isinstance(tensor, Tensor)]
+    if bad:
+        raise OutputError(f"the network gave {type(named[bad[0]]).__name__}; wanted are tensors (B, C, I, J, K).")
+    return Probe(
+        {str(name): tuple(tensor.shape) for name, tensor in named.items()},
+        peak,
+        sum(map(_bytes, named.values())),
+        {str(name): tensor.dtype for name, tensor in named.items()},
+    )
+
+
+class _Counter(TorchDispatchMode):
+    """Counts the bytes of storages that operations make, while they live.
+
+    Args:
+        blocked: Add what a CPU's convolutions use for themselves.
+    """
+
+    def __init__(self, *, blocked: bool) -> None:
+        super().__init__()
+        self.peak = 0
+        self._blocked = blocked
+        self._live = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        # What is given is not made here: parameters, the batch, and tensors that an operation returns a view of.
+        given = {_key(tensor) for tensor in _tensors((args, kwargs))}
+        for tensor in _tensors(made):
+            if _key(tensor) not in given | self._known:
+                self._add(tensor)
+        self.peak = max(self.peak, self._live + self._workspace(func, args, made))
+        return made
+
+    def _add(self, tensor: Tensor) -> None:
+        storage, key = tensor.untyped_storage(), _key(tensor)
+        size = storage.nbytes()
+        self._known.add(key)
+        self._live += size
+        weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._live -= size
+
+    def _workspace(self, func: Any, args: tuple[Any, ...], made: Any) -> int:
+        """Bytes beside its output that a convolution on a CPU uses while it runs: measured, with AVX-512."""
+        if not self._blocked or "conv" not in str(func) or not isinstance(made, Tensor):
+            return 0
+        batch, weight, out = args[0], args[1], _bytes(made)
+        transposed = "transpose" in str(func) or (len(args) > 6 and args[6] is True)
+        groups = not transposed and weight.shape[1] != batch.shape[1]
+        if transposed or groups:  # what comes out is copied twice
+            return max(_bytes(batch), 2 * out)
+        if len(batch) == 1 and max(weight.shape[2:]) <= 3 and prod(batch.shape[1:4]) <= _SMALL:
+            # Too small for oneDNN in torch's eyes: a row of voxels for each place of the kernel.
+            each = prod(weight.shape[1:])
+            return 0 if prod(weight.shape[2:]) == 1 else each * out // made.shape[1]
+        # Copies of what comes in and of what goes out; the output itself is touched when the first of them is gone.
+        return _blocked(made) + max(_blocked(batch) if batch.shape[1] >= _BLOCK else 0, out) - out
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _blocked(tensor: Tensor) -> int:
+    batch, channels, *spatial = tensor.shape
+    return batch * -(-channels // _BLOCK) * _BLOCK * prod(spatial) * tensor.element_size()

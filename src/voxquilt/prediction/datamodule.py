@@ -1,0 +1,298 @@
+"""Which patches does a predict run see? A grid sampler per subject, and the subjects dealt to the processes."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from time import perf_counter
+
+from lightning.pytorch import LightningDataModule
+
+from voxquilt.data.batch import Loaded, Work
+from voxquilt.data.discovery import Case, check_id, find_cases
+from voxquilt.data.foreground import patches_to_skip, to_predict
+from voxquilt.data.grid_sampler import NO_PADDING, GridSampler, lay_grid, to_padding
+from voxquilt.data.prefetch import LoadFailure, PatchStream
+from voxquilt.data.preprocess import Preprocess
+from voxquilt.data.subject import LabelMap, ScalarImage, Subject
+from voxquilt.data.subject_size import Outline, extent, outline, together
+from voxquilt.distributed.assignment import Size, Task
+from voxquilt.distributed.environment import is_external, is_first
+from voxquilt.distributed.load_balancing import deal
+from voxquilt.distributed.process_group import Group
+from voxquilt.distributed.shard_agreement import agreed
+from voxquilt.errors import InputError, reason_of
+from voxquilt.geometry.frame import Padding, to_triple
+from voxquilt.geometry.slab_split import split
+from voxquilt.models.predictor import PatchPredictor
+from voxquilt.planning.network_check import check_overlap, find_halo
+from voxquilt.prediction.fingerprint import digest
+from voxquilt.prediction.resume import Resume, Todo
+from voxquilt.prediction.run_plan import Plan, assigned, check_model_space, check_world
+from voxquilt.vocabulary import DISTRIBUTE, check_name
+
+
+class GridDataModule(LightningDataModule):
+    """Wraps a GridSampler around each subject and serves their patches for `Trainer.predict`.
+
+    Args:
+        inputs, images: See `voxquilt.data.discovery.find_cases`.
+        patch_size: Voxels in model space, an integer or three.
+        patch_overlap: Voxels that neighbours share, even, an integer or three.
+        padding_mode: See GridSampler; volumes smaller than a patch are padded in any case.
+        divisible_by: Pad model space to a multiple of so many voxels.
+        batch_size: Patches a batch; 'auto' is settled by `voxquilt.planning.preflight.settled`, which VolumeWriter
+            calls.
+        num_workers: Threads that load subjects ahead, each one subject; 0 loads in the main thread.
+        nonfinite: What to do with NaN and infinite voxels: 'error' or 'zero'.
+        skip: Patches without foreground are not predicted and count as background. Foreground is what is above a
+            number in the first image, in model space and as the network sees it; or above 0 in a mask file on that
+            image's grid, given by a pattern with `{subject}`.
+        labels: For `voxquilt.reporting.evaluation`: where true labels are, a path with `{subject}`, or one for each
+            channel. By
+            default those of a table's column `label`, which is no image.
+        preprocess: To model space; RAS with the file's spacing by default.
+        shard: (index, count): predict one of `count` parts of the subjects, of about as many patches each. Every part
+            deals alike, from headers; with `resume` one of them reads these for all.
+        distribute: With several processes, 'subject' gives each subject to one of them, 'slab' divides every volume's
+            grid between all, 'auto' does so where there are fewer subjects than processes or one outweighs its share.
+        resume: Finds what is done already; None predicts everything.
+        output_dir: Where the run writes, since what lies there is never an input; by default the folder of `resume`.
+
+    Raises:
+        ConfigError, GridError: one of these is wrong.
+    """
+
+    def __init__(
+        self,
+        inputs: object,
+        patch_size: int | Iterable[int],
+        patch_overlap: int | Iterable[int] = 0,
+        *,
+        images: Mapping[str, str] | None = None,
+        padding_mode: str | float | None = None,
+        divisible_by: int | Iterable[int] = 1,
+        batch_size: int | str = 1,
+        num_workers: int = 1,
+        nonfinite: str = "error",
+        skip: float | str | None = None,
+        labels: str | Mapping[str, str] | None = None,
+        preprocess: Preprocess | None = None,
+        shard: tuple[int, int] = (0, 1),
+        distribute: str = "subject",
+        resume: Resume | None = None,
+        output_dir: str | Path | None = None,
+    ) -> None:
+        super().__init__()
+        self._inputs = inputs, images, (), output_dir if resume is None else resume.folder
+        if is_first() and not is_external():
+            _ = self.cases  # what is wrong with them is said at once, or when all processes can hear it
+        self.patch_size = to_triple(patch_size, "data.patch_size", minimum=1)
+        self.patch_overlap = to_triple(patch_overlap, "data.patch_overlap")
+        self.padding_mode = padding_mode
+        to_padding(0 if padding_mode is None else padding_mode)
+        self.divisible_by = to_triple(divisible_by, "data.divisible_by", minimum=1)
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.skip, self.labels = skip, labels
+        self.preprocess = replace(preprocess or Preprocess(), nonfinite=nonfinite)
+        self.shard = shard
+        self.distribute = check_name(distribute, DISTRIBUTE, "run.distribute")
+        self._resume = resume
+        self._plan: Plan | None = None
+        self._stopped: Callable[[], bool] = bool
+        self._failures: list[LoadFailure] = []
+        self._known: dict[str, Size] = {}
+        self.layout: str = "auto"
+        """How outputs lie in patches (`voxquilt.geometry.output_layout`), and what they lack there; `setup` asks the
+        network."""
+        self.halo: Padding = NO_PADDING
+        self.detailed = False
+        """Whether `plan.sizes` is to have outlines; set before `setup`."""
+
+    @cached_property
+    def cases(self) -> list[Case]:
+        """Every subject, in the order of their ids; with several processes only rank 0 looks for them."""
+        return find_cases(*self._inputs)
+
+    @property
+    def plan(self) -> Plan:
+        """What `setup` decided."""
+        assert self._plan is not None, "Lightning calls setup first"
+        return self._plan
+
+    def setup(self, stage: str) -> None:
+        """Decide what is to be done and by which process, alike in all of them.
+
+        Raises:
+            ConfigError: the processes do not belong together; or outputs were made with other settings.
+        """
+        check_world(self.trainer, self.shard)
+        group = Group(self.trainer)
+        # Rank 0 looks into folders, which may be changing; each header is read by one process.
+        cases = group.first(lambda: self.cases)
+        self._look_at_outputs(cases)
+        ours = group.first(lambda: self._of_shard(cases))
+        todo = group.first(lambda: self._resume.todo(ours) if self._resume else Todo([""] * len(ours)))
+        tasks = [Task(*parts) for parts in zip(ours, todo.fingerprints, range(len(ours)), strict=True)]
+        self._left = left = [task for task in tasks if task.case.subject not in todo.done]
+        # Each header is read once, by one process; outlines travel only where somebody wants to look at them.
+        stride = self._stride(group)
+        sent = stride if self.detailed else [replace(size, outline=None) for size in stride]
+        gathered = group.gather((sent, extent(size.outline for size in stride)))
+        # Back from one list for each rank to one for all.
+        sizes = [gathered[n % group.size][0][n // group.size] for n in range(len(left))]
+        done = [todo.done[task.case.subject] for task in tasks if task.case.subject in todo.done]
+        settings = {self._resume.settings_digest: self._resume.settings} if self._resume and group.rank == 0 else {}
+        plan = Plan(group, [], cases, [task.case.subject for task in left], done, settings, sizes)
+        self._plan = assigned(plan, left, together(of_rank for _, of_rank in gathered), self.distribute)
+
+    def outlines(self) -> dict[str, Outline]:
+        """Outlines of this process's share of the headers, read again; those of subjects that can be predicted."""
+        plan, sizes = self.plan, self._stride(self.plan.group)
+        names = plan.everything[plan.group.rank :: plan.group.size]
+        known = plan.sizes[plan.group.rank :: plan.group.size]
+        found = zip(names, known, sizes, strict=True)
+        return {name: size.outline for name, before, size in found if size.outline is not None and not before.problem}
+
+    def set_apart(self, problems: Mapping[str, str], left: Iterable[Outline]) -> None:
+        """Have subjects fail for what is wrong with them, and plan for the others alone; called by all processes.
+
+        Args:
+            problems: Reasons by subject, of this process's share of the headers.
+            left: Outlines of the others of its share.
+        """
+        plan = self.plan
+        gathered = plan.group.gather((dict(problems), extent(left)))
+        reasons = {name: reason for of_rank, _ in gathered for name, reason in of_rank.items()}
+        sizes = [
+            Size(1, problem=reasons[name]) if name in reasons else size
+            for name, size in zip(plan.everything, plan.sizes, strict=True)
+        ]
+        bad = sum(bool(size.problem) for size in sizes)
+        rest = together(of_rank for _, of_rank in gathered)
+        rest = replace(rest, subjects=len(sizes), unread=bad)
+        self._plan = assigned(replace(plan, sizes=sizes), self._left, rest, self.distribute)
+
+    def _stride(self, group: Group) -> list[Size]:
+        """Of the subjects whose headers this process reads."""
+        sizes = self._sizes([task.case for task in self._left[group.rank :: group.size]], group.size)
+        self._known.clear()
+        return sizes
+
+    def _look_at_outputs(self, cases: Sequence[Case]) -> None:
+        """Find out how the network's outputs lie in patches, where the model says that they lack a border."""
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        if not isinstance(module, PatchPredictor):
+            return
+        self.layout = module.network.layout
+        if self.layout == "cropped":
+            self.halo = find_halo(module.network, cases, self.patch_size)
+            check_overlap(self.patch_size, self.halo, self.patch_overlap)
+
+    def stop_when(self, stopped: Callable[[], bool]) -> None:
+        """End the stream of batches before the next one as soon as `stopped` says so."""
+        self._stopped = stopped
+
+    def failures(self) -> list[LoadFailure]:
+        """Subjects that could not be loaded since the last call; whoever keeps the manifest asks after each batch."""
+        found: list[LoadFailure] = []
+        while self._failures:
+            found.append(self._failures.pop(0))
+        return found
+
+    def _of_shard(self, cases: list[Case]) -> list[Case]:
+        index, shards = self.shard
+        if shards == 1:
+            return cases
+
+        # All subjects are dealt, done or not: a shard that starts late has to deal as the others did. One shard reads
+        # the headers for all, or each of hundreds would open every file.
+        def costs() -> list[int]:
+            return [size.patches for size in self._sizes(cases)]
+
+        if self._resume is None:
+            return [cases[n] for n in deal(costs(), shards)[index]]
+        grid = self.patch_size, self.patch_overlap, self.padding_mode is not None, self.divisible_by, self.halo
+        space = self.preprocess.orientation, self.preprocess.spacing
+        key = digest([grid, space, [[case.subject, list(case.images.values())] for case in cases]])
+        dealt = deal(agreed(self._resume.folder / f"plan_of_{shards}.json", key, costs), shards)
+        return [cases[n] for n in dealt[index]]
+
+    def _sizes(self, cases: Sequence[Case], ranks: int = 1) -> list[Size]:
+        # On a network's file system most of the time is waiting.
+        with ThreadPoolExecutor(8) as pool:
+            sizes = list(pool.map(partial(self._size, ranks=ranks), cases))
+        # The first of several shards reads all headers, and then needs those of its own subjects.
+        self._known = {case.subject: size for case, size in zip(cases, sizes, strict=True)}
+        return sizes
+
+    def _size(self, case: Case, ranks: int) -> Size:
+        return self._known[case.subject] if ranks == 1 and case.subject in self._known else self.size(case, ranks)
+
+    def size(self, case: Case, ranks: int = 1) -> Size:
+        """What a subject takes, in patches, from its headers alone; reading and writing count as one.
+
+        What its files say costs this subject only, whatever it is.
+
+        Args:
+            case: The subject.
+            ranks: Among how many processes its grid might be divided.
+        """
+        try:
+            check_id(case)
+            subject = Subject({name: ScalarImage(path) for name, path in case.images.items()})
+            space = self.preprocess.space(subject)
+            check_model_space(space)
+            grid, padding = lay_grid(
+                space.model.shape,
+                self.patch_size,
+                self.patch_overlap,
+                border=self.padding_mode is not None,
+                fit=True,
+                divisible_by=self.divisible_by,
+                halo=self.halo,
+            )
+            transformed = bool(self.preprocess.intensity)
+            of_headers = outline(subject, space, grid, padding, transformed=transformed, halo=self.halo)
+            return Size(len(grid) + 1, len(split(grid, ranks)), of_headers)
+        except Exception as error:  # numbers that are too large may be of many kinds
+            return Size(1, problem=_with_files(reason_of(error), case))
+
+    def predict_dataloader(self) -> PatchStream:
+        """All patches of this process, subject by subject."""
+        return PatchStream(
+            self.plan.tasks, self.load, int(self.batch_size), self.num_workers, self._failures.append, self._stopped
+        )
+
+    def load(self, task: Task) -> Loaded:
+        """Read a subject, take it to model space and lay the grid.
+
+        Raises:
+            VoxquiltError: of the kind that tells what is wrong with the subject.
+        """
+        if task.problem:
+            raise InputError(task.problem)
+        started, case = perf_counter(), task.case
+        subject = Subject({name: ScalarImage(path) for name, path in case.images.items()})
+        file = next(iter(subject.images.values())).file
+        model_subject, space = self.preprocess(subject)
+        sampler = GridSampler(
+            model_subject, self.patch_size, self.patch_overlap, self.padding_mode,
+            fit=True, divisible_by=self.divisible_by, halo=self.halo,
+        )  # fmt: skip
+        for name in model_subject.images:
+            sampler.volume(name)  # pads, here rather than between two batches
+        skip = LabelMap(self.skip.replace("{subject}", case.subject)) if isinstance(self.skip, str) else self.skip
+        skipped = patches_to_skip(skip, sampler, subject, space)
+        part = split(sampler.grid, len(task.team))[task.team.index(self.plan.group.rank)] if task.team else None
+        numbers = to_predict(sampler, skipped, part)
+        seconds = perf_counter() - started
+        return Loaded(Work(task, file, sampler.grid, sampler.padding, space, numbers, skipped, part, seconds), sampler)
+
+
+def _with_files(reason: str, case: Case) -> str:
+    """A reason that names a file of the subject."""
+    files = [str(path) for path in case.images.values()]
+    return reason if any(file in reason for file in files) else f"{', '.join(files)}: {reason}"

@@ -1,0 +1,189 @@
+"""What became of each subject? A row of manifest.csv as soon as it is known, and run.json for the run as a whole."""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import re
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from voxquilt.errors import OutputError
+from voxquilt.filesystem import replacing
+from voxquilt.text import escaped
+
+
+@dataclass(frozen=True)
+class Row:
+    """A subject's line.
+
+    Args:
+        subject: Its id.
+        status: 'done', 'failed', or 'skipped' if it was done before.
+        outputs: Names of the files in the output folder.
+        patches: How many were predicted.
+        skipped: How many hold no foreground and were not (data.skip).
+        finished: When, in UTC.
+        fingerprint: What decides the outputs: the settings' digest, a dash, the input files' digest.
+        seconds: Its own: loading it, its share of forward passes, stitching and writing, without waiting. Subjects are
+            loaded and written beside each other, so that these do not add up to the run's.
+        error: Why it failed.
+        volume_ml: Volume of all labels above 0, in millilitres; None without labels.
+        class_ml: Of each label above 0, by its name or number; not in the manifest.
+    """
+
+    subject: str
+    status: str
+    outputs: tuple[str, ...] = ()
+    patches: int = 0
+    seconds: float = 0.0
+    error: str = ""
+    volume_ml: float | None = None
+    skipped: int = 0
+    finished: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"))
+    fingerprint: str = ""
+    class_ml: Mapping[str, float] = field(default_factory=dict)
+
+
+def of_shard(name: str, shard: tuple[int, int]) -> str:
+    """A file's name in a run of several shards, which share a folder.
+
+    >>> of_shard("manifest.csv", (2, 4))
+    'manifest_2_of_4.csv'
+    """
+    index, count = shard
+    stem, suffix = name.rsplit(".", 1)
+    return name if count == 1 else f"{stem}_{index}_of_{count}.{suffix}"
+
+
+class Manifest:
+    """manifest.csv of one run: a new file, to which each row is written as it comes; any thread may add one.
+
+    Args:
+        path: Where it is; an older one is replaced.
+        kept: Rows to begin with, of subjects that were done before.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+
+    def __init__(self, path: Path, kept: Iterable[Row] = ()) -> None:
+        kept = list(kept)
+        self.path = path
+        self._kept = {row.subject for row in kept}
+        self._twice = False
+        self._lock = threading.Lock()
+        _write(path, kept)
+        self._file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115 (it is closed by `close`)
+
+    def add(self, row: Row) -> None:
+        """Append a row and put it on disk; it takes the place of a subject's row among those kept.
+
+        Raises:
+            OutputError: the disk is full, say.
+        """
+        with self._lock:
+            try:
+                self._file.write(_line(_cells(row)))
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                raise OutputError(f"{self.path}: writing failed: {error.strerror}.") from error
+            self._twice |= row.subject in self._kept
+
+    def close(self) -> None:
+        """No more rows; leaves one for each subject.
+
+        Raises:
+            OutputError: the disk is full, say.
+        """
+        with contextlib.suppress(OSError):  # a row that could not be written was an error before
+            self._file.close()
+        if self._twice:
+            _write(self.path, read_rows([self.path]).values())
+
+
+_HEADER = [field.name for field in fields(Row) if field.name != "class_ml"]
+
+
+def _write(path: Path, rows: Iterable[Row]) -> None:
+    with replacing(path) as file:
+        file.write("".join(map(_line, [_HEADER, *map(_cells, rows)])).encode())
+
+
+def _cells(row: Row) -> list[Any]:
+    values = asdict(row) | {
+        "outputs": ";".join(row.outputs),
+        "seconds": f"{row.seconds:.3f}",
+        "error": " ".join(row.error.split()),
+        "volume_ml": "" if row.volume_ml is None else f"{row.volume_ml:.3f}",
+    }
+    return [values[name] for name in _HEADER]
+
+
+def _line(cells: list[Any]) -> str:
+    text = io.StringIO()
+    csv.writer(text).writerow(cells)
+    return escaped(text.getvalue())
+
+
+def read_rows(manifests: Iterable[Path]) -> dict[str, Row]:
+    """What manifests say of each subject; the latest row counts.
+
+    A manifest may be growing, or its run may have died: a line that is not whole is left out. So is a last one without
+    its end, which could lack the end of its fingerprint. What older versions of voxquilt did not write is empty.
+    """
+    latest: dict[str, Row] = {}
+    for path in sorted(path for path in manifests if path.is_file()):
+        text = _unescaped(path.read_bytes().decode("utf-8", errors="replace"))
+        for cells in csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline="")):
+            row = _row(cells)
+            if row is not None and (row.subject not in latest or latest[row.subject].finished <= row.finished):
+                latest[row.subject] = row
+    return latest
+
+
+def _unescaped(text: str) -> str:
+    """File names as the operating system has them."""
+    return re.sub(r"\\(udc[89a-f][0-9a-f])", lambda match: chr(int(match[1][1:], 16)), text)
+
+
+def _row(cells: Mapping[str, str | None]) -> Row | None:
+    try:
+        values = {name: value for name in _HEADER if (value := cells.get(name, "")) is not None}
+        volume = values["volume_ml"]
+        return Row(
+            values["subject"],
+            values["status"],
+            tuple(filter(None, values["outputs"].split(";"))),
+            int(values["patches"]),
+            float(values["seconds"]),
+            values["error"],
+            float(volume) if volume else None,
+            int(values["skipped"] or 0),
+            values["finished"],
+            values["fingerprint"],
+        )
+    except (KeyError, ValueError):
+        return None
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON whole or not at all."""
+    with replacing(path) as file:
+        # What is escaped of a name is an escape of JSON as well.
+        file.write((escaped(json.dumps(content, indent=2, ensure_ascii=False, default=str)) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote; empty if there is no such file, or another program's."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

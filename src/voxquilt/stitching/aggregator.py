@@ -1,0 +1,290 @@
+"""Patches in, the whole volume out: which patches have come, and what is their weighted sum?"""
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Int, Shaped
+from torch import Tensor
+
+from voxquilt.errors import BatchError, ConfigError, GridError, LedgerError, PatchShapeError
+from voxquilt.geometry.frame import AXES, Padding, to_triple
+from voxquilt.geometry.grid import Grid
+from voxquilt.geometry.slab_split import Part, whole
+from voxquilt.stitching.blend import Blend, to_blend
+from voxquilt.stitching.blended import Blended
+from voxquilt.stitching.buffer_pool import Buffers
+from voxquilt.stitching.ledger import Ledger
+from voxquilt.stitching.streaming import Slab, Stream
+
+
+@runtime_checkable
+class Placed(Protocol):
+    """Where patches lie: what a GridAggregator needs to know of a GridSampler."""
+
+    @property
+    def grid(self) -> Grid: ...
+    @property
+    def padding(self) -> Padding: ...
+
+
+class GridAggregator:
+    """Quilts the patches of a GridSampler back into a volume.
+
+    The interface is TorchIO 1.x's and so are the results, with these differences: patches may come in any order, sums
+    are float32 (float64 for float64 patches and integers) whatever the patches are, a missing or repeated patch is an
+    error, and memory is one volume, since weights are normalised beforehand (see `voxquilt.stitching.blend`). Where
+    integer patches agree on a voxel, a mean of them is exactly what they say.
+
+    With a consumer it streams: patches come start by start along `axis` (in any order within a start), and planes are
+    handed over as soon as no later patch touches them. Then memory is a ring of as many planes as a patch has, however
+    long the volume is (see `voxquilt.stitching.streaming`). Several processes may share a volume: each aggregates a
+    `part` of it.
+
+    Args:
+        sampler: The sampler that cut the patches, or anything else that has its grid and padding.
+        overlap_mode: 'crop', 'average', 'hann', 'gaussian', or a `voxquilt.stitching.blend.Blend`.
+        downsampling_factor: How many times fewer voxels the patches have than the sampler's, an integer or three.
+        device: Where sums are kept.
+        dtype: Of the sums; None is float32, or float64 for patches of float64 or integers. 'crop' sums nothing and
+            keeps the patches'.
+        consumer: Called with each finished Slab, in order.
+        axis: Along which to stream; the grid's `streaming_axis` needs the least memory.
+        buffers: Where memory comes from and goes to.
+        skipped: Numbers of patches that never come. Where others overlap them, those are averaged alone; voxels that
+            no patch has (of crop: whose owner is skipped) hold the fill.
+        fill: A value for all channels, or one for each.
+        part: The rows along `axis` whose patches come, while streaming; the others come to aggregators elsewhere. What
+            neighbours owe each other goes from `head` to `join`. `skipped` names patches of all parts.
+
+    Raises:
+        ConfigError: (a ValueError) an unknown overlap_mode, or a part without a consumer or along another axis.
+        GridError: (a ValueError) the grid is not a multiple of downsampling_factor.
+    """
+
+    def __init__(
+        self,
+        sampler: Placed,
+        overlap_mode: str | Blend = "crop",
+        *,
+        downsampling_factor: int | Iterable[int] = 1,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        consumer: Callable[[Slab], None] | None = None,
+        axis: int = 0,
+        buffers: Buffers | None = None,
+        skipped: Iterable[int] = (),
+        fill: float | Sequence[float] = 0.0,
+        part: Part | None = None,
+    ) -> None:
+        if part is not None and (consumer is None or part.axis != axis):
+            raise ConfigError(
+                f"{part} is aggregated while streaming along its axis: give a consumer and axis={part.axis}."
+            )
+        self.factor = to_triple(downsampling_factor, "downsampling_factor", minimum=1)
+        self.padding = sampler.padding
+        self.grid = sampler.grid.downsampled(self.factor)
+        part = part or whole(self.grid, axis)
+        self.ledger = Ledger(sampler.grid, skipped, part)
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self._blend = to_blend(overlap_mode)
+        self._axis = axis
+        self._fill = fill
+        self._buffers = buffers or Buffers()
+        self._stream = None if consumer is None else Stream(self.ledger, self.grid, self._blend, part, consumer)
+        self._blended: Blended | None = None
+
+    def add_batch(self, batch: Shaped[Tensor, "b c pi pj pk"], locations: Int[Tensor, "b 6"] | np.ndarray) -> None:
+        """Add patches.
+
+        Args:
+            batch: (B, C, pi, pj, pk), any dtype.
+            locations: (B, 6) as the sampler gave them: i0, j0, k0, i1, j1, k1, end exclusive.
+
+        Raises:
+            BatchError: (a ValueError) as many locations as patches are needed.
+            PatchShapeError: (a RuntimeError) wrong shape, channels or place, or a type that the first's cannot hold.
+            LedgerError: (a RuntimeError and AssertionError) a patch came before, or, while streaming, too early.
+        """
+        if batch.ndim != 5:
+            raise PatchShapeError(f"a batch is (B, C, I, J, K); this one has {batch.ndim} axes: {tuple(batch.shape)}.")
+        if tuple(locations.shape[1:]) != (6,):
+            raise BatchError(f"locations are (B, 6); these are {tuple(locations.shape)}.")
+        if len(batch) != len(locations):
+            raise BatchError(f"the batch has {len(batch)} patches but there are {len(locations)} locations.")
+        if tuple(batch.shape[2:]) != self.grid.patch_size:
+            after = "" if self.factor == (1, 1, 1) else f" after downsampling by {self.factor}"
+            raise PatchShapeError(
+                f"patches of {tuple(batch.shape[2:])} voxels: the shape does not match the shape of the target "
+                f"location, {self.grid.patch_size}{after}."
+            )
+        places = [self.ledger.grid.find(location) for location in locations.tolist()]
+        if self.finished:
+            self.ledger.enter(places)  # nothing, or an error
+            return
+        if self._stream is not None:
+            self._stream.check_order(places)
+        blended = self._room_for(batch)
+        self.ledger.enter(places)
+        # From here on the batch is taken: a refused one decides neither channels nor type.
+        self._blended = blended
+        # Without their history, which would hold every activation of a network that is called without no_grad.
+        patches = zip(batch.detach(), places, strict=True)
+        if self._stream is not None:
+            self._stream.add(blended, patches)
+            if self.finished:
+                self.close()
+            return
+        for patch, place in patches:
+            blended.add(patch, place)
+        if self.finished:
+            for _, raw in blended.raw(0, self.grid.shape[self._axis]):
+                blended.finish(raw)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every plane is: while streaming, handed over, and those shared with the next part too."""
+        if self._stream is not None:
+            return self._stream.finished
+        return self._blended is not None and self.ledger.missing == 0
+
+    def head(self) -> list[Tensor] | None:
+        """What the part before this one needs, to be given to its `join`: sums of the first planes, not yet divided.
+
+        Returns:
+            (C, I, J, K) on the host with only these planes along the axis, and if patches are skipped the (1, I, J, K)
+            weights that came; None until they are complete; [] if no part is before this one.
+        """
+        return [] if self._stream is None else self._stream.head()
+
+    def join(self, head: list[Tensor]) -> None:
+        """Take in the `head` of the part that follows this one, and hand over the last planes.
+
+        Raises:
+            BatchError: (a ValueError) no part follows, or an empty batch has to tell channels and type.
+            PatchShapeError: (a RuntimeError) the head has other shapes or types than this part's neighbour would send.
+            LedgerError: (a RuntimeError and AssertionError) a patch of this part is missing, or a head came before.
+        """
+        if self._stream is None or not self._stream.follows:
+            raise BatchError(f"no part follows {self.ledger.part}: there is no head to join.")
+        self.ledger.check_complete()
+        if self.finished:
+            raise LedgerError(f"a head came twice to {self.ledger.part}.")
+        self._stream.join(self._open(), head)
+        self.close()
+
+    def check_finished(self) -> None:
+        """Raises LedgerError when a patch is missing, with its location, or the head of the part that follows."""
+        self.ledger.check_complete()
+        if not self.finished:
+            raise LedgerError(f"planes of {self.ledger.part} are not finished: the head of the next part is missing.")
+
+    def scores(self) -> Shaped[Tensor, "c i j k"]:
+        """The finished volume on the sampler's padded grid, not copied but for means of integers.
+
+        Raises:
+            LedgerError: a patch is missing.
+            BatchError: the aggregator streams, so there never is a whole volume.
+        """
+        self.ledger.check_complete()
+        if self._stream is not None:
+            raise BatchError("a streaming aggregator hands its planes to the consumer and keeps no volume.")
+        blended = self._open()
+        return blended.planes.to(blended.output)
+
+    def get_output_tensor(self) -> Shaped[Tensor, "c i j k"]:
+        """The finished volume, without the sampler's padding.
+
+        'crop' keeps the dtype of the patches, except that int64 becomes int32 with a RuntimeWarning where it fits, as
+        in TorchIO; the others give float32, or float64 for float64 patches.
+
+        Raises:
+            LedgerError: a patch is missing.
+            GridError: the padding is not a multiple of downsampling_factor.
+        """
+        output = self.scores()
+        keep = []
+        for axis, n, f, (before, after) in zip(AXES, self.grid.shape, self.factor, self.padding, strict=True):
+            if before % f or after % f:
+                raise GridError(f"axis {axis}: padding {before}, {after} is not a multiple of downsampling_factor {f}.")
+            keep.append(slice(before // f, n - after // f))
+        output = output[:, keep[0], keep[1], keep[2]]
+        return _without_int64(output) if output.dtype == torch.int64 else output.clone()
+
+    def to(self, device: torch.device) -> None:
+        """Keep sums on another device from here on, also those that have come."""
+        self.device = device
+        if self._blended is not None:
+            self._blended.to(device)
+
+    def close(self) -> None:
+        """Leave the memory to the next volume; a streaming aggregator does so itself when it is complete."""
+        if self._blended is not None:
+            self._blended.close()
+        self._blended = None
+
+    def _open(self) -> Blended:
+        if self._blended is None:
+            raise BatchError("every patch is skipped: an empty batch (0, C, I, J, K) tells channels and type.")
+        return self._blended
+
+    def _room_for(self, batch: Tensor) -> Blended:
+        channels, dtype, blended = batch.shape[1], self._dtype(batch.dtype), self._blended
+        if blended is None:
+            return self._opened(channels, dtype, integers=not batch.is_floating_point())
+        if channels != blended.channels:
+            raise PatchShapeError(f"patches with {channels} channels after patches with {blended.channels}.")
+        if batch.is_floating_point():
+            blended.integers = False  # from here on means may be any numbers
+        if dtype != blended.dtype and torch.promote_types(dtype, blended.dtype) != blended.dtype:
+            raise PatchShapeError(f"patches of {batch.dtype} after patches of {blended.dtype}, which cannot hold them.")
+        return blended
+
+    def _opened(self, channels: int, dtype: torch.dtype, *, integers: bool) -> Blended:
+        if self.ledger.skipped and isinstance(self._fill, Sequence) and len(self._fill) != channels:
+            raise BatchError(f"fill has {len(self._fill)} values for patches with {channels} channels.")
+        return Blended(
+            self.grid,
+            self._blend,
+            self._axis,
+            None if self._stream is None else self.grid.patch_size[self._axis],
+            channels=channels,
+            dtype=dtype,
+            device=self.device,
+            buffers=self._buffers,
+            fill=self._fill if self.ledger.skipped else None,
+            integers=integers,
+            # A file of float64 is not what somebody expects of a mask.
+            output=torch.float32 if integers and self._blend.averages and self.dtype is None else None,
+        )
+
+    def _dtype(self, dtype: torch.dtype) -> torch.dtype:
+        if dtype.is_complex:
+            raise BatchError(f"patches are {dtype}; complex numbers cannot be quilted; give two channels.")
+        if self.dtype is not None:
+            return self.dtype
+        if not self._blend.averages:
+            fills = self._fill if isinstance(self._fill, Sequence) else [self._fill]
+            if not self.ledger.skipped or dtype.is_floating_point or all(_holds(dtype, fill) for fill in fills):
+                return dtype
+            return torch.float32 if dtype.itemsize <= 2 else torch.float64  # both hold every integer of the patches
+        # Of integers up to 2^20 and more, sums in float32 would be off by more than they are apart.
+        return torch.float64 if dtype == torch.float64 or not dtype.is_floating_point else torch.float32
+
+
+def _holds(dtype: torch.dtype, value: float) -> bool:
+    """Whether an integer or bool type has the value."""
+    limits = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+    return float(value).is_integer() and limits[0] <= value <= limits[1]
+
+
+def _without_int64(output: Tensor) -> Tensor:
+    limits = torch.iinfo(torch.int32)
+    if output.min() < limits.min or output.max() > limits.max:
+        warnings.warn("the output stays int64, since its values do not fit int32.", RuntimeWarning, stacklevel=3)
+        return output.clone()
+    warnings.warn("the output is converted from int64 to int32.", RuntimeWarning, stacklevel=3)
+    return output.int()

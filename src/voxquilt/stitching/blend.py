@@ -1,0 +1,109 @@
+"""How do overlapping patches share a voxel? By a partition of unity along each axis.
+
+Along one axis, patch n gets the weight  u_n(x) = w(x - s_n) / sum_m w(x - s_m)  at voxel x. A grid is a Cartesian
+product and a patch's weight is the product of its three u, so over all patches the weights of a voxel sum to
+(sum_a u_a)(sum_b u_b)(sum_c u_c) = 1. Nothing has to be counted, and nothing divided at the end.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from voxquilt.geometry.grid import Grid
+from voxquilt.vocabulary import OVERLAP_MODES, check_name
+
+AxisWeights = Float64[Tensor, "n p"]
+
+
+@runtime_checkable
+class Blend(Protocol):
+    """The share that each patch has in each voxel."""
+
+    @property
+    def averages(self) -> bool:
+        """Whether patches are summed with weights; otherwise each voxel has one owner and is copied from it."""
+        ...
+
+    def axis_weights(self, grid: Grid, axis: int) -> AxisWeights:
+        """(patches along the axis, patch size) float64; over patches, the weights of every voxel sum to 1."""
+        ...
+
+
+@dataclass(frozen=True)
+class Crop:
+    """Each voxel belongs to one patch: half of the overlap to either neighbour.
+
+    Patch n owns from `s_n + overlap // 2` (from 0 for the first) up to where patch n + 1 begins to own (to the end for
+    the last): what TorchIO 1.x's ordered overwriting gives, whatever the order of arrival.
+    """
+
+    averages = False
+
+    def axis_weights(self, grid: Grid, axis: int) -> AxisWeights:
+        starts, half = grid.starts[axis], grid.patch_overlap[axis] // 2
+        begins = [0, *(s + half for s in starts[1:]), grid.shape[axis]]
+        x = torch.arange(grid.patch_size[axis]) + torch.tensor(starts)[:, None]
+        edges = torch.tensor(begins)[:, None]
+        return ((x >= edges[:-1]) & (x < edges[1:])).double()
+
+
+@dataclass(frozen=True)
+class Windowed:
+    """A weighted mean; the window is a function of the patch size, positive everywhere."""
+
+    window: Callable[[int], Float64[Tensor, "p"]]
+    averages = True
+
+    def axis_weights(self, grid: Grid, axis: int) -> AxisWeights:
+        patch = grid.patch_size[axis]
+        window = self.window(patch)
+        total = torch.zeros(grid.shape[axis], dtype=torch.float64)
+        for start in grid.starts[axis]:
+            total[start : start + patch] += window
+        return torch.stack([window / total[start : start + patch] for start in grid.starts[axis]])
+
+
+def average(patch: int) -> Float64[Tensor, "p"]:
+    """Every patch counts the same."""
+    return torch.ones(patch, dtype=torch.float64)
+
+
+def hann(patch: int) -> Float64[Tensor, "p"]:
+    """A raised cosine without its zero ends: TorchIO 1.x's 'hann'.
+
+    >>> hann(3)
+    tensor([0.5000, 1.0000, 0.5000], dtype=torch.float64)
+    """
+    return torch.hann_window(patch + 2, periodic=False, dtype=torch.float64)[1:-1]
+
+
+def gaussian(patch: int, sigma_scale: float = 0.125) -> Float64[Tensor, "p"]:
+    """exp(-x^2 / 2 sigma^2) around the patch's centre, sigma = `sigma_scale` x patch size, as in MONAI and nnU-Net.
+
+    Nothing is clamped: a voxel that one patch covers has weight 1 after normalising, however small the window is there.
+    """
+    x = torch.arange(patch, dtype=torch.float64) - (patch - 1) / 2
+    return torch.exp(-0.5 * (x / (sigma_scale * patch)) ** 2)
+
+
+BLENDS: dict[str, Blend] = {
+    "crop": Crop(),
+    "average": Windowed(average),
+    "hann": Windowed(hann),
+    "gaussian": Windowed(gaussian),
+}
+
+
+def to_blend(overlap_mode: str | Blend) -> Blend:
+    """The blend of a name; a Blend is taken as it is.
+
+    Raises:
+        ConfigError: (a ValueError) an unknown name.
+    """
+    if not isinstance(overlap_mode, str):
+        return overlap_mode
+    return BLENDS[check_name(overlap_mode, OVERLAP_MODES, "overlap_mode")]

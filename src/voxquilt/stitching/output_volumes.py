@@ -1,0 +1,141 @@
+"""Where are finished voxels kept until they are written? In memory, or in a file if they are too many."""
+
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Shaped
+from torch import Tensor
+
+from voxquilt.errors import LedgerError, OutputError, PatchShapeError
+from voxquilt.geometry.frame import AXES, Triple
+from voxquilt.geometry.space import Where
+from voxquilt.stitching.products.base import Product
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Where arrays that are too large for memory go: files without a name, which vanish with their process.
+
+    Args:
+        folder: On a disk with room for them.
+        limit: Bytes; a larger array goes to a file.
+    """
+
+    folder: Path
+    limit: float
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """An array mapped to a file, of unknown content.
+
+        Raises:
+            OutputError: the disk has no room for it.
+        """
+        size = int(np.prod(shape)) * dtype.itemsize
+        with tempfile.TemporaryFile(dir=self.folder) as file:
+            try:
+                # All of it now: a mapped file that outgrows its disk later kills the process.
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, size)
+                else:  # macOS and Windows, where a file is only made as long
+                    file.truncate(size)
+            except OSError as error:
+                raise OutputError(
+                    f"a product of {size / 2**30:.1f} GiB is too large for memory and {self.folder} has no room for it "
+                    f"({error.strerror}); ask for fewer products, or free some disk."
+                ) from error
+            return np.memmap(file, dtype, "r+", shape=shape)
+
+
+class Volumes:
+    """Products in native space while scores come slab by slab; scores at native resolution never exist as a whole.
+
+    Args:
+        products: By name.
+        channels: Of the scores.
+        shape: Native voxels along i, j, k.
+        axis: The native axis along which slabs come.
+        scratch: For arrays that are too large; None keeps all in memory.
+        planes: The native planes along the axis that are filled here; None for all.
+        whole: Have room for all planes, whose rest is made elsewhere and placed here, or for these alone.
+    """
+
+    def __init__(
+        self,
+        products: Mapping[str, Product],
+        channels: int,
+        shape: Triple,
+        axis: int = 0,
+        scratch: Scratch | None = None,
+        *,
+        planes: range | None = None,
+        whole: bool = True,
+    ) -> None:
+        self._products = products
+        self._axis = axis
+        self._filled = range(shape[axis]) if planes is None else planes
+        self._first = 0 if whole else self._filled.start
+        kept = list(shape)
+        kept[axis] = shape[axis] if whole else len(self._filled)
+        self.arrays: dict[str, np.ndarray] = {}
+        """For each product (C, I, J, K), in memory laid out as NIfTI wants it, in a file as slabs come."""
+        self._holes: dict[str, np.ndarray] = {}
+        for name, product in products.items():
+            made, dtype = product.form(channels)
+            large = scratch is not None and made * int(np.prod(kept)) * dtype.itemsize > scratch.limit
+            # Axes of the array from the slowest to the fastest.
+            order = [0, *(n + 1 for n in sorted((2, 1, 0), key=lambda n: n != axis))] if large else [0, 3, 2, 1]
+            laid = tuple((made, *kept)[n] for n in order)
+            array = scratch.empty(laid, dtype) if scratch is not None and large else np.empty(laid, dtype)
+            self.arrays[name] = array.transpose(np.argsort(order))
+            # Planes that have yet to be placed.
+            self._holes[name] = np.ones(kept[axis], dtype=bool)
+            self._holes[name][self._filled.start - self._first : self._filled.stop - self._first] = False
+
+    def fill(self, where: Where, slab: Shaped[Tensor, "c i j k"]) -> None:
+        """Compute every product of the native voxels `where`."""
+        for name, product in self._products.items():
+            self.arrays[name][:, *self._here(where)] = product(slab).numpy(force=True)
+
+    def part(self, name: str) -> tuple[Where, np.ndarray]:
+        """The planes of a product that are filled here: native slices, and a contiguous (C, I, J, K) array."""
+        where = [slice(0, n) for n in self.arrays[name].shape[1:]]
+        where[self._axis] = slice(self._filled.start, self._filled.stop)
+        i, j, k = where
+        return (i, j, k), np.ascontiguousarray(self.arrays[name][:, *self._here((i, j, k))])
+
+    def place(self, name: str, where: Where, array: np.ndarray) -> None:
+        """Take in planes of a product that were filled elsewhere, where there is room for all.
+
+        Raises:
+            PatchShapeError: (a RuntimeError) an array of another shape or type.
+            LedgerError: (a RuntimeError and AssertionError) some of the planes are here already.
+        """
+        into, planes = self.arrays[name][:, *where], self._holes[name][where[self._axis]]
+        if into.shape != array.shape or into.dtype != array.dtype:
+            raise PatchShapeError(
+                f"planes of {name} are {array.dtype} {array.shape}; wanted is {into.dtype} {into.shape}."
+            )
+        if not planes.all():
+            raise LedgerError(f"planes of {name} came twice, of {where[self._axis]} along {AXES[self._axis]}.")
+        into[...] = array
+        planes[...] = False
+
+    def check_whole(self) -> None:
+        """Raises LedgerError, naming a product and where it begins, when planes are missing."""
+        for name, holes in self._holes.items():
+            if holes.any():
+                raise LedgerError(
+                    f"{holes.sum()} of {len(holes)} planes of {name} are missing, the first at {holes.argmax()} along "
+                    f"{AXES[self._axis]}: place() what the other parts made."
+                )
+
+    def _here(self, where: Where) -> Where:
+        moved = list(where)
+        along = where[self._axis]
+        moved[self._axis] = slice(along.start - self._first, along.stop - self._first)
+        i, j, k = moved
+        return i, j, k

@@ -1,0 +1,75 @@
+"""Which subjects train, and which validate? By folds that a seed draws, or as a table says."""
+
+import random
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from voxquilt.data.discovery import Case
+from voxquilt.errors import ConfigError
+
+_TRAINING = ("train", "training")
+_VALIDATION = ("val", "valid", "validation")
+
+
+class Split(NamedTuple):
+    """Subjects to train on, and others to validate on."""
+
+    training: list[Case]
+    validation: list[Case]
+
+
+def make_split(
+    cases: Sequence[Case], folds: int | None, fold: int = 0, seed: int = 0, column: str | None = None
+) -> Split:
+    """Divide subjects.
+
+    Args:
+        cases: All of them.
+        folds: So many parts of about one size, drawn by the seed; one of them validates. None validates on nothing.
+        fold: Which part, 0 to folds - 1.
+        seed: Of the parts; they depend on nothing else but the subjects' ids.
+        column: Of the table that the subjects come from, in place of folds. A cell is 'train' or 'val', anything else
+            (such as 'test') leaves the subject out; or all cells are numbers of folds, and `fold` validates.
+
+    Raises:
+        ConfigError: a column that is not there, too few subjects, or none left to train on.
+    """
+    if column is not None:
+        return _from_column(cases, fold, column)
+    if folds is None:
+        return Split(list(cases), [])
+    if not 2 <= folds <= len(cases):
+        raise ConfigError(
+            f"data.folds={folds} needs at least 2 folds and as many subjects; there are {len(cases)}. Add subjects, or "
+            f"set data.folds=null to train on all of them without validation."
+        )
+    if not 0 <= fold < folds:
+        raise ConfigError(f"data.fold={fold} is not one of data.folds={folds}, counted from 0.")
+    order = sorted(cases, key=lambda case: case.subject)
+    random.Random(seed).shuffle(order)
+    kept = {case.subject for case in order[fold::folds]}
+    return _checked(Split([c for c in cases if c.subject not in kept], [c for c in cases if c.subject in kept]), "")
+
+
+def _from_column(cases: Sequence[Case], fold: int, column: str) -> Split:
+    without = [case.subject for case in cases if column not in case.values]
+    if without:
+        raise ConfigError(
+            f"data.split={column} is no column of the table of {without[0]}; give data.inputs a .csv that has it."
+        )
+    cells = {case.subject: case.values[column].lower() for case in cases}
+    if all(cell.isdecimal() for cell in cells.values()):
+        validating = {subject for subject, cell in cells.items() if int(cell) == fold}
+        training = cells.keys() - validating
+    else:
+        validating = {subject for subject, cell in cells.items() if cell in _VALIDATION}
+        training = {subject for subject, cell in cells.items() if cell in _TRAINING}
+    found = ", ".join(sorted(set(cells.values())))
+    parts = ([c for c in cases if c.subject in some] for some in (training, validating))
+    return _checked(Split(*parts), f" The column {column} has: {found}.")
+
+
+def _checked(parts: Split, found: str) -> Split:
+    if not parts.training:
+        raise ConfigError(f"no subject is left to train on: {len(parts.validation)} are to validate.{found}")
+    return parts
