@@ -38,10 +38,12 @@ import numpy as np
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from voxquilt.data.discovery import Case, find_cases
-from voxquilt.distributed.assignment import Size, Task, distributed
-from voxquilt.distributed.control_channel import Hub, Spoke
+from voxquilt.data.discovery import SubjectFiles, find_cases
+from voxquilt.data.subject_size import SubjectCost
+from voxquilt.data.subject_task import SubjectTask
+from voxquilt.distributed.assignment import distributed
 from voxquilt.distributed.load_balancing import deal
+from voxquilt.distributed.tcp_channel import Hub, Spoke
 from voxquilt.prediction.datamodule import GridDataModule
 from voxquilt.prediction.fingerprint import inputs
 from voxquilt.prediction.resume import Resume
@@ -71,7 +73,7 @@ def cohort(folder: Path, count: int, suffix: str) -> Path:
     return folder
 
 
-def row(case: Case) -> Row:
+def row(case: SubjectFiles) -> Row:
     """As a run leaves it."""
     name = f"{case.subject}_labels.nii.gz"
     fingerprint = f"0123456789abcdef-{hash(case.subject):016x}"
@@ -97,7 +99,7 @@ def find(folder: Path, subjects: int, ranks: int) -> None:
         took, _ = seconds(lambda: data._sizes(few))
         say("all headers, from those of 4000", f"{took / len(few) * subjects:.0f} s", "one shard of an array")
         keyed = GridDataModule(str(scans), 64, 32, shard=(1, ranks), resume=Resume(folder / "outputs", {}))
-        keyed._sizes = lambda cases, ranks=1: [Size(1)] * len(cases)  # type: ignore[method-assign]
+        keyed._sizes = lambda cases, ranks=1: [SubjectCost(1)] * len(cases)  # type: ignore[method-assign]
         keyed._of_shard(cases)
         took, _ = seconds(lambda: keyed._of_shard(cases))
         say("... read from the plan, and dealt", f"{took:.2f} s", "each other shard")
@@ -114,9 +116,10 @@ def scan(folder: Path, subjects: int, ranks: int) -> None:
             say(f"a header, {suffix}, {threads} threads", f"{took / len(cases) * 1e6:.0f} us", "")
 
 
-def made(subjects: int) -> list[Case]:
+def made(subjects: int) -> list[SubjectFiles]:
     return [
-        Case(f"sub-{n:06}_T1w", {"image": Path(f"/data/cohort/scans/sub-{n:06}_T1w.nii.gz")}) for n in range(subjects)
+        SubjectFiles(f"sub-{n:06}_T1w", {"image": Path(f"/data/cohort/scans/sub-{n:06}_T1w.nii.gz")})
+        for n in range(subjects)
     ]
 
 
@@ -161,8 +164,8 @@ def deals(folder: Path, subjects: int, ranks: int) -> None:
         loads = np.array([sum(costs[n] for n in part) for part in dealt])
         bound = max(sum(costs) / ranks, max(costs))
         say(f"deal, sigma {sigma}", f"{took:.2f} s, busiest {loads.max() / bound:.5f} of the bound", "each rank")
-    tasks = [Task(case, "x" * 33, n) for n, case in enumerate(made(subjects))]
-    sizes = [Size(int(cost), 8) for cost in costs]
+    tasks = [SubjectTask(case, "x" * 33, n) for n, case in enumerate(made(subjects))]
+    sizes = [SubjectCost(int(cost), 8) for cost in costs]
     for distribute in ("subject", "auto", "slab"):
         took, _ = seconds(lambda distribute=distribute: distributed(tasks, sizes, ranks, distribute))
         say(f"distributed, {distribute}", f"{took:.2f} s", "each rank")

@@ -91,17 +91,17 @@ def voxquilt(mode: str) -> Callable[[list[Tensor], str], Job]:
         from voxquilt import GridSampler, ScalarImage, Subject
         from voxquilt.data.preprocess import Preprocess
         from voxquilt.geometry.frame import Frame
-        from voxquilt.stitching.buffer_pool import Buffers
+        from voxquilt.stitching.buffer_pool import BufferPool
         from voxquilt.stitching.stitch import Stitch
-        from voxquilt.stitching.subject_stitcher import Quilt
+        from voxquilt.stitching.subject_stitcher import SubjectStitcher
 
         subject = Subject(t1=ScalarImage(tensor=torch.zeros(1, *SHAPE)))
         sampler, space = GridSampler(subject, PATCH, OVERLAP), Preprocess().space(subject)
         assert space.native == Frame(SHAPE, np.eye(4))
-        buffers, stitch, order = Buffers(), Stitch(mode), sampler.grid.streaming_order.tolist()
+        buffers, stitch, order = BufferPool(), Stitch(mode), sampler.grid.streaming_order.tolist()
 
         def job() -> Tensor:
-            quilt = Quilt(stitch, sampler, space, device=device, buffers=buffers)
+            quilt = SubjectStitcher(stitch, sampler, space, device=device, buffers=buffers)
             for n in order:
                 quilt.add({"": patches[n % 8][None]}, sampler.locations[n : n + 1])
             return torch.from_numpy(quilt.volumes()["labels"][0])

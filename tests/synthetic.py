@@ -18,8 +18,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from voxquilt.data.discovery import Case
-from voxquilt.distributed.assignment import Size
+from voxquilt.data.discovery import SubjectFiles
+from voxquilt.data.subject_size import SubjectCost
 from voxquilt.prediction.datamodule import GridDataModule
 from voxquilt.prediction.output_files import Files
 
@@ -184,7 +184,7 @@ def count_headers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     read: list[str] = []
     size = GridDataModule.size
 
-    def counted(data: GridDataModule, case: Case, ranks: int = 1) -> Size:
+    def counted(data: GridDataModule, case: SubjectFiles, ranks: int = 1) -> SubjectCost:
         read.append(case.subject)
         return size(data, case, ranks)
 

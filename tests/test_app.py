@@ -227,7 +227,7 @@ def test_build_names_the_key_and_the_cause() -> None:
         build(net, "model")
     unet = {"_target_": "monai.networks.nets.UNet", "outchannels": 2, "in_channels": 1}
     with pytest.raises(ConfigError) as caught:
-        build({"_target_": "voxquilt.models.predictor.from_state_dict", "net": unet, "ckpt_path": None}, "model")
+        build({"_target_": "voxquilt.models.factory.from_state_dict", "net": unet, "ckpt_path": None}, "model")
     assert "There is no model.net.outchannels. Did you mean model.net.out_channels? " in str(caught.value)
     assert "monai.networks.nets.UNet takes spatial_dims, in_channels, out_channels, channels, " in str(caught.value)
     transform = {"_target_": "monai.transforms.NormalizeIntensity", "nonzer": True}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from voxquilt.data.discovery import Case, find_cases, stem
+from voxquilt.data.discovery import SubjectFiles, find_cases, stem
 from voxquilt.errors import ConfigError
 
 
@@ -32,7 +32,7 @@ def test_a_file_is_one_subject_named_after_it() -> None:
     """The id is the file's name without .nii.gz, whatever the case of the extension and the dots before."""
     touch("scans/sub.01.NII.GZ")
     assert found("scans/sub.01.NII.GZ") == {"sub.01": {"image": "scans/sub.01.NII.GZ"}}
-    assert find_cases(Path("scans/sub.01.NII.GZ")) == [Case("sub.01", {"image": Path("scans/sub.01.NII.GZ")})]
+    assert find_cases(Path("scans/sub.01.NII.GZ")) == [SubjectFiles("sub.01", {"image": Path("scans/sub.01.NII.GZ")})]
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".hdr", ".img", ".hdr.gz", ".img.gz"])
@@ -125,7 +125,7 @@ def test_a_tables_columns_are_images_in_their_order() -> None:
     """The column `subject` may stand anywhere; the others are the network's channels, in the table's order."""
     Path("t.csv").write_text("zz,subject,aa\n1.nii,id,2.nii\n")
     (case,) = find_cases("t.csv")
-    assert case == Case("id", {"zz": Path("1.nii"), "aa": Path("2.nii")})
+    assert case == SubjectFiles("id", {"zz": Path("1.nii"), "aa": Path("2.nii")})
     assert list(case.images) == ["zz", "aa"]
 
 

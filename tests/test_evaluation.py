@@ -12,7 +12,7 @@ from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 from PIL import Image
 from synthetic import noise, read, save
 
-from voxquilt.data.discovery import Case
+from voxquilt.data.discovery import SubjectFiles
 from voxquilt.example_files import fetch
 from voxquilt.reporting.evaluation import Evaluation, Score
 from voxquilt.reporting.manifest import Row
@@ -174,7 +174,7 @@ def evaluated(folder: Path, subjects: dict[str, tuple[np.ndarray, np.ndarray]], 
     for name, (made, truth) in subjects.items():
         save(folder / f"{name}_labels.nii", made)
         save(folder / f"truth/{name}.nii", truth)
-        cases.append(Case(name, {"image": folder / "none.nii"}))
+        cases.append(SubjectFiles(name, {"image": folder / "none.nii"}))
         rows.append(Row(name, "done", (f"{name}_overlay.png", f"{name}_labels.nii")))
     settings = {"labels": str(folder / "truth/{subject}.nii"), "class_names": None, "tolerance": 1.0} | options
     return Evaluation(folder, cases, **settings).scores(rows)  # type: ignore[arg-type]
@@ -229,7 +229,7 @@ def test_labels_of_other_types_are_taken_as_they_are(tmp_path: Path) -> None:
 def test_a_subject_without_labels_says_what_was_written(tmp_path: Path) -> None:
     """Such as after stitch.products=[probabilities]."""
     save(tmp_path / "truth/a.nii", cube(1))
-    evaluation = Evaluation(tmp_path, [Case("a", {})], str(tmp_path / "truth/{subject}.nii"), None, 1.0)
+    evaluation = Evaluation(tmp_path, [SubjectFiles("a", {})], str(tmp_path / "truth/{subject}.nii"), None, 1.0)
     (score,) = evaluation.scores([Row("a", "done", ("a_probabilities.nii",))])
     assert "no labels were written of it, only a_probabilities.nii; set stitch.products=[labels]" in score.error
     assert score.failed
@@ -279,7 +279,7 @@ def test_the_brain_of_colin27_is_found_as_well_as_published(tmp_path: Path, fork
 
 def test_labels_of_every_blend_are_compared_each_by_itself(tmp_path: Path, forks: Server) -> None:
     """Of stitch.compare too, and of several outputs the first's: rows, table and picture tell them apart."""
-    case = Case("a", {"image": tmp_path / "none.nii"})
+    case = SubjectFiles("a", {"image": tmp_path / "none.nii"})
     for name, made in {"seg_labels": cube(1), "seg_labels_crop": cube(1, 1), "other_labels": cube(0, 1)}.items():
         save(tmp_path / f"a_{name}.nii", made)
     save(tmp_path / "truth/a.nii", cube(1))

@@ -13,7 +13,8 @@ from voxquilt.cli.main import conf_dir
 from voxquilt.cli.suggestions import _keys, _no_key, explain
 from voxquilt.data.listing import meant
 from voxquilt.errors import ConfigError
-from voxquilt.vocabulary import check_name, question
+from voxquilt.text import question
+from voxquilt.vocabulary import check_name
 
 ROOT = Path(__file__).parents[1]
 

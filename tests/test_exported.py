@@ -15,7 +15,7 @@ from test_weights import Bomb
 from torch import Tensor, nn
 
 from voxquilt.errors import ConfigError, OutputError
-from voxquilt.models.predictor import from_exported, from_file
+from voxquilt.models.factory import from_exported, from_file
 from voxquilt.models.weights.reading import read_exported
 from voxquilt.planning.network_check import check_fits
 

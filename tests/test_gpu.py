@@ -18,7 +18,7 @@ from voxquilt.models.predictor import PatchPredictor
 from voxquilt.prediction.datamodule import GridDataModule
 from voxquilt.prediction.writer_callback import VolumeWriter
 from voxquilt.stitching.stitch import Stitch
-from voxquilt.stitching.subject_stitcher import Quilt
+from voxquilt.stitching.subject_stitcher import SubjectStitcher
 from voxquilt.vocabulary import OVERLAP_MODES
 
 pytestmark = [
@@ -39,7 +39,7 @@ def test_sums_on_the_device_equal_sums_on_the_host(mode: str, spacing: float | N
     names = ["logits", "probabilities", "entropy", "disagreement"]
     made = {}
     for device in ("cpu", "cuda"):
-        quilt = Quilt(Stitch(mode, names, fill=0), sampler, space, skipped=[1, 5])
+        quilt = SubjectStitcher(Stitch(mode, names, fill=0), sampler, space, skipped=[1, 5])
         for n in sampler.grid.streaming_order.tolist():
             if n not in (1, 5):
                 quilt.add({"": patches[n : n + 1].to(device)}, sampler.locations[n : n + 1])
@@ -57,7 +57,7 @@ def test_labels_made_on_the_device_equal_those_of_the_host(restore: str) -> None
     patches = torch.randint(0, 50, (len(sampler), 40, 8, 8, 8), generator=torch.Generator().manual_seed(0)).float()
     made = {}
     for device in ("cpu", "cuda"):
-        quilt = Quilt(Stitch("crop", compare=["average"], restore=restore), sampler, space)
+        quilt = SubjectStitcher(Stitch("crop", compare=["average"], restore=restore), sampler, space)
         for n in sampler.grid.streaming_order.tolist():
             quilt.add({"": patches[n : n + 1].to(device)}, sampler.locations[n : n + 1])
         made[device] = quilt.volumes()
@@ -86,8 +86,8 @@ def test_parts_on_the_device_and_on_the_host_equal_one_process(mode: str, skippe
     patches = torch.randn(len(sampler), 3, 8, 8, 8, generator=generator)
     stitch = Stitch(mode, ["logits", "disagreement"], fill=0)
 
-    def quilted(device: str, part: Part, *, whole: bool) -> Quilt:
-        quilt = Quilt(stitch, sampler, space, skipped=skipped, part=part, whole=whole)
+    def quilted(device: str, part: Part, *, whole: bool) -> SubjectStitcher:
+        quilt = SubjectStitcher(stitch, sampler, space, skipped=skipped, part=part, whole=whole)
         for n in to_predict(sampler, skipped, part):
             quilt.add({"": patches[n : n + 1].to(device)}, sampler.locations[n : n + 1])
         return quilt
@@ -117,7 +117,7 @@ def test_sums_that_move_to_the_host_halfway_equal_those_that_stay(mode: str) -> 
     patches = torch.randn(len(sampler), 3, 12, 12, 12, generator=torch.Generator().manual_seed(0)).cuda()
     made = []
     for moved in (False, True):
-        quilt = Quilt(Stitch(mode, ["logits"]), sampler, space, skipped=[2])
+        quilt = SubjectStitcher(Stitch(mode, ["logits"]), sampler, space, skipped=[2])
         for place, n in enumerate(sampler.grid.streaming_order.tolist()):
             if n != 2:
                 quilt.add({"": patches[n : n + 1]}, sampler.locations[n : n + 1])

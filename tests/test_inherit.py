@@ -24,16 +24,8 @@ from synthetic import Over50, read
 from voxquilt.cli.instantiate import check_classes
 from voxquilt.errors import ConfigError
 from voxquilt.models.patch_network import PatchNetwork
-from voxquilt.models.weights.stored_settings import (
-    FORMAT,
-    KEY,
-    LIGHTNING,
-    TENSORS,
-    TORCHSCRIPT,
-    carried,
-    kind_of,
-    to_carry,
-)
+from voxquilt.models.weights.detect import kind_of
+from voxquilt.models.weights.stored_settings import FORMAT, KEY, LIGHTNING, TENSORS, TORCHSCRIPT, carried, to_carry
 from voxquilt.planning.network_check import check_fits
 
 NET = {

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 import voxquilt.distributed.control_channel
-from voxquilt.distributed.control_channel import BROKEN, Alone, Hub, Line, Message, Spoke, Stop
+from voxquilt.distributed.control_channel import BROKEN, ControlChannel, LocalChannel, Message, Stop
+from voxquilt.distributed.tcp_channel import Hub, Spoke
 from voxquilt.errors import RunError
 
 SIGTERM = Stop("SIGTERM", 143)
@@ -71,7 +72,7 @@ class World:
         self.hub = Hub(size, on_row or self.rows.append)
         made = together(self.hub.accept, *(lambda n=n: Spoke(n, self.hub.address) for n in range(1, size)))
         self.spokes: list[Spoke] = made[1:]
-        self.all: list[Line] = [self.hub, *self.spokes]
+        self.all: list[ControlChannel] = [self.hub, *self.spokes]
 
     def end(self, status: int = 0) -> list[int]:
         """All finish in order; the status that each is given."""
@@ -379,8 +380,8 @@ def test_the_address_is_that_of_the_launcher_and_the_key_is_new(monkeypatch: pyt
 def test_a_process_alone_is_its_own_hub() -> None:
     """Rows go to whoever takes them, whose errors arrive; the first stop counts."""
     rows: list[Message] = []
-    alone = Alone(rows.append)
-    assert isinstance(alone, Line)
+    alone = LocalChannel(rows.append)
+    assert isinstance(alone, ControlChannel)
     alone.report({"n": 1})
     assert rows == [{"n": 1}]
     assert alone.stop is None
@@ -390,7 +391,7 @@ def test_a_process_alone_is_its_own_hub() -> None:
     assert alone.gather({"rank": 0}) == [{"rank": 0}]
     assert alone.settle(3) == 3
     with pytest.raises(ZeroDivisionError):
-        Alone(lambda row: 1 / 0 and None).report({})
+        LocalChannel(lambda row: 1 / 0 and None).report({})
 
 
 def test_messages_are_json_so_that_nothing_is_run_by_reading_them() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import voxquilt.models.ensemble
 from voxquilt.data.batch import PatchBatch
 from voxquilt.errors import ConfigError
-from voxquilt.models.ensemble import Members, size_of, waiting
+from voxquilt.models.ensemble import Ensemble, size_of, waiting
 from voxquilt.models.patch_network import PatchNetwork
 from voxquilt.models.predictor import PatchPredictor
 from voxquilt.prediction.datamodule import GridDataModule
@@ -31,7 +31,7 @@ def nets(count: int) -> list[nn.Module]:
     return [nn.Sequential(nn.Conv3d(1, 2, 3, padding=1), nn.BatchNorm3d(2)).eval() for _ in range(count)]
 
 
-def devices(members: Members) -> list[str]:
+def devices(members: Ensemble) -> list[str]:
     """Where the weights and buffers of each member are."""
     return ["+".join(sorted({t.device.type for t in (*m.parameters(), *m.buffers())})) for m in members]
 
@@ -76,7 +76,7 @@ def test_members_that_do_not_fit_wait_on_the_host(
 ) -> None:
     """Half of the free memory is theirs, the largest that waits included."""
     monkeypatch.setattr(voxquilt.models.ensemble, "free_bytes", lambda device: free)
-    members = Members(nets(3), offload)
+    members = Ensemble(nets(3), offload)
     members.to(META)
     assert devices(members) == where
     assert sorted(members.waiting) == [n for n in range(3) if where[n] == "cpu"]
@@ -104,7 +104,7 @@ class FakeDevice:
 def test_a_member_that_waits_is_on_the_device_only_while_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """At most one of them at a time; what the host keeps is the same memory as before."""
     device = FakeDevice(monkeypatch)
-    members = Members(nets(3), True)
+    members = Ensemble(nets(3), True)
     members.to(META)
     before = [(t.data_ptr(), t.clone()) for t in members.state_dict().values()]
     for n in range(3):
@@ -120,7 +120,7 @@ def test_a_member_that_waits_is_on_the_device_only_while_it_runs(monkeypatch: py
 
 def test_on_the_host_nothing_waits_and_nothing_moves() -> None:
     """offload=true on a CPU is no-op."""
-    members = Members(nets(2), True)
+    members = Ensemble(nets(2), True)
     members.to("cpu").float()
     assert not members.waiting
     with members.ready(1) as network:
@@ -129,7 +129,7 @@ def test_on_the_host_nothing_waits_and_nothing_moves() -> None:
 
 def test_a_change_of_type_reaches_those_that_wait() -> None:
     """trainer.precision=bf16-true casts the module, before or after it is moved; counts stay integers."""
-    members = Members(nets(2), True)
+    members = Ensemble(nets(2), True)
     members.to(META).to(torch.bfloat16)
     assert devices(members) == ["cpu", "cpu"]
     assert {t.dtype for m in members for t in m.parameters()} == {torch.bfloat16}
@@ -139,7 +139,7 @@ def test_a_change_of_type_reaches_those_that_wait() -> None:
 def test_a_member_that_fails_is_back_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """An error of the network leaves no weights on the device."""
     device = FakeDevice(monkeypatch)
-    members = Members(nets(2), True)
+    members = Ensemble(nets(2), True)
     members.to(META)
     before = [t.data_ptr() for t in members.state_dict().values()]
 
@@ -161,8 +161,8 @@ def test_an_ensemble_that_waits_predicts_the_same(monkeypatch: pytest.MonkeyPatc
     plain = PatchNetwork(networks, flips=flips)
     waits = PatchNetwork([pickle.loads(pickle.dumps(n)) for n in networks], flips=flips, offload=True)
     waits.networks.waiting = frozenset(range(3))  # as on a device
-    ready = Members.ready
-    monkeypatch.setattr(Members, "ready", lambda self, n: (turns.append(n), ready(self, n))[1])
+    ready = Ensemble.ready
+    monkeypatch.setattr(Ensemble, "ready", lambda self, n: (turns.append(n), ready(self, n))[1])
     with torch.inference_mode():
         assert torch.equal(waits(PATCHES)[""], plain(PATCHES)[""])
     assert turns == [0, 1, 2, 0, 1, 2]
@@ -172,7 +172,7 @@ def test_an_ensemble_that_waits_predicts_the_same(monkeypatch: pytest.MonkeyPatc
 def test_torchscript_waits_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its parameters and buffers are moved like others'."""
     device = FakeDevice(monkeypatch)
-    members = Members([torch.jit.script(net) for net in nets(2)], True)
+    members = Ensemble([torch.jit.script(net) for net in nets(2)], True)
     members.to(META)
     assert devices(members) == ["cpu", "cpu"]
     with members.ready(1) as network:

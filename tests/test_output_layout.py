@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool3d, conv3d, pad
 
 from voxquilt import predict_volume
-from voxquilt.data.discovery import Case
+from voxquilt.data.discovery import SubjectFiles
 from voxquilt.data.grid_sampler import GridSampler
 from voxquilt.data.preprocess import Preprocess
 from voxquilt.data.subject import ScalarImage, Subject
@@ -58,10 +58,10 @@ class Pooling(nn.Module):
 
 
 @pytest.fixture
-def one(tmp_path: Path) -> list[Case]:
+def one(tmp_path: Path) -> list[SubjectFiles]:
     """A subject of one channel, behind one that cannot be read."""
     save(tmp_path / "b.nii", noise((4, 4, 4)))
-    return [Case(name, {"image": tmp_path / f"{name}.nii"}) for name in "ab"]
+    return [SubjectFiles(name, {"image": tmp_path / f"{name}.nii"}) for name in "ab"]
 
 
 @settings(deadline=None, max_examples=60)
@@ -177,7 +177,7 @@ def test_valid_convolutions_are_not_taken_for_a_lower_resolution(patch: int) -> 
     assert check_fits(half, ["t1"], 1, (8, 8, 8), None) is not None
 
 
-def test_voxels_lost_at_the_end_of_a_patch_are_no_halo(one: list[Case]) -> None:
+def test_voxels_lost_at_the_end_of_a_patch_are_no_halo(one: list[SubjectFiles]) -> None:
     """A network that drops what its pooling does not divide: another patch size loses nothing."""
     network = PatchNetwork([Pooling()], output="cropped")
     with pytest.raises(ConfigError, match=r"Set data.patch_size=\[16, 16, 16\]"):
@@ -187,7 +187,7 @@ def test_voxels_lost_at_the_end_of_a_patch_are_no_halo(one: list[Case]) -> None:
         check_fits(PatchNetwork([Pooling()]), ["t1"], 1, (14, 14, 14), None)
 
 
-def test_a_network_that_looks_at_voxels_is_shown_some(one: list[Case]) -> None:
+def test_a_network_that_looks_at_voxels_is_shown_some(one: list[SubjectFiles]) -> None:
     """Where shapes alone do not tell, one forward pass does."""
 
     class Looks(nn.Module):

@@ -16,11 +16,12 @@ from voxquilt.data.foreground import to_predict
 from voxquilt.data.grid_sampler import GridSampler
 from voxquilt.data.preprocess import Preprocess
 from voxquilt.data.subject import ScalarImage, Subject
+from voxquilt.geometry.resample import resample
 from voxquilt.geometry.slab_split import split
-from voxquilt.geometry.space import make_space, resample
+from voxquilt.geometry.space import make_space
 from voxquilt.stitching.products.spec import make_products
 from voxquilt.stitching.stitch import Stitch
-from voxquilt.stitching.subject_stitcher import Quilt
+from voxquilt.stitching.subject_stitcher import SubjectStitcher
 
 SPACINGS = st.tuples(*[st.sampled_from([None, 0.7, 1.7, 2.05, 3.0, 4.6])] * 3)
 PRODUCTS = ["logits", "labels", "probabilities", "entropy", "disagreement"]
@@ -58,7 +59,7 @@ def in_slabs(subject: Subject, preprocess: Preprocess, sampler: GridSampler, sti
     """What several processes make of a volume, one after the other."""
     space = preprocess.space(subject)
     parts = split(sampler.grid, ranks)
-    quilts = [Quilt(stitch, sampler, space, part=part, whole=n == 0) for n, part in enumerate(parts)]
+    quilts = [SubjectStitcher(stitch, sampler, space, part=part, whole=n == 0) for n, part in enumerate(parts)]
     for part, quilt in zip(parts, quilts, strict=True):
         for number in to_predict(sampler, [], part):
             quilt.add({"": pointwise(sampler.cut("t1", number)[None].float())}, sampler.locations[[number]])

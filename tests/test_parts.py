@@ -16,12 +16,13 @@ from voxquilt.data.preprocess import Preprocess
 from voxquilt.data.subject import ScalarImage, Subject
 from voxquilt.errors import BatchError, ConfigError, LedgerError, PatchShapeError
 from voxquilt.geometry.grid import Grid, make_grid
-from voxquilt.geometry.slab_split import Part, boundary, split
-from voxquilt.stitching.aggregator import GridAggregator, Slab
+from voxquilt.geometry.slab_split import Part, split
+from voxquilt.stitching.aggregator import GridAggregator
 from voxquilt.stitching.blend import to_blend
-from voxquilt.stitching.buffer_pool import Buffers
+from voxquilt.stitching.buffer_pool import BufferPool
 from voxquilt.stitching.stitch import Stitch
-from voxquilt.stitching.subject_stitcher import Quilt
+from voxquilt.stitching.streaming import FinishedPlanes, boundary, planes_of
+from voxquilt.stitching.subject_stitcher import SubjectStitcher
 from voxquilt.vocabulary import OVERLAP_MODES
 
 # Per axis: patch size, overlap as a share of what there can be, voxels beside the first patch.
@@ -50,7 +51,7 @@ def skip(grid: Grid, parts: Sequence[Part], which: str, rng: np.random.Generator
 
 
 def play(
-    team: Sequence[GridAggregator | Quilt], steps: list[list[Callable[[], None]]], rng: np.random.Generator
+    team: Sequence[GridAggregator | SubjectStitcher], steps: list[list[Callable[[], None]]], rng: np.random.Generator
 ) -> None:
     """Let each process take its steps in turn, and at the end the head of the next: in any order among processes."""
     waiting = set(range(len(team) - 1))
@@ -107,12 +108,12 @@ def test_planes_of_all_parts_are_those_of_one_process(
     one.add_batch(patches[kept], grid.locations[kept])
     expected = one.scores()
 
-    buffers = [Buffers() for _ in parts]
-    slabs: list[list[Slab]] = [[] for _ in parts]
+    buffers = [BufferPool() for _ in parts]
+    slabs: list[list[FinishedPlanes]] = [[] for _ in parts]
 
     def worker(n: int) -> tuple[GridAggregator, list[Callable[[], None]]]:
-        def keep(slab: Slab) -> None:
-            slabs[n].append(Slab(slab.axis, slab.start, slab.stop, slab.scores.clone()))
+        def keep(slab: FinishedPlanes) -> None:
+            slabs[n].append(FinishedPlanes(slab.axis, slab.start, slab.stop, slab.scores.clone()))
 
         aggregator = GridAggregator(
             Placed(grid), mode, consumer=keep, axis=axis, buffers=buffers[n], part=parts[n], **options  # type: ignore[arg-type]
@@ -128,7 +129,7 @@ def test_planes_of_all_parts_are_those_of_one_process(
         assert aggregator.finished
         assert aggregator.ledger.missing == 0
         assert len(buffers[n]._free) == 1 + bool(skipped)
-        own = part.planes(aggregator.grid, to_blend(mode))
+        own = planes_of(part, aggregator.grid, to_blend(mode))
         last = n == len(parts) - 1
         assert mine[0].start == own.start
         assert [slab.start for slab in mine[1:]] == [slab.stop for slab in mine[:-1]]
@@ -192,7 +193,7 @@ def test_volumes_of_all_parts_are_those_of_one_process(
     compare = [] if other in (None, mode) else [other]
     stitch = Stitch(mode, NAMES, restore=restore, compare=compare)
 
-    def steps(quilt: Quilt, order: list[int], size: int) -> list[Callable[[], None]]:
+    def steps(quilt: SubjectStitcher, order: list[int], size: int) -> list[Callable[[], None]]:
         batches = [order[first : first + size] for first in range(0, len(order), size)]
         return [
             lambda b=b: quilt.add({name: output[b] for name, output in outputs.items()}, grid.locations[b])
@@ -200,7 +201,7 @@ def test_volumes_of_all_parts_are_those_of_one_process(
         ]
 
     def alone(stitch: Stitch) -> dict[str, np.ndarray]:
-        quilt = Quilt(stitch, sampler, space, skipped=skipped)
+        quilt = SubjectStitcher(stitch, sampler, space, skipped=skipped)
         for step in steps(quilt, to_predict(sampler, skipped), 5):
             step()
         assert quilt.complete
@@ -208,7 +209,8 @@ def test_volumes_of_all_parts_are_those_of_one_process(
 
     owner = int(rng.integers(len(parts)))
     quilts = [
-        Quilt(stitch, sampler, space, skipped=skipped, part=part, whole=n == owner) for n, part in enumerate(parts)
+        SubjectStitcher(stitch, sampler, space, skipped=skipped, part=part, whole=n == owner)
+        for n, part in enumerate(parts)
     ]
     play(
         quilts,
@@ -284,8 +286,8 @@ def test_planes_are_finished_by_one_part_each(
     """And what is exchanged at a boundary, one plane more included, fits into the ring: as many planes as a patch."""
     grid, blend = to_grid(axes), to_blend(mode)
     parts = cut(grid, axis, cuts)
-    assert [plane for part in parts for plane in part.planes(grid, blend)] == list(range(grid.shape[axis]))
-    assert all(part.planes(grid, blend) for part in parts)
+    assert [plane for part in parts for plane in planes_of(part, grid, blend)] == list(range(grid.shape[axis]))
+    assert all(planes_of(part, grid, blend) for part in parts)
     for part in parts[1:]:
         edge = boundary(grid, blend, axis, part.first)
         assert 0 <= edge.high - edge.low < grid.patch_size[axis]
@@ -421,7 +423,9 @@ def test_the_owner_wants_every_plane_of_every_product_once() -> None:
     grid = make_grid((12, 4, 4), (8, 4, 4), (4, 0, 0))
     space = Preprocess()(Subject(t1=ScalarImage(torch.zeros(1, 12, 4, 4)))).space
     stitch = Stitch("average", ["logits", "labels"])
-    owner, second = (Quilt(stitch, Placed(grid), space, part=Part(0, n, n + 1), whole=n == 0) for n in range(2))
+    owner, second = (
+        SubjectStitcher(stitch, Placed(grid), space, part=Part(0, n, n + 1), whole=n == 0) for n in range(2)
+    )
     assert owner.head() == []
     assert second.head() is None
     for unopened in (owner.volumes, lambda: owner.join([]), lambda: list(second.parts())):

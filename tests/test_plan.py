@@ -15,10 +15,10 @@ from synthetic import ROOT, Over50, count_headers, noise, read, save
 from torch import nn
 
 from voxquilt.data.preprocess import Preprocess
-from voxquilt.data.subject_size import Extent, Outline, extent, together
+from voxquilt.data.subject_size import RunSize, SubjectSize, extent, together
 from voxquilt.models.predictor import PatchPredictor
 from voxquilt.planning.machine import disk_free, memory_available
-from voxquilt.planning.planner import Planner, Room
+from voxquilt.planning.planner import MachineResources, Planner
 from voxquilt.planning.preflight import on_device
 from voxquilt.planning.resource_estimate import MIB, Settings, forms, needs, voxels_of
 from voxquilt.planning.shape_probe import Probe
@@ -105,7 +105,7 @@ def test_a_timed_plan_writes_no_volume(place: Path, tmp_path: Path, forks: Serve
 )
 def test_seconds_are_those_of_the_parts_that_do_not_overlap(threads: int, of_one: float, of_three: float) -> None:
     """A network on the host shares its threads with reading and writing, one on a GPU does not; slow writing counts."""
-    one = Outline((2, 3, 4), (2, 3, 4), (1, 1, 1), 1, 10, 24, 96, 96, 50)
+    one = SubjectSize((2, 3, 4), (2, 3, 4), (1, 1, 1), 1, 10, 24, 96, 96, 50)
     rates = Rates(read=1 / 50, patch=3, write=4 / 24, begin=5, threads=threads)
     assert rates.subject(one) == pytest.approx({"reading": 1, "patches": 30, "writing": 4})
     assert rates.total([]) == 0
@@ -188,7 +188,7 @@ def test_two_thousand_small_subjects_are_planned_in_a_moment(place: Path, tmp_pa
 
 
 SETTINGS = Settings((8, 8, 8), 2, 1, 2**40, True, 500 * MIB)
-ONE = Extent(subjects=1, patches=27, voxels=10**6, file=10**6, largest=10**6, channels=1, ring=10**5, loaded=10**6)
+ONE = RunSize(subjects=1, patches=27, voxels=10**6, file=10**6, largest=10**6, channels=1, ring=10**5, loaded=10**6)
 
 
 def passed(channels: int) -> Probe:
@@ -277,11 +277,11 @@ def test_an_extent_adds_up_and_keeps_the_most(place: Path) -> None:
 
 def refusal(tmp_path: Path, memory: int, disk: int, **changes: object) -> str | None:
     settings = Settings(**{**vars(SETTINGS), "patch_size": (64, 64, 64), "batch_size": 8, **changes})
-    of = Extent(3, 27, 3 * 10**8, 6 * 10**8, 10**8, 1, 10**7, 2 * 10**8)
+    of = RunSize(3, 27, 3 * 10**8, 6 * 10**8, 10**8, 1, 10**7, 2 * 10**8)
     stitch = Stitch(products=["labels", "probabilities"])
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
     planner = Planner(trainer, PatchPredictor(Over50()), stitch, of, settings, tmp_path)
-    planner._room = Room(memory, disk, 1)
+    planner._room = MachineResources(memory, disk, 1)
     return planner.plan().refusal
 
 

@@ -21,11 +21,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import avg_pool3d
 from torch.utils.data import DataLoader
 
-from voxquilt.data.batch import Loaded, PatchBatch
-from voxquilt.data.discovery import Case
+from voxquilt.data.batch import PatchBatch
+from voxquilt.data.discovery import SubjectFiles
 from voxquilt.data.formats.nifti import write
 from voxquilt.data.preprocess import Preprocess
 from voxquilt.data.subject import ScalarImage, Subject
+from voxquilt.data.subject_task import LoadedSubject
 from voxquilt.errors import ConfigError, RunError
 from voxquilt.models.predictor import PatchPredictor
 from voxquilt.predict import predict_volume
@@ -33,7 +34,7 @@ from voxquilt.prediction.datamodule import GridDataModule
 from voxquilt.prediction.writer_callback import VolumeWriter
 from voxquilt.stitching.accumulator import Sums
 from voxquilt.stitching.stitch import Stitch
-from voxquilt.stitching.subject_stitcher import Quilt
+from voxquilt.stitching.subject_stitcher import SubjectStitcher
 
 pytestmark = [
     pytest.mark.timeout(60),  # a deadlock must not look like a slow test
@@ -400,7 +401,7 @@ class Watched(GridDataModule):
 
     alive: Alive
 
-    def load(self, case: Case) -> Loaded:
+    def load(self, case: SubjectFiles) -> LoadedSubject:
         loaded = super().load(case)
         self.alive.watch(loaded.sampler.volume("image"))
         return loaded
@@ -448,18 +449,18 @@ def test_a_batch_may_span_many_tiny_subjects(batch_size: int, many: Path, tmp_pa
 def test_the_network_waits_for_a_slow_disk(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At most two finished subjects wait for the writer, besides the one that is handed over and the one begun."""
     alive = Alive()
-    volumes, start = Quilt.volumes, Quilt.__init__
+    volumes, start = SubjectStitcher.volumes, SubjectStitcher.__init__
 
-    def watched_start(quilt: Quilt, *args: Any, **options: Any) -> None:
+    def watched_start(quilt: SubjectStitcher, *args: Any, **options: Any) -> None:
         start(quilt, *args, **options)
         alive.watch(quilt)
 
-    def slow_volumes(quilt: Quilt) -> dict[str, np.ndarray]:
+    def slow_volumes(quilt: SubjectStitcher) -> dict[str, np.ndarray]:
         time.sleep(0.02)
         return volumes(quilt)
 
-    monkeypatch.setattr(Quilt, "__init__", watched_start)
-    monkeypatch.setattr(Quilt, "volumes", slow_volumes)
+    monkeypatch.setattr(SubjectStitcher, "__init__", watched_start)
+    monkeypatch.setattr(SubjectStitcher, "volumes", slow_volumes)
     rows = predict(tmp_path / "out", many, Plus(0), batch_size=3)
     assert set(statuses(rows).values()) == {"done"}
     assert alive.all == 20

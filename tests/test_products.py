@@ -21,14 +21,15 @@ from voxquilt.data.grid_sampler import GridSampler
 from voxquilt.data.preprocess import Preprocess
 from voxquilt.data.subject import LabelMap, ScalarImage, Subject
 from voxquilt.errors import ConfigError, GridError, OutputError, PatchShapeError
-from voxquilt.geometry.space import Piece, resample
+from voxquilt.geometry.resample import resample
+from voxquilt.geometry.streamed_resample import Piece
 from voxquilt.stitching.aggregator import GridAggregator
 from voxquilt.stitching.blend import BLENDS
-from voxquilt.stitching.output_volumes import Scratch, Volumes
-from voxquilt.stitching.products.base import ArgMax, contenders
+from voxquilt.stitching.output_volumes import OutputVolumes, Scratch
+from voxquilt.stitching.products.labels import ArgMax, contenders
 from voxquilt.stitching.products.spec import make_products
 from voxquilt.stitching.stitch import Stitch
-from voxquilt.stitching.subject_stitcher import Quilt
+from voxquilt.stitching.subject_stitcher import SubjectStitcher
 
 SEEDS = st.integers(0, 2**32 - 1)
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -39,7 +40,7 @@ def products_of(scores: Tensor, names: Sequence[str] | None = None, **options: o
     """Products in the scores' own space."""
     products = make_products(names, len(scores), **options)  # type: ignore[arg-type]
     _, i, j, k = scores.shape
-    volumes = Volumes({name: recipe.product for name, recipe in products.items()}, len(scores), (i, j, k))
+    volumes = OutputVolumes({name: recipe.product for name, recipe in products.items()}, len(scores), (i, j, k))
     volumes.fill((slice(0, i), slice(0, j), slice(0, k)), scores)
     return volumes.arrays
 
@@ -701,7 +702,9 @@ def test_a_product_in_a_file_equals_one_in_memory(tmp_path: Path, orientation: s
     sampler = GridSampler(model_subject, 6, 4, fit=True)
     found = []
     for limit in (0, 1e9):
-        quilt = Quilt(Stitch("hann", ["labels", "logits", "entropy"]), sampler, space, scratch=Scratch(tmp_path, limit))
+        quilt = SubjectStitcher(
+            Stitch("hann", ["labels", "logits", "entropy"]), sampler, space, scratch=Scratch(tmp_path, limit)
+        )
         for n in sampler.grid.streaming_order.tolist():
             quilt.add({"": varying(sampler.cut("t1", n)[None].float())}, sampler.locations[n : n + 1])
         found.append(quilt.volumes())

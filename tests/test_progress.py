@@ -19,8 +19,8 @@ from synthetic import ROOT, noise, save
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from voxquilt.reporting.manifest import Row
-from voxquilt.reporting.progress import Bars, Lines, Objects, make_show
-from voxquilt.reporting.progress_counts import Tally
+from voxquilt.reporting.progress import JsonProgress, PlainProgress, RichProgress, make_show
+from voxquilt.reporting.progress_counts import RunProgress
 
 JOB = (
     "data.inputs=in", "model=state_dict", "model.net._target_=synthetic.Slow", "ckpt_path=null", "data.patch_size=8",
@@ -38,7 +38,7 @@ def done(subject: str, patches: int, skipped: int = 0) -> Row:
 
 def test_all_is_done_only_when_the_last_file_is_written() -> None:
     """A subject's last patch counts with its row."""
-    tally = Tally({"a": 4, "b": 6})
+    tally = RunProgress({"a": 4, "b": 6})
     assert (tally.total, tally.subjects, tally.patches) == (10, 2, 0)
     tally.news(news(0, 4, a=4))
     assert (tally.patches, tally.predicted, tally.current) == (3, 4, "a")
@@ -52,7 +52,7 @@ def test_all_is_done_only_when_the_last_file_is_written() -> None:
 
 def test_failed_subjects_are_counted_as_such_and_their_patches_are_not_waited_for() -> None:
     """The total stays what it was."""
-    tally = Tally({"a": 4, "b": 6})
+    tally = RunProgress({"a": 4, "b": 6})
     tally.news(news(0, 3, b=3))
     tally.row(Row("b", "failed"))
     assert (tally.patches, tally.total, tally.done, tally.failed) == (6, 10, 0, 1)
@@ -60,7 +60,7 @@ def test_failed_subjects_are_counted_as_such_and_their_patches_are_not_waited_fo
 
 def test_processes_that_share_a_volume_count_together() -> None:
     """Each tells its own patches of it; each rank's own total is its latest."""
-    tally = Tally({"a": 10}, 2)
+    tally = RunProgress({"a": 10}, 2)
     tally.news(news(0, 3, a=3))
     tally.news(news(1, 4, a=4))
     tally.news(news(1, 5, a=5))
@@ -69,7 +69,7 @@ def test_processes_that_share_a_volume_count_together() -> None:
 
 def test_time_left_comes_from_what_was_predicted() -> None:
     """What data.skip left out takes no time, neither so far nor from here on."""
-    tally = Tally({"a": 100, "b": 100})
+    tally = RunProgress({"a": 100, "b": 100})
     began = tally._began
     assert tally.left(began + 1) is None
     tally.news(news(0, 20, a=20))
@@ -81,7 +81,7 @@ def test_time_left_comes_from_what_was_predicted() -> None:
 
 def test_a_show_is_chosen_by_name_or_by_the_terminal() -> None:
     """Without one there are lines."""
-    kinds = {"auto": Lines, "plain": Lines, "rich": Bars, "json": Objects}
+    kinds = {"auto": PlainProgress, "plain": PlainProgress, "rich": RichProgress, "json": JsonProgress}
     assert {name: type(make_show(name)) for name in kinds} == kinds
 
 

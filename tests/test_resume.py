@@ -27,14 +27,15 @@ from voxquilt.cli.overrides import to_overrides
 from voxquilt.cli.predict_config import check_predict
 from voxquilt.cli.resolvers import register_resolvers
 from voxquilt.cli.shard_status import print_status
-from voxquilt.data.discovery import Case, find_cases
+from voxquilt.data.discovery import SubjectFiles, find_cases
 from voxquilt.distributed.process_group import Group
 from voxquilt.errors import ConfigError
-from voxquilt.prediction.datamodule import Plan
+from voxquilt.filesystem import write_json
+from voxquilt.prediction.datamodule import RunPlan
 from voxquilt.prediction.fingerprint import NO_VOXELS, inputs, settings
 from voxquilt.prediction.resume import Resume, finished
 from voxquilt.prediction.run_record import Record
-from voxquilt.reporting.manifest import Manifest, Row, read_rows, write_json
+from voxquilt.reporting.manifest import Manifest, Row, read_rows
 
 JOB = (
     "data.inputs=in", "model=state_dict", "model.net._target_=synthetic.Slow",
@@ -266,9 +267,9 @@ def test_the_names_of_images_count_since_preprocessing_goes_by_them(tmp_path: Pa
     paths = [tmp_path / name for name in ("x.nii", "y.nii")]
     for path in paths:
         path.write_bytes(b"1")
-    ours, theirs = (Case("a", dict(zip(names, paths, strict=True))) for names in (("t1", "t2"), ("t2", "t1")))
+    ours, theirs = (SubjectFiles("a", dict(zip(names, paths, strict=True))) for names in (("t1", "t2"), ("t2", "t1")))
     assert inputs([ours]) != inputs([theirs])
-    assert inputs([Case("a", {"image": paths[0]})]) == inputs([Case("a", {"t1": paths[0]})])
+    assert inputs([SubjectFiles("a", {"image": paths[0]})]) == inputs([SubjectFiles("a", {"t1": paths[0]})])
 
 
 def leaves(node: Any, key: str = "") -> Iterator[str]:
@@ -602,10 +603,10 @@ def test_a_subject_that_is_not_made_again_stays_in_no_manifest_as_done(tmp_path:
     """The record of a run says so before its first subject; and it leaves one row for each when it ends."""
     (tmp_path / "a.nii").touch()
     written(tmp_path / "manifest_0_of_2.csv", Row("a", "done", ("a.nii",), finished="2020", fingerprint="old"))
-    plan = Plan(Group(None), [], [], ["a", "b"], [], {})
+    plan = RunPlan(Group(None), [], [], ["a", "b"], [], {})
     record = Record(tmp_path, plan, (0, 1), {})
     assert finished(tmp_path) == {}
-    assert print_status([Case("a", {})], tmp_path, 1) == 1
+    assert print_status([SubjectFiles("a", {})], tmp_path, 1) == 1
     row = Row("a", "done", ("a.nii",), fingerprint="new")
     record.add(row)
     assert finished(tmp_path) == {"a": row}

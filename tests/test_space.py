@@ -13,7 +13,8 @@ from scipy.spatial.transform import Rotation
 
 from voxquilt.errors import ConfigError, GridError, InputError
 from voxquilt.geometry.frame import Frame, closest_axes, parse_axcodes, to_spacing
-from voxquilt.geometry.space import AxisMaps, Space, inverse, make_space, resample
+from voxquilt.geometry.resample import resample
+from voxquilt.geometry.space import AxisMaps, Space, inverse, make_space
 
 ORIENTATIONS = ["".join(c) for p in permutations(("LR", "PA", "IS")) for c in product(*p)]
 SIGNED_PERMUTATIONS = [

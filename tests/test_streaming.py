@@ -11,20 +11,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from voxquilt.data.grid_sampler import NO_PADDING, GridSampler, Padding
+from voxquilt.data.grid_sampler import GridSampler, Padding
 from voxquilt.data.preprocess import Preprocess
 from voxquilt.data.subject import ScalarImage, Subject
 from voxquilt.errors import BatchError, LedgerError
 from voxquilt.geometry.frame import Frame
 from voxquilt.geometry.grid import Grid, make_grid
-from voxquilt.geometry.space import AxisMap, Restorer, resample
+from voxquilt.geometry.padding import NO_PADDING
+from voxquilt.geometry.resample import resample
+from voxquilt.geometry.space import AxisMap
+from voxquilt.geometry.streamed_resample import Restorer
 from voxquilt.predict import predict_volume
-from voxquilt.stitching.aggregator import GridAggregator, Slab
-from voxquilt.stitching.buffer_pool import Buffers, home
+from voxquilt.stitching.aggregator import GridAggregator
+from voxquilt.stitching.buffer_pool import BufferPool, choose_device
 from voxquilt.stitching.products.base import ACTIVATIONS
 from voxquilt.stitching.products.spec import Moments
 from voxquilt.stitching.stitch import Stitch
-from voxquilt.stitching.subject_stitcher import Quilt
+from voxquilt.stitching.streaming import FinishedPlanes
+from voxquilt.stitching.subject_stitcher import SubjectStitcher
 from voxquilt.vocabulary import OVERLAP_MODES
 
 
@@ -60,14 +64,14 @@ def streamed(
     mode: str,
     axis: int,
     size: int,
-    buffers: Buffers | None = None,
+    buffers: BufferPool | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, list[tuple[int, int]]]:
     """The volume put together from slabs, and their planes."""
     pieces: list[Tensor] = []
     planes: list[tuple[int, int]] = []
 
-    def keep(slab: Slab) -> None:
+    def keep(slab: FinishedPlanes) -> None:
         assert slab.axis == axis
         assert slab.scores.shape[axis + 1] == slab.stop - slab.start
         pieces.append(slab.scores.clone())
@@ -119,7 +123,7 @@ def test_slabs_put_together_are_the_volume(
 @pytest.mark.parametrize("mode", OVERLAP_MODES)
 def test_memory_that_another_volume_used_leaves_no_trace(mode: str) -> None:
     """A second and smaller volume in the first one's memory is as right as the first."""
-    buffers, rng = Buffers(), np.random.default_rng(0)
+    buffers, rng = BufferPool(), np.random.default_rng(0)
     places = []
     for shape in ((20, 9, 11), (14, 8, 10), (20, 9, 11)):
         grid = make_grid(shape, 6, 2)
@@ -140,15 +144,15 @@ def test_sums_that_would_fill_a_gpu_are_kept_on_the_host(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
     gpu, host = torch.device("cuda", 1), torch.device("cpu")
-    assert home(gpu, 3 * 2**30) == gpu
-    assert home(gpu, 3 * 2**30 + 1) == host
-    assert home(host, 2**60) == host
+    assert choose_device(gpu, 3 * 2**30) == gpu
+    assert choose_device(gpu, 3 * 2**30 + 1) == host
+    assert choose_device(host, 2**60) == host
 
 
 def test_streaming_keeps_a_patch_of_planes_whatever_the_length() -> None:
     """The ring has as many planes as a patch has, for a volume of 30 and of 3,000 planes."""
     for length in (30, 3000):
-        buffers = Buffers()
+        buffers = BufferPool()
         grid = make_grid((length, 5, 6), (8, 5, 6), (4, 0, 0))
         patches = torch.ones(1, 2, 8, 5, 6).expand(len(grid), -1, -1, -1, -1)
         streamed(grid, patches, list(range(len(grid))), "gaussian", 0, 3, buffers)
@@ -292,7 +296,7 @@ def test_every_output_and_product_is_that_of_the_whole(
         for name, (channels, patch) in shapes.items()
     }
     names = ["labels", "logits", "probabilities", "entropy", "disagreement"]
-    quilt, order = Quilt(Stitch(mode, names), sampler, space), in_starts(grid, grid.streaming_axis, rng)
+    quilt, order = SubjectStitcher(Stitch(mode, names), sampler, space), in_starts(grid, grid.streaming_axis, rng)
     for first in range(0, len(order), size):
         some = order[first : first + size]
         quilt.add({name: tensor[some] for name, tensor in patches.items()}, grid.locations[some])
@@ -326,7 +330,7 @@ def test_a_finished_subject_is_freed_without_the_garbage_collector() -> None:
     gc.collect()
     gc.disable()
     try:
-        quilt = Quilt(Stitch("crop"), Placed(make_grid((6, 6, 6), 6)), Preprocess().space(_subject(native)))
+        quilt = SubjectStitcher(Stitch("crop"), Placed(make_grid((6, 6, 6), 6)), Preprocess().space(_subject(native)))
         quilt.add({"": torch.ones(1, 2, 6, 6, 6)}, np.array([[0, 0, 0, 6, 6, 6]]))
         labels = weakref.ref(quilt.volumes()["labels"].base)
         del quilt

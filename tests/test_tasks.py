@@ -7,8 +7,10 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from voxquilt.data.discovery import Case
-from voxquilt.distributed.assignment import Size, Task, distributed, shares
+from voxquilt.data.discovery import SubjectFiles
+from voxquilt.data.subject_size import SubjectCost
+from voxquilt.data.subject_task import SubjectTask
+from voxquilt.distributed.assignment import distributed, shares
 from voxquilt.distributed.load_balancing import deal
 from voxquilt.vocabulary import DISTRIBUTE
 
@@ -16,23 +18,25 @@ RANKS = st.integers(1, 9)
 
 
 @st.composite
-def cohorts(draw: st.DrawFn, most: int = 200) -> tuple[list[Size], int]:
+def cohorts(draw: st.DrawFn, most: int = 200) -> tuple[list[SubjectCost], int]:
     """Sizes and a number of processes; a grid has at most a part for each, and a patch for each part."""
     ranks = draw(RANKS)
     patches = draw(st.lists(st.integers(1, most), max_size=30))
-    return [Size(count, draw(st.integers(1, min(count, ranks)))) for count in patches], ranks
+    return [SubjectCost(count, draw(st.integers(1, min(count, ranks)))) for count in patches], ranks
 
 
-def tasks(count: int) -> list[Task]:
-    return [Task(Case(f"s{n:02}", {"image": Path(f"{n}.nii")}), f"print {n}", n) for n in range(count)]
+def tasks(count: int) -> list[SubjectTask]:
+    return [SubjectTask(SubjectFiles(f"s{n:02}", {"image": Path(f"{n}.nii")}), f"print {n}", n) for n in range(count)]
 
 
-def loads(dealt: list[list[Task]], sizes: list[Size]) -> list[float]:
+def loads(dealt: list[list[SubjectTask]], sizes: list[SubjectCost]) -> list[float]:
     return [sum(sizes[task.number].patches / max(1, len(task.team)) for task in mine) for mine in dealt]
 
 
 @given(cohorts(), st.sampled_from(DISTRIBUTE))
-def test_every_subject_is_done_once_whole_or_by_each_of_its_team(cohort: tuple[list[Size], int], mode: str) -> None:
+def test_every_subject_is_done_once_whole_or_by_each_of_its_team(
+    cohort: tuple[list[SubjectCost], int], mode: str
+) -> None:
     """Nothing of it is lost or changed on the way."""
     sizes, ranks = cohort
     given_ = tasks(len(sizes))
@@ -54,7 +58,7 @@ def test_every_subject_is_done_once_whole_or_by_each_of_its_team(cohort: tuple[l
 
 
 @given(cohorts(), st.sampled_from(DISTRIBUTE))
-def test_shared_subjects_come_first_and_in_one_order_for_all(cohort: tuple[list[Size], int], mode: str) -> None:
+def test_shared_subjects_come_first_and_in_one_order_for_all(cohort: tuple[list[SubjectCost], int], mode: str) -> None:
     """Otherwise processes would wait for each other in a ring. Whole ones come in their order too."""
     sizes, ranks = cohort
     for mine in distributed(tasks(len(sizes)), sizes, ranks, mode):
@@ -66,7 +70,7 @@ def test_shared_subjects_come_first_and_in_one_order_for_all(cohort: tuple[list[
 
 
 @given(cohorts())
-def test_which_subjects_are_shared(cohort: tuple[list[Size], int]) -> None:
+def test_which_subjects_are_shared(cohort: tuple[list[SubjectCost], int]) -> None:
     """'subject' none, 'slab' all that can be divided, 'auto' those of few or that outweigh an even share."""
     sizes, ranks = cohort
     divisible = [n for n, size in enumerate(sizes) if size.parts > 1]
@@ -84,23 +88,23 @@ def test_which_subjects_are_shared(cohort: tuple[list[Size], int]) -> None:
 
 def test_auto_shares_what_would_keep_the_others_waiting() -> None:
     """Extreme examples: few subjects, one giant, an even cohort, and what cannot be divided."""
-    assert shares([Size(10, 3)] * 2, 3, "auto") == [0, 1]
-    assert shares([Size(100, 2), Size(1, 2), Size(1, 1)], 2, "auto") == [0]
-    assert shares([Size(10, 2)] * 2, 2, "auto") == []
-    assert shares([Size(100, 1), Size(1, 2)], 2, "auto") == []
+    assert shares([SubjectCost(10, 3)] * 2, 3, "auto") == [0, 1]
+    assert shares([SubjectCost(100, 2), SubjectCost(1, 2), SubjectCost(1, 1)], 2, "auto") == [0]
+    assert shares([SubjectCost(10, 2)] * 2, 2, "auto") == []
+    assert shares([SubjectCost(100, 1), SubjectCost(1, 2)], 2, "auto") == []
     assert shares([], 3, "auto") == []
 
 
 def test_the_process_that_collects_changes() -> None:
     """It also writes; with as many volumes as processes each collects one."""
-    sizes = [Size(9, 3)] * 6
+    sizes = [SubjectCost(9, 3)] * 6
     dealt = distributed(tasks(6), sizes, 3, "slab")
     assert Counter(task.team[0] for task in dealt[0]) == {0: 2, 1: 2, 2: 2}
     assert [task.team for task in dealt[1]] == [(0, 1, 2), (1, 2, 0), (2, 0, 1)] * 2
 
 
 @given(cohorts(), st.sampled_from(DISTRIBUTE))
-def test_no_process_has_much_more_than_its_share(cohort: tuple[list[Size], int], mode: str) -> None:
+def test_no_process_has_much_more_than_its_share(cohort: tuple[list[SubjectCost], int], mode: str) -> None:
     """At most an even share and the largest piece more: the rule of dealing to whoever has least."""
     sizes, ranks = cohort
     shared = {*shares(sizes, ranks, mode)}
@@ -113,7 +117,7 @@ def test_no_process_has_much_more_than_its_share(cohort: tuple[list[Size], int],
 
 def test_whole_subjects_fill_up_where_slabs_are_few() -> None:
     """A volume of two parts among four processes: the other two get the rest."""
-    dealt = distributed(tasks(3), [Size(20, 2), Size(10), Size(10)], 4, "slab")
+    dealt = distributed(tasks(3), [SubjectCost(20, 2), SubjectCost(10), SubjectCost(10)], 4, "slab")
     assert [[task.number for task in mine] for mine in dealt] == [[0], [0], [1], [2]]
 
 

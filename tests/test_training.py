@@ -32,7 +32,7 @@ from voxquilt.cli.main import conf_dir
 from voxquilt.cli.overrides import to_overrides
 from voxquilt.cli.resolvers import register_resolvers
 from voxquilt.cli.train_config import check_train
-from voxquilt.data.discovery import Case
+from voxquilt.data.discovery import SubjectFiles
 from voxquilt.data.subject import ScalarImage, Subject
 from voxquilt.errors import ConfigError, InputError
 from voxquilt.models.patch_network import PatchNetwork
@@ -43,10 +43,13 @@ from voxquilt.reporting.metrics import class_dice
 from voxquilt.reporting.overlay import LINE, PALETTE, overlay, stacked
 from voxquilt.stitching.stitch import Stitch
 from voxquilt.training.datamodule import TrainingDataModule
-from voxquilt.training.module import PatchTrainer, polynomial, warmup_cosine
-from voxquilt.training.random_patches import CachedVolumes, EpochOrder, Labelled, RandomPatches, centres_of
+from voxquilt.training.epoch_order import EpochOrder
+from voxquilt.training.module import PatchTrainer
+from voxquilt.training.random_patches import RandomPatches, centres_of
+from voxquilt.training.schedules import polynomial, warmup_cosine
 from voxquilt.training.splits import make_split
 from voxquilt.training.validation import Validated, mean_metrics, metrics_of
+from voxquilt.training.volume_cache import CachedVolumes, Labelled
 
 ROOT = Path(__file__).parents[1]
 NET = (
@@ -90,10 +93,10 @@ def net() -> UNet:
     return UNet(3, 1, 2, channels=(4, 8), strides=(2,))
 
 
-def cases_of(count: int, column: list[str] | None = None) -> list[Case]:
+def cases_of(count: int, column: list[str] | None = None) -> list[SubjectFiles]:
     """Subjects without files."""
     return [
-        Case(f"s{n:02}", {"image": Path(f"{n}.nii")}, {} if column is None else {"split": column[n]})
+        SubjectFiles(f"s{n:02}", {"image": Path(f"{n}.nii")}, {} if column is None else {"split": column[n]})
         for n in range(count)
     ]
 

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from voxquilt.cli.instantiate import build
 from voxquilt.cli.predict_config import check_weights
-from voxquilt.errors import ConfigError, reason_of
-from voxquilt.models.predictor import from_file, from_lightning, from_state_dict, from_torchscript
+from voxquilt.errors import ConfigError
+from voxquilt.models.factory import from_file, from_lightning, from_state_dict, from_torchscript
 from voxquilt.models.weights.detect import not_weights
 from voxquilt.models.weights.reading import read_exported, read_lightning, read_state_dict, read_torchscript
+from voxquilt.text import reason_of
 
 X = torch.randn(2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
 

@@ -1,13 +1,17 @@
 """How does a file appear? Under its final name only when it is complete, whatever happens meanwhile."""
 
 import contextlib
+import hashlib
+import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from io import BufferedWriter
 from pathlib import Path
+from typing import Any
 
 from voxquilt.errors import OutputError
+from voxquilt.text import escaped
 
 TEMPORARY = r"\..+\.(?P<pid>\d+)\.voxquilt"
 """Matches the name of a file that is being written: whose it will be, and which process on which machine writes."""
@@ -40,3 +44,25 @@ def replacing(path: Path) -> Iterator[BufferedWriter]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON whole or not at all."""
+    with replacing(path) as file:
+        # What is escaped of a name is an escape of JSON as well.
+        file.write((escaped(json.dumps(content, indent=2, ensure_ascii=False, default=str)) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote; empty if there is no such file, or another program's."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def checksum(path: Path) -> str:
+    """sha256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

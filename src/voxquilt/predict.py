@@ -8,13 +8,14 @@ from torch import Tensor
 
 from voxquilt.data.conversion import SubjectLike, to_mask, to_subject
 from voxquilt.data.foreground import patches_to_skip, to_predict
-from voxquilt.data.grid_sampler import NO_PADDING, GridSampler
+from voxquilt.data.grid_sampler import GridSampler
 from voxquilt.data.preprocess import Preprocess
 from voxquilt.data.subject import Subject
 from voxquilt.geometry.frame import Padding, Triple, to_triple
 from voxquilt.geometry.output_layout import halo_of
+from voxquilt.geometry.padding import NO_PADDING
 from voxquilt.stitching.stitch import Stitch
-from voxquilt.stitching.subject_stitcher import Quilt
+from voxquilt.stitching.subject_stitcher import SubjectStitcher
 from voxquilt.vocabulary import OUTPUTS, check_name
 
 
@@ -70,7 +71,7 @@ def predict_volume(
     )
     skipped = patches_to_skip(skip, sampler, subject, space)
     numbers = to_predict(sampler, skipped)
-    quilt = Quilt(stitch, sampler, space, skipped=skipped, layout=output)
+    quilt = SubjectStitcher(stitch, sampler, space, skipped=skipped, layout=output)
     batch = torch.empty(batch_size, sampler.channels, *sampler.patch_size)
     for start in range(0, len(numbers), batch_size):
         indices = numbers[start : start + batch_size]

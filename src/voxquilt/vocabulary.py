@@ -1,10 +1,10 @@
 """Which words may a configuration use? Kept apart from what they mean, so that checking them imports nothing heavy."""
 
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 from numbers import Integral
 
 from voxquilt.errors import ConfigError
+from voxquilt.text import question
 
 OVERLAP_MODES = ("crop", "average", "hann", "gaussian")
 PRODUCTS = ("labels", "probabilities", "logits", "entropy", "disagreement", "image")
@@ -38,17 +38,6 @@ def check_name(value: object, allowed: Iterable[str], key: str) -> str:
     raise ConfigError(f"{key} must be one of {', '.join(allowed)}; it is {value!r}.{question(str(value), allowed)}")
 
 
-def question(typed: str, known: Iterable[str], *, prefix: str = "", cutoff: float = 0.6) -> str:
-    """' Did you mean ...?' with the nearest of the known words, which is never the one that was typed; or ''."""
-    near = nearest(typed, known, cutoff=cutoff)
-    return f" Did you mean {prefix}{near}?" if near else ""
-
-
-def nearest(typed: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
-    """The nearest of the known words, other than the one that was typed; '' if none is near."""
-    return next(iter(get_close_matches(typed, [word for word in known if word != typed], 1, cutoff)), "")
-
-
 def check_label_values(values: object, class_names: Sequence[str] | None = None) -> list[int] | None:
     """The numbers that classes 0, 1, ... have in label files, or None where these are the classes' own.
 
@@ -76,8 +65,3 @@ def check_label_values(values: object, class_names: Sequence[str] | None = None)
             f"of classes 0, 1, ..."
         )
     return numbers
-
-
-def matches(target: str, patterns: Iterable[str]) -> bool:
-    """Whether a full name is one of the patterns, or in a package 'package.*'."""
-    return any(target == one or (one.endswith(".*") and target.startswith(one[:-1])) for one in map(str, patterns))

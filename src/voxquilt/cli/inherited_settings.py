@@ -9,13 +9,13 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from voxquilt.data.discovery import Case
+from voxquilt.data.discovery import SubjectFiles
 from voxquilt.errors import ConfigError
 from voxquilt.models.weights.stored_settings import carried
 
 log = logging.getLogger("voxquilt")
 
-AUTO = "voxquilt.models.predictor.from_file"
+AUTO = "voxquilt.models.factory.from_file"
 """The model of `model=auto`, which asks the file what it is."""
 
 
@@ -104,7 +104,7 @@ def _defaults(conf: Path, section: str) -> dict[str, Any]:
     return found
 
 
-def check_images(wanted: Sequence[str], cases: Iterable[Case]) -> None:
+def check_images(wanted: Sequence[str], cases: Iterable[SubjectFiles]) -> None:
     """Refuse subjects whose images are not those that the network was trained on, in their order.
 
     Raises:

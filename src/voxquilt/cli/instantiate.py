@@ -3,15 +3,15 @@
 import inspect
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 
-from voxquilt.errors import ConfigError, VoxquiltError, plain_text
-from voxquilt.vocabulary import matches, question
+from voxquilt.errors import ConfigError, VoxquiltError
+from voxquilt.text import plain_text, question
 
 
 def build(node: Mapping[str, Any], key: str, **objects: Any) -> Any:
@@ -112,3 +112,8 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__
+
+
+def matches(target: str, patterns: Iterable[str]) -> bool:
+    """Whether a full name is one of the patterns, or in a package 'package.*'."""
+    return any(target == one or (one.endswith(".*") and target.startswith(one[:-1])) for one in map(str, patterns))

@@ -11,6 +11,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from voxquilt.cli.instantiate import matches
 from voxquilt.cli.schema import (
     KEYS,
     check_callbacks,
@@ -29,7 +30,7 @@ from voxquilt.data.listing import meant
 from voxquilt.distributed.environment import is_external, is_first
 from voxquilt.errors import ConfigError
 from voxquilt.models.weights.detect import check_is_weights
-from voxquilt.vocabulary import matches, question
+from voxquilt.text import question
 
 _HINTS = {
     "ckpt_path": "the file that holds the network's weights; null for a network as it is built",

@@ -14,17 +14,19 @@ from voxquilt.cli.instantiate import build, check_classes
 from voxquilt.data.discovery import LABEL
 from voxquilt.distributed.child_processes import SpawnedLogging, attended, quiet
 from voxquilt.distributed.environment import is_external, is_first
-from voxquilt.errors import ConfigError, VoxquiltError, of_subjects
+from voxquilt.errors import ConfigError, VoxquiltError
+from voxquilt.filesystem import read_json
 from voxquilt.prediction.datamodule import GridDataModule
 from voxquilt.prediction.dry_run import DryRun
 from voxquilt.prediction.output_lock import locked
 from voxquilt.prediction.resume import Resume
 from voxquilt.prediction.writer_callback import VolumeWriter
 from voxquilt.reporting.evaluation import Evaluation, write_scores
-from voxquilt.reporting.manifest import Row, of_shard, read_json, read_rows
+from voxquilt.reporting.manifest import Row, of_shard, read_rows
 from voxquilt.reporting.plots import write_boxes
 from voxquilt.reporting.progress import only_json
 from voxquilt.reporting.tables import print_scores, print_table
+from voxquilt.text import of_subjects
 
 DONE, FAILED = 0, 1
 

@@ -6,7 +6,7 @@ A key that is not there is left to the constructor's default, or to the user's o
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from voxquilt.data.discovery import Case
+from voxquilt.data.discovery import SubjectFiles
 from voxquilt.distributed.environment import is_external, is_interactive, leave_slurm, not_the_tasks, slurm_tasks
 from voxquilt.errors import ConfigError, VoxquiltError
 from voxquilt.geometry.frame import Triple, parse_axcodes, to_spacing, to_triple
@@ -74,7 +74,7 @@ def check_preprocess(preprocess: Mapping[str, Any]) -> None:
         _check_callables(nodes, f"preprocess.intensity.{name}".rstrip("."))
 
 
-def check_image_names(intensity: Any, cases: Iterable[Case]) -> None:
+def check_image_names(intensity: Any, cases: Iterable[SubjectFiles]) -> None:
     """Intensities by the image's name need images of that name."""
     names = {name for case in cases for name in case.images}
     unknown = sorted(set(intensity) - names) if isinstance(intensity, Mapping) else []

@@ -5,14 +5,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from voxquilt.data.discovery import Case
+from voxquilt.data.discovery import SubjectFiles
 from voxquilt.prediction.resume import finished
 from voxquilt.reporting.manifest import read_rows
 
 DONE, NOT_DONE = 0, 1
 
 
-def print_status(cases: Iterable[Case], folder: Path, shards: int) -> int:
+def print_status(cases: Iterable[SubjectFiles], folder: Path, shards: int) -> int:
     """Say which shards and which subjects are missing; 0 if every subject is done, else 1.
 
     Args:

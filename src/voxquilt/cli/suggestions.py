@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from voxquilt.errors import ConfigError, plain_text
-from voxquilt.vocabulary import nearest, question
+from voxquilt.errors import ConfigError
+from voxquilt.text import nearest, plain_text, question
 
 
 def explain(error: BaseException, script: str, conf: Path) -> str:

@@ -15,10 +15,11 @@ from voxquilt.cli.instantiate import build
 from voxquilt.data.subject import ScalarImage
 from voxquilt.distributed.child_processes import SpawnedLogging, attended, quiet
 from voxquilt.distributed.environment import is_first
-from voxquilt.errors import ConfigError, InputError, RunError, VoxquiltError, of_subjects
+from voxquilt.errors import ConfigError, InputError, RunError, VoxquiltError
 from voxquilt.geometry.frame import to_triple
 from voxquilt.models.weights.stored_settings import to_carry
 from voxquilt.planning.network_check import check_fits
+from voxquilt.text import of_subjects
 
 log = logging.getLogger("voxquilt")
 

@@ -7,56 +7,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from voxquilt.data.formats.nifti import NiftiFile
-from voxquilt.data.grid_sampler import GridSampler, Padding
-from voxquilt.distributed.assignment import Task
+from voxquilt.data.subject_task import LoadedSubject, SubjectWork
 from voxquilt.errors import OutputError
-from voxquilt.geometry.grid import Grid
-from voxquilt.geometry.slab_split import Part
-from voxquilt.geometry.space import Space
-
-
-@dataclass(eq=False)
-class Work:
-    """A subject on its way through a run; compared and hashed by identity.
-
-    Args:
-        task: The subject's id and files, and who does it.
-        file: The first image's file, whose header outputs take over.
-        grid, padding: Where its patches lie.
-        space: The way back to native space.
-        numbers: The patches to predict, in streaming order.
-        skipped: The patches that hold nothing to predict.
-        part: Of the grid, where several processes share it; `numbers` are of that part.
-        seconds: What it took so far: loading, its share of forward passes, adding its patches; not waiting.
-        failed: Set once; what is left of the subject is then skipped.
-    """
-
-    task: Task
-    file: NiftiFile
-    grid: Grid
-    padding: Padding
-    space: Space
-    numbers: list[int]
-    skipped: list[int]
-    part: Part | None = None
-    seconds: float = 0.0
-    failed: bool = False
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A subject whose volumes are in memory."""
-
-    work: Work
-    sampler: GridSampler
-
-
-@dataclass(frozen=True)
-class Run:
+class SubjectRows:
     """Patches `first`, `first + 1`, ... of those that one subject has, at rows [start, stop) of a batch."""
 
-    work: Work
+    work: SubjectWork
     first: int
     start: int
     stop: int
@@ -74,7 +33,7 @@ class PatchBatch:
     A plain class: Lightning rebuilds dataclasses and converts the floats in them, here it only calls `to`.
     """
 
-    def __init__(self, data: Tensor, runs: list[Run]) -> None:
+    def __init__(self, data: Tensor, runs: list[SubjectRows]) -> None:
         self.data = data
         self.runs = runs
 
@@ -103,20 +62,22 @@ class PatchBatch:
     def by_subject(self) -> "Iterator[PatchBatch]":
         """A batch for each of its subjects."""
         for run in self.runs:
-            yield PatchBatch(self.data[run.start : run.stop], [Run(run.work, run.first, 0, run.stop - run.start)])
+            yield PatchBatch(
+                self.data[run.start : run.stop], [SubjectRows(run.work, run.first, 0, run.stop - run.start)]
+            )
 
     def pin_memory(self) -> "PatchBatch":
         """The batch in pinned memory."""
         return PatchBatch(self.data.pin_memory(), self.runs)
 
 
-def batches(subjects: Iterable[Loaded], batch_size: int) -> Iterator[PatchBatch]:
+def batches(subjects: Iterable[LoadedSubject], batch_size: int) -> Iterator[PatchBatch]:
     """Cut subjects into batches that are full but for the last, and where the number of channels changes.
 
     Two buffers take turns, since first use of memory is dear: a batch is valid until the next but one is asked for.
     """
     buffers: list[Tensor] = []
-    runs: list[Run] = []
+    runs: list[SubjectRows] = []
     filled = count = 0
     for loaded in subjects:
         work, sampler = loaded.work, loaded.sampler
@@ -131,7 +92,7 @@ def batches(subjects: Iterable[Loaded], batch_size: int) -> Iterator[PatchBatch]
             take = min(batch_size - filled, total - first)
             for n in range(take):
                 sampler.fill(buffers[count % 2][filled + n], work.numbers[first + n])
-            runs.append(Run(work, first, filled, filled + take))
+            runs.append(SubjectRows(work, first, filled, filled + take))
             first, filled = first + take, filled + take
             if filled == batch_size:
                 yield PatchBatch(buffers[count % 2], runs)

@@ -23,7 +23,7 @@ _said: set[str] = set()
 
 
 @dataclass(frozen=True)
-class Case:
+class SubjectFiles:
     """A subject before anything is read.
 
     Args:
@@ -39,7 +39,7 @@ class Case:
 
 def find_cases(
     inputs: object, images: object = None, apart: Collection[str] = (), output_dir: object = None
-) -> list[Case]:
+) -> list[SubjectFiles]:
     """The cases that `data.inputs` and `data.images` name, in the order of their ids.
 
     A link that leads nowhere is a case too, which fails by itself. What lies in the output folder is never an input:
@@ -68,7 +68,7 @@ def find_cases(
         cases = [case for entry in entries for case in _from_entry(entry, apart, outputs)]
     if not cases:
         raise ConfigError("data.inputs names no image: the list is empty.")
-    seen: dict[str, Case] = {}
+    seen: dict[str, SubjectFiles] = {}
     for case in cases:
         if not case.subject or Path(case.subject).name != case.subject:
             raise ConfigError(f"{case.subject!r} is no id, since files are to be named by it ({_files(case)}).")
@@ -81,7 +81,7 @@ def find_cases(
     return sorted(cases, key=lambda case: case.subject)
 
 
-def check_id(case: Case) -> None:
+def check_id(case: SubjectFiles) -> None:
     """Raises InputError where a file's name makes an id that a manifest cannot keep: this subject fails alone."""
     if ";" in case.subject:
         raise InputError(f"{_files(case)}: {case.subject!r} is no id: {_SEMICOLON}. Rename the file.")
@@ -90,7 +90,7 @@ def check_id(case: Case) -> None:
 _SEMICOLON = "in a manifest, a semicolon stands between the names of files"
 
 
-def label_files(case: Case, labels: str | Mapping[str, str] | None) -> dict[str, Path]:
+def label_files(case: SubjectFiles, labels: str | Mapping[str, str] | None) -> dict[str, Path]:
     """Where the true labels of a subject should be, by channel, or LABEL for a single file; none if nothing names them.
 
     Args:
@@ -113,8 +113,8 @@ def stem(path: Path | str) -> str:
     return next((name[: -len(s)] for s in SUFFIXES if name.lower().endswith(s)), name)
 
 
-def _from_entry(entry: object, apart: Collection[str], outputs: OutputFolder) -> list[Case]:
-    if isinstance(entry, Case):
+def _from_entry(entry: object, apart: Collection[str], outputs: OutputFolder) -> list[SubjectFiles]:
+    if isinstance(entry, SubjectFiles):
         return [entry]
     if not isinstance(entry, str | Path):
         raise ConfigError(f"data.inputs: {entry!r} is {type(entry).__name__}, not a path; quote it: '\"{entry}\"'.")
@@ -142,7 +142,7 @@ def _in_folder(path: Path, outputs: OutputFolder) -> Listing:
         raise ConfigError(f"data.inputs: the folder {path} cannot be read: {error.strerror}.") from error
 
 
-def _listed(path: Path, found: Listing, outputs: OutputFolder) -> list[Case]:
+def _listed(path: Path, found: Listing, outputs: OutputFolder) -> list[SubjectFiles]:
     """A case for each file that lies in a folder or matches a pattern, outputs left out."""
     root = root_of(path)
     written = {image for image in found.images if outputs.holds(image, root=root, link=image in found.links)}
@@ -172,7 +172,7 @@ def _listed(path: Path, found: Listing, outputs: OutputFolder) -> list[Case]:
     return _one_image(images)
 
 
-def _checked(case: Case, outputs: OutputFolder, where: str) -> Case:
+def _checked(case: SubjectFiles, outputs: OutputFolder, where: str) -> SubjectFiles:
     """A case of files that were named one by one."""
     for image in case.images.values():
         if outputs.holds(image):
@@ -194,17 +194,17 @@ def _say(text: str) -> None:
         log.warning("%s", text)
 
 
-def _one_image(paths: Iterable[Path]) -> list[Case]:
+def _one_image(paths: Iterable[Path]) -> list[SubjectFiles]:
     paths = list(paths)
     # A .hdr and its .img are one volume; the header stands for both.
     headers = {p.with_name(stem(p)) for p in paths if p.name.lower().endswith((".hdr", ".hdr.gz"))}
     single = [
         p for p in paths if not (p.name.lower().endswith((".img", ".img.gz")) and p.with_name(stem(p)) in headers)
     ]
-    return [Case(stem(path), {"image": path}) for path in single]
+    return [SubjectFiles(stem(path), {"image": path}) for path in single]
 
 
-def _from_table(table: Path, apart: Collection[str]) -> list[Case]:
+def _from_table(table: Path, apart: Collection[str]) -> list[SubjectFiles]:
     try:
         with open(table, newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, skipinitialspace=True)
@@ -217,7 +217,7 @@ def _from_table(table: Path, apart: Collection[str]) -> list[Case]:
     return [_from_row(table, line, row, columns, apart) for line, row in rows[1:]]
 
 
-def _from_row(table: Path, line: int, row: list[str], columns: list[str], apart: Collection[str]) -> Case:
+def _from_row(table: Path, line: int, row: list[str], columns: list[str], apart: Collection[str]) -> SubjectFiles:
     if len(row) != len(columns) or not all(row):
         raise ConfigError(f"{table}, line {line}: a value for each of {', '.join(columns)} is wanted; it has {row}.")
     # Paths in a table are meant from where the table lies.
@@ -227,13 +227,13 @@ def _from_row(table: Path, line: int, row: list[str], columns: list[str], apart:
     values = {
         name: str(path) if (path := table.parent / _path(cell)).is_file() else cell for name, cell in values.items()
     }
-    case = Case(cells.get("subject") or stem(next(iter(images.values()))), images, values)
+    case = SubjectFiles(cells.get("subject") or stem(next(iter(images.values()))), images, values)
     if ";" in case.subject:
         raise ConfigError(f"{table}, line {line}: {case.subject!r} is no id: {_SEMICOLON}.")
     return case
 
 
-def _from_patterns(inputs: object, images: object, outputs: OutputFolder) -> list[Case]:
+def _from_patterns(inputs: object, images: object, outputs: OutputFolder) -> list[SubjectFiles]:
     if not isinstance(images, Mapping):
         raise ConfigError(f"data.images is a mapping from names to patterns with {{subject}}; it is {images!r}.")
     if not isinstance(inputs, str | Path | None) or not os.path.isdir(_path(inputs or ".")):
@@ -256,7 +256,9 @@ def _from_patterns(inputs: object, images: object, outputs: OutputFolder) -> lis
     # A subject that lacks one image is found by its others, and fails alone.
     return [
         _checked(
-            Case(subject, {n: Path(str(root / _path(p)).replace("{subject}", subject)) for n, p in images.items()}),
+            SubjectFiles(
+                subject, {n: Path(str(root / _path(p)).replace("{subject}", subject)) for n, p in images.items()}
+            ),
             outputs,
             "data.images: ",
         )
@@ -277,5 +279,5 @@ def _path(text: str | Path) -> Path:
     return Path(os.path.expanduser(text))
 
 
-def _files(case: Case) -> str:
+def _files(case: SubjectFiles) -> str:
     return ", ".join(map(str, case.images.values()))

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from voxquilt.data.grid_sampler import GridSampler
 from voxquilt.data.subject import LabelMap, Subject
+from voxquilt.geometry.resample import resample
 from voxquilt.geometry.slab_split import Part
-from voxquilt.geometry.space import Space, inverse, resample
+from voxquilt.geometry.space import Space, inverse
 
 
 def empty_patches(sampler: GridSampler, foreground: Bool[Tensor, "i j k"]) -> list[int]:

@@ -1,6 +1,6 @@
 """A volume as a Dataset of patches: what does patch n of a subject hold?"""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from typing import Any
 
@@ -13,12 +13,9 @@ from torch.utils.data._utils.collate import collate, default_collate_fn_map
 
 from voxquilt.data.conversion import SubjectLike, to_subject
 from voxquilt.data.subject import AFFINE, LOCATION, Image, Subject
-from voxquilt.errors import GridError, PaddingModeError
-from voxquilt.geometry.frame import Padding, Triple, to_triple
-from voxquilt.geometry.grid import Grid, make_grid
-from voxquilt.vocabulary import PADDING_MODES
-
-NO_PADDING: Padding = ((0, 0), (0, 0), (0, 0))
+from voxquilt.errors import GridError
+from voxquilt.geometry.frame import Padding, Triple
+from voxquilt.geometry.padding import NO_PADDING, lay_grid, to_padding
 
 
 class GridSampler(Dataset[Subject]):
@@ -195,79 +192,3 @@ def _collate_values(mappings: Sequence[Mapping[str, Any]], *, collate_fn_map: An
 
 # Torch's documented way of telling a DataLoader how a class is collated. Otherwise it would make a Subject of a batch.
 default_collate_fn_map.update({Image: _collate_images, Subject: _collate_values})
-
-
-def lay_grid(
-    shape: Triple,
-    patch_size: int | Iterable[int],
-    patch_overlap: int | Iterable[int],
-    *,
-    border: bool,
-    fit: bool,
-    divisible_by: int | Iterable[int],
-    halo: Padding = NO_PADDING,
-) -> tuple[Grid, Padding]:
-    """The grid of a volume of `shape` once it is padded, and the padding; see GridSampler.
-
-    Args:
-        shape: Voxels along i, j, k.
-        patch_size, patch_overlap: Voxels.
-        border: Add half of the overlap on every side.
-        fit, divisible_by: Add what a patch, or a multiple, needs.
-        halo: What patches have around what lies on the grid.
-
-    Raises:
-        GridError: (a ValueError) sizes that make no grid.
-    """
-    patch_size = _without_halo(to_triple(patch_size, "patch_size", minimum=1), halo)
-    patch_overlap = to_triple(patch_overlap, "patch_overlap")
-    around = [o // 2 if border else 0 for o in patch_overlap]
-    multiple = to_triple(divisible_by, "divisible_by", minimum=1)
-    i, j, k = (
-        _pad_axis(*sizes) if fit else (b, b)
-        for b, *sizes in zip(around, shape, around, patch_size, multiple, strict=True)
-    )
-    padded = [n + before + after for n, (before, after) in zip(shape, (i, j, k), strict=True)]
-    return make_grid(padded, patch_size, patch_overlap), (i, j, k)
-
-
-def _without_halo(patch_size: Triple, halo: Padding) -> Triple:
-    left = [n - sum(around) for n, around in zip(patch_size, halo, strict=True)]
-    if min(left) < 1:
-        raise GridError(
-            f"patches of {patch_size} voxels are all halo: {halo} before and after; use a larger patch_size."
-        )
-    return left[0], left[1], left[2]
-
-
-def to_padding(mode: str | float) -> Callable[[Tensor, Padding], Tensor]:
-    """A function that pads a (C, I, J, K) tensor, from a mode of numpy.pad or a number.
-
-    Raises:
-        PaddingModeError: anything else.
-    """
-    if isinstance(mode, (int, float)) and not isinstance(mode, bool):
-        return lambda tensor, padding: _pad_with(tensor, padding, mode)
-    if mode not in PADDING_MODES:
-        raise PaddingModeError(f"padding_mode must be a number or one of {', '.join(PADDING_MODES)}; it is {mode!r}.")
-    return lambda tensor, padding: _numpy_pad(tensor, padding, mode=mode)
-
-
-def _pad_with(tensor: Tensor, padding: Padding, value: float) -> Tensor:
-    if not tensor.is_floating_point() and torch.tensor(value).to(tensor.dtype).item() != value:
-        tensor = tensor.float()  # -1024 does not fit unsigned voxels, and 0.5 no integers
-    return _numpy_pad(tensor, padding, mode="constant", constant_values=value)
-
-
-def _numpy_pad(tensor: Tensor, padding: Padding, **options: Any) -> Tensor:
-    if tensor.dtype == torch.bfloat16:  # numpy has no such type
-        return _numpy_pad(tensor.float(), padding, **options).bfloat16()
-    return torch.from_numpy(np.pad(tensor.numpy(force=True), ((0, 0), *padding), **options))
-
-
-def _pad_axis(size: int, border: int, patch: int, multiple: int) -> tuple[int, int]:
-    """Voxels to add before and after, so that the axis holds a patch and is a multiple, the volume in the middle."""
-    wanted = max(size + 2 * border, patch)
-    wanted += -wanted % multiple
-    before = (wanted - size) // 2
-    return before, wanted - size - before

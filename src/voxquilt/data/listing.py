@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from voxquilt.data.formats.unsupported import WITHOUT, counted, foreign_suffix, is_dicom
-from voxquilt.vocabulary import PRODUCTS, nearest
+from voxquilt.text import nearest
+from voxquilt.vocabulary import PRODUCTS
 
 SUFFIXES = (".nii.gz", ".nii", ".hdr.gz", ".img.gz", ".hdr", ".img")
 # Names of a folder, at most, among which a near one is looked for, or which are looked at for what was meant.

@@ -6,8 +6,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from time import perf_counter
 
-from voxquilt.data.batch import Loaded, PatchBatch, batches
-from voxquilt.distributed.assignment import Task
+from voxquilt.data.batch import PatchBatch, batches
+from voxquilt.data.subject_task import LoadedSubject, SubjectTask
 from voxquilt.errors import VoxquiltError
 
 
@@ -15,7 +15,7 @@ from voxquilt.errors import VoxquiltError
 class LoadFailure:
     """A subject that could not be read or preprocessed."""
 
-    task: Task
+    task: SubjectTask
     error: Exception
     seconds: float
 
@@ -36,8 +36,8 @@ class PatchStream:
         stopped: Whether to end before the next batch.
     """
 
-    tasks: Sequence[Task]
-    load: Callable[[Task], Loaded]
+    tasks: Sequence[SubjectTask]
+    load: Callable[[SubjectTask], LoadedSubject]
     batch_size: int
     num_workers: int
     failed: Callable[[LoadFailure], None]
@@ -49,12 +49,12 @@ class PatchStream:
                 return
             yield batch
 
-    def _subjects(self) -> Iterator[Loaded]:
+    def _subjects(self) -> Iterator[LoadedSubject]:
         if self.num_workers == 0:
             yield from filter(None, map(self._load, self.tasks))
             return
         with ThreadPoolExecutor(self.num_workers, thread_name_prefix="voxquilt-loader") as pool:
-            ahead: deque[Future[Loaded | None]] = deque()
+            ahead: deque[Future[LoadedSubject | None]] = deque()
             try:
                 for task in self.tasks:
                     ahead.append(pool.submit(self._load, task))
@@ -67,7 +67,7 @@ class PatchStream:
                 for future in ahead:
                     future.cancel()
 
-    def _load(self, task: Task) -> Loaded | None:
+    def _load(self, task: SubjectTask) -> LoadedSubject | None:
         if self.stopped():
             return None
         started = perf_counter()

@@ -10,7 +10,8 @@ from torch import Tensor
 from voxquilt.data.subject import Image, LabelMap, ScalarImage, Subject
 from voxquilt.errors import InputError
 from voxquilt.geometry.frame import parse_axcodes, to_spacing
-from voxquilt.geometry.space import Space, inverse, make_space, resample
+from voxquilt.geometry.resample import resample
+from voxquilt.geometry.space import Space, inverse, make_space
 from voxquilt.vocabulary import NONFINITE, check_name
 
 Transform = Callable[[Tensor], Tensor]

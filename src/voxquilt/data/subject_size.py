@@ -6,16 +6,16 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
 
-from voxquilt.data.grid_sampler import NO_PADDING
 from voxquilt.data.subject import Subject
 from voxquilt.geometry.frame import Padding, Triple
 from voxquilt.geometry.grid import Grid
+from voxquilt.geometry.padding import NO_PADDING
 from voxquilt.geometry.space import Space
 
 _FLOAT = 4
 
 
-class Outline(NamedTuple):
+class SubjectSize(NamedTuple):
     """A subject, from its headers.
 
     Args:
@@ -42,7 +42,7 @@ class Outline(NamedTuple):
 
 def outline(
     subject: Subject, space: Space, grid: Grid, padding: Padding, *, transformed: bool, halo: Padding = NO_PADDING
-) -> Outline:
+) -> SubjectSize:
     """From headers alone.
 
     Args:
@@ -69,13 +69,13 @@ def outline(
         reading = max(reading, count * max(native * stored + along, changed))
     axis = grid.streaming_axis
     ring = padded // grid.shape[axis] * grid.patch_size[axis]
-    return Outline(
+    return SubjectSize(
         space.native.shape, space.model.shape, space.native.spacing, channels, len(grid), ring, loaded, reading, file
     )
 
 
 @dataclass(frozen=True)
-class Extent:
+class RunSize:
     """How much there is of some subjects: sums, and the most that any of them has.
 
     Args:
@@ -99,7 +99,7 @@ class Extent:
     of_channels: Mapping[int, int] = field(default_factory=dict)
 
 
-def extent(outlines: Iterable[Outline | None]) -> Extent:
+def extent(outlines: Iterable[SubjectSize | None]) -> RunSize:
     """Of subjects; None is one that will fail."""
     known = list(outlines)
     there = [one for one in known if one is not None]
@@ -108,7 +108,7 @@ def extent(outlines: Iterable[Outline | None]) -> Extent:
         return max((getattr(one, key) for one in there), default=0)
 
     voxels = [prod(one.native) for one in there]
-    return Extent(
+    return RunSize(
         subjects=len(known),
         patches=sum(one.patches for one in there),
         voxels=sum(voxels),
@@ -120,7 +120,7 @@ def extent(outlines: Iterable[Outline | None]) -> Extent:
     )
 
 
-def together(extents: Iterable[Extent]) -> Extent:
+def together(extents: Iterable[RunSize]) -> RunSize:
     """Of all of them."""
     known = list(extents)
 
@@ -132,8 +132,25 @@ def together(extents: Iterable[Extent]) -> Extent:
 
     sums = {key: total(key) for key in ("subjects", "patches", "voxels", "file", "unread")}
     of_channels = sum((Counter(one.of_channels) for one in known), Counter[int]())
-    return Extent(
+    return RunSize(
         of_channels=of_channels,
         **sums,
         **{key: most(key) for key in ("largest", "channels", "ring", "loaded", "reading")},
     )
+
+
+@dataclass(frozen=True)
+class SubjectCost:
+    """What a subject takes.
+
+    Args:
+        patches: From its headers; reading and writing count as one more.
+        parts: Into how many slabs its grid can be divided for the ranks of a run.
+        outline: What else its headers say; None where they cannot be used, and where it was left out.
+        problem: Why the subject will fail, where its headers tell.
+    """
+
+    patches: int
+    parts: int = 1
+    outline: SubjectSize | None = None
+    problem: str = ""

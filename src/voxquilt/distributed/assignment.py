@@ -1,51 +1,14 @@
 """Which process does what? Subjects whole to one process each, or a volume's grid in slabs to several."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from voxquilt.data.discovery import Case
-from voxquilt.data.subject_size import Outline
+from voxquilt.data.subject_size import SubjectCost
+from voxquilt.data.subject_task import SubjectTask
 from voxquilt.distributed.load_balancing import deal
 
 
-@dataclass(frozen=True)
-class Task:
-    """A subject of a run.
-
-    Args:
-        case: Its id and files.
-        fingerprint: See `voxquilt.reporting.manifest.Row`.
-        number: Among the subjects of the run.
-        team: The ranks that share its grid, in the order of their parts; the first collects and writes. Empty for a
-            subject that one process does by itself.
-        problem: Why it fails, where that is known beforehand.
-    """
-
-    case: Case
-    fingerprint: str = ""
-    number: int = 0
-    team: tuple[int, ...] = ()
-    problem: str = ""
-
-
-@dataclass(frozen=True)
-class Size:
-    """What a subject takes.
-
-    Args:
-        patches: From its headers; reading and writing count as one more.
-        parts: Into how many slabs its grid can be divided for the ranks of a run.
-        outline: What else its headers say; None where they cannot be used, and where it was left out.
-        problem: Why the subject will fail, where its headers tell.
-    """
-
-    patches: int
-    parts: int = 1
-    outline: Outline | None = None
-    problem: str = ""
-
-
-def shares(sizes: Sequence[Size], ranks: int, distribute: str) -> list[int]:
+def shares(sizes: Sequence[SubjectCost], ranks: int, distribute: str) -> list[int]:
     """Numbers of the subjects that several processes share.
 
     Args:
@@ -61,13 +24,15 @@ def shares(sizes: Sequence[Size], ranks: int, distribute: str) -> list[int]:
     return [n for n, size in enumerate(sizes) if size.parts > 1 and (every or size.patches > even)]
 
 
-def distributed(tasks: Sequence[Task], sizes: Sequence[Size], ranks: int, distribute: str) -> list[list[Task]]:
+def distributed(
+    tasks: Sequence[SubjectTask], sizes: Sequence[SubjectCost], ranks: int, distribute: str
+) -> list[list[SubjectTask]]:
     """For each rank its tasks: first those that are shared, in one order for all; then its own.
 
     Whole subjects are dealt on top of what the shares weigh, so that they fill up where slabs are unequal.
     """
     shared = shares(sizes, ranks, distribute)
-    dealt: list[list[Task]] = [[] for _ in range(ranks)]
+    dealt: list[list[SubjectTask]] = [[] for _ in range(ranks)]
     loads = [0.0] * ranks
     for place, n in enumerate(shared):
         # The collecting rank changes, since it also writes.

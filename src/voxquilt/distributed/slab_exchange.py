@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from voxquilt.distributed.assignment import Task
+from voxquilt.data.subject_task import SubjectTask
 from voxquilt.distributed.process_group import Group
 from voxquilt.errors import OutputError, RunError
 from voxquilt.geometry.space import Where
-from voxquilt.stitching.subject_stitcher import Quilt
+from voxquilt.stitching.subject_stitcher import SubjectStitcher
 
 Parts = Sequence[tuple[str, Where, np.ndarray]]
 """Native planes of each product: its name, where they belong, and (C, I, J, K)."""
@@ -22,7 +22,7 @@ class ElsewhereError(OutputError):
 
 
 @dataclass(frozen=True)
-class Team:
+class SlabExchange:
     """One process's place among those that share a volume.
 
     Whatever fails, each member sends each of its messages once, with the data or with the reason why there are none:
@@ -34,7 +34,7 @@ class Team:
     """
 
     group: Group
-    task: Task
+    task: SubjectTask
 
     @property
     def place(self) -> int:
@@ -70,7 +70,7 @@ class Team:
         arrays = [torch.from_numpy(array) for _, _, array in parts]
         self.group.send(self.task.team[0], self._tag(1), {"error": error, "where": where}, arrays)
 
-    def receive_planes(self, quilt: Quilt | None) -> None:
+    def receive_planes(self, quilt: SubjectStitcher | None) -> None:
         """From all others, into the quilt of the process that collects; or to nowhere.
 
         Raises:

@@ -21,7 +21,6 @@ import numpy as np
 from voxquilt.errors import ConfigError
 from voxquilt.geometry.frame import AXES, Triple
 from voxquilt.geometry.grid import Grid
-from voxquilt.stitching.blend import Blend
 
 
 @dataclass(frozen=True)
@@ -54,32 +53,6 @@ class Part:
         if self.stop > rows:
             raise ConfigError(f"a part of rows {self.first} to {self.stop} along {AXES[self.axis]}: there are {rows}.")
         return grid.order_along(self.axis).reshape(rows, -1)[self.first : self.stop].ravel()
-
-    def planes(self, grid: Grid, blend: Blend) -> range:
-        """The planes that this part finishes; those of all parts are all planes, each once."""
-        return range(*(boundary(grid, blend, self.axis, row).high for row in (self.first, self.stop)))
-
-
-@dataclass(frozen=True)
-class Boundary:
-    """Planes `low` to `high`, end exclusive, have contributions from rows on either side, those from `high` on of later
-    rows alone."""
-
-    low: int
-    high: int
-
-
-def boundary(grid: Grid, blend: Blend, axis: int, row: int) -> Boundary:
-    """The boundary before a row; before the first and after the last it is the volume's own."""
-    starts = grid.starts[axis]
-    if row == 0:
-        return Boundary(0, 0)
-    if row == len(starts):
-        return Boundary(grid.shape[axis], grid.shape[axis])
-    if blend.averages:
-        return Boundary(starts[row], starts[row - 1] + grid.patch_size[axis])
-    owned = starts[row] + int(blend.axis_weights(grid, axis)[row].nonzero()[0])
-    return Boundary(owned, owned)
 
 
 def whole(grid: Grid, axis: int) -> Part:

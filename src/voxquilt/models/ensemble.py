@@ -12,7 +12,7 @@ from torch import Tensor, nn
 log = logging.getLogger("voxquilt")
 
 
-class Members(nn.ModuleList):
+class Ensemble(nn.ModuleList):
     """Networks that run one after the other.
 
     Args:
@@ -45,7 +45,7 @@ class Members(nn.ModuleList):
             for tensor, data in zip(tensors, kept, strict=True):
                 tensor.data = data
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Members":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Ensemble":
         # What nn.Module.to, .half and the like do to every tensor; the device is seen by what becomes of one.
         device = fn(torch.empty(0, device=self._device)).device
         if device != self._device:

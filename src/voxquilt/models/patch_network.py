@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from voxquilt.errors import ConfigError, OutputError
 from voxquilt.geometry.frame import AXES
-from voxquilt.models.ensemble import Members
+from voxquilt.models.ensemble import Ensemble
 from voxquilt.vocabulary import ACTIVATIONS, AVERAGES, OFFLOAD, OUTPUTS, check_name
 
 Named = dict[str, Tensor]
@@ -29,7 +29,7 @@ class PatchNetwork(nn.Module):
         squeeze_axis: The axis of one voxel that a 2-D network does not have: it sees (B, C, I, J) for axis 2.
         output: How outputs lie in patches, 'auto', 'resampled' or 'cropped'; see
             `voxquilt.geometry.output_layout.factor_of`.
-        offload: Whether members wait on the host while others run; see `voxquilt.models.ensemble.Members`.
+        offload: Whether members wait on the host while others run; see `voxquilt.models.ensemble.Ensemble`.
         compile: Whether `compile_members` is to compile them, which is for whoever runs it to call, in each process.
         channels_last: Keep weights and patches channels last in memory, which some devices compute faster.
 
@@ -60,7 +60,7 @@ class PatchNetwork(nn.Module):
             check_name(offload, OFFLOAD, "offload (true, false)")
         if compile and any(isinstance(network, torch.jit.ScriptModule) for network in networks):
             raise ConfigError("compile=true does nothing for TorchScript, which is compiled; leave it out.")
-        self.networks = Members(networks, offload)
+        self.networks = Ensemble(networks, offload)
         self.compiled = compile
         self._calls: list[Callable[[Tensor], object]] = []
         self._channels_last = channels_last

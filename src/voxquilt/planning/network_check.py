@@ -6,13 +6,13 @@ from contextlib import suppress
 import torch
 from torch import nn
 
-from voxquilt.data.discovery import Case
-from voxquilt.data.grid_sampler import NO_PADDING
+from voxquilt.data.discovery import SubjectFiles
 from voxquilt.data.subject import ScalarImage
 from voxquilt.errors import ConfigError, OutputError, PatchShapeError, VoxquiltError
 from voxquilt.geometry.frame import AXES, Padding, Triple
 from voxquilt.geometry.grid import make_grid
 from voxquilt.geometry.output_layout import factor_of, halo_of
+from voxquilt.geometry.padding import NO_PADDING
 from voxquilt.models.patch_network import PatchNetwork
 from voxquilt.planning.shape_probe import Probe, probe
 
@@ -99,7 +99,7 @@ def check_fits(
     return found
 
 
-def find_halo(network: PatchNetwork, cases: Iterable[Case], patch_size: Triple) -> Padding:
+def find_halo(network: PatchNetwork, cases: Iterable[SubjectFiles], patch_size: Triple) -> Padding:
     """The border that a network's valid convolutions use up of a patch; nothing where no channels are known.
 
     Args:
@@ -144,7 +144,7 @@ def find_halo(network: PatchNetwork, cases: Iterable[Case], patch_size: Triple) 
     return halo
 
 
-def _channels(cases: Iterable[Case]) -> Iterator[int]:
+def _channels(cases: Iterable[SubjectFiles]) -> Iterator[int]:
     """Of subjects' images, as far as their headers can be read."""
     for case in cases:
         with suppress(VoxquiltError):

@@ -12,14 +12,15 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from voxquilt.data.subject_size import Extent, Outline, extent
-from voxquilt.errors import VoxquiltError, of_subjects
+from voxquilt.data.subject_size import RunSize, SubjectSize, extent
+from voxquilt.errors import VoxquiltError
 from voxquilt.geometry.frame import Triple
 from voxquilt.models.predictor import PatchPredictor
 from voxquilt.planning.machine import disk_free, memory_available
-from voxquilt.planning.resource_estimate import MIB, Forms, Needs, Settings, forms, needs
+from voxquilt.planning.resource_estimate import MIB, OutputPlan, Requirements, Settings, forms, needs
 from voxquilt.planning.shape_probe import Probe, probe
 from voxquilt.stitching.stitch import Stitch
+from voxquilt.text import of_subjects
 
 # Voxels of a batch beyond which a CPU's throughput no longer rises: its cores are busy with one patch.
 _CPU_VOXELS = 2**20
@@ -45,7 +46,7 @@ class Room:
 
 
 @dataclass(frozen=True)
-class Planned:
+class Forecast:
     """What a process will need.
 
     Args:
@@ -59,11 +60,11 @@ class Planned:
         refusal: Why the run cannot fit, and what would; None if it can.
     """
 
-    extent: Extent
+    extent: RunSize
     settings: Settings
-    forms: Forms
+    forms: OutputPlan
     probe: Probe
-    needs: Needs
+    needs: Requirements
     room: Room
     notes: list[str]
     refusal: str | None = None
@@ -97,7 +98,7 @@ class Planner:
     """
 
     def __init__(
-        self, trainer: Trainer, module: LightningModule, stitch: Stitch, of: Extent, settings: Settings, folder: Path
+        self, trainer: Trainer, module: LightningModule, stitch: Stitch, of: RunSize, settings: Settings, folder: Path
     ) -> None:
         self._module, self._stitch, self._of, self._settings = module, stitch, of, settings
         self._device = trainer.strategy.root_device
@@ -109,13 +110,13 @@ class Planner:
         self._layout = module.network.layout if isinstance(module, PatchPredictor) else "auto"
         self._guesses: dict[tuple[int, Triple, int], str] = {}
 
-    def changed(self, of: Extent, settings: Settings) -> "Planner":
+    def changed(self, of: RunSize, settings: Settings) -> "Planner":
         """The same for other subjects and settings."""
         other = copy(self)
         other._of, other._settings, other._notes = of, settings, []
         return other
 
-    def plan(self) -> Planned:
+    def plan(self) -> Forecast:
         """What the settings need.
 
         Raises:
@@ -127,11 +128,11 @@ class Planner:
             self._notes.append("torch.compile takes memory and time of its own, which are not counted.")
         if self._of.unread:
             self._notes.append(f"{of_subjects(self._of.unread)} cannot be predicted, and will fail.")
-        return Planned(
+        return Forecast(
             self._of, settings, become, passed, required, self._room, self._notes, self._refusal(settings, required)
         )
 
-    def _refusal(self, settings: Settings, required: Needs) -> str | None:
+    def _refusal(self, settings: Settings, required: Requirements) -> str | None:
         over = self._over(required)
         if over is None:
             return None
@@ -141,13 +142,13 @@ class Planner:
         )
 
     @property
-    def smallest(self) -> Outline:
+    def smallest(self) -> SubjectSize:
         """The outline of a subject of a single patch: where not even this fits, it is no subject's fault."""
         patch, channels = self._settings.patch_size, min(self._of.of_channels, default=self._of.channels)
         loaded = 4 * channels * prod(patch)
-        return Outline(patch, patch, (1.0, 1.0, 1.0), channels, 1, prod(patch), loaded, loaded, loaded)
+        return SubjectSize(patch, patch, (1.0, 1.0, 1.0), channels, 1, prod(patch), loaded, loaded, loaded)
 
-    def of_one(self, one: Outline) -> str | None:
+    def of_one(self, one: SubjectSize) -> str | None:
         """Why a subject cannot be predicted even by itself, and what would help; None if it can.
 
         Args:
@@ -170,7 +171,7 @@ class Planner:
         ways = [said for said, changed, stitch in self._ways(settings) if self._fits(changed, stitch)]
         return f"It fits with {ways[0]}." if ways else "No single setting does it; use a larger machine or disk."
 
-    def _over(self, required: Needs) -> str | None:
+    def _over(self, required: Requirements) -> str | None:
         room, new = self._room, required.memory - self._settings.base
         if new * room.processes > room.memory:
             most = max((size, what) for what, size in required.host.items() if what != "process")
@@ -215,7 +216,7 @@ class Planner:
             return self._over(self._needs(settings, stitch)[2]) is None
         return False
 
-    def _needs(self, settings: Settings, stitch: Stitch | None = None) -> tuple[Probe, Forms, Needs]:
+    def _needs(self, settings: Settings, stitch: Stitch | None = None) -> tuple[Probe, OutputPlan, Requirements]:
         passed = self._probe(settings.patch_size, settings.batch_size)
         stitch = stitch or self._stitch
         if passed.guessed:  # of a guess it is not to be said that numbers and classes differ

@@ -9,14 +9,14 @@ import psutil
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from voxquilt.data.subject_size import Outline
+from voxquilt.data.subject_size import SubjectSize
 from voxquilt.errors import ConfigError, VoxquiltError
 from voxquilt.geometry.frame import Triple
 from voxquilt.geometry.output_layout import described
 from voxquilt.models.ensemble import size_of
 from voxquilt.models.predictor import PatchPredictor
 from voxquilt.planning.network_check import ChannelsError, check_fits
-from voxquilt.planning.planner import MOST, Planned, Planner
+from voxquilt.planning.planner import MOST, Forecast, Planner
 from voxquilt.planning.resource_estimate import MIB, Settings
 
 log = logging.getLogger("voxquilt")
@@ -45,7 +45,7 @@ def settings_of(module: LightningModule, data: Any, writer: Any, device: torch.d
 
 def settled(
     trainer: Trainer, module: LightningModule, data: Any, writer: Any, *, refuse: bool = True
-) -> Planned | None:
+) -> Forecast | None:
     """Work out the plan, agree on the batch size, and refuse what does not fit, alike in all processes.
 
     A subject that alone cannot be predicted, for its channels or its size, is set apart to fail by itself.
@@ -133,7 +133,7 @@ def _set_other_channels_apart(module: LightningModule, data: Any) -> None:
         _set_apart(data, lambda one: _of_channels(one, takes))
 
 
-def _of_channels(one: Outline, takes: Mapping[int, int]) -> str | None:
+def _of_channels(one: SubjectSize, takes: Mapping[int, int]) -> str | None:
     """What is wrong with a subject's channels, if they are not what the network takes."""
     count, wanted = one.channels, takes.get(one.channels)
     return None if wanted is None else f"it has {count} channel{'s' * (count != 1)}, and the network takes {wanted}."
@@ -149,7 +149,7 @@ def _set_misfits_apart(planner: Callable[[], Planner], data: Any) -> None:
             _set_apart(data, alone.of_one)
 
 
-def _set_apart(data: Any, problem: Callable[[Outline], str | None]) -> None:
+def _set_apart(data: Any, problem: Callable[[SubjectSize], str | None]) -> None:
     """Have subjects fail that have a problem, unless all have it: then it is one of the run."""
     outlines = data.outlines()
     files = {case.subject: ", ".join(map(str, case.images.values())) for case in data.plan.cases}

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from voxquilt.data.subject_size import Extent
+from voxquilt.data.subject_size import RunSize
 from voxquilt.geometry.frame import Triple
 from voxquilt.planning.shape_probe import Probe
 from voxquilt.stitching.products.spec import Moments
@@ -25,7 +25,7 @@ _PACKED_OTHER = 0.9
 
 
 @dataclass(frozen=True)
-class Made:
+class OutputFile:
     """A volume that is written of each subject.
 
     Args:
@@ -42,7 +42,7 @@ class Made:
 
 
 @dataclass(frozen=True)
-class Forms:
+class OutputPlan:
     """What a network's outputs become.
 
     Args:
@@ -51,7 +51,7 @@ class Forms:
         blends: How many sums there are.
     """
 
-    made: list[Made]
+    made: list[OutputFile]
     sums: float
     blends: int
 
@@ -88,7 +88,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Needs:
+class Requirements:
     """Bytes.
 
     Args:
@@ -111,7 +111,7 @@ class Needs:
         return sum(self.host.values())
 
 
-def forms(stitch: Stitch, outputs: Mapping[str, Sequence[int]], patch_size: Triple, layout: str = "auto") -> Forms:
+def forms(stitch: Stitch, outputs: Mapping[str, Sequence[int]], patch_size: Triple, layout: str = "auto") -> OutputPlan:
     """What becomes of outputs (B, C, I, J, K) by name, which lie in patches as `voxquilt.geometry.output_layout` has
     it.
 
@@ -134,17 +134,19 @@ def forms(stitch: Stitch, outputs: Mapping[str, Sequence[int]], patch_size: Trip
                 kind = product.partition("_")[0]
                 name = "_".join(filter(None, (output, product)))
                 made.append(
-                    Made(name, number * dtype.itemsize, _PACKED.get(kind, _PACKED_OTHER), product.startswith("labels"))
+                    OutputFile(
+                        name, number * dtype.itemsize, _PACKED.get(kind, _PACKED_OTHER), product.startswith("labels")
+                    )
                 )
-    return Forms(made, sums, blends)
+    return OutputPlan(made, sums, blends)
 
 
-def voxels_of(made: Sequence[Made], voxels: int, *, compress: bool) -> int:
+def voxels_of(made: Sequence[OutputFile], voxels: int, *, compress: bool) -> int:
     """Expected bytes on disk of what is made of so many native voxels."""
     return round(sum(one.voxel_bytes * (one.packed if compress else 1) for one in made) * voxels)
 
 
-def needs(of: Extent, passed: Probe, become: Forms, settings: Settings) -> Needs:
+def needs(of: RunSize, passed: Probe, become: OutputPlan, settings: Settings) -> Requirements:
     """What a process needs at its peak, at most what its largest subjects meet in, and the disk of all subjects."""
     patch, batch = prod(settings.patch_size), settings.batch_size
     ahead = min(of.subjects, settings.num_workers + 1)
@@ -177,4 +179,4 @@ def needs(of: Extent, passed: Probe, become: Forms, settings: Settings) -> Needs
         device = {}
     disk = voxels_of(become.made, of.voxels, compress=settings.compress)
     bound = voxels_of(become.made, of.voxels, compress=False)
-    return Needs(host, device, disk, bound, held * sum(large))
+    return Requirements(host, device, disk, bound, held * sum(large))

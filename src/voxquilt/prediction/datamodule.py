@@ -9,27 +9,28 @@ from time import perf_counter
 
 from lightning.pytorch import LightningDataModule
 
-from voxquilt.data.batch import Loaded, Work
-from voxquilt.data.discovery import Case, check_id, find_cases
+from voxquilt.data.discovery import SubjectFiles, check_id, find_cases
 from voxquilt.data.foreground import patches_to_skip, to_predict
-from voxquilt.data.grid_sampler import NO_PADDING, GridSampler, lay_grid, to_padding
+from voxquilt.data.grid_sampler import GridSampler
 from voxquilt.data.prefetch import LoadFailure, PatchStream
 from voxquilt.data.preprocess import Preprocess
 from voxquilt.data.subject import LabelMap, ScalarImage, Subject
-from voxquilt.data.subject_size import Outline, extent, outline, together
-from voxquilt.distributed.assignment import Size, Task
+from voxquilt.data.subject_size import SubjectCost, SubjectSize, extent, outline, together
+from voxquilt.data.subject_task import LoadedSubject, SubjectTask, SubjectWork
 from voxquilt.distributed.environment import is_external, is_first
 from voxquilt.distributed.load_balancing import deal
 from voxquilt.distributed.process_group import Group
 from voxquilt.distributed.shard_agreement import agreed
-from voxquilt.errors import InputError, reason_of
+from voxquilt.errors import InputError
 from voxquilt.geometry.frame import Padding, to_triple
+from voxquilt.geometry.padding import NO_PADDING, lay_grid, to_padding
 from voxquilt.geometry.slab_split import split
 from voxquilt.models.predictor import PatchPredictor
 from voxquilt.planning.network_check import check_overlap, find_halo
 from voxquilt.prediction.fingerprint import digest
 from voxquilt.prediction.resume import Resume, Todo
-from voxquilt.prediction.run_plan import Plan, assigned, check_model_space, check_world
+from voxquilt.prediction.run_plan import RunPlan, assigned, check_model_space, check_world
+from voxquilt.text import reason_of
 from voxquilt.vocabulary import DISTRIBUTE, check_name
 
 
@@ -100,10 +101,10 @@ class GridDataModule(LightningDataModule):
         self.shard = shard
         self.distribute = check_name(distribute, DISTRIBUTE, "run.distribute")
         self._resume = resume
-        self._plan: Plan | None = None
+        self._plan: RunPlan | None = None
         self._stopped: Callable[[], bool] = bool
         self._failures: list[LoadFailure] = []
-        self._known: dict[str, Size] = {}
+        self._known: dict[str, SubjectCost] = {}
         self.layout: str = "auto"
         """How outputs lie in patches (`voxquilt.geometry.output_layout`), and what they lack there; `setup` asks the
         network."""
@@ -112,12 +113,12 @@ class GridDataModule(LightningDataModule):
         """Whether `plan.sizes` is to have outlines; set before `setup`."""
 
     @cached_property
-    def cases(self) -> list[Case]:
+    def cases(self) -> list[SubjectFiles]:
         """Every subject, in the order of their ids; with several processes only rank 0 looks for them."""
         return find_cases(*self._inputs)
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> RunPlan:
         """What `setup` decided."""
         assert self._plan is not None, "Lightning calls setup first"
         return self._plan
@@ -135,7 +136,7 @@ class GridDataModule(LightningDataModule):
         self._look_at_outputs(cases)
         ours = group.first(lambda: self._of_shard(cases))
         todo = group.first(lambda: self._resume.todo(ours) if self._resume else Todo([""] * len(ours)))
-        tasks = [Task(*parts) for parts in zip(ours, todo.fingerprints, range(len(ours)), strict=True)]
+        tasks = [SubjectTask(*parts) for parts in zip(ours, todo.fingerprints, range(len(ours)), strict=True)]
         self._left = left = [task for task in tasks if task.case.subject not in todo.done]
         # Each header is read once, by one process; outlines travel only where somebody wants to look at them.
         stride = self._stride(group)
@@ -145,10 +146,10 @@ class GridDataModule(LightningDataModule):
         sizes = [gathered[n % group.size][0][n // group.size] for n in range(len(left))]
         done = [todo.done[task.case.subject] for task in tasks if task.case.subject in todo.done]
         settings = {self._resume.settings_digest: self._resume.settings} if self._resume and group.rank == 0 else {}
-        plan = Plan(group, [], cases, [task.case.subject for task in left], done, settings, sizes)
+        plan = RunPlan(group, [], cases, [task.case.subject for task in left], done, settings, sizes)
         self._plan = assigned(plan, left, together(of_rank for _, of_rank in gathered), self.distribute)
 
-    def outlines(self) -> dict[str, Outline]:
+    def outlines(self) -> dict[str, SubjectSize]:
         """Outlines of this process's share of the headers, read again; those of subjects that can be predicted."""
         plan, sizes = self.plan, self._stride(self.plan.group)
         names = plan.everything[plan.group.rank :: plan.group.size]
@@ -156,7 +157,7 @@ class GridDataModule(LightningDataModule):
         found = zip(names, known, sizes, strict=True)
         return {name: size.outline for name, before, size in found if size.outline is not None and not before.problem}
 
-    def set_apart(self, problems: Mapping[str, str], left: Iterable[Outline]) -> None:
+    def set_apart(self, problems: Mapping[str, str], left: Iterable[SubjectSize]) -> None:
         """Have subjects fail for what is wrong with them, and plan for the others alone; called by all processes.
 
         Args:
@@ -167,7 +168,7 @@ class GridDataModule(LightningDataModule):
         gathered = plan.group.gather((dict(problems), extent(left)))
         reasons = {name: reason for of_rank, _ in gathered for name, reason in of_rank.items()}
         sizes = [
-            Size(1, problem=reasons[name]) if name in reasons else size
+            SubjectCost(1, problem=reasons[name]) if name in reasons else size
             for name, size in zip(plan.everything, plan.sizes, strict=True)
         ]
         bad = sum(bool(size.problem) for size in sizes)
@@ -175,13 +176,13 @@ class GridDataModule(LightningDataModule):
         rest = replace(rest, subjects=len(sizes), unread=bad)
         self._plan = assigned(replace(plan, sizes=sizes), self._left, rest, self.distribute)
 
-    def _stride(self, group: Group) -> list[Size]:
+    def _stride(self, group: Group) -> list[SubjectCost]:
         """Of the subjects whose headers this process reads."""
         sizes = self._sizes([task.case for task in self._left[group.rank :: group.size]], group.size)
         self._known.clear()
         return sizes
 
-    def _look_at_outputs(self, cases: Sequence[Case]) -> None:
+    def _look_at_outputs(self, cases: Sequence[SubjectFiles]) -> None:
         """Find out how the network's outputs lie in patches, where the model says that they lack a border."""
         module = self.trainer.lightning_module if self.trainer is not None else None
         if not isinstance(module, PatchPredictor):
@@ -202,7 +203,7 @@ class GridDataModule(LightningDataModule):
             found.append(self._failures.pop(0))
         return found
 
-    def _of_shard(self, cases: list[Case]) -> list[Case]:
+    def _of_shard(self, cases: list[SubjectFiles]) -> list[SubjectFiles]:
         index, shards = self.shard
         if shards == 1:
             return cases
@@ -220,7 +221,7 @@ class GridDataModule(LightningDataModule):
         dealt = deal(agreed(self._resume.folder / f"plan_of_{shards}.json", key, costs), shards)
         return [cases[n] for n in dealt[index]]
 
-    def _sizes(self, cases: Sequence[Case], ranks: int = 1) -> list[Size]:
+    def _sizes(self, cases: Sequence[SubjectFiles], ranks: int = 1) -> list[SubjectCost]:
         # On a network's file system most of the time is waiting.
         with ThreadPoolExecutor(8) as pool:
             sizes = list(pool.map(partial(self._size, ranks=ranks), cases))
@@ -228,10 +229,10 @@ class GridDataModule(LightningDataModule):
         self._known = {case.subject: size for case, size in zip(cases, sizes, strict=True)}
         return sizes
 
-    def _size(self, case: Case, ranks: int) -> Size:
+    def _size(self, case: SubjectFiles, ranks: int) -> SubjectCost:
         return self._known[case.subject] if ranks == 1 and case.subject in self._known else self.size(case, ranks)
 
-    def size(self, case: Case, ranks: int = 1) -> Size:
+    def size(self, case: SubjectFiles, ranks: int = 1) -> SubjectCost:
         """What a subject takes, in patches, from its headers alone; reading and writing count as one.
 
         What its files say costs this subject only, whatever it is.
@@ -256,9 +257,9 @@ class GridDataModule(LightningDataModule):
             )
             transformed = bool(self.preprocess.intensity)
             of_headers = outline(subject, space, grid, padding, transformed=transformed, halo=self.halo)
-            return Size(len(grid) + 1, len(split(grid, ranks)), of_headers)
+            return SubjectCost(len(grid) + 1, len(split(grid, ranks)), of_headers)
         except Exception as error:  # numbers that are too large may be of many kinds
-            return Size(1, problem=_with_files(reason_of(error), case))
+            return SubjectCost(1, problem=_with_files(reason_of(error), case))
 
     def predict_dataloader(self) -> PatchStream:
         """All patches of this process, subject by subject."""
@@ -266,7 +267,7 @@ class GridDataModule(LightningDataModule):
             self.plan.tasks, self.load, int(self.batch_size), self.num_workers, self._failures.append, self._stopped
         )
 
-    def load(self, task: Task) -> Loaded:
+    def load(self, task: SubjectTask) -> LoadedSubject:
         """Read a subject, take it to model space and lay the grid.
 
         Raises:
@@ -289,10 +290,12 @@ class GridDataModule(LightningDataModule):
         part = split(sampler.grid, len(task.team))[task.team.index(self.plan.group.rank)] if task.team else None
         numbers = to_predict(sampler, skipped, part)
         seconds = perf_counter() - started
-        return Loaded(Work(task, file, sampler.grid, sampler.padding, space, numbers, skipped, part, seconds), sampler)
+        return LoadedSubject(
+            SubjectWork(task, file, sampler.grid, sampler.padding, space, numbers, skipped, part, seconds), sampler
+        )
 
 
-def _with_files(reason: str, case: Case) -> str:
+def _with_files(reason: str, case: SubjectFiles) -> str:
     """A reason that names a file of the subject."""
     files = [str(path) for path in case.images.values()]
     return reason if any(file in reason for file in files) else f"{', '.join(files)}: {reason}"

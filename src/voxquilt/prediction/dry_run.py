@@ -10,17 +10,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from voxquilt.data.subject_size import Outline, extent
-from voxquilt.distributed.assignment import Size
-from voxquilt.errors import ConfigError, of_subjects, reason_of
-from voxquilt.planning.planner import Planned
+from voxquilt.data.subject_size import SubjectCost, SubjectSize, extent
+from voxquilt.errors import ConfigError
+from voxquilt.filesystem import write_json
+from voxquilt.planning.planner import Forecast
 from voxquilt.planning.preflight import settled
 from voxquilt.planning.resource_estimate import needs, voxels_of
 from voxquilt.prediction.datamodule import GridDataModule
 from voxquilt.prediction.timing import Rates, measure
 from voxquilt.prediction.writer_callback import VolumeWriter
-from voxquilt.reporting.manifest import of_shard, write_json
+from voxquilt.reporting.manifest import of_shard
 from voxquilt.reporting.progress import say
+from voxquilt.text import of_subjects, reason_of
 
 # Rows of a table that a person reads; plan.json has all of them.
 _ROWS = 40
@@ -37,7 +38,7 @@ class DryRun(Callback):
 
     def __init__(self, writer: VolumeWriter, *, timed: bool, as_json: bool = False) -> None:
         self._writer, self._timed, self._as_json = writer, timed, as_json
-        self._planned: Planned | None = None
+        self._planned: Forecast | None = None
         self._problems: list[str] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -105,7 +106,7 @@ def _data(trainer: Trainer) -> GridDataModule:
     return data
 
 
-def _content(data: GridDataModule, planned: Planned | None, ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _content(data: GridDataModule, planned: Forecast | None, ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     plan = data.plan
     outlines = [size.outline for size in plan.sizes]
     rates = [rank["rates"] for rank in ranks if rank["rates"] is not None]
@@ -141,11 +142,11 @@ def _content(data: GridDataModule, planned: Planned | None, ranks: Sequence[dict
     }
 
 
-def _share(one: Outline | None, parts: int) -> Outline | None:
+def _share(one: SubjectSize | None, parts: int) -> SubjectSize | None:
     return one if one is None or parts == 1 else one._replace(patches=-(-one.patches // parts))
 
 
-def _subject(name: str, size: Size, planned: Planned | None, pace: Rates | None) -> dict[str, Any]:
+def _subject(name: str, size: SubjectCost, planned: Forecast | None, pace: Rates | None) -> dict[str, Any]:
     one = size.outline
     if one is None or planned is None:
         return {"subject": name, "problem": size.problem or "there is no plan"}
@@ -166,7 +167,7 @@ def _subject(name: str, size: Size, planned: Planned | None, pace: Rates | None)
     return found | ({"seconds": {k: round(v, 3) for k, v in pace.subject(one).items()}} if pace else {})
 
 
-def _print(content: dict[str, Any], planned: Planned | None, path: Path) -> None:
+def _print(content: dict[str, Any], planned: Forecast | None, path: Path) -> None:
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console.width = max(console.width, 140)
@@ -207,7 +208,7 @@ def _print(content: dict[str, Any], planned: Planned | None, path: Path) -> None
     console.print(f"see {escape(str(path))}")
 
 
-def _print_needs(console: Console, content: dict[str, Any], planned: Planned) -> None:
+def _print_needs(console: Console, content: dict[str, Any], planned: Forecast) -> None:
     required, room = planned.needs, planned.room
     parts = ", ".join(f"{what} {_size(size)}" for what, size in required.host.items() if size)
     console.print(f"host memory of a process: {_size(required.memory)} ({parts}); available {_size(room.memory)}")

@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from voxquilt.data.discovery import Case
+from voxquilt.data.discovery import SubjectFiles
+from voxquilt.filesystem import checksum
 
 FORMAT = 2
 """Counted up when a new version of voxquilt makes other voxels of the same inputs, weights and settings."""
@@ -94,7 +95,7 @@ def digest(parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def inputs(cases: Iterable[Case], mask: Any = None, *, content: bool = False) -> list[str]:
+def inputs(cases: Iterable[SubjectFiles], mask: Any = None, *, content: bool = False) -> list[str]:
     """For each case a digest of its files: path, size and time of change; or, with `content`, of what is in them.
 
     Of several images their names and order count too: preprocessing may go by the name, channels go by the order.
@@ -107,7 +108,7 @@ def inputs(cases: Iterable[Case], mask: Any = None, *, content: bool = False) ->
     """
     pattern = mask if isinstance(mask, str) else None
 
-    def of(case: Case) -> str:
+    def of(case: SubjectFiles) -> str:
         paths = [*case.images.values(), *([Path(pattern.replace("{subject}", case.subject))] if pattern else [])]
         names = list(case.images) if len(case.images) > 1 else []
         return digest([names, [_identity(file, content) for path in paths for file in _files(path)]])
@@ -115,12 +116,6 @@ def inputs(cases: Iterable[Case], mask: Any = None, *, content: bool = False) ->
     # Each look at a network's file system takes a millisecond, and most of it is waiting.
     with ThreadPoolExecutor(16) as pool:
         return list(pool.map(of, cases))
-
-
-def checksum(path: Path) -> str:
-    """sha256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _files(path: Path) -> list[Path]:

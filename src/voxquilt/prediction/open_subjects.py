@@ -11,19 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from voxquilt.data.batch import PatchBatch, Run, Work
-from voxquilt.distributed.assignment import Task
-from voxquilt.distributed.control_channel import Line, Stop
-from voxquilt.distributed.slab_exchange import ElsewhereError, Parts, Team, first_error
-from voxquilt.errors import RunError, reason_of
+from voxquilt.data.batch import PatchBatch, SubjectRows
+from voxquilt.data.subject_task import SubjectTask, SubjectWork
+from voxquilt.distributed.control_channel import ControlChannel, Stop
+from voxquilt.distributed.slab_exchange import ElsewhereError, Parts, SlabExchange, first_error
+from voxquilt.errors import RunError
 from voxquilt.prediction.datamodule import GridDataModule
 from voxquilt.prediction.output_files import Files
 from voxquilt.reporting.manifest import Row
-from voxquilt.reporting.meter import Meter
-from voxquilt.stitching.buffer_pool import Buffers
+from voxquilt.reporting.progress_counts import ProcessCounts
+from voxquilt.stitching.buffer_pool import BufferPool
 from voxquilt.stitching.output_volumes import Scratch
 from voxquilt.stitching.stitch import Stitch
-from voxquilt.stitching.subject_stitcher import Outputs, Quilt
+from voxquilt.stitching.subject_stitcher import Outputs, SubjectStitcher
+from voxquilt.text import reason_of
 
 log = logging.getLogger("voxquilt")
 
@@ -32,13 +33,13 @@ log = logging.getLogger("voxquilt")
 class _Shared:
     """A subject that several processes share, once this one has done its part or has failed."""
 
-    task: Task
-    work: Work | None = None
-    quilt: Quilt | None = None
+    task: SubjectTask
+    work: SubjectWork | None = None
+    quilt: SubjectStitcher | None = None
     error: Exception | None = None
 
 
-class Cohort:
+class OpenSubjects:
     """One process's side of a predict run.
 
     Args:
@@ -57,7 +58,7 @@ class Cohort:
         stitch: Stitch,
         files: Files,
         scratch: Scratch,
-        line: Line,
+        line: ControlChannel,
         *,
         raise_first: bool,
         device: torch.device,
@@ -65,10 +66,10 @@ class Cohort:
         self.line = line
         self._data, self._stitch, self._files, self._scratch = data, stitch, files, scratch
         self._raise_first = raise_first
-        self._meter = Meter(data.plan.group.rank, device)
-        self._buffers = Buffers()
+        self._meter = ProcessCounts(data.plan.group.rank, device)
+        self._buffers = BufferPool()
         self._device: torch.device | None = None
-        self._open: dict[Work, Quilt] = {}
+        self._open: dict[SubjectWork, SubjectStitcher] = {}
         # Shared subjects in the order in which every process finishes them, and those that are ready before their turn.
         self._turns = [task for task in data.plan.tasks if task.team]
         self._ready: dict[int, _Shared] = {}
@@ -111,7 +112,7 @@ class Cohort:
         self._device = torch.device("cpu")
         for quilt in self._open.values():
             quilt.to(self._device)
-        self._buffers = Buffers()
+        self._buffers = BufferPool()
         torch.cuda.empty_cache()
         log.warning("the device's memory is full: sums are kept on the host from here on.")
         return True
@@ -136,7 +137,7 @@ class Cohort:
         self._drain()
         return self._meter.summary()
 
-    def _add_somewhere(self, outputs: Outputs, run: Run) -> None:
+    def _add_somewhere(self, outputs: Outputs, run: SubjectRows) -> None:
         try:
             self._add(outputs, run)
         except torch.OutOfMemoryError:
@@ -148,10 +149,10 @@ class Cohort:
                 raise
             self._add(outputs, run)
 
-    def _add(self, outputs: Outputs, run: Run) -> None:
+    def _add(self, outputs: Outputs, run: SubjectRows) -> None:
         work = run.work
         if work not in self._open:
-            self._open[work] = Quilt(
+            self._open[work] = SubjectStitcher(
                 self._stitch,
                 work,
                 work.space,
@@ -195,14 +196,14 @@ class Cohort:
         for failure in self._data.failures():
             self._record(failure.task, failure.error, failure.seconds)
 
-    def _fail(self, work: Work, error: Exception) -> None:
+    def _fail(self, work: SubjectWork, error: Exception) -> None:
         work.failed = True
         quilt = self._open.pop(work, None)
         if quilt is not None:
             quilt.close()
         self._record(work.task, error, work.seconds)
 
-    def _record(self, task: Task, error: Exception, seconds: float) -> None:
+    def _record(self, task: SubjectTask, error: Exception, seconds: float) -> None:
         """A subject that failed here: a row, or, where others have a part in it, first their word."""
         if task.team and task in self._turns:
             self._ready[task.number] = _Shared(task, error=error)
@@ -213,7 +214,7 @@ class Cohort:
         if self._raise_first:
             self.line.ask_stop(Stop(f"{task.case.subject}: {reason} (run.on_error=raise stops here.)", 1))
 
-    def _finish(self, work: Work, quilt: Quilt) -> None:
+    def _finish(self, work: SubjectWork, quilt: SubjectStitcher) -> None:
         try:
             with torch.inference_mode():
                 row = self._written(work, quilt)
@@ -224,7 +225,7 @@ class Cohort:
             self._room.release()
         self.line.report(asdict(row))
 
-    def _written(self, work: Work, quilt: Quilt) -> Row:
+    def _written(self, work: SubjectWork, quilt: SubjectStitcher) -> Row:
         began = perf_counter()
         row = self._files.write(work, quilt.volumes(), quilt.labels)
         return replace(row, seconds=work.seconds + perf_counter() - began)
@@ -254,7 +255,7 @@ class Cohort:
         if error is not None and not (self.line.stop and isinstance(error, ElsewhereError)):
             self._record(shared.task, error, work.seconds if work else 0.0)
 
-    def _joined(self, team: Team, quilt: Quilt | None, error: Exception | None) -> Exception | None:
+    def _joined(self, team: SlabExchange, quilt: SubjectStitcher | None, error: Exception | None) -> Exception | None:
         def join() -> None:
             sums = team.receive_head()
             if quilt is not None and error is None:
@@ -268,7 +269,7 @@ class Cohort:
                 self._answer(team, None, died)
             raise
 
-    def _answer(self, team: Team, quilt: Quilt | None, error: Exception | None) -> None:
+    def _answer(self, team: SlabExchange, quilt: SubjectStitcher | None, error: Exception | None) -> None:
         head: list[Tensor] = []
         parts: Parts = []
         if error is None and quilt is not None:
@@ -283,7 +284,7 @@ class Cohort:
         finally:
             team.send_planes(parts, reason)
 
-    def _send_head(self, task: Task, quilt: Quilt) -> None:
+    def _send_head(self, task: SubjectTask, quilt: SubjectStitcher) -> None:
         team = self._team(task)
         if not team.collects and task.number not in self._heads:
             head = quilt.head()
@@ -291,5 +292,5 @@ class Cohort:
                 self._heads.add(task.number)
                 team.send_head(head)
 
-    def _team(self, task: Task) -> Team:
-        return Team(self._data.plan.group, task)
+    def _team(self, task: SubjectTask) -> SlabExchange:
+        return SlabExchange(self._data.plan.group, task)

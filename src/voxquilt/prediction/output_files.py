@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Shaped
 
-from voxquilt.data.batch import Work
-from voxquilt.data.discovery import Case
+from voxquilt.data.discovery import SubjectFiles
 from voxquilt.data.formats.nifti import read_header, write
+from voxquilt.data.subject_task import SubjectWork
 from voxquilt.errors import OutputError
 from voxquilt.reporting.manifest import Row
 from voxquilt.reporting.overlay import flat, overlay_png
@@ -42,11 +42,11 @@ class Files:
         cases: Every subject, whose images are not to be overwritten.
     """
 
-    def __init__(self, folder: Path, stitch: Stitch, form: Format, cases: Iterable[Case]) -> None:
+    def __init__(self, folder: Path, stitch: Stitch, form: Format, cases: Iterable[SubjectFiles]) -> None:
         self._folder, self._stitch, self._form, self._cases = folder, stitch, form, cases
         self._written: set[Path] = set()
 
-    def write(self, work: Work, volumes: Mapping[str, np.ndarray], of_labels: list[str]) -> Row:
+    def write(self, work: SubjectWork, volumes: Mapping[str, np.ndarray], of_labels: list[str]) -> Row:
         """Write a subject's products.
 
         Args:

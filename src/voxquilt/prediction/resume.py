@@ -8,10 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from voxquilt.data.discovery import Case
-from voxquilt.errors import ConfigError, of_subjects
+from voxquilt.data.discovery import SubjectFiles
+from voxquilt.errors import ConfigError
+from voxquilt.filesystem import read_json
 from voxquilt.prediction.fingerprint import digest, inputs, settings
-from voxquilt.reporting.manifest import Row, read_json, read_rows
+from voxquilt.reporting.manifest import Row, read_rows
+from voxquilt.text import of_subjects
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Resume:
         """Of the settings."""
         return digest(self.settings)
 
-    def todo(self, cases: Sequence[Case]) -> Todo:
+    def todo(self, cases: Sequence[SubjectFiles]) -> Todo:
         """Decide for each case; reads the manifests in the folder and looks whether the files are there.
 
         Raises:

@@ -8,9 +8,10 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
-from voxquilt.data.discovery import Case
-from voxquilt.data.subject_size import Extent
-from voxquilt.distributed.assignment import Size, Task, distributed
+from voxquilt.data.discovery import SubjectFiles
+from voxquilt.data.subject_size import RunSize, SubjectCost
+from voxquilt.data.subject_task import SubjectTask
+from voxquilt.distributed.assignment import distributed
 from voxquilt.distributed.environment import not_the_tasks, slurm_tasks
 from voxquilt.distributed.process_group import Group
 from voxquilt.errors import ConfigError, InputError
@@ -23,7 +24,7 @@ _MOST_VOXELS, _MOST_ALONG = 2**40, 2**20
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """What a run does, as this process sees it.
 
     Args:
@@ -40,18 +41,18 @@ class Plan:
     """
 
     group: Group
-    tasks: list[Task]
-    cases: list[Case]
+    tasks: list[SubjectTask]
+    cases: list[SubjectFiles]
     everything: list[str]
     done: list[Row]
     settings: Mapping[str, Any]
-    sizes: list[Size] = field(default_factory=list)
-    extent: Extent = field(default_factory=Extent)
+    sizes: list[SubjectCost] = field(default_factory=list)
+    extent: RunSize = field(default_factory=RunSize)
     loads: list[float] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
 
 
-def assigned(plan: Plan, left: Sequence[Task], extent: Extent, distribute: str) -> Plan:
+def assigned(plan: RunPlan, left: Sequence[SubjectTask], extent: RunSize, distribute: str) -> RunPlan:
     """A plan with its subjects given to the processes, alike in all of them.
 
     Args:

@@ -12,9 +12,10 @@ from time import perf_counter
 from typing import Any
 
 from voxquilt.distributed.control_channel import Message, Stop
+from voxquilt.filesystem import read_json, write_json
 from voxquilt.prediction.resume import finished, known_settings
-from voxquilt.prediction.run_plan import Plan
-from voxquilt.reporting.manifest import Manifest, Row, of_shard, read_json, read_rows, write_json
+from voxquilt.prediction.run_plan import RunPlan
+from voxquilt.reporting.manifest import Manifest, Row, of_shard, read_rows
 
 log = logging.getLogger("voxquilt")
 
@@ -36,7 +37,7 @@ class Record:
         OutputError: they cannot be written.
     """
 
-    def __init__(self, folder: Path, plan: Plan, shard: tuple[int, int], configuration: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, plan: RunPlan, shard: tuple[int, int], configuration: Mapping[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.rows: list[Row] = list(plan.done)
         """Of this run's subjects."""

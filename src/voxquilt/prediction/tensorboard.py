@@ -12,13 +12,12 @@ import psutil
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from voxquilt.data.discovery import Case
+from voxquilt.data.discovery import SubjectFiles
 from voxquilt.data.formats.nifti import read_header
 from voxquilt.distributed.control_channel import Message
-from voxquilt.errors import reason_of
 from voxquilt.reporting.manifest import Row
 from voxquilt.reporting.overlay import flat, overlay
-from voxquilt.text import escaped
+from voxquilt.text import escaped, reason_of
 
 log = logging.getLogger("voxquilt")
 
@@ -35,7 +34,7 @@ class Events:
         label_values: See `voxquilt.stitching.stitch.Stitch`.
     """
 
-    def __init__(self, folder: Path, cases: Sequence[Case], label_values: Sequence[int] | None = None) -> None:
+    def __init__(self, folder: Path, cases: Sequence[SubjectFiles], label_values: Sequence[int] | None = None) -> None:
         self._folder, self._label_values = folder, label_values
         self._cases = {case.subject: (n, case) for n, case in enumerate(cases)}
         self._pictures = 0
@@ -84,7 +83,7 @@ class Events:
         if picture is not None:
             board.add_image(f"overlay/{escaped(row.subject)}", picture, step, dataformats="HWC")
 
-    def _picture(self, row: Row, case: Case) -> np.ndarray | None:
+    def _picture(self, row: Row, case: SubjectFiles) -> np.ndarray | None:
         drawn, name = f"{row.subject}_overlay.png", next((name for name in row.outputs if "_labels" in name), None)
         if name is None:
             return None

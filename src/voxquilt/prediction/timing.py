@@ -15,13 +15,13 @@ from lightning.pytorch import Trainer
 
 from voxquilt.data.batch import batches
 from voxquilt.data.formats.nifti import write
-from voxquilt.data.subject_size import Outline
-from voxquilt.distributed.assignment import Task
+from voxquilt.data.subject_size import SubjectSize
+from voxquilt.data.subject_task import SubjectTask
 from voxquilt.prediction.datamodule import GridDataModule
 from voxquilt.prediction.output_files import Format
 from voxquilt.reporting.overlay import flat, overlay
 from voxquilt.stitching.stitch import Stitch
-from voxquilt.stitching.subject_stitcher import Quilt
+from voxquilt.stitching.subject_stitcher import SubjectStitcher
 
 # Forward passes that are timed, after one that is not.
 _PASSES, _SECONDS = 5, 20.0
@@ -45,7 +45,7 @@ class Rates:
     begin: float
     threads: int
 
-    def subject(self, of: Outline) -> dict[str, float]:
+    def subject(self, of: SubjectSize) -> dict[str, float]:
         """Seconds of a subject: reading, patches, writing."""
         return {
             "reading": self.read * of.file,
@@ -53,7 +53,7 @@ class Rates:
             "writing": self.write * prod(of.native),
         }
 
-    def total(self, subjects: Sequence[Outline]) -> float:
+    def total(self, subjects: Sequence[SubjectSize]) -> float:
         """Seconds of a process that does these, reading ahead and writing behind."""
         each = [self.subject(one) for one in subjects]
         if not each:
@@ -68,7 +68,7 @@ def measure(
     trainer: Trainer,
     data: GridDataModule,
     stitch: Stitch,
-    task: Task,
+    task: SubjectTask,
     size: int,
     folder: Path,
     form: Format,
@@ -96,7 +96,7 @@ def measure(
     read = perf_counter() - began
     work = loaded.work
     stream = batches([loaded], int(data.batch_size))
-    quilt = Quilt(stitch, work, work.space, skipped=work.skipped, layout=data.layout)
+    quilt = SubjectStitcher(stitch, work, work.space, skipped=work.skipped, layout=data.layout)
     first = next(stream)
     began = perf_counter()
     outputs = _outputs(trainer, first.to(device))

@@ -10,19 +10,20 @@ import psutil
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from voxquilt.distributed.control_channel import BROKEN, Alone, Hub, Line, Message, Spoke, Stop
+from voxquilt.distributed.control_channel import BROKEN, ControlChannel, LocalChannel, Message, Stop
 from voxquilt.distributed.environment import disarm_observer
 from voxquilt.distributed.signals import Signals
+from voxquilt.distributed.tcp_channel import Hub, Spoke
 from voxquilt.errors import ConfigError, OutputError, RunError
 from voxquilt.planning.preflight import settled
 from voxquilt.prediction.datamodule import GridDataModule
-from voxquilt.prediction.open_subjects import Cohort
+from voxquilt.prediction.open_subjects import OpenSubjects
 from voxquilt.prediction.output_files import Files, Format
 from voxquilt.prediction.run_record import Record
 from voxquilt.prediction.tensorboard import Events
 from voxquilt.reporting.manifest import Row
-from voxquilt.reporting.progress import Show, make_show
-from voxquilt.reporting.progress_counts import Tally
+from voxquilt.reporting.progress import ProgressDisplay, make_show
+from voxquilt.reporting.progress_counts import RunProgress
 from voxquilt.stitching.output_volumes import Scratch
 from voxquilt.stitching.stitch import Stitch
 from voxquilt.vocabulary import LOGS, ON_ERROR, check_name
@@ -100,14 +101,14 @@ class VolumeWriter(Callback):
         if data.plan.group.rank == 0:
             planned = {one: size.patches - 1 for one, size in zip(data.plan.everything, data.plan.sizes, strict=True)}
             events = Events(self.output_dir, data.plan.cases, self.stitch.label_values) if self.tensorboard else None
-            shown = [_Shown(make_show(self._log), Tally(planned, data.plan.group.size), events)]
+            shown = [_Shown(make_show(self._log), RunProgress(planned, data.plan.group.size), events)]
         line, record = _connected(self.output_dir, data, self._configuration, shown)
         data.stop_when(lambda: line.stop is not None)
         self.rows = record.rows if record else []
         files = Files(self.output_dir, self.stitch, self.form, data.plan.cases)
         scratch, device = Scratch(self.output_dir, self.in_memory * 2**20), trainer.strategy.root_device
         # Here, since the first subjects are loaded before on_predict_start, and what fails there has to be told.
-        cohort = Cohort(data, self.stitch, files, scratch, line, raise_first=self._raise, device=device)
+        cohort = OpenSubjects(data, self.stitch, files, scratch, line, raise_first=self._raise, device=device)
         signals = Signals(lambda name, status: line.ask_stop(Stop(name, status)))
         self._run = _Run(data.plan.group.rank, line, record, cohort, signals, shown)
         for one in shown:
@@ -185,9 +186,9 @@ class _Run:
     """
 
     rank: int
-    line: Line
+    line: ControlChannel
     record: Record | None
-    cohort: Cohort
+    cohort: OpenSubjects
     signals: Signals
     shown: list["_Shown"]
 
@@ -252,8 +253,8 @@ class _Run:
 class _Shown:
     """What rank 0 shows of a run."""
 
-    show: Show
-    tally: Tally
+    show: ProgressDisplay
+    tally: RunProgress
     events: Events | None
 
     def take(self, row: Row) -> None:
@@ -271,7 +272,7 @@ class _Shown:
 
 def _connected(
     folder: Path, data: GridDataModule, configuration: Mapping[str, Any], shown: Sequence[_Shown]
-) -> tuple[Line, Record | None]:
+) -> tuple[ControlChannel, Record | None]:
     """The line between the processes, and on rank 0 the record that it feeds."""
     group, records = data.plan.group, list[Record]()
     hubs: list[Hub] = []
@@ -293,7 +294,7 @@ def _connected(
 
     address = group.first(opened)
     if address is None:
-        return Alone(take), records[0]
+        return LocalChannel(take), records[0]
     if not hubs:
         return Spoke(group.rank, address), None
     hubs[0].accept()

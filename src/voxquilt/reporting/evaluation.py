@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from voxquilt.data.discovery import Case, label_files
+from voxquilt.data.discovery import SubjectFiles, label_files
 from voxquilt.data.subject import LabelMap, Subject
-from voxquilt.errors import InputError, reason_of
+from voxquilt.errors import InputError
 from voxquilt.filesystem import replacing
 from voxquilt.reporting.manifest import Row
 from voxquilt.reporting.metrics import Agreement, agreements
-from voxquilt.text import escaped
+from voxquilt.text import escaped, reason_of
 
 ABSENT = Agreement(nan, nan, nan, 0.0, 0.0)
 """Of a class that neither volume has."""
@@ -66,7 +66,7 @@ class Evaluation:
     """
 
     folder: Path
-    cases: Sequence[Case]
+    cases: Sequence[SubjectFiles]
     labels: str | Mapping[str, str] | None
     class_names: Sequence[str] | None
     tolerance: float
@@ -92,7 +92,7 @@ class Evaluation:
                 scores += [Score(row.subject, name, agreement, product=product) for name, agreement in several]
         return scores
 
-    def _tried(self, case: Case, row: Row) -> dict[str, dict[int, Agreement]] | Score:
+    def _tried(self, case: SubjectFiles, row: Row) -> dict[str, dict[int, Agreement]] | Score:
         files = list(label_files(case, self.labels).values())
         missing = [str(path) for path in files if not os.path.isfile(path)]
         if missing or not files:

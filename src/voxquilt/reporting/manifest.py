@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import io
-import json
 import os
 import re
 import threading
@@ -171,19 +170,3 @@ def _row(cells: Mapping[str, str | None]) -> Row | None:
         )
     except (KeyError, ValueError):
         return None
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON whole or not at all."""
-    with replacing(path) as file:
-        # What is escaped of a name is an escape of JSON as well.
-        file.write((escaped(json.dumps(content, indent=2, ensure_ascii=False, default=str)) + "\n").encode())
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """What `write_json` wrote; empty if there is no such file, or another program's."""
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

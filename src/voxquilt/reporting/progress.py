@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from voxquilt.reporting.manifest import Row
-from voxquilt.reporting.progress_counts import Tally
+from voxquilt.reporting.progress_counts import RunProgress
 from voxquilt.vocabulary import LOGS, check_name
 
 log = logging.getLogger("voxquilt")
@@ -25,27 +25,27 @@ _LINE, _OBJECT = 30.0, 1.0
 
 
 @runtime_checkable
-class Show(Protocol):
+class ProgressDisplay(Protocol):
     """Shows how far a run is; called by one thread at a time."""
 
-    def start(self, tally: Tally) -> None:
+    def start(self, tally: RunProgress) -> None:
         """The run begins."""
         ...
 
-    def moved(self, tally: Tally) -> None:
+    def moved(self, tally: RunProgress) -> None:
         """Patches have come."""
         ...
 
-    def row(self, row: Row, tally: Tally) -> None:
+    def row(self, row: Row, tally: RunProgress) -> None:
         """A subject is done or has failed."""
         ...
 
-    def end(self, tally: Tally, status: int) -> None:
+    def end(self, tally: RunProgress, status: int) -> None:
         """The run has ended, with this exit status."""
         ...
 
 
-def make_show(name: str) -> Show:
+def make_show(name: str) -> ProgressDisplay:
     """'auto' (bars on a terminal, else lines), 'rich', 'plain' or 'json'.
 
     Raises:
@@ -54,19 +54,19 @@ def make_show(name: str) -> Show:
     check_name(name, LOGS, "run.log")
     if name == "auto":
         name = "rich" if Console().is_terminal else "plain"
-    return {"rich": Bars, "plain": Lines, "json": Objects}[name]()
+    return {"rich": RichProgress, "plain": PlainProgress, "json": JsonProgress}[name]()
 
 
-class Lines:
+class PlainProgress:
     """A line now and then; each finished subject has its line by logging."""
 
     def __init__(self) -> None:
         self._last = monotonic()
 
-    def start(self, tally: Tally) -> None:
+    def start(self, tally: RunProgress) -> None:
         self._last = monotonic()
 
-    def moved(self, tally: Tally) -> None:
+    def moved(self, tally: RunProgress) -> None:
         if monotonic() - self._last >= _LINE:
             self._last = monotonic()
             log.info(
@@ -74,35 +74,35 @@ class Lines:
                 tally.subjects, tally.patches, tally.total, tally.rate(), _clock(tally.left()), tally.current,
             )  # fmt: skip
 
-    def row(self, row: Row, tally: Tally) -> None:
+    def row(self, row: Row, tally: RunProgress) -> None:
         self.moved(tally)
 
-    def end(self, tally: Tally, status: int) -> None:
+    def end(self, tally: RunProgress, status: int) -> None:
         pass
 
 
-class Objects:
+class JsonProgress:
     """One JSON object a line on stdout."""
 
     def __init__(self) -> None:
         self._last = 0.0
 
-    def start(self, tally: Tally) -> None:
+    def start(self, tally: RunProgress) -> None:
         say("start", {"subjects": tally.subjects, "patches_total": tally.total, "processes": tally.processes})
 
-    def moved(self, tally: Tally) -> None:
+    def moved(self, tally: RunProgress) -> None:
         if monotonic() - self._last >= _OBJECT:
             self._last = monotonic()
             say("progress", tally.as_json())
 
-    def row(self, row: Row, tally: Tally) -> None:
+    def row(self, row: Row, tally: RunProgress) -> None:
         say("subject", asdict(row))
 
-    def end(self, tally: Tally, status: int) -> None:
+    def end(self, tally: RunProgress, status: int) -> None:
         say("end", tally.as_json() | {"exit_status": status})
 
 
-class Bars:
+class RichProgress:
     """A bar for subjects and one for patches, below the lines that are logged."""
 
     def __init__(self) -> None:
@@ -118,7 +118,7 @@ class Bars:
         self._tasks: list[bars.TaskID] = []
         self._streams: list[tuple[logging.StreamHandler[Any], Any]] = []
 
-    def start(self, tally: Tally) -> None:
+    def start(self, tally: RunProgress) -> None:
         before = (sys.stdout, sys.stderr)
         self._bars.start()  # from here on what is printed goes above the bars, lines whole
         for handler in logging.getLogger().handlers:
@@ -130,7 +130,7 @@ class Bars:
             self._bars.add_task("patches", total=tally.total, note=""),
         ]
 
-    def moved(self, tally: Tally) -> None:
+    def moved(self, tally: RunProgress) -> None:
         if not self._tasks:
             return
         subjects, patches = self._tasks
@@ -139,10 +139,10 @@ class Bars:
         pace = f"{tally.rate():.1f}/s, {_clock(tally.left())} left"
         self._bars.update(patches, completed=tally.patches, note=pace)
 
-    def row(self, row: Row, tally: Tally) -> None:
+    def row(self, row: Row, tally: RunProgress) -> None:
         self.moved(tally)
 
-    def end(self, tally: Tally, status: int) -> None:
+    def end(self, tally: RunProgress, status: int) -> None:
         self.moved(tally)
         self._bars.stop()
         for handler, stream in self._streams:

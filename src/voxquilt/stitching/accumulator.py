@@ -10,7 +10,7 @@ from torch import Tensor
 from voxquilt.geometry.frame import Triple
 from voxquilt.geometry.grid import Grid
 from voxquilt.stitching.blend import Blend
-from voxquilt.stitching.buffer_pool import Buffers
+from voxquilt.stitching.buffer_pool import BufferPool
 
 
 class Sums:
@@ -38,7 +38,7 @@ class Sums:
         channels: int,
         dtype: torch.dtype,
         device: torch.device,
-        buffers: Buffers,
+        buffers: BufferPool,
         blank: bool = False,
     ) -> None:
         self.channels, self.dtype, self.device = channels, dtype, device

@@ -15,9 +15,9 @@ from voxquilt.geometry.grid import Grid
 from voxquilt.geometry.slab_split import Part, whole
 from voxquilt.stitching.blend import Blend, to_blend
 from voxquilt.stitching.blended import Blended
-from voxquilt.stitching.buffer_pool import Buffers
+from voxquilt.stitching.buffer_pool import BufferPool
 from voxquilt.stitching.ledger import Ledger
-from voxquilt.stitching.streaming import Slab, Stream
+from voxquilt.stitching.streaming import FinishedPlanes, SlabStream
 
 
 @runtime_checkable
@@ -50,7 +50,7 @@ class GridAggregator:
         device: Where sums are kept.
         dtype: Of the sums; None is float32, or float64 for patches of float64 or integers. 'crop' sums nothing and
             keeps the patches'.
-        consumer: Called with each finished Slab, in order.
+        consumer: Called with each finished FinishedPlanes, in order.
         axis: Along which to stream; the grid's `streaming_axis` needs the least memory.
         buffers: Where memory comes from and goes to.
         skipped: Numbers of patches that never come. Where others overlap them, those are averaged alone; voxels that
@@ -72,9 +72,9 @@ class GridAggregator:
         downsampling_factor: int | Iterable[int] = 1,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
-        consumer: Callable[[Slab], None] | None = None,
+        consumer: Callable[[FinishedPlanes], None] | None = None,
         axis: int = 0,
-        buffers: Buffers | None = None,
+        buffers: BufferPool | None = None,
         skipped: Iterable[int] = (),
         fill: float | Sequence[float] = 0.0,
         part: Part | None = None,
@@ -93,8 +93,8 @@ class GridAggregator:
         self._blend = to_blend(overlap_mode)
         self._axis = axis
         self._fill = fill
-        self._buffers = buffers or Buffers()
-        self._stream = None if consumer is None else Stream(self.ledger, self.grid, self._blend, part, consumer)
+        self._buffers = buffers or BufferPool()
+        self._stream = None if consumer is None else SlabStream(self.ledger, self.grid, self._blend, part, consumer)
         self._blended: Blended | None = None
 
     def add_batch(self, batch: Shaped[Tensor, "b c pi pj pk"], locations: Int[Tensor, "b 6"] | np.ndarray) -> None:

@@ -12,7 +12,7 @@ from voxquilt.geometry.frame import Triple
 from voxquilt.geometry.grid import Grid
 from voxquilt.stitching.accumulator import Sums
 from voxquilt.stitching.blend import Blend
-from voxquilt.stitching.buffer_pool import Buffers
+from voxquilt.stitching.buffer_pool import BufferPool
 
 
 class Blended:
@@ -36,7 +36,7 @@ class Blended:
         channels: int,
         dtype: torch.dtype,
         device: torch.device,
-        buffers: Buffers,
+        buffers: BufferPool,
         fill: float | Sequence[float] | None = None,
         integers: bool = False,
         output: torch.dtype | None = None,

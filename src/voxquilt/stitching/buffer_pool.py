@@ -5,7 +5,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 
-def home(device: torch.device, size: int) -> torch.device:
+def choose_device(device: torch.device, size: int) -> torch.device:
     """Where `size` bytes of sums are kept: on the device, or on the host if a GPU would have too little left."""
     if device.type != "cuda":
         return device
@@ -14,7 +14,7 @@ def home(device: torch.device, size: int) -> torch.device:
     return device if size <= free / 2 else torch.device("cpu")
 
 
-class Buffers:
+class BufferPool:
     """Memory that finished volumes leave to the next: the first touch of fresh memory costs more than the sums."""
 
     def __init__(self) -> None:

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from voxquilt.geometry.frame import Triple
-from voxquilt.geometry.space import AxisMaps, Piece, Restorer, Where
-from voxquilt.stitching.output_volumes import Scratch, Volumes
-from voxquilt.stitching.products.base import ArgMax, Kept, Product, check_finite, contenders
-from voxquilt.stitching.products.spec import Recipe
-from voxquilt.stitching.streaming import Slab
+from voxquilt.geometry.space import AxisMaps, Where
+from voxquilt.geometry.streamed_resample import Piece, Restorer
+from voxquilt.stitching.output_volumes import OutputVolumes, Scratch
+from voxquilt.stitching.products.base import Kept, Product, check_finite
+from voxquilt.stitching.products.labels import ArgMax, contenders
+from voxquilt.stitching.products.spec import ProductSpec
+from voxquilt.stitching.streaming import FinishedPlanes
 
 # Voxels along an edge of the boxes in which labels are made of interpolated scores: small, so that few classes compete
 # in most of them, and large enough that there are few boxes.
@@ -18,7 +20,7 @@ _TILE = 32
 
 
 @dataclass(frozen=True)
-class WayBack:
+class NativeGrid:
     """From finished planes of an output to native space.
 
     Args:
@@ -54,10 +56,10 @@ class WayBack:
         """Brings planes to native space."""
         return Restorer(self.maps, self.axis, self.shape, linear=linear, tile=tile, planes=self.planes)
 
-    def volumes(self, products: Mapping[str, Product], restorer: Restorer) -> Volumes:
+    def volumes(self, products: Mapping[str, Product], restorer: Restorer) -> OutputVolumes:
         """Room for what the restorer hands out."""
         i, j, k = (m.size for m in self.maps)
-        return Volumes(
+        return OutputVolumes(
             products,
             self.channels,
             (i, j, k),
@@ -69,7 +71,7 @@ class WayBack:
 
 
 @dataclass(frozen=True)
-class Course:
+class ProductPath:
     """How some products come out of finished planes.
 
     Args:
@@ -79,57 +81,57 @@ class Course:
         volumes: Where products are computed and kept.
     """
 
-    before: Callable[[Slab], Iterable[tuple[int, Tensor]]]
+    before: Callable[[FinishedPlanes], Iterable[tuple[int, Tensor]]]
     restorer: Restorer
     after: Callable[[Piece], Tensor]
-    volumes: Volumes
+    volumes: OutputVolumes
 
-    def __call__(self, slab: Slab) -> None:
+    def __call__(self, slab: FinishedPlanes) -> None:
         """Take a slab."""
         for start, planes in self.before(slab):
             for piece in self.restorer.feed(start, planes):
                 self.volumes.fill(piece.where, self.after(piece))
 
 
-class Finish:
+class NativeProducts:
     """What happens to finished planes of one blend: into products, and back to native space.
 
     Raises:
         OutputError: (when called) scores that are NaN or infinite.
     """
 
-    def __init__(self, recipes: Mapping[str, Recipe], back: WayBack) -> None:
+    def __init__(self, recipes: Mapping[str, ProductSpec], back: NativeGrid) -> None:
         self._courses = list(_courses(recipes, back))
 
-    def __call__(self, slab: Slab) -> None:
+    def __call__(self, slab: FinishedPlanes) -> None:
         for course in self._courses:
             course(slab)
 
     @property
-    def volumes(self) -> dict[str, Volumes]:
+    def volumes(self) -> dict[str, OutputVolumes]:
         """By product, where it is kept."""
         return {name: course.volumes for course in self._courses for name in course.volumes.arrays}
 
 
-def _courses(recipes: Mapping[str, Recipe], back: WayBack) -> Iterator[Course]:
+def _courses(recipes: Mapping[str, ProductSpec], back: NativeGrid) -> Iterator[ProductPath]:
     for name, recipe in recipes.items():
         if recipe.in_model:
             restorer = back.restorer(linear=recipe.product.form(back.channels)[1].kind == "f")
             volumes = back.volumes({name: Kept(recipe.product)}, restorer)
-            yield Course(_Computed(recipe.product, back.read), restorer, Piece.restored, volumes)
+            yield ProductPath(_Computed(recipe.product, back.read), restorer, Piece.restored, volumes)
     of_scores = {name: recipe.product for name, recipe in recipes.items() if not recipe.in_model}
     if not of_scores:
         return
     if back.copies or not all(isinstance(product, ArgMax) for product in of_scores.values()):
         restorer = back.restorer()
-        yield Course(_as_it_is, restorer, _scores, back.volumes(of_scores, restorer))
+        yield ProductPath(_as_it_is, restorer, _scores, back.volumes(of_scores, restorer))
     else:
         restorer = back.restorer(tile=_TILE)
         labels = {name: Kept(product) for name, product in of_scores.items()}
-        yield Course(_as_it_is, restorer, _best, back.volumes(labels, restorer))
+        yield ProductPath(_as_it_is, restorer, _best, back.volumes(labels, restorer))
 
 
-def _as_it_is(slab: Slab) -> Iterable[tuple[int, Tensor]]:
+def _as_it_is(slab: FinishedPlanes) -> Iterable[tuple[int, Tensor]]:
     return [(slab.start, slab.scores)]
 
 
@@ -140,7 +142,7 @@ class _Computed:
     product: Product
     read: Where
 
-    def __call__(self, slab: Slab) -> Iterator[tuple[int, Tensor]]:
+    def __call__(self, slab: FinishedPlanes) -> Iterator[tuple[int, Tensor]]:
         # A few planes at a time, which stay in the cache.
         step = max(1, 2**22 * (slab.stop - slab.start) // slab.scores.numel())
         for start in range(slab.start, slab.stop, step):

@@ -50,7 +50,7 @@ class Scratch:
             return np.memmap(file, dtype, "r+", shape=shape)
 
 
-class Volumes:
+class OutputVolumes:
     """Products in native space while scores come slab by slab; scores at native resolution never exist as a whole.
 
     Args:

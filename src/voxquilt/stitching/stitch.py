@@ -7,7 +7,7 @@ from torch import Tensor
 
 from voxquilt.errors import ConfigError
 from voxquilt.stitching.blend import Blend, to_blend
-from voxquilt.stitching.products.spec import Recipe, make_products
+from voxquilt.stitching.products.spec import ProductSpec, make_products
 from voxquilt.vocabulary import ACTIVATIONS, APPLIED, PRODUCTS, RESTORES, check_label_values, check_name
 
 
@@ -70,7 +70,7 @@ class Stitch:
         """The classes' names by their numbers in label files."""
         return {self.number_of(n): str(name) for n, name in enumerate(self.class_names or ())}
 
-    def recipes(self, output: str, channels: int) -> dict[str | Blend, dict[str, Recipe]]:
+    def recipes(self, output: str, channels: int) -> dict[str | Blend, dict[str, ProductSpec]]:
         """What is made of an output with so many channels: recipes by overlap mode and product name.
 
         Raises:
@@ -78,7 +78,7 @@ class Stitch:
         """
         names = self.products.get(output) if isinstance(self.products, Mapping) else self.products
         options = channels, self.activation, self.threshold, self.restore, self.label_values
-        found: dict[str | Blend, dict[str, Recipe]] = {self.overlap_mode: make_products(names, *options)}
+        found: dict[str | Blend, dict[str, ProductSpec]] = {self.overlap_mode: make_products(names, *options)}
         for mode in self.compare:
             (name, recipe), *_ = make_products(None, *options).items()
             found.setdefault(mode, {})[f"{name}_{mode}"] = recipe

@@ -11,14 +11,14 @@ from torch import Tensor
 from voxquilt.errors import LedgerError, PatchShapeError
 from voxquilt.geometry.frame import AXES, Triple
 from voxquilt.geometry.grid import Grid
-from voxquilt.geometry.slab_split import Part, boundary
+from voxquilt.geometry.slab_split import Part
 from voxquilt.stitching.blend import Blend
 from voxquilt.stitching.blended import Blended
 from voxquilt.stitching.ledger import Ledger
 
 
 @dataclass(frozen=True)
-class Slab:
+class FinishedPlanes:
     """Planes `start` to `stop`, end exclusive, along `axis` that are complete.
 
     `scores` is (C, I, J, K) with only these planes along the axis, on the sampler's padded (and downsampled) grid. It
@@ -31,7 +31,7 @@ class Slab:
     scores: Shaped[Tensor, "c i j k"]
 
 
-class Stream:
+class SlabStream:
     """Hands over planes as soon as no later patch touches them.
 
         patches of row n      |=================|
@@ -45,10 +45,12 @@ class Stream:
         grid: Where they lie, downsampled.
         blend: Their shares.
         part: The rows that come.
-        consumer: Called with each finished Slab, in order.
+        consumer: Called with each finished FinishedPlanes, in order.
     """
 
-    def __init__(self, ledger: Ledger, grid: Grid, blend: Blend, part: Part, consumer: Callable[[Slab], None]) -> None:
+    def __init__(
+        self, ledger: Ledger, grid: Grid, blend: Blend, part: Part, consumer: Callable[[FinishedPlanes], None]
+    ) -> None:
         self._grid, self._part, self._axis, self._consumer = grid, part, part.axis, consumer
         # Patches that are missing in each row, and the first row where some are.
         rows = np.moveaxis(~ledger.arrived, part.axis, 0).reshape(grid.counts[part.axis], -1)
@@ -134,6 +136,33 @@ class Stream:
                 self._head.append([planes.narrow(dim, 0, kept).to("cpu", copy=True) for planes in raw])
             if shared < count:
                 own = blended.finish([planes.narrow(dim, shared, count - shared) for planes in raw])
-                self._consumer(Slab(self._axis, plane + shared, plane + count, own))
+                self._consumer(FinishedPlanes(self._axis, plane + shared, plane + count, own))
             blended.clear(raw)
         self._plane = max(self._plane, until)
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """Planes `low` to `high`, end exclusive, have contributions from rows on either side, those from `high` on of later
+    rows alone."""
+
+    low: int
+    high: int
+
+
+def boundary(grid: Grid, blend: Blend, axis: int, row: int) -> Boundary:
+    """The boundary before a row; before the first and after the last it is the volume's own."""
+    starts = grid.starts[axis]
+    if row == 0:
+        return Boundary(0, 0)
+    if row == len(starts):
+        return Boundary(grid.shape[axis], grid.shape[axis])
+    if blend.averages:
+        return Boundary(starts[row], starts[row - 1] + grid.patch_size[axis])
+    owned = starts[row] + int(blend.axis_weights(grid, axis)[row].nonzero()[0])
+    return Boundary(owned, owned)
+
+
+def planes_of(part: Part, grid: Grid, blend: Blend) -> range:
+    """The planes that a part finishes; those of all parts are all planes, each once."""
+    return range(*(boundary(grid, blend, part.axis, row).high for row in (part.first, part.stop)))

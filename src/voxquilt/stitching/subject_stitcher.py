@@ -15,13 +15,14 @@ from voxquilt.geometry.slab_split import whole as all_rows
 from voxquilt.geometry.space import Space, Where
 from voxquilt.stitching.aggregator import GridAggregator, Placed
 from voxquilt.stitching.blend import to_blend
-from voxquilt.stitching.buffer_pool import Buffers, home
+from voxquilt.stitching.buffer_pool import BufferPool, choose_device
 from voxquilt.stitching.label_values import to_labels
-from voxquilt.stitching.native_products import Finish, WayBack
-from voxquilt.stitching.output_volumes import Scratch, Volumes
-from voxquilt.stitching.products.base import Threshold
-from voxquilt.stitching.products.spec import Recipe, background
+from voxquilt.stitching.native_products import NativeGrid, NativeProducts
+from voxquilt.stitching.output_volumes import OutputVolumes, Scratch
+from voxquilt.stitching.products.labels import Threshold
+from voxquilt.stitching.products.spec import ProductSpec, background
 from voxquilt.stitching.stitch import Stitch
+from voxquilt.stitching.streaming import planes_of
 
 Outputs = Mapping[str, Tensor]
 """What a network gives for a batch: (B, C, ...) by output name; a network with one output names it ''."""
@@ -33,10 +34,10 @@ class _Ring:
 
     averaged: Callable[[Tensor], Tensor]
     aggregator: GridAggregator
-    finish: Finish
+    finish: NativeProducts
 
 
-class Quilt:
+class SubjectStitcher:
     """One subject's outputs while its patches come in, in the grid's `streaming_order`.
 
     Several processes may share a subject, each with a `part` of its rows (see `voxquilt.geometry.slab_split.split`),
@@ -71,7 +72,7 @@ class Quilt:
         space: Space,
         *,
         device: torch.device | str | None = None,
-        buffers: Buffers | None = None,
+        buffers: BufferPool | None = None,
         scratch: Scratch | None = None,
         skipped: Iterable[int] = (),
         part: Part | None = None,
@@ -82,7 +83,7 @@ class Quilt:
         self.placed = placed
         self.space = space
         self.device = device
-        self.buffers = buffers or Buffers()
+        self.buffers = buffers or BufferPool()
         self.scratch = scratch
         self.skipped = frozenset(skipped)
         self.part = part or all_rows(placed.grid, placed.grid.streaming_axis)
@@ -207,7 +208,7 @@ class Quilt:
         return [ring for rings in self._rings.values() for ring in rings]
 
     @property
-    def _products(self) -> dict[str, tuple[str, Volumes]]:
+    def _products(self) -> dict[str, tuple[str, OutputVolumes]]:
         """By full name: a product's name within its output, and where it is kept."""
         return {
             "_".join(filter(None, (output, product))): (product, volumes)
@@ -251,14 +252,14 @@ class Quilt:
         size = sum(map(len, fills)) * planes * (max(4, patches.element_size()) if patches.is_floating_point() else 8)
         rings = []
         for (mode, averaged, some), values in zip(recipes, fills, strict=True):
-            planes = self.part.planes(scores, to_blend(mode))
-            back = WayBack(maps, axis, scores.shape, channels, planes, self.whole, self.scratch)
-            finish = Finish(some, back)
+            planes = planes_of(self.part, scores, to_blend(mode))
+            back = NativeGrid(maps, axis, scores.shape, channels, planes, self.whole, self.scratch)
+            finish = NativeProducts(some, back)
             aggregator = GridAggregator(
                 self.placed,
                 mode,
                 downsampling_factor=factor,
-                device=home(patches.device, size) if self.device is None else self.device,
+                device=choose_device(patches.device, size) if self.device is None else self.device,
                 consumer=finish,
                 axis=axis,
                 buffers=self.buffers,
@@ -269,7 +270,7 @@ class Quilt:
             rings.append(_Ring(averaged, aggregator, finish))
         return rings
 
-    def _check_fill(self, fill: Tensor, recipes: list[Recipe]) -> None:
+    def _check_fill(self, fill: Tensor, recipes: list[ProductSpec]) -> None:
         values = fill.reshape(-1, 1, 1, 1)
         if any(isinstance(recipe.product, Threshold) and recipe.product(values).any() for recipe in recipes):
             raise OutputError(

@@ -9,9 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from voxquilt.data.discovery import Case, label_files
-from voxquilt.errors import ConfigError, of_subjects
-from voxquilt.models.weights.stored_settings import LIGHTNING, TRAINING, kind_of, pickled
+from voxquilt.data.discovery import SubjectFiles, label_files
+from voxquilt.errors import ConfigError
+from voxquilt.models.weights.detect import LIGHTNING, kind_of
+from voxquilt.models.weights.stored_settings import TRAINING, pickled
+from voxquilt.text import of_subjects
 from voxquilt.training.splits import Split
 
 log = logging.getLogger("voxquilt")
@@ -44,7 +46,7 @@ def record(plain: Mapping[str, Any], parts: Split) -> dict[str, Any]:
     """What a training's checkpoints say of how it was trained, to be compared with when it goes on; plain values."""
     labels = plain["data"]["labels"]
 
-    def told(case: Case) -> list[str]:
+    def told(case: SubjectFiles) -> list[str]:
         return [_digest(case.images), _digest(label_files(case, labels))]
 
     with ThreadPoolExecutor(16) as pool:  # mostly waiting for a file system

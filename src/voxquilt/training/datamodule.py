@@ -10,29 +10,24 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from voxquilt.data.discovery import LABEL, Case, find_cases, label_files
+from voxquilt.data.discovery import LABEL, SubjectFiles, find_cases, label_files
 from voxquilt.data.grid_sampler import GridSampler
 from voxquilt.data.listing import meant
 from voxquilt.data.prefetch import LoadFailure, PatchStream
 from voxquilt.data.preprocess import Preprocess
 from voxquilt.data.subject import Image, LabelMap, ScalarImage, Subject
-from voxquilt.distributed.assignment import Task
+from voxquilt.data.subject_task import SubjectTask
 from voxquilt.distributed.load_balancing import deal
 from voxquilt.distributed.process_group import Group
-from voxquilt.errors import ConfigError, InputError, VoxquiltError, of_subjects
+from voxquilt.errors import ConfigError, InputError, VoxquiltError
 from voxquilt.geometry.frame import to_triple
 from voxquilt.prediction.datamodule import GridDataModule
 from voxquilt.stitching.label_values import beyond, to_classes
-from voxquilt.training.random_patches import (
-    Augment,
-    CachedVolumes,
-    EpochOrder,
-    Labelled,
-    LateLoader,
-    RandomPatches,
-    centres_of,
-)
+from voxquilt.text import of_subjects
+from voxquilt.training.epoch_order import EpochOrder
+from voxquilt.training.random_patches import Augment, LateLoader, RandomPatches, centres_of
 from voxquilt.training.splits import make_split
+from voxquilt.training.volume_cache import CachedVolumes, Labelled
 from voxquilt.vocabulary import TASKS, check_name
 
 # Volumes whose patches are mixed, and of those that are not kept so many are in memory at a time.
@@ -122,7 +117,7 @@ class TrainingDataModule(LightningDataModule):
         self._failures: list[LoadFailure] = []
         self._volumes: CachedVolumes | None = None
 
-    def label_files(self, case: Case) -> dict[str, Path]:
+    def label_files(self, case: SubjectFiles) -> dict[str, Path]:
         """The files of a subject's label, by channel.
 
         Raises:
@@ -135,7 +130,7 @@ class TrainingDataModule(LightningDataModule):
             )
         return found
 
-    def labelled(self, case: Case) -> Subject:
+    def labelled(self, case: SubjectFiles) -> Subject:
         """A subject with its images, then its labels under other names; reads headers only.
 
         Raises:
@@ -150,7 +145,7 @@ class TrainingDataModule(LightningDataModule):
             raise InputError(f"{case.subject}: {error}") from error
         return subject
 
-    def truth(self, case: Case) -> Tensor:
+    def truth(self, case: SubjectFiles) -> Tensor:
         """A subject's label as its files have it: (L, I, J, K), classes and masks as integers.
 
         Raises:
@@ -210,7 +205,7 @@ class TrainingDataModule(LightningDataModule):
         cases = self.validation_cases
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         dealt = deal([self._grids.size(case).patches for case in cases], ranks)[rank]
-        tasks = [Task(cases[n], number=n) for n in dealt]
+        tasks = [SubjectTask(cases[n], number=n) for n in dealt]
         return PatchStream(tasks, self._grids.load, self.batch_size, 1, self._failures.append, bool)
 
     def raise_failures(self) -> None:
@@ -250,7 +245,7 @@ class TrainingDataModule(LightningDataModule):
         group = Group(self.trainer)
         cases = [*self.training_cases[min(group.gather(kept)) :], *self.validation_cases]
 
-        def problem(case: Case) -> str | None:
+        def problem(case: SubjectFiles) -> str | None:
             try:
                 self.truth(case)
             except VoxquiltError as error:
@@ -265,7 +260,7 @@ class TrainingDataModule(LightningDataModule):
         if told:
             raise InputError(told[0])
 
-    def _load(self, case: Case) -> Labelled:
+    def _load(self, case: SubjectFiles) -> Labelled:
         subject = self.labelled(case)
         images, labels = (
             {n: i for n, i in subject.images.items() if (n in case.images) == one} for one in (True, False)

@@ -5,10 +5,9 @@ from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import LightningModule
-from monai.optimizers.lr_scheduler import WarmupCosineSchedule
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler, PolynomialLR
+from torch.optim.lr_scheduler import LRScheduler
 
 from voxquilt.data.batch import PatchBatch
 from voxquilt.distributed.process_group import Group
@@ -165,13 +164,3 @@ class PatchTrainer(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the settings and the record."""
         checkpoint[KEY], checkpoint[TRAINING] = self._settings, self._record
-
-
-def warmup_cosine(optimizer: Optimizer, steps: int, *, warmup: float = 0.05) -> LRScheduler:
-    """A learning rate that rises for a share of the steps, then falls as a cosine to 0; MONAI's schedule."""
-    return WarmupCosineSchedule(optimizer, warmup_steps=round(warmup * steps), t_total=steps)
-
-
-def polynomial(optimizer: Optimizer, steps: int, *, power: float = 0.9) -> LRScheduler:
-    """A learning rate that falls to 0 as a power of what is left, as nnU-Net's; torch's PolynomialLR."""
-    return PolynomialLR(optimizer, total_iters=steps, power=power)

@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from voxquilt.data.discovery import Case
+from voxquilt.data.discovery import SubjectFiles
 from voxquilt.errors import ConfigError
 
 _TRAINING = ("train", "training")
@@ -14,12 +14,12 @@ _VALIDATION = ("val", "valid", "validation")
 class Split(NamedTuple):
     """Subjects to train on, and others to validate on."""
 
-    training: list[Case]
-    validation: list[Case]
+    training: list[SubjectFiles]
+    validation: list[SubjectFiles]
 
 
 def make_split(
-    cases: Sequence[Case], folds: int | None, fold: int = 0, seed: int = 0, column: str | None = None
+    cases: Sequence[SubjectFiles], folds: int | None, fold: int = 0, seed: int = 0, column: str | None = None
 ) -> Split:
     """Divide subjects.
 
@@ -51,7 +51,7 @@ def make_split(
     return _checked(Split([c for c in cases if c.subject not in kept], [c for c in cases if c.subject in kept]), "")
 
 
-def _from_column(cases: Sequence[Case], fold: int, column: str) -> Split:
+def _from_column(cases: Sequence[SubjectFiles], fold: int, column: str) -> Split:
     without = [case.subject for case in cases if column not in case.values]
     if without:
         raise ConfigError(

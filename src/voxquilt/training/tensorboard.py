@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from voxquilt.training.module import PatchTrainer
 
 
-class Board(Callback):
+class TensorBoardImages(Callback):
     """Pictures of validation subjects, the prediction above what was wanted, and the hparams tab; on rank 0.
 
     Args:

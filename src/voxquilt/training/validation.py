@@ -11,14 +11,15 @@ from torch import Tensor
 from torchmetrics.functional import mean_absolute_error
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from voxquilt.data.batch import PatchBatch, Run, Work
-from voxquilt.data.discovery import Case
+from voxquilt.data.batch import PatchBatch, SubjectRows
+from voxquilt.data.discovery import SubjectFiles
+from voxquilt.data.subject_task import SubjectWork
 from voxquilt.errors import InputError, OutputError, VoxquiltError
 from voxquilt.reporting.metrics import class_dice
 from voxquilt.reporting.overlay import flat, overlay, stacked
-from voxquilt.stitching.buffer_pool import Buffers
+from voxquilt.stitching.buffer_pool import BufferPool
 from voxquilt.stitching.stitch import Stitch
-from voxquilt.stitching.subject_stitcher import Outputs, Quilt
+from voxquilt.stitching.subject_stitcher import Outputs, SubjectStitcher
 
 Metrics = dict[str, float]
 
@@ -52,12 +53,12 @@ class Validator:
 
     task: str
     stitch: Stitch
-    truth: Callable[[Case], Tensor]
+    truth: Callable[[SubjectFiles], Tensor]
     pictures: int = 0
     when: str = ""
     found: list[Validated] = field(default_factory=list)
-    _open: dict[Work, Quilt] = field(default_factory=dict)
-    _buffers: Buffers = field(default_factory=Buffers)
+    _open: dict[SubjectWork, SubjectStitcher] = field(default_factory=dict)
+    _buffers: BufferPool = field(default_factory=BufferPool)
 
     def take(self, outputs: Mapping[str, Tensor], batch: PatchBatch) -> None:
         """Feed a batch's outputs to its subjects.
@@ -79,24 +80,24 @@ class Validator:
         found, self.found = self.found, []
         return found
 
-    def _add(self, outputs: Outputs, run: Run) -> None:
+    def _add(self, outputs: Outputs, run: SubjectRows) -> None:
         work = run.work
         if work not in self._open:
-            self._open[work] = Quilt(self.stitch, work, work.space, buffers=self._buffers)
+            self._open[work] = SubjectStitcher(self.stitch, work, work.space, buffers=self._buffers)
         self._open[work].add(outputs, run.locations)
         if self._open[work].complete:
             volume = next(iter(self._open.pop(work).volumes().values()))  # of several outputs the first
             channels = next(iter(outputs.values())).shape[1]
             self.found.append(self._compared(work, torch.from_numpy(np.ascontiguousarray(volume)), channels))
 
-    def _compared(self, work: Work, volume: Tensor, channels: int) -> Validated:
+    def _compared(self, work: SubjectWork, volume: Tensor, channels: int) -> Validated:
         case, truth = work.task.case, self.truth(work.task.case)
         names = list(self.stitch.class_names or map(str, range(channels)))
         metrics = metrics_of(self.task, volume, truth, names)
         picture = self._picture(work, volume, truth) if len(self.found) < self.pictures else None
         return Validated(case.subject, metrics, picture)
 
-    def _picture(self, work: Work, volume: Tensor, truth: Tensor) -> np.ndarray:
+    def _picture(self, work: SubjectWork, volume: Tensor, truth: Tensor) -> np.ndarray:
         """Planes and window are the truth's, so that they show the same of every epoch's prediction."""
         affine, subject = work.space.native.affine, work.task.case.subject
         captions = f"{subject}: prediction{self.when and f', {self.when}'}", f"{subject}: truth"

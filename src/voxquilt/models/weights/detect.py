@@ -3,9 +3,13 @@
 import json
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from voxquilt.errors import ConfigError
+from voxquilt.models.weights.stored_settings import pickled
+
+TORCHSCRIPT, EXPORTED, LIGHTNING, TENSORS = "TorchScript", "torch.export", "Lightning", "tensors"
 
 _LOOKED_AT = 4096
 _SAFETENSORS = "safetensors under another name: give it the suffix .safetensors"
@@ -105,3 +109,18 @@ def _unpacked(start: bytes) -> bytes:
         return zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(start, _LOOKED_AT)
     except zlib.error:
         return b""
+
+
+def kind_of(path: Path) -> str:
+    """TORCHSCRIPT, EXPORTED, LIGHTNING (any checkpoint of Lightning's), or TENSORS for all else."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            if any("/code/" in name or name.endswith("/constants.pkl") for name in names):
+                return TORCHSCRIPT
+            if any("/models/" in name or "serialized_exported_program" in name for name in names):
+                return EXPORTED
+    except (OSError, zipfile.BadZipFile):
+        return TENSORS
+    content = pickled(path)
+    return LIGHTNING if isinstance(content, Mapping) and "pytorch-lightning_version" in content else TENSORS

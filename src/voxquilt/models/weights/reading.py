@@ -18,12 +18,12 @@ from lightning.pytorch import LightningModule
 from safetensors.torch import load_file
 from torch import nn
 
-from voxquilt.errors import ConfigError, first_line, plain_text
+from voxquilt.errors import ConfigError
 from voxquilt.models.weights.detect import check_is_weights
 from voxquilt.models.weights.exported import ExportedNetwork
 from voxquilt.models.weights.exported_archive import checked
 from voxquilt.models.weights.state_dict import check, renamed, state_of
-from voxquilt.vocabulary import question
+from voxquilt.text import first_line, plain_text, question
 
 log = logging.getLogger("voxquilt")
 

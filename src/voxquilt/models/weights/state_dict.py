@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from voxquilt.errors import ConfigError
-from voxquilt.vocabulary import question
+from voxquilt.text import question
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "network_weights")
 State = dict[str, Tensor]

@@ -19,8 +19,6 @@ TRAINING = "voxquilt_training"
 """Of the record of how it was trained, which predicting does not read."""
 FORMAT = 1
 
-TORCHSCRIPT, EXPORTED, LIGHTNING, TENSORS = "TorchScript", "torch.export", "Lightning", "tensors"
-
 # What predicting needs of a training's configuration, by section. A file may carry no other keys: one of them says
 # whether the file is trusted.
 _SECTIONS = {
@@ -46,21 +44,6 @@ def to_carry(plain: Mapping[str, Any], images: Sequence[str]) -> dict[str, Any]:
     # Where predict.py has it, since flips and ensembles may be averaged as probabilities.
     found["model"]["activation"] = plain["stitch"].get("activation")
     return found
-
-
-def kind_of(path: Path) -> str:
-    """TORCHSCRIPT, EXPORTED, LIGHTNING (any checkpoint of Lightning's), or TENSORS for all else."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            if any("/code/" in name or name.endswith("/constants.pkl") for name in names):
-                return TORCHSCRIPT
-            if any("/models/" in name or "serialized_exported_program" in name for name in names):
-                return EXPORTED
-    except (OSError, zipfile.BadZipFile):
-        return TENSORS
-    content = pickled(path)
-    return LIGHTNING if isinstance(content, Mapping) and "pytorch-lightning_version" in content else TENSORS
 
 
 def carried(path: Path) -> dict[str, Any] | None:

@@ -8,17 +8,11 @@ import torch
 from torch import Tensor
 
 from voxquilt.errors import ConfigError, OutputError
-from voxquilt.stitching.products.base import (
-    ACTIVATIONS,
-    Activated,
-    Activation,
-    ArgMax,
-    Disagreement,
-    Entropy,
-    Product,
-    Threshold,
-    sum_of_squares,
-)
+from voxquilt.stitching.products.base import ACTIVATIONS, Activation, Product
+from voxquilt.stitching.products.disagreement import Disagreement, sum_of_squares
+from voxquilt.stitching.products.entropy import Entropy
+from voxquilt.stitching.products.labels import ArgMax, Threshold
+from voxquilt.stitching.products.maps import Activated
 from voxquilt.vocabulary import APPLIED
 
 # A score that leaves no doubt: its soft-max or sigmoid is 1 but for 1e-13.
@@ -49,7 +43,7 @@ def as_scores(patches: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ProductSpec:
     """How a product comes about.
 
     Args:
@@ -71,7 +65,7 @@ def make_products(
     threshold: float | None = None,
     restore: str = "scores",
     label_values: Sequence[int] | None = None,
-) -> dict[str, Recipe]:
+) -> dict[str, ProductSpec]:
     """The products of a network output.
 
     Args:
@@ -110,12 +104,12 @@ def _type_of_labels(label_values: Sequence[int], channels: int, activation: str)
 
 def _recipe(
     name: str, channels: int, activation: str, threshold: float | None, restore: str, dtype: np.dtype | None
-) -> Recipe:
+) -> ProductSpec:
     product = _make_product(name, channels, activation, threshold, dtype)
     if isinstance(product, Disagreement):
         activate = ACTIVATIONS["none" if activation in APPLIED else activation]
-        return Recipe(product, Moments(activate, product.each), in_model=True)
-    return Recipe(product, in_model=name == "labels" and restore == "labels")
+        return ProductSpec(product, Moments(activate, product.each), in_model=True)
+    return ProductSpec(product, in_model=name == "labels" and restore == "labels")
 
 
 def _make_product(

@@ -1,0 +1,66 @@
+"""A subject on its way through a run: what is to be done, and what is in memory."""
+
+from dataclasses import dataclass
+
+from voxquilt.data.discovery import SubjectFiles
+from voxquilt.data.formats.nifti import NiftiFile
+from voxquilt.data.grid_sampler import GridSampler, Padding
+from voxquilt.geometry.grid import Grid
+from voxquilt.geometry.slab_split import Part
+from voxquilt.geometry.space import Space
+
+
+@dataclass(frozen=True)
+class SubjectTask:
+    """A subject of a run.
+
+    Args:
+        case: Its id and files.
+        fingerprint: See `voxquilt.reporting.manifest.Row`.
+        number: Among the subjects of the run.
+        team: The ranks that share its grid, in the order of their parts; the first collects and writes. Empty for a
+            subject that one process does by itself.
+        problem: Why it fails, where that is known beforehand.
+    """
+
+    case: SubjectFiles
+    fingerprint: str = ""
+    number: int = 0
+    team: tuple[int, ...] = ()
+    problem: str = ""
+
+
+@dataclass(eq=False)
+class SubjectWork:
+    """A subject on its way through a run; compared and hashed by identity.
+
+    Args:
+        task: The subject's id and files, and who does it.
+        file: The first image's file, whose header outputs take over.
+        grid, padding: Where its patches lie.
+        space: The way back to native space.
+        numbers: The patches to predict, in streaming order.
+        skipped: The patches that hold nothing to predict.
+        part: Of the grid, where several processes share it; `numbers` are of that part.
+        seconds: What it took so far: loading, its share of forward passes, adding its patches; not waiting.
+        failed: Set once; what is left of the subject is then skipped.
+    """
+
+    task: SubjectTask
+    file: NiftiFile
+    grid: Grid
+    padding: Padding
+    space: Space
+    numbers: list[int]
+    skipped: list[int]
+    part: Part | None = None
+    seconds: float = 0.0
+    failed: bool = False
+
+
+@dataclass(frozen=True)
+class LoadedSubject:
+    """A subject whose volumes are in memory."""
+
+    work: SubjectWork
+    sampler: GridSampler

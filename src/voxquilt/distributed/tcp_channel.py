@@ -1,0 +1,225 @@
+"""The control channel over TCP: every process has a connection to rank 0."""
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Connection, Listener, wait
+from queue import SimpleQueue
+from time import monotonic
+from typing import Any
+
+from voxquilt.distributed.control_channel import _CONNECT, _GRACE, BROKEN, Message, Stop
+from voxquilt.errors import RunError
+
+
+class Hub:
+    """Rank 0's end of the line.
+
+    Args:
+        size: Processes of the run.
+        on_row: Takes what is reported by any rank; called by one thread at a time.
+    """
+
+    def __init__(self, size: int, on_row: Callable[[Message], None]) -> None:
+        self.stop: Stop | None = None
+        self._size = size
+        self._on_row = on_row
+        self._row_lock = threading.Lock()
+        self._key = secrets.token_bytes(32)
+        self._host = os.environ.get("MASTER_ADDR", socket.gethostname())
+        # Any interface if ranks of other nodes are to connect; those without the key are refused.
+        interface = self._host if self._host in ("127.0.0.1", "localhost") else ""
+        self._listener = Listener((interface, 0), family="AF_INET", backlog=size, authkey=self._key)
+        self._ranks: dict[Connection, int] = {}
+        self._ended: dict[int, Message] = {}
+        self._gone: set[int] = set()
+        self._change = threading.Condition()
+        # Emptied by a thread of its own, so that a signal handler never waits for a lock that its thread holds.
+        self._outbox: SimpleQueue[Message | None] = SimpleQueue()
+        self._speaker = threading.Thread(target=self._speak, daemon=True, name="voxquilt-line-out")
+
+    @property
+    def address(self) -> tuple[str, int, bytes]:
+        """Where the others connect to, and the key."""
+        return self._host, int(self._listener.address[1]), self._key
+
+    def accept(self) -> None:
+        """Wait until every other rank has connected.
+
+        Raises:
+            RunError: some did not.
+        """
+        # A thread, since neither a connection nor what it says first can be waited for with a time limit.
+        thread = threading.Thread(target=self._accept, daemon=True, name="voxquilt-line-accept")
+        thread.start()
+        thread.join(_CONNECT)
+        if absent := {*range(1, self._size)} - {*self._ranks.values()}:
+            raise RunError(
+                f"no connection from rank {', '.join(map(str, sorted(absent)))} to rank 0 (at {self.address[0]}, port "
+                f"{self.address[1]}) within {_CONNECT:.0f} s; is there a firewall, or is MASTER_ADDR wrong?"
+            )
+        threading.Thread(target=self._hear, daemon=True, name="voxquilt-line-in").start()
+        self._speaker.start()
+
+    def _accept(self) -> None:
+        while len(self._ranks) < self._size - 1:
+            # Somebody else's, such as a scan of ports, sends no key, or nonsense, or goes away.
+            with contextlib.suppress(AuthenticationError, EOFError, OSError):
+                connection = self._listener.accept()
+                rank = json.loads(connection.recv_bytes())["rank"]
+                _tune(connection)
+                self._ranks[connection] = rank
+        self._listener.close()
+
+    def ask_stop(self, stop: Stop) -> None:
+        if self.stop is None:
+            self.stop = stop
+            self._outbox.put({"stop": [stop.reason, stop.status]})
+
+    def report(self, row: Message) -> None:
+        with self._row_lock:
+            self._on_row(row)
+
+    def gather(self, summary: Message) -> list[Message]:
+        began = monotonic()
+        with self._change:
+            while len(self._ended) + len(self._gone) < self._size - 1:
+                self._change.wait(1.0)
+                # A run that broke off is not waited for as long as one that is only uneven.
+                if self.stop and self.stop.status == BROKEN and monotonic() - began > _GRACE:
+                    break
+            return [summary, *(self._ended[rank] for rank in sorted(self._ended))]
+
+    def settle(self, status: int) -> int:
+        self._outbox.put({"status": status})
+        self._outbox.put(None)
+        self._speaker.join(_GRACE)
+        return status
+
+    def _hear(self) -> None:
+        open_ = list(self._ranks)
+        while open_:
+            for connection in wait(open_):
+                assert isinstance(connection, Connection)
+                rank = self._ranks[connection]
+                try:
+                    self._take(rank, json.loads(connection.recv_bytes()))
+                except (EOFError, OSError):
+                    open_.remove(connection)
+                    if rank not in self._ended:
+                        self.ask_stop(Stop(f"the process of rank {rank} died", BROKEN))
+                    with self._change:
+                        self._gone |= {rank} - self._ended.keys()
+                        self._change.notify_all()
+
+    def _take(self, rank: int, message: Message) -> None:
+        if "row" in message:
+            try:
+                self.report(message["row"])
+            except Exception as error:  # the manifest's disk is full, say
+                self.ask_stop(Stop(f"a row of the manifest was lost: {error}", BROKEN))
+        elif "stop" in message:
+            self.ask_stop(Stop(*message["stop"]))
+        else:
+            with self._change:
+                self._ended[rank] = message["end"]
+                self._change.notify_all()
+
+    def _speak(self) -> None:
+        while (message := self._outbox.get()) is not None:
+            for connection in self._ranks:
+                _send(connection, message)
+
+
+class Spoke:
+    """Another rank's end of the line.
+
+    Args:
+        rank: Which one.
+        address: Rank 0's `Hub.address`.
+
+    Raises:
+        RunError: there is no way to it.
+    """
+
+    def __init__(self, rank: int, address: tuple[str, int, bytes]) -> None:
+        self.stop: Stop | None = None
+        self._status: int | None = None
+        self._settled = threading.Event()
+        host, port, key = address
+        try:
+            self._connection = Client((host, port), family="AF_INET", authkey=key)
+            _tune(self._connection)
+            self._connection.send_bytes(json.dumps({"rank": rank}).encode())
+        except (OSError, EOFError, AuthenticationError) as error:
+            raise RunError(
+                f"rank {rank} cannot connect to rank 0 at {host}, port {port}: {error}; is there a firewall, or is "
+                f"MASTER_ADDR wrong?"
+            ) from error
+        self._outbox: SimpleQueue[Message | None] = SimpleQueue()
+        threading.Thread(target=self._hear, daemon=True, name="voxquilt-line-in").start()
+        threading.Thread(target=self._speak, daemon=True, name="voxquilt-line-out").start()
+
+    def ask_stop(self, stop: Stop) -> None:
+        if self.stop is None:
+            self.stop = stop
+            self._outbox.put({"stop": [stop.reason, stop.status]})
+
+    def report(self, row: Message) -> None:
+        self._outbox.put({"row": row})
+
+    def gather(self, summary: Message) -> list[Message]:
+        self._outbox.put({"end": summary})
+        return [summary]
+
+    def settle(self, status: int) -> int:
+        self._settled.wait()
+        self._outbox.put(None)
+        if self._status is None:
+            raise RunError("the process of rank 0 died before the run had ended.")
+        return self._status
+
+    def _hear(self) -> None:
+        try:
+            while self._status is None:
+                message = json.loads(self._connection.recv_bytes())
+                if "stop" in message:
+                    self.stop = self.stop or Stop(*message["stop"])
+                else:
+                    self._status = message["status"]
+        except (EOFError, OSError):
+            self.stop = self.stop or Stop("the process of rank 0 died", BROKEN)
+            # The main thread may be in a forward pass of minutes, or wait for a rank that is gone as well.
+            timer = threading.Timer(_GRACE, os._exit, (BROKEN,))
+            timer.daemon = True
+            timer.start()
+        self._settled.set()
+
+    def _speak(self) -> None:
+        while (message := self._outbox.get()) is not None and _send(self._connection, message):
+            pass
+
+
+def _send(connection: Connection, message: Mapping[str, Any]) -> bool:
+    try:
+        connection.send_bytes(json.dumps(message).encode())
+    except OSError:  # it is gone, which the listening thread finds too
+        return False
+    return True
+
+
+def _tune(connection: Connection) -> None:
+    """Have the operating system find out within a minute that the other machine has gone without a word, and send
+    short messages at once: a delayed acknowledgement takes 40 ms."""
+    duplicate = socket.socket(fileno=os.dup(connection.fileno()))
+    with duplicate:
+        duplicate.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        duplicate.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, seconds in (("TCP_KEEPIDLE", 20), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+            if hasattr(socket, option):  # not on every system
+                duplicate.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), seconds)

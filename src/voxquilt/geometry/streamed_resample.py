@@ -1,0 +1,135 @@
+"""Brings planes of model space back to native space as they come, a few at a time."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from jaxtyping import Int, Shaped
+from torch import Tensor
+
+from voxquilt.geometry.frame import Triple
+from voxquilt.geometry.resample import _interpolated
+from voxquilt.geometry.space import AxisMaps, Neighbours, Where
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of native voxels, and the scores it is interpolated from.
+
+    Args:
+        where: Slices along the native axes.
+        source: (C, si, sj, sk), the scores' voxels around the box and no others.
+    """
+
+    where: Where
+    source: Shaped[Tensor, "c si sj sk"]
+    _maps: AxisMaps
+    _neighbours: list[Neighbours]
+    _linear: bool
+
+    @property
+    def copied(self) -> bool:
+        """Whether every voxel is one of the source, and nothing is interpolated."""
+        return not self._linear or not any(share.any() for _, _, share in self._neighbours)
+
+    def restored(self, channels: Int[Tensor, " k"] | None = None) -> Shaped[Tensor, "d ti tj tk"]:
+        """The scores of the box: all channels, or some."""
+        source = self.source if channels is None else self.source.index_select(0, channels)
+        return _interpolated(source, self._maps, self._neighbours, linear=self._linear)
+
+
+class Restorer:
+    """Brings scores to native space while their planes come in order: a native plane needs two model planes at most.
+
+    Args:
+        maps: From native voxels into the scores (`Space.in_scores`).
+        axis: The scores' axis along which planes come.
+        shape: Voxels of the scores along i, j, k.
+        linear: Interpolate, or take the nearest voxel, as labels need it.
+        voxels: About how many values are handed out at once.
+        tile: The most native voxels of a piece along each axis; None for whole rows.
+        planes: Native planes are handed out whose lower plane of the scores is one of these. The scores' planes are fed
+            from the first of these on, up to the one behind the last. None for all.
+    """
+
+    def __init__(
+        self,
+        maps: AxisMaps,
+        axis: int,
+        shape: Triple,
+        *,
+        linear: bool = True,
+        voxels: int = 2**22,
+        tile: int | None = None,
+        planes: range | None = None,
+    ) -> None:
+        self.axis = [m.axis for m in maps].index(axis)
+        """The native axis that runs along `axis`."""
+        self._across, self._along = sorted((n for n in range(3) if n != self.axis), key=lambda n: -maps[n].size)
+        self._maps, self._source_axis, self._linear = maps, axis, linear
+        self._voxels, self._tile = voxels, tile
+        self._neighbours = [m.neighbours(shape[m.axis]) for m in maps]
+        below, above, share = self._neighbours[self.axis]
+        # Where a plane is copied, the one above it is not waited for.
+        self._neighbours[self.axis] = below, torch.where(share > 0, above, below), share
+        # Native planes in the order in which their model planes come, and how many have been handed out.
+        self._ascending = maps[self.axis].scale > 0
+        ends = torch.tensor([0, shape[axis]] if planes is None else [planes.start, planes.stop])
+        self._done, self._until = torch.searchsorted(self._ordered()[0], ends).tolist()
+        first, stop, size = self._done, self._until, maps[self.axis].size
+        self.native = range(first, stop) if self._ascending else range(size - stop, size - first)
+        """The planes along `self.axis` that are handed out."""
+        self._last: Tensor | None = None
+
+    def feed(self, start: int, planes: Shaped[Tensor, "c si sj sk"]) -> Iterator[Piece]:
+        """Take the planes from `start` on, which follow those before, and hand out native voxels that are complete."""
+        dim = self._source_axis + 1
+        stop = start + planes.shape[dim]
+        below, above, _ = self._ordered()
+        ready = min(int(torch.searchsorted(above, torch.tensor(stop))), self._until)
+        held = int(torch.searchsorted(below, torch.tensor(start)))
+        if self._done < min(held, ready):
+            # These lie between the last plane before and the first of these.
+            assert self._last is not None
+            yield from self._pieces(torch.cat([self._last, planes.narrow(dim, 0, 1)], dim), start - 1, min(held, ready))
+        yield from self._pieces(planes, start, ready)
+        self._last = None
+        if ready < self._until and below[ready] < stop:
+            self._last = planes.narrow(dim, planes.shape[dim] - 1, 1).clone()
+
+    def _pieces(self, planes: Tensor, start: int, until: int) -> Iterator[Piece]:
+        rows, columns = self._maps[self._across].size, self._maps[self._along].size
+        # A GPU has no cache to stay in, and each small piece costs it the start of many kernels.
+        larger = 8 if planes.is_cuda else 1
+        room, total = max(1, larger * self._voxels // len(planes)), self._maps[self.axis].size
+        # Memory is read best plane by plane, or, where planes run along its fastest axis, many of them row by row.
+        fastest = planes.stride(self._source_axis + 1) == 1
+        step = min(max(1, until - self._done), max(1, room // (columns if fastest else rows * columns)))
+        # A plane of many channels is large itself. In small pieces memory stays in the cache, and is not asked anew of
+        # the operating system for each: its first touch costs more than interpolating.
+        high, wide = max(1, min(rows, room // step // columns)), columns
+        if self._tile is not None:
+            step = high = wide = self._tile * (4 if planes.is_cuda else 1)
+        while self._done < until:
+            count = min(step, until - self._done)
+            first = self._done if self._ascending else total - self._done - count
+            for row, column in product(range(0, rows, high), range(0, columns, wide)):
+                where = [slice(first, first + count)] * 3
+                where[self._across] = slice(row, min(row + high, rows))
+                where[self._along] = slice(column, min(column + wide, columns))
+                yield self._piece(planes, start, (where[0], where[1], where[2]))
+            self._done += count
+
+    def _piece(self, planes: Tensor, start: int, where: Where) -> Piece:
+        found: list[Neighbours] = []
+        for n, (m, w) in enumerate(zip(self._maps, where, strict=True)):
+            below, above, share = (t[w] for t in self._neighbours[n])
+            low, high = int(below.min()), int(above.max())
+            planes = planes.narrow(m.axis + 1, low - (start if n == self.axis else 0), high - low + 1)
+            found.append((below - low, above - low, share))
+        return Piece(where, planes, self._maps, found, self._linear)
+
+    def _ordered(self) -> Neighbours:
+        below, above, share = self._neighbours[self.axis]
+        return (below, above, share) if self._ascending else (below.flip(0), above.flip(0), share.flip(0))

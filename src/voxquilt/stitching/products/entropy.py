@@ -1,0 +1,26 @@
+"""The entropy of the predicted distribution in each voxel."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from voxquilt.stitching.products.base import Activation, Scores, Voxels
+
+
+@dataclass(frozen=True)
+class Entropy:
+    """Shannon's entropy of the predicted distribution in nats: 0 where the network is certain, ln(classes) at most.
+
+    With `each`, channels are labels of their own, and each has the entropy of its yes or no, ln(2) at most.
+    """
+
+    activation: Activation
+    each: bool
+
+    def form(self, channels: int) -> tuple[int, np.dtype]:
+        return channels if self.each else 1, np.dtype(np.float32)
+
+    def __call__(self, scores: Scores) -> Voxels:
+        p = self.activation(scores).clamp(0, 1)  # rounding may lead beyond, where there is no logarithm
+        return torch.special.entr(p) + torch.special.entr(1 - p) if self.each else torch.special.entr(p).sum(0)[None]
