@@ -8,12 +8,11 @@ import numpy as np
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from voxquilt import ScalarImage, Subject, predict_volume
+from voxquilt import ScalarImage, Stitch, Subject, predict_volume
 from voxquilt.cli.instantiate import build
 from voxquilt.cli.main import conf_dir
 from voxquilt.cli.resolvers import register_resolvers
 from voxquilt.example_files import fetch
-from voxquilt.stitching.stitch import Stitch
 from voxquilt.vocabulary import OVERLAP_MODES
 
 GRIDS = ((192, 96), (160, 80), (128, 64), (96, 48))

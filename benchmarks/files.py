@@ -63,9 +63,8 @@ def voxquilt(mode: str) -> Callable[[int, str], Job]:
     """predict_volume and the file writer."""
 
     def prepare(classes: int, device: str) -> Job:
-        from voxquilt import ScalarImage, Subject, predict_volume
+        from voxquilt import ScalarImage, Stitch, Subject, predict_volume
         from voxquilt.data.formats.nifti import write
-        from voxquilt.stitching.stitch import Stitch
 
         def job(source: Path, target: Path) -> list[Path]:
             net, made = on(device, network(classes)), []
@@ -87,10 +86,7 @@ def lightning(mode: str) -> Callable[[int, str], Job]:
     def prepare(classes: int, device: str) -> Job:
         from lightning.pytorch import Trainer
 
-        from voxquilt.models.predictor import PatchPredictor
-        from voxquilt.prediction.datamodule import GridDataModule
-        from voxquilt.prediction.writer_callback import VolumeWriter
-        from voxquilt.stitching.stitch import Stitch
+        from voxquilt import GridDataModule, PatchPredictor, Stitch, VolumeWriter
 
         def job(source: Path, target: Path) -> list[Path]:
             data = GridDataModule(None, PATCH, OVERLAP, images={"t1": f"{source}/{{subject}}/image.nii.gz"})

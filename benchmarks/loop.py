@@ -29,14 +29,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from voxquilt import GridDataModule, PatchPredictor, Stitch, VolumeWriter
 from voxquilt.cli.instantiate import build
 from voxquilt.cli.main import conf_dir
 from voxquilt.cli.resolvers import register_resolvers
 from voxquilt.example_files import fetch
-from voxquilt.models.predictor import PatchPredictor
-from voxquilt.prediction.datamodule import GridDataModule
-from voxquilt.prediction.writer_callback import VolumeWriter
-from voxquilt.stitching.stitch import Stitch
 
 PATCH, OVERLAP = 96, 48
 

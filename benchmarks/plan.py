@@ -38,13 +38,13 @@ import numpy as np
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from voxquilt import GridDataModule
 from voxquilt.data.discovery import SubjectFiles, find_cases
 from voxquilt.data.subject_size import SubjectCost
 from voxquilt.data.subject_task import SubjectTask
 from voxquilt.distributed.assignment import distributed
 from voxquilt.distributed.load_balancing import deal
 from voxquilt.distributed.tcp_channel import Hub, Spoke
-from voxquilt.prediction.datamodule import GridDataModule
 from voxquilt.prediction.fingerprint import inputs
 from voxquilt.prediction.resume import Resume
 from voxquilt.reporting.manifest import Manifest, Row, read_rows

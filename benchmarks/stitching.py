@@ -88,11 +88,9 @@ def voxquilt(mode: str) -> Callable[[list[Tensor], str], Job]:
     def prepare(patches: list[Tensor], device: str) -> Job:
         import numpy as np
 
-        from voxquilt import GridSampler, ScalarImage, Subject
-        from voxquilt.data.preprocess import Preprocess
+        from voxquilt import GridSampler, Preprocess, ScalarImage, Stitch, Subject
         from voxquilt.geometry.frame import Frame
         from voxquilt.stitching.buffer_pool import BufferPool
-        from voxquilt.stitching.stitch import Stitch
         from voxquilt.stitching.subject_stitcher import SubjectStitcher
 
         subject = Subject(t1=ScalarImage(tensor=torch.zeros(1, *SHAPE)))

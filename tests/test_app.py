@@ -227,14 +227,14 @@ def test_build_names_the_key_and_the_cause() -> None:
         build(net, "model")
     unet = {"_target_": "monai.networks.nets.UNet", "outchannels": 2, "in_channels": 1}
     with pytest.raises(ConfigError) as caught:
-        build({"_target_": "voxquilt.models.factory.from_state_dict", "net": unet, "ckpt_path": None}, "model")
+        build({"_target_": "voxquilt.predictor_from_state_dict", "net": unet, "ckpt_path": None}, "model")
     assert "There is no model.net.outchannels. Did you mean model.net.out_channels? " in str(caught.value)
     assert "monai.networks.nets.UNet takes spatial_dims, in_channels, out_channels, channels, " in str(caught.value)
     transform = {"_target_": "monai.transforms.NormalizeIntensity", "nonzer": True}
     with pytest.raises(ConfigError, match=r"no preprocess\.intensity\[0\]\.nonzer\. Did you mean .*\.nonzero\?"):
-        build({"_target_": "voxquilt.data.preprocess.Preprocess", "intensity": [transform]}, "preprocess")
+        build({"_target_": "voxquilt.Preprocess", "intensity": [transform]}, "preprocess")
     with pytest.raises(ConfigError, match=r"^spacing must be null"):
-        build({"_target_": "voxquilt.data.preprocess.Preprocess", "spacing": -1}, "preprocess")
+        build({"_target_": "voxquilt.Preprocess", "spacing": -1}, "preprocess")
     with pytest.raises(ConfigError, match=r"(?s)model cannot be built from os\.system: .*blocklisted"):
         build({"_target_": "os.system", "command": "true"}, "model")
 

@@ -15,7 +15,7 @@ SOURCE = Path(voxquilt.__file__).parent
 # A folder imports only from folders in lines above its own; two in one line do not import each other.
 FOLDERS = [
     ["errors"],
-    ["text"],
+    ["text", "old_names"],
     ["vocabulary", "filesystem"],
     ["geometry", "example_files"],
     ["data", "stitching"],

@@ -15,7 +15,7 @@ from test_weights import Bomb
 from torch import Tensor, nn
 
 from voxquilt.errors import ConfigError, OutputError
-from voxquilt.models.factory import from_exported, from_file
+from voxquilt.models.factory import predictor_from_exported, predictor_from_file
 from voxquilt.models.weights.reading import read_exported
 from voxquilt.planning.network_check import check_fits
 
@@ -98,7 +98,7 @@ def test_a_program_of_some_batch_sizes_sees_only_those(tmp_path: Path, dims: Any
 def test_programs_are_an_ensemble_and_are_never_in_training(tmp_path: Path) -> None:
     """Two files are averaged; the modes of training and evaluation, which torch refuses them, are let pass."""
     paths = [export(tmp_path / f"{seed}.pt2", net(seed)) for seed in (0, 1)]
-    predictor = from_exported(paths)
+    predictor = predictor_from_exported(paths)
     predictor.train().eval()
     with torch.no_grad():
         mean = (net(0)(patches(3)) + net(1)(patches(3))) / 2
@@ -109,7 +109,7 @@ def test_a_program_of_any_patch_size_takes_them_all(tmp_path: Path) -> None:
     """Exported with dynamic spatial axes."""
     auto = torch.export.Dim.AUTO
     path = export(tmp_path / "a.pt2", net(), 2, ({0: auto, 2: auto, 3: auto, 4: auto},))
-    predictor = from_exported(path)
+    predictor = predictor_from_exported(path)
     with torch.no_grad():
         torch.testing.assert_close(predictor(patches(1, 9))[""], net()(patches(1, 9)), atol=1e-6, rtol=1e-6)
 
@@ -117,8 +117,8 @@ def test_a_program_of_any_patch_size_takes_them_all(tmp_path: Path) -> None:
 def test_another_patch_size_is_refused(archive: Path) -> None:
     """Before a run, and when such a patch comes; both say what is wanted."""
     with pytest.raises(ConfigError, match=r"exported for inputs of 1 x 6 x 6 x 6 .*Set data\.patch_size"):
-        check_fits(from_exported(archive), ["image"], 1, (8, 8, 8), None)
-    assert check_fits(from_exported(archive), ["image"], 1, (6, 6, 6), None) is not None
+        check_fits(predictor_from_exported(archive), ["image"], 1, (8, 8, 8), None)
+    assert check_fits(predictor_from_exported(archive), ["image"], 1, (6, 6, 6), None) is not None
     (loaded,) = read_exported(archive)
     with pytest.raises(OutputError, match=r"exported for inputs of 1 x 6 x 6 x 6 .*these are 1 x 8 x 8 x 8"):
         loaded(patches(2, 8))
@@ -291,14 +291,19 @@ def test_guards_are_dropped_not_executed(archive: Path, tmp_path: Path) -> None:
 def test_the_file_itself_says_that_it_is_a_program(archive: Path) -> None:
     """model=auto needs no more than the path."""
     with torch.no_grad():
-        assert torch.equal(from_file(archive)(patches(2))[""], from_exported(archive)(patches(2))[""])
+        assert torch.equal(
+            predictor_from_file(archive)(patches(2))[""], predictor_from_exported(archive)(patches(2))[""]
+        )
 
 
 def test_a_trusted_archive_is_loaded_as_it_is(archive: Path) -> None:
     """trust_checkpoint=true leaves out the check, for objects of the user's own."""
     with torch.no_grad():
         torch.testing.assert_close(
-            from_exported(archive, trust_checkpoint=True)(patches(2))[""], net()(patches(2)), atol=1e-6, rtol=1e-6
+            predictor_from_exported(archive, trust_checkpoint=True)(patches(2))[""],
+            net()(patches(2)),
+            atol=1e-6,
+            rtol=1e-6,
         )
 
 

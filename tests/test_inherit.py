@@ -37,7 +37,7 @@ SETTINGS: dict[str, Any] = {
     "images": ["image"],
     "data": {"patch_size": 16, "patch_overlap": 8, "padding_mode": None, "divisible_by": 1},
     "preprocess": {
-        "_target_": "voxquilt.data.preprocess.Preprocess",
+        "_target_": "voxquilt.Preprocess",
         "orientation": "RAS",
         "spacing": None,
         "intensity": None,
@@ -223,7 +223,7 @@ def test_a_checkpoint_may_name_no_function_and_no_class_of_elsewhere(target: str
 def test_a_checkpoint_may_name_networks_and_transforms() -> None:
     """Of MONAI, torch and voxquilt, also by the short way that packages offer."""
     short = "monai.networks.nets.UNet", "monai.transforms.ScaleIntensity", "torch.nn.Conv3d"
-    check_classes([{"_target_": name} for name in (*short, "voxquilt.data.preprocess.Preprocess")], ALLOWED)
+    check_classes([{"_target_": name} for name in (*short, "voxquilt.Preprocess")], ALLOWED)
 
 
 def test_a_class_of_ones_own_is_named_by_the_user(forks: Server, place: Path) -> None:

@@ -23,7 +23,12 @@ from torch import Tensor, nn
 from voxquilt.cli.instantiate import build
 from voxquilt.cli.predict_config import check_weights
 from voxquilt.errors import ConfigError
-from voxquilt.models.factory import from_file, from_lightning, from_state_dict, from_torchscript
+from voxquilt.models.factory import (
+    predictor_from_file,
+    predictor_from_lightning,
+    predictor_from_state_dict,
+    predictor_from_torchscript,
+)
 from voxquilt.models.weights.detect import not_weights
 from voxquilt.models.weights.reading import read_exported, read_lightning, read_state_dict, read_torchscript
 from voxquilt.text import reason_of
@@ -99,7 +104,7 @@ def test_a_torchscript_archive_predicts_as_what_was_traced(tmp_path: Path) -> No
     assert [same(a, b) for a, b in zip(loaded, nets, strict=True)] == [True, True]
     assert not any(module.training for module in loaded)
     with torch.no_grad():
-        mean = from_torchscript([tmp_path / "a.pt", tmp_path / "b.ts"])(X)[""]
+        mean = predictor_from_torchscript([tmp_path / "a.pt", tmp_path / "b.ts"])(X)[""]
         assert torch.allclose(mean, (nets[0](X) + nets[1](X)) / 2)
 
 
@@ -148,7 +153,7 @@ def test_a_list_of_files_is_an_ensemble_of_copies(tmp_path: Path) -> None:
     members = read_state_dict(net(), [tmp_path / "1.pt", tmp_path / "2.pt"])
     assert [same(m, net(s)) for m, s in zip(members, (1, 2), strict=True)] == [True, True]
     with torch.no_grad():
-        mean = from_state_dict(net(), [tmp_path / "1.pt", tmp_path / "2.pt"])(X)[""]
+        mean = predictor_from_state_dict(net(), [tmp_path / "1.pt", tmp_path / "2.pt"])(X)[""]
         assert torch.allclose(mean, (net(1)(X) + net(2)(X)) / 2)
 
 
@@ -239,7 +244,7 @@ def test_a_lightning_checkpoint_brings_its_hyperparameters(tmp_path: Path) -> No
     (moved,) = read_lightning("test_weights.Lit", tmp_path / "a.ckpt", {"offset": 2.0})
     with torch.no_grad():
         assert torch.equal(moved(X), module(X) + 2)
-        mean = from_lightning("test_weights.Lit", [tmp_path / "a.ckpt"] * 2, {"offset": 2.0})(X)[""]
+        mean = predictor_from_lightning("test_weights.Lit", [tmp_path / "a.ckpt"] * 2, {"offset": 2.0})(X)[""]
         assert torch.allclose(mean, module(X) + 2)
 
 
@@ -333,8 +338,8 @@ def test_a_pickled_module_loads_when_it_is_trusted(tmp_path: Path) -> None:
     torch.save({"model": net(4).state_dict(), "args": Path("x")}, tmp_path / "args.pt")
     for name in ("whole.pt", "args.pt"):
         with pytest.raises(ConfigError, match=f"{name} holds more than tensors.*trust_checkpoint=true"):
-            from_state_dict(net(), tmp_path / name)
-        predictor = from_state_dict(net(), tmp_path / name, trust_checkpoint=True)
+            predictor_from_state_dict(net(), tmp_path / name)
+        predictor = predictor_from_state_dict(net(), tmp_path / name, trust_checkpoint=True)
         with torch.no_grad():
             assert torch.equal(predictor(X)[""], net(4)(X))
 
@@ -426,7 +431,7 @@ def test_a_file_that_is_something_else_is_called_what_it_is(kind: str, tmp_path:
         lambda: read_torchscript(path),
         lambda: read_exported(path),
         lambda: read_lightning("test_weights.Lit", path),
-        lambda: from_file(path),
+        lambda: predictor_from_file(path),
         lambda: check_weights({"ckpt_path": [str(path)]}),
     ):
         with pytest.raises(ConfigError) as caught:

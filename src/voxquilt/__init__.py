@@ -3,14 +3,16 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from voxquilt import old_names as _old_names  # noqa: F401  (finds modules by the names they had)
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader as SubjectsLoader
 
-    from voxquilt import datasets, inference
-    from voxquilt import inference as data
+    from voxquilt import data, datasets, inference
     from voxquilt.data.grid_sampler import GridSampler
+    from voxquilt.data.preprocess import Preprocess
     from voxquilt.data.subject import (
         AFFINE,
         CHANNELS_DIMENSION,
@@ -27,33 +29,67 @@ if TYPE_CHECKING:
         Subject,
     )
     from voxquilt.errors import VoxquiltError
+    from voxquilt.models.factory import (
+        predictor_from_exported,
+        predictor_from_file,
+        predictor_from_lightning,
+        predictor_from_state_dict,
+        predictor_from_torchscript,
+    )
+    from voxquilt.models.predictor import PatchPredictor
     from voxquilt.predict import predict_volume
+    from voxquilt.prediction.datamodule import GridDataModule
+    from voxquilt.prediction.writer_callback import VolumeWriter
     from voxquilt.stitching.aggregator import GridAggregator
     from voxquilt.stitching.stitch import Stitch
+    from voxquilt.training.datamodule import TrainingDataModule
+    from voxquilt.training.module import PatchTrainer
+    from voxquilt.training.schedules import polynomial, warmup_cosine
+    from voxquilt.training.tensorboard import TensorBoardImages
 
 # Imported at their first use, so that a wrong command line is answered before torch has loaded.
 _HOMES = {
-    **dict.fromkeys(("AFFINE", "CHANNELS_DIMENSION", "DATA", "INTENSITY", "LABEL", "LOCATION", "PATH", "STEM", "TYPE"),
-                    "voxquilt.data.subject"),
-    **dict.fromkeys(("Image", "LabelMap", "ScalarImage", "Subject"), "voxquilt.data.subject"),
-    "GridAggregator": "voxquilt.stitching.aggregator", "GridSampler": "voxquilt.data.grid_sampler", "Stitch":
-    "voxquilt.stitching.stitch", "VoxquiltError": "voxquilt.errors", "predict_volume": "voxquilt.predict",
+    "voxquilt.data.grid_sampler": ["GridSampler"],
+    "voxquilt.data.preprocess": ["Preprocess"],
+    "voxquilt.data.subject": [
+        "AFFINE", "CHANNELS_DIMENSION", "DATA", "INTENSITY", "LABEL", "LOCATION", "PATH", "STEM", "TYPE",
+        "Image", "LabelMap", "ScalarImage", "Subject",
+    ],
+    "voxquilt.errors": ["VoxquiltError"],
+    "voxquilt.models.factory": [
+        "predictor_from_exported", "predictor_from_file", "predictor_from_lightning", "predictor_from_state_dict",
+        "predictor_from_torchscript",
+    ],
+    "voxquilt.models.predictor": ["PatchPredictor"],
+    "voxquilt.predict": ["predict_volume"],
+    "voxquilt.prediction.datamodule": ["GridDataModule"],
+    "voxquilt.prediction.writer_callback": ["VolumeWriter"],
+    "voxquilt.stitching.aggregator": ["GridAggregator"],
+    "voxquilt.stitching.stitch": ["Stitch"],
+    "voxquilt.training.datamodule": ["TrainingDataModule"],
+    "voxquilt.training.module": ["PatchTrainer"],
+    "voxquilt.training.schedules": ["polynomial", "warmup_cosine"],
+    "voxquilt.training.tensorboard": ["TensorBoardImages"],
 }  # fmt: skip
-# TorchIO's names of what is elsewhere: its loader does what torch's does with our patches.
-_MODULES = {"datasets": "voxquilt.datasets", "inference": "voxquilt.inference", "data": "voxquilt.inference"}
+_MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
+# TorchIO's names: its loader does what torch's does with our patches.
+_MODULES = ("data", "datasets", "inference")
 
 __all__ = [
     "AFFINE", "CHANNELS_DIMENSION", "DATA", "INTENSITY", "LABEL", "LOCATION", "PATH", "STEM", "TYPE",
-    "GridAggregator", "GridSampler", "Image", "LabelMap", "ScalarImage", "Stitch", "Subject", "SubjectsLoader",
-    "VoxquiltError", "data", "datasets", "inference", "predict_volume",
+    "GridAggregator", "GridDataModule", "GridSampler", "Image", "LabelMap", "PatchPredictor", "PatchTrainer",
+    "Preprocess", "ScalarImage", "Stitch", "Subject", "SubjectsLoader", "TensorBoardImages", "TrainingDataModule",
+    "VolumeWriter", "VoxquiltError", "data", "datasets", "inference", "polynomial", "predict_volume",
+    "predictor_from_exported", "predictor_from_file", "predictor_from_lightning", "predictor_from_state_dict",
+    "predictor_from_torchscript", "warmup_cosine",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        return getattr(import_module(_MODULE_OF[name]), name)
     if name in _MODULES:
-        return import_module(_MODULES[name])
+        return import_module(f"voxquilt.{name}")
     if name == "SubjectsLoader":
         return import_module("torch.utils.data").DataLoader
-    if name not in _HOMES:
-        raise AttributeError(f"module 'voxquilt' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'voxquilt' has no attribute {name!r}")

@@ -12,10 +12,11 @@ from omegaconf.errors import OmegaConfBaseException
 from voxquilt.data.discovery import SubjectFiles
 from voxquilt.errors import ConfigError
 from voxquilt.models.weights.stored_settings import carried
+from voxquilt.old_names import NEW
 
 log = logging.getLogger("voxquilt")
 
-AUTO = "voxquilt.models.factory.from_file"
+AUTO = "voxquilt.predictor_from_file"
 """The model of `model=auto`, which asks the file what it is."""
 
 
@@ -44,7 +45,7 @@ def inherit(cfg: DictConfig, overrides: Iterable[str], conf: Path) -> dict[str, 
     found = _Found(given, {}, [], set())
     OmegaConf.set_struct(cfg, False)
     for section in ("data", "preprocess", "model", "stitch"):
-        if section == "model" and cfg.model.get("_target_") != AUTO:
+        if section == "model" and NEW.get(cfg.model.get("_target_"), cfg.model.get("_target_")) != AUTO:
             continue  # the user says how to read the file
         own = _plain(cfg[section])
         for key, value in settings[section].items():

@@ -30,6 +30,7 @@ from voxquilt.data.listing import meant
 from voxquilt.distributed.environment import is_external, is_first
 from voxquilt.errors import ConfigError
 from voxquilt.models.weights.detect import check_is_weights
+from voxquilt.old_names import with_new_targets
 from voxquilt.text import question
 
 _HINTS = {
@@ -93,7 +94,7 @@ def to_plain(cfg: DictConfig) -> dict[str, Any]:
         lines = "".join(f"\n  {key}: {_HINTS.get(key, 'needs a value')}" for key in missing)
         raise ConfigError(f"these keys need a value:{lines}")
     try:
-        plain = OmegaConf.to_container(cfg, resolve=True)
+        plain = with_new_targets(OmegaConf.to_container(cfg, resolve=True))
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).split("\n")[0]) from error
     assert isinstance(plain, dict)

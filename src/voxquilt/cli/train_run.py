@@ -130,7 +130,7 @@ def _say_where(trainer: Trainer, status: int, *, goes_on: bool) -> None:
 
 
 def _callback(name: str, node: Mapping[str, Any], plain: Mapping[str, Any]) -> Any:
-    configuration = {"configuration": plain} if node["_target_"] == "voxquilt.training.tensorboard.Board" else {}
+    configuration = {"configuration": plain} if node["_target_"] == "voxquilt.TensorBoardImages" else {}
     return build(node, f"callbacks.{name}", **configuration)
 
 

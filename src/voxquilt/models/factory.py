@@ -18,7 +18,7 @@ from voxquilt.models.weights.reading import (
 )
 
 
-def from_file(
+def predictor_from_file(
     ckpt_path: Paths,
     net: nn.Module | None = None,
     *,
@@ -37,9 +37,9 @@ def from_file(
         return PatchPredictor(members, **options)
     kinds = {kind_of(path) for path in listed(ckpt_path)}
     if kinds == {TORCHSCRIPT}:
-        return from_torchscript(ckpt_path, **options)
+        return predictor_from_torchscript(ckpt_path, **options)
     if kinds == {EXPORTED}:
-        return from_exported(ckpt_path, trust_checkpoint=trust_checkpoint, **options)
+        return predictor_from_exported(ckpt_path, trust_checkpoint=trust_checkpoint, **options)
     what = (
         "a Lightning checkpoint without settings of voxquilt" if kinds == {LIGHTNING} else "weights without a network"
     )
@@ -50,17 +50,19 @@ def from_file(
     )
 
 
-def from_torchscript(ckpt_path: Paths, **options: Unpack[Options]) -> PatchPredictor:
+def predictor_from_torchscript(ckpt_path: Paths, **options: Unpack[Options]) -> PatchPredictor:
     """A predictor from TorchScript archives; see `voxquilt.models.weights.reading.read_torchscript`."""
     return PatchPredictor(read_torchscript(ckpt_path), **options)
 
 
-def from_exported(ckpt_path: Paths, *, trust_checkpoint: bool = False, **options: Unpack[Options]) -> PatchPredictor:
+def predictor_from_exported(
+    ckpt_path: Paths, *, trust_checkpoint: bool = False, **options: Unpack[Options]
+) -> PatchPredictor:
     """A predictor from exported programs; see `voxquilt.models.weights.reading.read_exported`."""
     return PatchPredictor(read_exported(ckpt_path, trust=trust_checkpoint), **options)
 
 
-def from_state_dict(
+def predictor_from_state_dict(
     net: nn.Module,
     ckpt_path: Paths | None,
     *,
@@ -74,7 +76,7 @@ def from_state_dict(
     return PatchPredictor(members, **options)
 
 
-def from_lightning(
+def predictor_from_lightning(
     module_class: str,
     ckpt_path: Paths,
     module_args: Mapping[str, Any] | None = None,

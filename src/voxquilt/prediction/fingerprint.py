@@ -11,6 +11,7 @@ from typing import Any
 
 from voxquilt.data.discovery import SubjectFiles
 from voxquilt.filesystem import checksum
+from voxquilt.old_names import OLD
 
 FORMAT = 2
 """Counted up when a new version of voxquilt makes other voxels of the same inputs, weights and settings."""
@@ -82,11 +83,13 @@ def _counted(node: Mapping[str, Any], section: str) -> dict[str, Any]:
 
 
 def _alike(key: str, value: Any) -> Any:
-    """One way of writing what means the same: 1.0 and 1, and along three axes [8, 8, 8] and 8."""
+    """One way of writing what means the same: 1.0 and 1, along three axes [8, 8, 8] and 8, a class's first name."""
     if isinstance(value, list):
         values = [_alike(key, one) for one in value]
         same = key in _ALONG_AXES and len(values) == 3 and values[0] == values[1] == values[2]
         return values[0] if same else values
+    if isinstance(value, str):
+        return OLD.get(value, value)
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

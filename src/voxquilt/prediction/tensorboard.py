@@ -31,7 +31,7 @@ class Events:
     Args:
         folder: Where outputs are; a folder of the run's own is made in its `tensorboard`.
         cases: Every subject; a subject's step is its number among them.
-        label_values: See `voxquilt.stitching.stitch.Stitch`.
+        label_values: See `voxquilt.Stitch`.
     """
 
     def __init__(self, folder: Path, cases: Sequence[SubjectFiles], label_values: Sequence[int] | None = None) -> None:

@@ -13,6 +13,7 @@ from voxquilt.data.discovery import SubjectFiles, label_files
 from voxquilt.errors import ConfigError
 from voxquilt.models.weights.detect import LIGHTNING, kind_of
 from voxquilt.models.weights.stored_settings import TRAINING, pickled
+from voxquilt.old_names import NEW
 from voxquilt.text import of_subjects
 from voxquilt.training.splits import Split
 
@@ -183,10 +184,13 @@ def _alike(key: str, value: Any) -> Any:
     if isinstance(value, list):
         values = [_alike(key, one) for one in value]
         return values[0] if key in _ALONG_AXES and len(values) == 3 and len(set(map(str, values))) == 1 else values
+    if isinstance(value, str):
+        return NEW.get(value, value)
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    before = {key: _alike(key, value) for key, value in before.items()}
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     return [f"{key} was {json.dumps(before.get(key))} and is {json.dumps(now.get(key))}" for key in keys]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from voxquilt.errors import ConfigError
+from voxquilt.old_names import with_new_targets
 
 KEY = "voxquilt"
 """Of the settings in a checkpoint."""
@@ -65,7 +66,7 @@ def carried(path: Path) -> dict[str, Any] | None:
         unknown = sorted(set(node) - set(keys)) if isinstance(node, Mapping) else [section]
         if unknown:
             raise ConfigError(f"{path}: its settings have {section}.{unknown[0]}, which no checkpoint may bring.")
-    return {section: {} for section in _SECTIONS} | dict(found)
+    return {section: {} for section in _SECTIONS} | with_new_targets(dict(found))
 
 
 def pickled(path: Path) -> Any:
