@@ -261,7 +261,7 @@ def test_a_gpu_takes_the_network_and_the_sums_from_the_host() -> None:
 def test_an_extent_adds_up_and_keeps_the_most(place: Path) -> None:
     """In one piece or by rank; what cannot be read is counted."""
     data = GridDataModule(str(place / "in"), 8, 4, preprocess=Preprocess(spacing=2.0))
-    outlines = [data.size(case).outline for case in data.cases]
+    outlines = [data.grids.cost(case).outline for case in data.cases]
     whole = extent([*outlines, None])
     assert whole == together([extent(outlines[:2]), extent([None]), extent(outlines[2:])])
     assert (whole.subjects, whole.unread) == (6, 1)

@@ -1,7 +1,11 @@
-"""Which words may a configuration use? Kept apart from what they mean, so that checking them imports nothing heavy."""
+"""Words that a configuration may use, kept apart from what they mean, so that checking them imports nothing heavy."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from importlib import import_module
+from importlib.metadata import entry_points
 from numbers import Integral
+from typing import Any
 
 from voxquilt.errors import ConfigError
 from voxquilt.text import question
@@ -65,3 +69,73 @@ def check_label_values(values: object, class_names: Sequence[str] | None = None)
             f"of classes 0, 1, ..."
         )
     return numbers
+
+
+class Registry:
+    """What may be chosen by name, such as blends: nothing of it is imported before it is used.
+
+    Other packages add entries by an entry point: a line `name = "package.module:object"` below
+    `[project.entry-points."<group>"]` in their pyproject.toml.
+
+    >>> blends = Registry("blend", {"hann": "voxquilt.stitching.blend:HANN"}, "voxquilt.blends")
+    >>> "hann" in blends
+    True
+
+    Args:
+        kind: What the entries are, for messages.
+        table: 'module:object' by name.
+        group: The entry point group of other packages' entries. The table's own names cannot be replaced.
+    """
+
+    def __init__(self, kind: str, table: Mapping[str, str], group: str) -> None:
+        self.kind = kind
+        self.group = group
+        self._table = dict(table)
+
+    @cached_property
+    def _added(self) -> dict[str, str]:
+        """Entries of other packages; read at the first question that the own table has no answer to."""
+        return {point.name: point.value for point in entry_points(group=self.group) if point.name not in self._table}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._table or name in self._added
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._table
+        yield from self._added
+
+    def check(self, name: object, key: str) -> str:
+        """One of the names.
+
+        Args:
+            name: What was given.
+            key: Where it was given, for the message.
+
+        Raises:
+            ConfigError: (a ValueError) no entry has the name; the nearest one is suggested.
+        """
+        if isinstance(name, str) and name in self:
+            return name
+        names = list(self)
+        raise ConfigError(f"{key} must be one of {', '.join(names)}; it is {name!r}.{question(str(name), names)}")
+
+    def load(self, name: str) -> Any:
+        """Import the object of a name.
+
+        Raises:
+            ConfigError: (a ValueError) no entry has the name, or another package's cannot be imported.
+        """
+        self.check(name, self.kind)
+        module, _, attribute = (self._table.get(name) or self._added[name]).partition(":")
+        try:
+            value: Any = import_module(module)
+            for part in attribute.split("."):
+                value = getattr(value, part)
+        except Exception as error:
+            if name in self._table:
+                raise
+            raise ConfigError(
+                f"the {self.kind} {name!r} cannot be imported from {module}:{attribute}, where the entry point group "
+                f"{self.group} has it: {type(error).__name__}: {error}"
+            ) from error
+        return value

@@ -29,7 +29,7 @@ AUTO = "auto"
 def settings_of(module: LightningModule, data: Any, writer: Any, device: torch.device) -> Settings:
     """What decides memory and disk, of a network, a GridDataModule and a VolumeWriter."""
     return Settings(
-        data.patch_size,
+        data.grids.patch_size,
         1 if data.batch_size == AUTO else data.batch_size,
         data.num_workers,
         writer.in_memory * MIB,
@@ -37,7 +37,7 @@ def settings_of(module: LightningModule, data: Any, writer: Any, device: torch.d
         psutil.Process().memory_info().rss,
         gpu=device.type == "cuda",
         weights=on_device(module),
-        skips=data.skip is not None,
+        skips=data.grids.skip is not None,
         postprocess=bool(writer.stitch.postprocess),
         overlay=writer.form.overlay or writer.tensorboard,
     )
@@ -78,7 +78,7 @@ def settled(
     def largest() -> int:
         device = trainer.strategy.root_device
         if device.type == "cuda":
-            return _by_trial(module, of.channels, data.patch_size, device)
+            return _by_trial(module, of.channels, data.grids.patch_size, device)
         return planner(settings).largest()
 
     if auto:
@@ -90,14 +90,14 @@ def settled(
         known = None if found.probe.guessed else found.probe
         images, names = list(data.plan.cases[0].images), writer.stitch.class_names
         try:
-            passed = check_fits(module.network, images, of.channels, data.patch_size, names, known)
+            passed = check_fits(module.network, images, of.channels, data.grids.patch_size, names, known)
         except ChannelsError as error:
             if not _others_can(data):
                 raise
             takes = {of.channels: error.wanted}
             _set_apart(data, lambda one: _of_channels(one, takes))
             return None
-        lines = described(module.network.layout, passed.outputs, data.patch_size) if passed else []
+        lines = described(module.network.layout, passed.outputs, data.grids.patch_size) if passed else []
         found.notes.extend(lines)
         if group.rank == 0 and refuse:
             for line in lines:
@@ -124,7 +124,7 @@ def _set_other_channels_apart(module: LightningModule, data: Any) -> None:
     takes: dict[int, int] = {}
     for count in counts:
         try:
-            check_fits(module.network, [], count, data.patch_size, None)
+            check_fits(module.network, [], count, data.grids.patch_size, None)
         except ChannelsError as error:
             takes[count] = error.wanted
         except ConfigError:  # of the patch size, say, which concerns all subjects

@@ -5,32 +5,26 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from time import perf_counter
 
 from lightning.pytorch import LightningDataModule
 
-from voxquilt.data.discovery import SubjectFiles, check_id, find_cases
-from voxquilt.data.foreground import patches_to_skip, to_predict
-from voxquilt.data.grid_sampler import GridSampler
+from voxquilt.data.discovery import SubjectFiles, find_cases
+from voxquilt.data.grid_loader import GridLoader
 from voxquilt.data.prefetch import LoadFailure, PatchStream
 from voxquilt.data.preprocess import Preprocess
-from voxquilt.data.subject import LabelMap, ScalarImage, Subject
-from voxquilt.data.subject_size import SubjectCost, SubjectSize, extent, outline, together
-from voxquilt.data.subject_task import LoadedSubject, SubjectTask, SubjectWork
+from voxquilt.data.subject_size import SubjectCost, SubjectSize, extent, together
+from voxquilt.data.subject_task import SubjectTask
 from voxquilt.distributed.environment import is_external, is_first
 from voxquilt.distributed.load_balancing import deal
 from voxquilt.distributed.process_group import Group
 from voxquilt.distributed.shard_agreement import agreed
-from voxquilt.errors import InputError
-from voxquilt.geometry.frame import Padding, to_triple
-from voxquilt.geometry.padding import NO_PADDING, lay_grid, to_padding
-from voxquilt.geometry.slab_split import split
+from voxquilt.geometry.frame import to_triple
+from voxquilt.geometry.padding import to_padding
 from voxquilt.models.predictor import PatchPredictor
 from voxquilt.planning.network_check import check_overlap, find_halo
 from voxquilt.prediction.fingerprint import digest
 from voxquilt.prediction.resume import Resume, Todo
-from voxquilt.prediction.run_plan import RunPlan, assigned, check_model_space, check_world
-from voxquilt.text import reason_of
+from voxquilt.prediction.run_plan import RunPlan, assigned, check_world
 from voxquilt.vocabulary import DISTRIBUTE, check_name
 
 
@@ -89,15 +83,19 @@ class GridDataModule(LightningDataModule):
         self._inputs = inputs, images, (), output_dir if resume is None else resume.folder
         if is_first() and not is_external():
             _ = self.cases  # what is wrong with them is said at once, or when all processes can hear it
-        self.patch_size = to_triple(patch_size, "data.patch_size", minimum=1)
-        self.patch_overlap = to_triple(patch_overlap, "data.patch_overlap")
-        self.padding_mode = padding_mode
         to_padding(0 if padding_mode is None else padding_mode)
-        self.divisible_by = to_triple(divisible_by, "data.divisible_by", minimum=1)
+        self.grids = GridLoader(
+            to_triple(patch_size, "data.patch_size", minimum=1),
+            to_triple(patch_overlap, "data.patch_overlap"),
+            replace(preprocess or Preprocess(), nonfinite=nonfinite),
+            padding_mode,
+            to_triple(divisible_by, "data.divisible_by", minimum=1),
+            skip,
+        )
+        """How subjects are read and cut; the halo of the network's outputs is known from `setup` on."""
         self.batch_size = batch_size
         self.num_workers = num_workers
-        self.skip, self.labels = skip, labels
-        self.preprocess = replace(preprocess or Preprocess(), nonfinite=nonfinite)
+        self.labels = labels
         self.shard = shard
         self.distribute = check_name(distribute, DISTRIBUTE, "run.distribute")
         self._resume = resume
@@ -106,9 +104,7 @@ class GridDataModule(LightningDataModule):
         self._failures: list[LoadFailure] = []
         self._known: dict[str, SubjectCost] = {}
         self.layout: str = "auto"
-        """How outputs lie in patches (`voxquilt.geometry.output_layout`), and what they lack there; `setup` asks the
-        network."""
-        self.halo: Padding = NO_PADDING
+        """How outputs lie in patches (`voxquilt.geometry.output_layout`), which `setup` asks the network."""
         self.detailed = False
         """Whether `plan.sizes` is to have outlines; set before `setup`."""
 
@@ -189,8 +185,10 @@ class GridDataModule(LightningDataModule):
             return
         self.layout = module.network.layout
         if self.layout == "cropped":
-            self.halo = find_halo(module.network, cases, self.patch_size)
-            check_overlap(self.patch_size, self.halo, self.patch_overlap)
+            grids = self.grids
+            halo = find_halo(module.network, cases, grids.patch_size)
+            check_overlap(grids.patch_size, halo, grids.patch_overlap)
+            self.grids = replace(grids, halo=halo)
 
     def stop_when(self, stopped: Callable[[], bool]) -> None:
         """End the stream of batches before the next one as soon as `stopped` says so."""
@@ -215,8 +213,9 @@ class GridDataModule(LightningDataModule):
 
         if self._resume is None:
             return [cases[n] for n in deal(costs(), shards)[index]]
-        grid = self.patch_size, self.patch_overlap, self.padding_mode is not None, self.divisible_by, self.halo
-        space = self.preprocess.orientation, self.preprocess.spacing
+        grids, preprocess = self.grids, self.grids.preprocess
+        grid = grids.patch_size, grids.patch_overlap, grids.padding_mode is not None, grids.divisible_by, grids.halo
+        space = preprocess.orientation, preprocess.spacing
         key = digest([grid, space, [[case.subject, list(case.images.values())] for case in cases]])
         dealt = deal(agreed(self._resume.folder / f"plan_of_{shards}.json", key, costs), shards)
         return [cases[n] for n in dealt[index]]
@@ -230,72 +229,15 @@ class GridDataModule(LightningDataModule):
         return sizes
 
     def _size(self, case: SubjectFiles, ranks: int) -> SubjectCost:
-        return self._known[case.subject] if ranks == 1 and case.subject in self._known else self.size(case, ranks)
-
-    def size(self, case: SubjectFiles, ranks: int = 1) -> SubjectCost:
-        """What a subject takes, in patches, from its headers alone; reading and writing count as one.
-
-        What its files say costs this subject only, whatever it is.
-
-        Args:
-            case: The subject.
-            ranks: Among how many processes its grid might be divided.
-        """
-        try:
-            check_id(case)
-            subject = Subject({name: ScalarImage(path) for name, path in case.images.items()})
-            space = self.preprocess.space(subject)
-            check_model_space(space)
-            grid, padding = lay_grid(
-                space.model.shape,
-                self.patch_size,
-                self.patch_overlap,
-                border=self.padding_mode is not None,
-                fit=True,
-                divisible_by=self.divisible_by,
-                halo=self.halo,
-            )
-            transformed = bool(self.preprocess.intensity)
-            of_headers = outline(subject, space, grid, padding, transformed=transformed, halo=self.halo)
-            return SubjectCost(len(grid) + 1, len(split(grid, ranks)), of_headers)
-        except Exception as error:  # numbers that are too large may be of many kinds
-            return SubjectCost(1, problem=_with_files(reason_of(error), case))
+        return self._known[case.subject] if ranks == 1 and case.subject in self._known else self.grids.cost(case, ranks)
 
     def predict_dataloader(self) -> PatchStream:
         """All patches of this process, subject by subject."""
         return PatchStream(
-            self.plan.tasks, self.load, int(self.batch_size), self.num_workers, self._failures.append, self._stopped
+            self.plan.tasks,
+            partial(self.grids.load, rank=self.plan.group.rank),
+            int(self.batch_size),
+            self.num_workers,
+            self._failures.append,
+            self._stopped,
         )
-
-    def load(self, task: SubjectTask) -> LoadedSubject:
-        """Read a subject, take it to model space and lay the grid.
-
-        Raises:
-            VoxquiltError: of the kind that tells what is wrong with the subject.
-        """
-        if task.problem:
-            raise InputError(task.problem)
-        started, case = perf_counter(), task.case
-        subject = Subject({name: ScalarImage(path) for name, path in case.images.items()})
-        file = next(iter(subject.images.values())).file
-        model_subject, space = self.preprocess(subject)
-        sampler = GridSampler(
-            model_subject, self.patch_size, self.patch_overlap, self.padding_mode,
-            fit=True, divisible_by=self.divisible_by, halo=self.halo,
-        )  # fmt: skip
-        for name in model_subject.images:
-            sampler.volume(name)  # pads, here rather than between two batches
-        skip = LabelMap(self.skip.replace("{subject}", case.subject)) if isinstance(self.skip, str) else self.skip
-        skipped = patches_to_skip(skip, sampler, subject, space)
-        part = split(sampler.grid, len(task.team))[task.team.index(self.plan.group.rank)] if task.team else None
-        numbers = to_predict(sampler, skipped, part)
-        seconds = perf_counter() - started
-        return LoadedSubject(
-            SubjectWork(task, file, sampler.grid, sampler.padding, space, numbers, skipped, part, seconds), sampler
-        )
-
-
-def _with_files(reason: str, case: SubjectFiles) -> str:
-    """A reason that names a file of the subject."""
-    files = [str(path) for path in case.images.values()]
-    return reason if any(file in reason for file in files) else f"{', '.join(files)}: {reason}"

@@ -83,9 +83,9 @@ class DryRun(Callback):
 
     def _measured(self, trainer: Trainer, data: GridDataModule) -> Rates | None:
         # The smallest subject of this process that can be predicted.
-        sizes = {task.number: data.size(task.case).patches for task in data.plan.tasks[:50]}
+        sizes = {task.number: data.grids.cost(task.case).patches for task in data.plan.tasks[:50]}
         for task in sorted(data.plan.tasks[:50], key=lambda task: (sizes[task.number] < 2, sizes[task.number]))[:3]:
-            of = data.size(task.case).outline
+            of = data.grids.cost(task.case).outline
             if of is None or task.problem:
                 continue
             writer = self._writer

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -14,13 +13,8 @@ from voxquilt.data.subject_task import SubjectTask
 from voxquilt.distributed.assignment import distributed
 from voxquilt.distributed.environment import not_the_tasks, slurm_tasks
 from voxquilt.distributed.process_group import Group
-from voxquilt.errors import ConfigError, InputError
-from voxquilt.geometry.frame import described
-from voxquilt.geometry.space import Space
+from voxquilt.errors import ConfigError
 from voxquilt.reporting.manifest import Row
-
-# Voxels of model space that no machine has memory for, and along an axis: their patches could not even be counted.
-_MOST_VOXELS, _MOST_ALONG = 2**40, 2**20
 
 
 @dataclass(frozen=True)
@@ -67,20 +61,6 @@ def assigned(plan: RunPlan, left: Sequence[SubjectTask], extent: RunSize, distri
     patches = {task.number: size.patches for task, size in zip(tasks, sizes, strict=True)}
     loads = [sum(patches[task.number] / max(1, len(task.team)) for task in of_rank) for of_rank in dealt]
     return replace(plan, tasks=dealt[group.rank], extent=extent, loads=loads, counts=[len(tasks) for tasks in dealt])
-
-
-def check_model_space(space: Space) -> None:
-    """Refuse a model space of more voxels than a machine can hold, before anything is made as long as it, or of none.
-
-    Raises:
-        InputError: the file's voxel size is another than somebody meant.
-    """
-    native, model = space.native, space.model
-    view = max(n * mm for n, mm in zip(native.shape, native.spacing, strict=True))
-    if max(model.shape) > _MOST_ALONG or prod(model.shape) > _MOST_VOXELS or view < min(model.spacing) / 2:
-        raise InputError(
-            f"the file has {described(native)}, and model space would have {described(model)}. Is that right?"
-        )
 
 
 def check_world(trainer: Trainer | None, shard: tuple[int, int]) -> None:

@@ -92,7 +92,7 @@ def measure(
     """
     device = trainer.strategy.root_device
     began = perf_counter()
-    loaded = data.load(replace(task, team=()))
+    loaded = data.grids.load(replace(task, team=()))
     read = perf_counter() - began
     work = loaded.work
     stream = batches([loaded], int(data.batch_size))

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from voxquilt.data.discovery import LABEL, SubjectFiles, find_cases, label_files
+from voxquilt.data.grid_loader import GridLoader
 from voxquilt.data.grid_sampler import GridSampler
 from voxquilt.data.listing import meant
 from voxquilt.data.prefetch import LoadFailure, PatchStream
@@ -21,7 +22,7 @@ from voxquilt.distributed.load_balancing import deal
 from voxquilt.distributed.process_group import Group
 from voxquilt.errors import ConfigError, InputError, VoxquiltError
 from voxquilt.geometry.frame import to_triple
-from voxquilt.prediction.datamodule import GridDataModule
+from voxquilt.geometry.padding import to_padding
 from voxquilt.stitching.label_values import beyond, to_classes
 from voxquilt.text import of_subjects
 from voxquilt.training.epoch_order import EpochOrder
@@ -99,13 +100,14 @@ class TrainingDataModule(LightningDataModule):
         self._labels, self._divisible_by, self._label_values = labels, divisible_by, label_values
         cases = find_cases(inputs, images, [split] if split else (), output_dir)
         self.training_cases, self.validation_cases = make_split(cases, folds, fold, seed, split)
-        self._grids: GridDataModule | None = None
-        if self.validation_cases:
-            self._grids = GridDataModule(
-                self.validation_cases, inference_patch_size or patch_size, patch_overlap,
-                padding_mode=padding_mode, divisible_by=divisible_by,
-                batch_size=batch_size, preprocess=self.preprocess,
-            )  # fmt: skip
+        to_padding(0 if padding_mode is None else padding_mode)
+        self._grids = GridLoader(
+            to_triple(inference_patch_size or patch_size, "data.inference_patch_size", minimum=1),
+            to_triple(patch_overlap, "data.patch_overlap"),
+            self.preprocess,
+            padding_mode,
+            to_triple(divisible_by, "data.divisible_by", minimum=1),
+        )
         for case in (*self.training_cases, *self.validation_cases):
             for path in self.label_files(case).values():
                 if not path.is_file():
@@ -200,11 +202,11 @@ class TrainingDataModule(LightningDataModule):
 
     def val_dataloader(self) -> PatchStream | list[Any]:
         """The grids of this process's share of the validation subjects; every subject is of one process."""
-        if self._grids is None:
-            return []
         cases = self.validation_cases
+        if not cases:
+            return []
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        dealt = deal([self._grids.size(case).patches for case in cases], ranks)[rank]
+        dealt = deal([self._grids.cost(case).patches for case in cases], ranks)[rank]
         tasks = [SubjectTask(cases[n], number=n) for n in dealt]
         return PatchStream(tasks, self._grids.load, self.batch_size, 1, self._failures.append, bool)
 
