@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from voxquilt.data.discovery import SubjectFiles
+from voxquilt.data.grid_loader import GridLoader
 from voxquilt.data.subject_size import SubjectCost
-from voxquilt.prediction.datamodule import GridDataModule
 from voxquilt.prediction.output_files import Files
 
 ROOT = Path(__file__).parents[1]
@@ -130,7 +130,7 @@ class Fault(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.global_rank == self.rank and self.action == "loader":
-            GridDataModule.load = _dies  # type: ignore[method-assign]
+            GridLoader.load = _dies  # type: ignore[method-assign]
         if trainer.global_rank == self.rank and self.action == "writer":
             Files.write = _dies  # type: ignore[method-assign]
 
@@ -182,11 +182,11 @@ def unpacked(path: Path) -> bytes:
 def count_headers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A list that grows by each subject whose headers a data module reads from here on."""
     read: list[str] = []
-    size = GridDataModule.size
+    cost = GridLoader.cost
 
-    def counted(data: GridDataModule, case: SubjectFiles, ranks: int = 1) -> SubjectCost:
+    def counted(grids: GridLoader, case: SubjectFiles, ranks: int = 1) -> SubjectCost:
         read.append(case.subject)
-        return size(data, case, ranks)
+        return cost(grids, case, ranks)
 
-    monkeypatch.setattr(GridDataModule, "size", counted)
+    monkeypatch.setattr(GridLoader, "cost", counted)
     return read
