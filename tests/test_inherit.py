@@ -216,7 +216,7 @@ def test_a_training_carries_what_predicting_needs() -> None:
 def test_a_checkpoint_may_name_no_function_and_no_class_of_elsewhere(target: str) -> None:
     """Not even by a path that begins in an allowed package and leads out of it; also deep inside."""
     for node in ({"_target_": target}, {"a": [{"b": {"_target_": "torch.nn.ReLU", "x": {"_target_": target}}}]}):
-        with pytest.raises(ConfigError, match=r"which is no class of run\.checkpoint_targets"):
+        with pytest.raises(ConfigError, match=r"which is not a class of run\.checkpoint_targets"):
             check_classes(node, ALLOWED)
 
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from voxquilt.cli.instantiate import build
-from voxquilt.cli.predict_config import check_weights
+from voxquilt.cli.plain_config import check_weights
 from voxquilt.errors import ConfigError
 from voxquilt.models.factory import (
     predictor_from_file,

@@ -24,9 +24,8 @@ from voxquilt.prediction.writer_callback import VolumeWriter
 from voxquilt.reporting.evaluation import Evaluation, write_scores
 from voxquilt.reporting.manifest import Row, of_shard, read_rows
 from voxquilt.reporting.plots import write_boxes
-from voxquilt.reporting.progress import only_json
 from voxquilt.reporting.tables import print_scores, print_table
-from voxquilt.text import of_subjects
+from voxquilt.text import leave_stdout, of_subjects
 
 DONE, FAILED = 0, 1
 
@@ -48,7 +47,7 @@ def run(plain: Mapping[str, Any], inherited: Mapping[str, Any]) -> int:
     options = plain["run"]
     as_json, dry = options["log"] == "json", options["dry_run"]
     if as_json:
-        only_json()
+        leave_stdout()
     if options.get("seed") is not None:
         seed_everything(options["seed"], verbose=False)
     shard = plain["shard"]["index"], plain["shard"]["count"]
