@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from voxquilt.cli.inherited_settings import AUTO
 from voxquilt.cli.instantiate import matches
 from voxquilt.cli.plain_config import check_image_names, check_output, check_weights, is_sweep, to_plain
 from voxquilt.cli.process_check import check_trainer
@@ -15,6 +16,7 @@ from voxquilt.cli.sections import check_sections
 from voxquilt.data.discovery import SubjectFiles, find_cases, label_files
 from voxquilt.distributed.environment import is_external, is_first
 from voxquilt.errors import ConfigError
+from voxquilt.models.weights.detect import check_has_network
 
 
 def check_predict(cfg: DictConfig) -> dict[str, Any]:
@@ -29,6 +31,7 @@ def check_predict(cfg: DictConfig) -> dict[str, Any]:
     plain["shard"] = {key: int(value) for key, value in plain["shard"].items()}
     check_trainer(plain["trainer"], plain["shard"]["count"], multirun=is_sweep())
     check_weights(plain)
+    _check_network(plain)
     check_output(plain)
     # Processes that a launcher started wait for rank 0, which looks when it can tell them what is wrong; those that
     # rank 0 starts come when it has been through this. Each of them would look through a folder that may be large.
@@ -45,6 +48,13 @@ def _check_model_and_writer(plain: Mapping[str, Any]) -> None:
     writer = callbacks.get("writer") if isinstance(callbacks, Mapping) else None
     if not isinstance(writer, Mapping) or "_target_" not in writer:
         raise ConfigError(f"callbacks.writer needs a _target_, or nothing would be written; it is {writer!r}.")
+
+
+def _check_network(plain: Mapping[str, Any]) -> None:
+    """Refuse weights that bring no network where none is named, with model=auto."""
+    model, paths = plain["model"], plain["ckpt_path"]
+    if model["_target_"] == AUTO and model.get("net") is None and paths:
+        check_has_network(Path(os.path.expanduser(path)) for path in (paths if isinstance(paths, list) else [paths]))
 
 
 def _check_inputs(plain: Mapping[str, Any]) -> None:
