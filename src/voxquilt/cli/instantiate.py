@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from voxquilt.cli.suggestions import no_argument
 from voxquilt.errors import ConfigError, VoxquiltError
+from voxquilt.old_names import OLD
 from voxquilt.text import plain_text
 
 
@@ -60,7 +61,9 @@ def check_classes(node: Any, allowed: Sequence[str]) -> None:
     target = node.get("_target_")
     if target is not None:
         cls = _import_target(str(target)) if matches(str(target), allowed) else None
-        if not isinstance(cls, type) or not matches(f"{cls.__module__}.{cls.__qualname__}", allowed):
+        if not isinstance(cls, type) or not (
+            str(target) in OLD or matches(f"{cls.__module__}.{cls.__qualname__}", allowed)
+        ):
             raise ConfigError(
                 f"the checkpoint names {target}, which is not a class of run.checkpoint_targets={list(allowed)}. If "
                 f"you trust it, add its package ('run.checkpoint_targets=[my_package.*,...]'), or name it yourself, by "
@@ -84,5 +87,10 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def matches(target: str, patterns: Iterable[str]) -> bool:
-    """Whether a full name is one of the patterns, or in a package 'package.*'."""
-    return any(target == name or (name.endswith(".*") and target.startswith(name[:-1])) for name in map(str, patterns))
+    """Whether a full name, or the name of its target in earlier versions, is among patterns such as 'package.*'."""
+    names = (target, OLD.get(target, target))
+    return any(
+        name == pattern or (pattern.endswith(".*") and name.startswith(pattern[:-1]))
+        for pattern in map(str, patterns)
+        for name in names
+    )

@@ -18,7 +18,7 @@ from voxquilt.models.weights.registry import ReadOptions
 
 
 def predictor_from_file(
-    ckpt_path: Paths,
+    ckpt_path: Paths | None,
     net: nn.Module | None = None,
     *,
     prefix: str | None = None,
@@ -29,7 +29,7 @@ def predictor_from_file(
     """A predictor from files that say which format they have: any of `voxquilt.models.weights.registry`.
 
     Args:
-        ckpt_path: A file; a list makes an ensemble.
+        ckpt_path: A file; a list makes an ensemble. None leaves `net` as it is.
         net: The network of weights that bring none.
         prefix: Only keys that begin so are used, without it.
         strict: Whether every key must fit.

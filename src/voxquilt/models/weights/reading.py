@@ -17,13 +17,15 @@ from voxquilt.models.weights.registry import STATE_DICT, WEIGHTS, ReadOptions
 Paths = str | Path | Sequence[str | Path]
 
 
-def read_by_format(ckpt_path: Paths, options: ReadOptions) -> list[nn.Module]:
-    """Networks from files that say which format they have.
+def read_by_format(ckpt_path: Paths | None, options: ReadOptions) -> list[nn.Module]:
+    """Networks from files that say which format they have; without a file, the network as it is built.
 
     Raises:
         ConfigError: weights without a network, a network for a file that is one by itself, or a file that cannot be
             read.
     """
+    if ckpt_path is None and options.net is not None:
+        return [options.net]
     files = to_files(ckpt_path)
     if options.net is None:
         check_has_network(files)
@@ -94,7 +96,7 @@ def read_lightning(
     return [read_module(cls, file, module_args or {}, trust=trust) for file in to_files(ckpt_path)]
 
 
-def to_files(ckpt_path: Paths) -> list[Path]:
+def to_files(ckpt_path: Paths | None) -> list[Path]:
     """One or several files.
 
     Raises:
