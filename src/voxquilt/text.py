@@ -1,5 +1,6 @@
 """Makes text printable on any stream, and has the wordings that messages share."""
 
+import hashlib
 import io
 import logging
 import re
@@ -86,3 +87,8 @@ def gib(count: float, digits: int = 2) -> str:
     '1.50 GiB'
     """
     return f"{count / 2**30:.{digits}f} GiB"
+
+
+def digest(text: str, digits: int) -> str:
+    """Hexadecimal digits that tell texts apart: the first of the text's sha256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:digits]

@@ -1,6 +1,5 @@
 """Gives each job of a sweep (--multirun) a folder of its own, named by what the sweep varies."""
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 
@@ -9,6 +8,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
+
+from voxquilt.text import digest
 
 # Where Hydra keeps which keys are no part of a job's name; jobs that run elsewhere are told it along with all else.
 _EXCLUDED = "hydra.job.config.override_dirname.exclude_keys"
@@ -69,7 +70,7 @@ def folder_name(values: Mapping[str, str]) -> str:
     shown = "+".join(re.sub(r"[^A-Za-z0-9._-]+", "_", f"{key}-{value}").strip("_.") for key, value in pairs)
     if shown == whole and len(shown) <= _LONGEST:
         return shown
-    return f"{shown[: _LONGEST - 7].rstrip('._-+')}-{hashlib.sha256(whole.encode()).hexdigest()[:6]}"
+    return f"{shown[: _LONGEST - 7].rstrip('._-+')}-{digest(whole, 6)}"
 
 
 def _decides(key: str, text: str, cfg: DictConfig) -> bool:
