@@ -7,8 +7,9 @@ from math import prod
 from voxquilt.data.subject_size import RunSize
 from voxquilt.geometry.frame import Triple
 from voxquilt.planning.shape_probe import Probe
-from voxquilt.stitching.products.spec import Moments
+from voxquilt.stitching.products.disagreement import Moments
 from voxquilt.stitching.stitch import Stitch
+from voxquilt.vocabulary import LABELS
 
 MIB = 2**20
 
@@ -19,9 +20,6 @@ _LATE, _PIECES = 70 * MIB, 60 * MIB
 _PICTURES = 25 * MIB
 # Tensors up to 32 MiB are kept by malloc when they are freed, at most so much in all.
 _KEPT = 110 * MIB
-# Typical sizes of a packed .nii.gz beside its voxels, measured on this project's images; see docs/memory.md.
-_PACKED = {"labels": 0.04, "probabilities": 0.75}
-_PACKED_OTHER = 0.9
 
 
 @dataclass(frozen=True)
@@ -122,22 +120,17 @@ def forms(stitch: Stitch, outputs: Mapping[str, Sequence[int]], patch_size: Trip
     for output, shape in outputs.items():
         # Of a cropped patch the ring has as many voxels as the output.
         channels, share = shape[1], 1.0 if layout == "cropped" else prod(shape[2:]) / prod(patch_size)
-        for recipes in stitch.recipes(output, channels).values():
-            for averaged in dict.fromkeys(recipe.averaged for recipe in recipes.values()):
-                several = isinstance(averaged, Moments)
-                count = (2 * channels if averaged.each else channels + 1) if several else channels
-                wide = several and averaged.activation is not None and stitch.activation == "none"
-                sums += share * count * (8 if wide else 4)
-                blends += 1
-            for product, recipe in recipes.items():
-                number, dtype = recipe.product.form(channels)
-                kind = product.partition("_")[0]
-                name = "_".join(filter(None, (output, product)))
-                made.append(
-                    OutputFile(
-                        name, number * dtype.itemsize, _PACKED.get(kind, _PACKED_OTHER), product.startswith("labels")
-                    )
+        for _, specs in stitch.specs(output, channels):
+            for averaged in dict.fromkeys(spec.averaged for spec in specs.values()):
+                moments = averaged if isinstance(averaged, Moments) else None
+                sums += share * (
+                    moments.channels(channels) * (8 if moments.is_double else 4) if moments else channels * 4
                 )
+                blends += 1
+            for product, spec in specs.items():
+                count, dtype = spec.product.form(channels)
+                name = "_".join(filter(None, (output, product)))
+                made.append(OutputFile(name, count * dtype.itemsize, spec.packed, spec.product.kind == LABELS))
     return OutputPlan(made, sums, blends)
 
 

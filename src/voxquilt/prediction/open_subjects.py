@@ -21,6 +21,7 @@ from voxquilt.prediction.output_files import Files
 from voxquilt.reporting.manifest import Row
 from voxquilt.reporting.progress_counts import ProcessCounts
 from voxquilt.stitching.buffer_pool import BufferPool
+from voxquilt.stitching.output_rings import Memory
 from voxquilt.stitching.output_volumes import Scratch
 from voxquilt.stitching.stitch import Stitch
 from voxquilt.stitching.subject_stitcher import Outputs, SubjectStitcher
@@ -156,16 +157,14 @@ class OpenSubjects:
                 self._stitch,
                 work,
                 work.space,
-                device=self._device,
-                buffers=self._buffers,
-                scratch=self._scratch,
+                memory=Memory(self._device, self._buffers, self._scratch),
                 skipped=work.skipped,
                 part=work.part,
                 whole=not work.task.team or self._team(work.task).collects,
                 layout=self._data.layout,
             )
         quilt, began = self._open[work], perf_counter()
-        quilt.add({name: output[run.start : run.stop] for name, output in outputs.items()}, run.locations)
+        quilt.add({name: output[run.start : run.stop] for name, output in outputs.items()}, run.numbers)
         work.seconds += perf_counter() - began
         if work.task.team:
             self._send_head(work.task, quilt)
@@ -227,7 +226,7 @@ class OpenSubjects:
 
     def _written(self, work: SubjectWork, quilt: SubjectStitcher) -> Row:
         began = perf_counter()
-        row = self._files.write(work, quilt.volumes(), quilt.labels)
+        row = self._files.write(work, quilt.volumes(), quilt.kinds)
         return replace(row, seconds=work.seconds + perf_counter() - began)
 
     def _finish_shared(self, shared: _Shared) -> None:

@@ -18,6 +18,7 @@ from voxquilt.reporting.manifest import Row
 from voxquilt.reporting.overlay import flat, overlay_png
 from voxquilt.stitching.label_values import planes_of
 from voxquilt.stitching.stitch import Stitch
+from voxquilt.vocabulary import LABELS
 
 
 class Format(NamedTuple):
@@ -46,13 +47,13 @@ class Files:
         self._folder, self._stitch, self._form, self._cases = folder, stitch, form, cases
         self._written: set[Path] = set()
 
-    def write(self, work: SubjectWork, volumes: Mapping[str, np.ndarray], of_labels: list[str]) -> Row:
+    def write(self, work: SubjectWork, volumes: Mapping[str, np.ndarray], kinds: Mapping[str, str]) -> Row:
         """Write a subject's products.
 
         Args:
             work: The subject.
             volumes: (C, I, J, K) by product.
-            of_labels: Which of them hold labels.
+            kinds: Their kinds: 'labels', 'map' or 'image'.
 
         Raises:
             OutputError: a file cannot be written, or is an input of the run, or another subject's.
@@ -61,10 +62,10 @@ class Files:
         outputs = []
         for product, data in volumes.items():
             path = self._checked(f"{subject}_{product}{self._form.suffix}")
-            names = self._names(data) if product in of_labels else None
+            names = self._names(data) if kinds[product] == LABELS else None
             write(path, data, native, header=work.file.header, label_names=names)
             outputs.append(path.name)
-        labels = volumes[of_labels[0]] if of_labels else None
+        labels = next((volumes[product] for product, kind in kinds.items() if kind == LABELS), None)
         if labels is not None and self._form.overlay:
             path = self._checked(f"{subject}_overlay.png")
             drawn = flat(labels, self._stitch.label_values)

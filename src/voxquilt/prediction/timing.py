@@ -22,6 +22,7 @@ from voxquilt.prediction.output_files import Format
 from voxquilt.reporting.overlay import flat, overlay
 from voxquilt.stitching.stitch import Stitch
 from voxquilt.stitching.subject_stitcher import SubjectStitcher
+from voxquilt.vocabulary import LABELS
 
 # Forward passes that are timed, after one that is not.
 _PASSES, _SECONDS = 5, 20.0
@@ -113,7 +114,7 @@ def measure(
             passes.append((perf_counter() - start) / len(batch.data))
         start = perf_counter()
         for run in batch.runs:
-            quilt.add({name: made[run.start : run.stop] for name, made in outputs.items()}, run.locations)
+            quilt.add({name: made[run.start : run.stop] for name, made in outputs.items()}, run.numbers)
         _wait(device)
         added += perf_counter() - start
         patches += len(batch.data)
@@ -127,7 +128,7 @@ def measure(
     with tempfile.TemporaryDirectory(dir=folder, prefix=".plan-") as place:
         for name, volume in volumes.items():
             write(Path(place) / f"{name}{form.suffix}", volume, work.space.native, header=work.file.header)
-    labels = next((volume for name, volume in volumes.items() if "labels" in name), None)
+    labels = next((volumes[name] for name, kind in quilt.kinds.items() if kind == LABELS), None)
     if pictures and labels is not None:
         overlay(work.file.read()[0].numpy(), flat(labels, stitch.label_values), work.space.native.affine)
     written = perf_counter() - began
