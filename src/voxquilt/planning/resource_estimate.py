@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 
 from voxquilt.data.subject_size import RunSize
 from voxquilt.geometry.frame import Triple
@@ -55,23 +56,26 @@ class OutputPlan:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What decides how much memory a run takes, beside its subjects and its network.
+class RunSettings:
+    """What decides how much memory and disk a run takes, beside its subjects and its network.
 
     Args:
-        patch_size: Voxels.
-        batch_size: Patches.
+        stitch: How patches become volumes.
+        folder: Folder of the outputs.
+        patch_size: Voxels along i, j, k.
+        batch_size: Patches per forward pass.
         num_workers: Threads that load ahead.
         in_memory: Bytes; larger products wait on disk.
-        compress: .nii.gz.
+        compress: Whether outputs are .nii.gz.
         base: Bytes that the process holds before the run, its libraries and weights included.
-        gpu: Whether the network runs on one.
+        gpu: Whether the network runs on a GPU.
         weights: Bytes of the network's weights, as far as they are on the device at a time.
         skips: Whether patches are left out.
-        postprocess: Whether labels are changed afterwards.
-        overlay: Whether pictures are made.
+        pictures: Whether pictures are drawn.
     """
 
+    stitch: Stitch
+    folder: Path
     patch_size: Triple
     batch_size: int
     num_workers: int
@@ -81,8 +85,7 @@ class Settings:
     gpu: bool = False
     weights: int = 0
     skips: bool = False
-    postprocess: bool = False
-    overlay: bool = False
+    pictures: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ def voxels_of(made: Sequence[OutputFile], voxels: int, *, compress: bool) -> int
     return round(sum(one.voxel_bytes * (one.packed if compress else 1) for one in made) * voxels)
 
 
-def needs(of: RunSize, passed: Probe, become: OutputPlan, settings: Settings) -> Requirements:
+def needs(of: RunSize, passed: Probe, become: OutputPlan, settings: RunSettings) -> Requirements:
     """What a process needs at its peak, at most what its largest subjects meet in, and the disk of all subjects."""
     patch, batch = prod(settings.patch_size), settings.batch_size
     ahead = min(of.subjects, settings.num_workers + 1)
@@ -149,12 +152,12 @@ def needs(of: RunSize, passed: Probe, become: OutputPlan, settings: Settings) ->
     large = [size for size in sizes if size > settings.in_memory]
     labels = any(one.labels for one in become.made)
     sums = round(of.ring * (become.sums + 4 * become.blends * settings.skips)) + 4 * patch * become.blends
-    writing = of.largest * (32 if settings.postprocess and labels else labels)
+    writing = of.largest * (32 if settings.stitch.postprocess and labels else labels)
     network = passed.peak_bytes
     host = {
-        "process": settings.base + _LATE + _PICTURES * settings.overlay,
+        "process": settings.base + _LATE + _PICTURES * settings.pictures,
         "images": ahead * of.loaded,
-        "reading": of.reading if of.subjects > 1 or settings.overlay else max(0, of.reading - network),
+        "reading": of.reading if of.subjects > 1 or settings.pictures else max(0, of.reading - network),
         "batches": 2 * batch * of.channels * patch * 4,
         "products": held * (sum(sizes) - sum(large)),
         "writing": writing if of.subjects > 1 else max(0, writing - network),
