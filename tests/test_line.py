@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-import voxquilt.distributed.control_channel
+import voxquilt.distributed.tcp_channel
 from voxquilt.distributed.control_channel import BROKEN, ControlChannel, LocalChannel, Message, Stop
 from voxquilt.distributed.tcp_channel import Hub, Spoke
 from voxquilt.errors import RunError
@@ -36,7 +36,7 @@ class Exits:
 def exits(monkeypatch: pytest.MonkeyPatch) -> Exits:
     """No grace and no exit: a spoke without its hub asks for an end at once."""
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setattr(voxquilt.distributed.control_channel, "_GRACE", 0.2)
+    monkeypatch.setattr(voxquilt.distributed.tcp_channel, "_GRACE", 0.2)
     found = Exits()
     monkeypatch.setattr(os, "_exit", found)
     return found
@@ -244,7 +244,7 @@ def test_a_process_that_dies_stops_the_run_and_is_missing() -> None:
 
 def test_a_process_that_dies_while_rank_0_waits_ends_the_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """At once, not after a time."""
-    monkeypatch.setattr(voxquilt.distributed.control_channel, "_GRACE", 60.0)
+    monkeypatch.setattr(voxquilt.distributed.tcp_channel, "_GRACE", 60.0)
     world = World(2)
     threading.Timer(0.3, cut, [world.spokes[0]._connection]).start()
     assert together(lambda: world.hub.gather({"rank": 0})) == [[{"rank": 0}]]
@@ -346,7 +346,7 @@ def test_strangers_do_no_harm() -> None:
 
 def test_a_process_that_never_connects_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0 does not wait for ever; nor does a process to which nobody listens."""
-    monkeypatch.setattr(voxquilt.distributed.control_channel, "_CONNECT", 0.3)
+    monkeypatch.setattr(voxquilt.distributed.tcp_channel, "_CONNECT", 0.3)
     hub = Hub(4, lambda row: None)
     found = together(lambda: _message(hub.accept), lambda: Spoke(2, hub.address) and None)
     assert found[0].startswith(f"no connection from rank 1, 3 to rank 0 (at 127.0.0.1, port {hub.address[1]}) within")

@@ -17,7 +17,7 @@ from voxquilt.errors import BatchError, InputError, LedgerError, OutputError
 from voxquilt.geometry.frame import Frame
 from voxquilt.geometry.grid import Grid, make_grid
 from voxquilt.stitching.aggregator import GridAggregator
-from voxquilt.stitching.blend import BLENDS
+from voxquilt.stitching.blend import to_blend
 from voxquilt.stitching.stitch import Stitch
 from voxquilt.vocabulary import OVERLAP_MODES
 
@@ -27,7 +27,7 @@ AXES = st.tuples(st.integers(1, 7), st.integers(0, 3), st.integers(0, 12))
 
 def renormalised(grid: Grid, patches: Tensor, skipped: set[int], mode: str, fill: list[float]) -> Tensor:
     """The plain way: weighted sums over the patches that come, divided by their weights; else the fill."""
-    i, j, k = (BLENDS[mode].axis_weights(grid, axis) for axis in range(3))
+    i, j, k = (to_blend(mode).axis_weights(grid, axis) for axis in range(3))
     total = torch.zeros(patches.shape[1], *grid.shape, dtype=torch.float64)
     cover = torch.zeros(grid.shape, dtype=torch.float64)
     for n in set(range(len(grid))) - skipped:

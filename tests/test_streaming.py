@@ -25,7 +25,7 @@ from voxquilt.predict import predict_volume
 from voxquilt.stitching.aggregator import GridAggregator
 from voxquilt.stitching.buffer_pool import BufferPool, choose_device
 from voxquilt.stitching.products.base import ACTIVATIONS
-from voxquilt.stitching.products.spec import Moments
+from voxquilt.stitching.products.disagreement import Moments
 from voxquilt.stitching.stitch import Stitch
 from voxquilt.stitching.streaming import FinishedPlanes
 from voxquilt.stitching.subject_stitcher import SubjectStitcher
@@ -299,7 +299,7 @@ def test_every_output_and_product_is_that_of_the_whole(
     quilt, order = SubjectStitcher(Stitch(mode, names), sampler, space), in_starts(grid, grid.streaming_axis, rng)
     for first in range(0, len(order), size):
         some = order[first : first + size]
-        quilt.add({name: tensor[some] for name, tensor in patches.items()}, grid.locations[some])
+        quilt.add({name: tensor[some] for name, tensor in patches.items()}, some)
     made = quilt.volumes()
     assert len(made) == 10
     for name, factor in (("seg", 1), ("small", 2)):
@@ -331,7 +331,7 @@ def test_a_finished_subject_is_freed_without_the_garbage_collector() -> None:
     gc.disable()
     try:
         quilt = SubjectStitcher(Stitch("crop"), Placed(make_grid((6, 6, 6), 6)), Preprocess().space(_subject(native)))
-        quilt.add({"": torch.ones(1, 2, 6, 6, 6)}, np.array([[0, 0, 0, 6, 6, 6]]))
+        quilt.add({"": torch.ones(1, 2, 6, 6, 6)}, [0])
         labels = weakref.ref(quilt.volumes()["labels"].base)
         del quilt
         assert labels() is None

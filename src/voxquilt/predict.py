@@ -78,7 +78,7 @@ def predict_volume(
         for row, index in zip(batch, indices, strict=False):
             sampler.fill(row, index)
         outputs = network(batch[: len(indices)])
-        quilt.add(_named(outputs), sampler.locations[indices])
+        quilt.add(_named(outputs), indices)
         del outputs  # or they would stay in memory beside the next
     return quilt.volumes()
 

@@ -12,6 +12,8 @@ from voxquilt.text import question
 
 OVERLAP_MODES = ("crop", "average", "hann", "gaussian")
 PRODUCTS = ("labels", "probabilities", "logits", "entropy", "disagreement", "image")
+LABELS, MAP, IMAGE = "labels", "map", "image"
+"""Kinds of products: integers with names and colours; numbers such as probabilities; intensities."""
 ACTIVATIONS = ("softmax", "sigmoid", "none")
 APPLIED = ("applied", "applied_sigmoid")
 """Scores that were made probabilities before they were averaged: of one label per voxel, or of several."""

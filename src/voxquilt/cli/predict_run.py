@@ -74,7 +74,7 @@ def run(plain: Mapping[str, Any], inherited: Mapping[str, Any]) -> int:
     lines = SpawnedLogging(to_stderr=as_json)  # first, since others have something to say as they are set up
     if dry:
         data.detailed = True
-        planner = DryRun(writer, timed=dry == "time", as_json=as_json)
+        planner = DryRun(writer.options, timed=dry == "time", as_json=as_json)
         trainer: Trainer = build(plain["trainer"], "trainer", callbacks=[lines, planner, *callbacks], logger=False)
         with attended(trainer):
             trainer.predict(model, datamodule=data, return_predictions=False)

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,10 +20,9 @@ class SubjectRows:
     stop: int
 
     @property
-    def locations(self) -> np.ndarray:
-        """(stop - start, 6)."""
-        numbers = self.work.numbers[self.first : self.first + self.stop - self.start]
-        return np.array([self.work.grid.location(n) for n in numbers])
+    def numbers(self) -> list[int]:
+        """The patches' numbers in the subject's grid."""
+        return self.work.numbers[self.first : self.first + self.stop - self.start]
 
 
 class PatchBatch:

@@ -11,10 +11,6 @@ from typing import Any, Protocol, runtime_checkable
 
 BROKEN = 1
 """The exit status of a run that broke off."""
-# Seconds that a process is given to end by itself after rank 0 has died, and that rank 0 waits after a failure.
-_GRACE = 20.0
-# Seconds in which all processes have to connect; they come from a collective operation, so that none is late.
-_CONNECT = 300.0
 
 Message = dict[str, Any]
 
@@ -40,8 +36,8 @@ class ControlChannel(Protocol):
         """End the run, in all processes; the first who asks is heard. Returns at once, also in a signal handler."""
         ...
 
-    def report(self, row: Message) -> None:
-        """Hand over what became of a subject, or how far it is."""
+    def report(self, report: Any) -> None:
+        """Hand over what became of a subject, or how far this process is, to the process that keeps the manifest."""
         ...
 
     def gather(self, summary: Message) -> list[Message]:
@@ -60,18 +56,18 @@ class LocalChannel:
     """A run of one process.
 
     Args:
-        on_row: Takes what is reported.
+        on_report: Takes what is reported.
     """
 
-    def __init__(self, on_row: Callable[[Message], None]) -> None:
-        self._on_row = on_row
+    def __init__(self, on_report: Callable[[Any], None]) -> None:
+        self._on_report = on_report
         self.stop: Stop | None = None
 
     def ask_stop(self, stop: Stop) -> None:
         self.stop = self.stop or stop
 
-    def report(self, row: Message) -> None:
-        self._on_row(row)
+    def report(self, report: Any) -> None:
+        self._on_report(report)
 
     def gather(self, summary: Message) -> list[Message]:
         return [summary]

@@ -13,8 +13,13 @@ from queue import SimpleQueue
 from time import monotonic
 from typing import Any
 
-from voxquilt.distributed.control_channel import _CONNECT, _GRACE, BROKEN, Message, Stop
+from voxquilt.distributed.control_channel import BROKEN, Message, Stop
 from voxquilt.errors import RunError
+
+# Seconds that a process is given to end by itself after rank 0 has died, and that rank 0 waits after a failure.
+_GRACE = 20.0
+# Seconds in which all processes have to connect; they come from a collective operation, so that none is late.
+_CONNECT = 300.0
 
 
 class Hub:
@@ -22,13 +27,16 @@ class Hub:
 
     Args:
         size: Processes of the run.
-        on_row: Takes what is reported by any rank; called by one thread at a time.
+        on_report: Takes what is reported by any rank; called by one thread at a time.
+        decode: Makes a report of its message.
     """
 
-    def __init__(self, size: int, on_row: Callable[[Message], None]) -> None:
+    def __init__(
+        self, size: int, on_report: Callable[[Any], None], decode: Callable[[Message], Any] = lambda message: message
+    ) -> None:
         self.stop: Stop | None = None
         self._size = size
-        self._on_row = on_row
+        self._on_report, self._decode = on_report, decode
         self._row_lock = threading.Lock()
         self._key = secrets.token_bytes(32)
         self._host = os.environ.get("MASTER_ADDR", socket.gethostname())
@@ -81,9 +89,9 @@ class Hub:
             self.stop = stop
             self._outbox.put({"stop": [stop.reason, stop.status]})
 
-    def report(self, row: Message) -> None:
+    def report(self, report: Any) -> None:
         with self._row_lock:
-            self._on_row(row)
+            self._on_report(report)
 
     def gather(self, summary: Message) -> list[Message]:
         began = monotonic()
@@ -118,9 +126,9 @@ class Hub:
                         self._change.notify_all()
 
     def _take(self, rank: int, message: Message) -> None:
-        if "row" in message:
+        if "report" in message:
             try:
-                self.report(message["row"])
+                self.report(self._decode(message["report"]))
             except Exception as error:  # the manifest's disk is full, say
                 self.ask_stop(Stop(f"a row of the manifest was lost: {error}", BROKEN))
         elif "stop" in message:
@@ -142,12 +150,16 @@ class Spoke:
     Args:
         rank: Which one.
         address: Rank 0's `Hub.address`.
+        encode: Makes a message of a report.
 
     Raises:
         RunError: there is no way to it.
     """
 
-    def __init__(self, rank: int, address: tuple[str, int, bytes]) -> None:
+    def __init__(
+        self, rank: int, address: tuple[str, int, bytes], encode: Callable[[Any], Message] = lambda report: report
+    ) -> None:
+        self._encode = encode
         self.stop: Stop | None = None
         self._status: int | None = None
         self._settled = threading.Event()
@@ -170,8 +182,8 @@ class Spoke:
             self.stop = stop
             self._outbox.put({"stop": [stop.reason, stop.status]})
 
-    def report(self, row: Message) -> None:
-        self._outbox.put({"row": row})
+    def report(self, report: Any) -> None:
+        self._outbox.put({"report": self._encode(report)})
 
     def gather(self, summary: Message) -> list[Message]:
         self._outbox.put({"end": summary})

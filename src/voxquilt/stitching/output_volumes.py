@@ -95,6 +95,10 @@ class OutputVolumes:
             self._holes[name] = np.ones(kept[axis], dtype=bool)
             self._holes[name][self._filled.start - self._first : self._filled.stop - self._first] = False
 
+    def kind(self, name: str) -> str:
+        """The kind of a product."""
+        return self._products[name].kind
+
     def fill(self, where: Where, slab: Shaped[Tensor, "c i j k"]) -> None:
         """Compute every product of the native voxels `where`."""
         for name, product in self._products.items():

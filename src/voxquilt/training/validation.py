@@ -18,6 +18,7 @@ from voxquilt.errors import InputError, OutputError, VoxquiltError
 from voxquilt.reporting.metrics import class_dice
 from voxquilt.reporting.overlay import flat, overlay, stacked
 from voxquilt.stitching.buffer_pool import BufferPool
+from voxquilt.stitching.output_rings import Memory
 from voxquilt.stitching.stitch import Stitch
 from voxquilt.stitching.subject_stitcher import Outputs, SubjectStitcher
 
@@ -83,8 +84,8 @@ class Validator:
     def _add(self, outputs: Outputs, run: SubjectRows) -> None:
         work = run.work
         if work not in self._open:
-            self._open[work] = SubjectStitcher(self.stitch, work, work.space, buffers=self._buffers)
-        self._open[work].add(outputs, run.locations)
+            self._open[work] = SubjectStitcher(self.stitch, work, work.space, memory=Memory(buffers=self._buffers))
+        self._open[work].add(outputs, run.numbers)
         if self._open[work].complete:
             volume = next(iter(self._open.pop(work).volumes().values()))  # of several outputs the first
             channels = next(iter(outputs.values())).shape[1]
