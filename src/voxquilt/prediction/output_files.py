@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from voxquilt.data.discovery import SubjectFiles
-from voxquilt.data.formats.nifti import read_header, write
+from voxquilt.data.formats.nifti import write
 from voxquilt.data.subject_task import SubjectWork
 from voxquilt.errors import OutputError
 from voxquilt.reporting.manifest import Row
@@ -68,7 +68,7 @@ class Files:
         if labels is not None and self._form.overlay:
             path = self._checked(f"{subject}_overlay.png")
             drawn = flat(labels, self._stitch.label_values)
-            overlay_png(read_header(work.file.path).read()[0].numpy(), drawn, native.affine, path)
+            overlay_png(work.file.read()[0].numpy(), drawn, native.affine, path)
             outputs.append(path.name)
         volume, of_classes = None, dict[str, float]()
         if labels is not None:
