@@ -40,7 +40,8 @@ from voxquilt.models.weights.stored_settings import carried
 from voxquilt.planning.network_check import check_fits
 from voxquilt.predict import predict_volume
 from voxquilt.reporting.metrics import class_dice
-from voxquilt.reporting.overlay import LINE, PALETTE, overlay, stacked
+from voxquilt.reporting.overlay import PALETTE, overlay
+from voxquilt.reporting.pictures import LINE, stacked
 from voxquilt.stitching.stitch import Stitch
 from voxquilt.training.datamodule import TrainingDataModule
 from voxquilt.training.epoch_order import EpochOrder

@@ -22,7 +22,7 @@ from voxquilt.prediction.output_files import Files, Format
 from voxquilt.prediction.run_record import Record
 from voxquilt.prediction.tensorboard import Events
 from voxquilt.reporting.manifest import Row
-from voxquilt.reporting.progress import ProgressDisplay, make_show
+from voxquilt.reporting.progress import ProgressDisplay, make_display
 from voxquilt.reporting.progress_counts import RunProgress
 from voxquilt.stitching.output_volumes import Scratch
 from voxquilt.stitching.stitch import Stitch
@@ -101,7 +101,7 @@ class VolumeWriter(Callback):
         if data.plan.group.rank == 0:
             planned = {one: size.patches - 1 for one, size in zip(data.plan.everything, data.plan.sizes, strict=True)}
             events = Events(self.output_dir, data.plan.cases, self.stitch.label_values) if self.tensorboard else None
-            shown = [_Shown(make_show(self._log), RunProgress(planned, data.plan.group.size), events)]
+            shown = [_Shown(make_display(self._log), RunProgress(planned, data.plan.group.size), events)]
         line, record = _connected(self.output_dir, data, self._configuration, shown)
         data.stop_when(lambda: line.stop is not None)
         self.rows = record.rows if record else []

@@ -16,7 +16,8 @@ from voxquilt.data.discovery import SubjectFiles
 from voxquilt.data.subject_task import SubjectWork
 from voxquilt.errors import InputError, OutputError, VoxquiltError
 from voxquilt.reporting.metrics import class_dice
-from voxquilt.reporting.overlay import flat, overlay, stacked
+from voxquilt.reporting.overlay import flat, overlay
+from voxquilt.reporting.pictures import stacked
 from voxquilt.stitching.buffer_pool import BufferPool
 from voxquilt.stitching.label_values import beyond
 from voxquilt.stitching.stitch import Stitch
