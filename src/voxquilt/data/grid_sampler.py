@@ -64,7 +64,7 @@ class GridSampler(Dataset[Subject]):
             "halo": halo,
         }
         self.halo = halo
-        self._lay(to_subject(subject))
+        self._lay(subject if isinstance(subject, Subject) else to_subject(subject))
 
     def _lay(self, subject: Subject) -> None:
         self.subject = subject

@@ -75,7 +75,7 @@ class PatchPredictor(LightningModule):
         self._full = max(self._full, len(patches)) if self.network.compiled else len(patches)
         size = min(self._full, self._most or self._full)
         try:
-            return in_chunks(self, patches, most=size, least=size if self.network.compiled else None)
+            return in_chunks(self.network, patches, most=size, least=size if self.network.compiled else None)
         except torch.OutOfMemoryError:
             if size == 1:
                 raise
