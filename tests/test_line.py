@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-import voxquilt.distributed.control_channel
+import voxquilt.distributed.tcp_channel
 from voxquilt.distributed.control_channel import BROKEN, ControlChannel, LocalChannel, Message, Stop
 from voxquilt.distributed.tcp_channel import Hub, Spoke
 from voxquilt.errors import RunError
@@ -36,7 +36,7 @@ class Exits:
 def exits(monkeypatch: pytest.MonkeyPatch) -> Exits:
     """No grace and no exit: a spoke without its hub asks for an end at once."""
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setattr(voxquilt.distributed.control_channel, "_GRACE", 0.2)
+    monkeypatch.setattr(voxquilt.distributed.tcp_channel, "_GRACE", 0.2)
     found = Exits()
     monkeypatch.setattr(os, "_exit", found)
     return found
@@ -91,7 +91,7 @@ def cut(connection: Connection) -> None:
 def die(hub: Hub) -> None:
     """What a hub does whose process dies: it says nothing more, and all its connections break."""
     hub._outbox.put(None)
-    hub._speaker.join()
+    hub._sender.join()
     for connection in hub._ranks:
         cut(connection)
 
@@ -196,7 +196,7 @@ def test_the_first_stop_that_rank_0_hears_is_the_run_s() -> None:
 def test_asking_for_a_stop_waits_for_nobody(rank: int) -> None:
     """A signal handler does, while its own thread may hold any lock of the line."""
     world = World(2)
-    with world.hub._row_lock, world.hub._change:
+    with world.hub._row_lock, world.hub._changed:
         began = time.monotonic()
         world.all[rank].ask_stop(SIGTERM)
         assert time.monotonic() - began < 0.1
@@ -244,7 +244,7 @@ def test_a_process_that_dies_stops_the_run_and_is_missing() -> None:
 
 def test_a_process_that_dies_while_rank_0_waits_ends_the_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """At once, not after a time."""
-    monkeypatch.setattr(voxquilt.distributed.control_channel, "_GRACE", 60.0)
+    monkeypatch.setattr(voxquilt.distributed.tcp_channel, "_GRACE", 60.0)
     world = World(2)
     threading.Timer(0.3, cut, [world.spokes[0]._connection]).start()
     assert together(lambda: world.hub.gather({"rank": 0})) == [[{"rank": 0}]]
@@ -266,7 +266,7 @@ def test_a_process_that_had_ended_may_go() -> None:
     """Its connection closes after its summary: no death."""
     world = World(3)
     world.spokes[0].gather({"rank": 1})
-    until(lambda: 1 in world.hub._ended)
+    until(lambda: 1 in world.hub._summaries)
     cut(world.spokes[0]._connection)
     time.sleep(0.1)
     assert world.hub.stop is None
@@ -346,7 +346,7 @@ def test_strangers_do_no_harm() -> None:
 
 def test_a_process_that_never_connects_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0 does not wait for ever; nor does a process to which nobody listens."""
-    monkeypatch.setattr(voxquilt.distributed.control_channel, "_CONNECT", 0.3)
+    monkeypatch.setattr(voxquilt.distributed.tcp_channel, "_CONNECT", 0.3)
     hub = Hub(4, lambda row: None)
     found = together(lambda: _message(hub.accept), lambda: Spoke(2, hub.address) and None)
     assert found[0].startswith(f"no connection from rank 1, 3 to rank 0 (at 127.0.0.1, port {hub.address[1]}) within")
