@@ -16,7 +16,7 @@ from voxquilt.example_files import fetch
 from voxquilt.stitching.blend_registry import BLENDS
 
 GRIDS = ((192, 96), (160, 80), (128, 64), (96, 48))
-MODES = tuple(reversed(BLENDS))
+MODES = tuple(reversed([*BLENDS]))
 
 
 def main() -> None:
