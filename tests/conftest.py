@@ -1,14 +1,26 @@
 """What several test files share."""
 
 import os
+import subprocess
 from collections.abc import Iterator
 
 import pytest
+import synthetic
 from forks import Server, server
 
 # Read when torch is imported, by the processes that tests start too. Tests are run beside each other: with a thread for
 # each core in each of them, operations on few voxels take ten times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests that start processes, which `make check` leaves out: they take most of the time."""
+    starters = (subprocess, subprocess.run, subprocess.Popen, synthetic.run)
+    for item in items:
+        module = getattr(item, "module", None)
+        imports = any(value is starter for value in vars(module).values() for starter in starters) if module else False
+        if imports or "forks" in getattr(item, "fixturenames", ()):
+            item.add_marker("processes")
 
 
 @pytest.fixture(scope="session")

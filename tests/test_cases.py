@@ -145,7 +145,7 @@ def test_a_table_from_a_spreadsheet_is_read() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("subject,t1,t2\na,1.nii,2.nii\n\nb,3.nii,\n", r"t\.csv, line 4: a value for each of subject, t1, t2"),
+        ("subject,t1,t2\na,1.nii,2.nii\n\nb,3.nii,\n", r"t\.csv, line 4: it needs a value for each of subject, t1, t2"),
         ("subject,t1,t2\na,1.nii\n", "line 2"),
         ("subject,t1\n ,1.nii\n", "line 2"),
         ("t1\n1.nii,2.nii\n", "line 2"),
@@ -229,7 +229,7 @@ def test_two_subjects_with_one_id_are_refused_and_both_files_named() -> None:
 def test_ids_that_are_no_names_of_files_are_refused(name: str) -> None:
     """A table's ids become names of files, not paths; and a manifest has semicolons between names."""
     Path("t.csv").write_text(f"subject,image\n{name},1.nii\n")
-    with pytest.raises(ConfigError, match=f"'{name}' is no id"):
+    with pytest.raises(ConfigError, match=f"'{name}' cannot be an id"):
         find_cases("t.csv")
 
 
@@ -238,12 +238,12 @@ def test_ids_that_are_no_names_of_files_are_refused(name: str) -> None:
     [
         ("nowhere", "there is no file or folder nowhere"),
         ("nowhere.nii.gz", "there is no file or folder nowhere.nii.gz"),
-        ("empty", "the folder empty has no NIfTI file"),
-        ("empty/*.nii", r"no NIfTI file matches empty/\*\.nii"),
-        ("*", r"no NIfTI file matches \*"),
-        ([], "the list is empty"),
+        ("empty", "the folder empty has no image file"),
+        ("empty/*.nii", r"no image file matches empty/\*\.nii"),
+        ("*", r"no image file matches \*"),
+        ([], "is an empty list"),
         (None, "data.inputs is missing"),
-        (["empty/..", "nowhere"], "no NIfTI file"),
+        (["empty/..", "nowhere"], "no image file"),
     ],
 )
 def test_nothing_found_is_an_error_that_says_where_it_looked(inputs: object, message: str, here: Path) -> None:
@@ -267,12 +267,12 @@ def test_an_entry_that_is_no_string_is_refused(entry: object) -> None:
     [
         (None, {"t1": "x/t1.nii"}, r"data\.images\.t1 needs \{subject\}"),
         (None, {"t1": 3}, r"data\.images\.t1 needs \{subject\}"),
-        (None, "{subject}/t1.nii", "data.images is a mapping"),
-        (None, ["{subject}/t1.nii"], "data.images is a mapping"),
+        (None, "{subject}/t1.nii", "data.images must be a mapping"),
+        (None, ["{subject}/t1.nii"], "data.images must be a mapping"),
         (None, {"t1": "{subject}/t1.nii"}, "no file matches"),
-        ("a.nii", {"t1": "{subject}/t1.nii"}, "data.inputs is the folder that they lie in"),
-        (["."], {"t1": "{subject}/t1.nii"}, "data.inputs is the folder that they lie in"),
-        (7, {"t1": "{subject}/t1.nii"}, "data.inputs is the folder that they lie in"),
+        ("a.nii", {"t1": "{subject}/t1.nii"}, "data.inputs must be the folder that they lie in"),
+        (["."], {"t1": "{subject}/t1.nii"}, "data.inputs must be the folder that they lie in"),
+        (7, {"t1": "{subject}/t1.nii"}, "data.inputs must be the folder that they lie in"),
     ],
 )
 def test_patterns_that_cannot_work_are_refused(inputs: object, images: object, message: str) -> None:
@@ -317,7 +317,9 @@ def test_what_lies_in_the_output_folder_is_never_found(
     assert ids("in/**/*.nii.gz", output) == ids("./in/../in/**/*", output) == ["a", "t1"]
     assert ids("in", output, {"t1": "{subject}/t1.nii.gz"}) == ["b"]
     assert ids("in", "in/other") == ["a", "link"]
-    assert any("left out, which are no inputs: a_labels.nii.gz" in record.getMessage() for record in caplog.records)
+    assert any(
+        "left out, since outputs are not inputs: a_labels.nii.gz" in record.getMessage() for record in caplog.records
+    )
 
 
 def test_an_output_folder_may_hold_the_folder_of_the_inputs() -> None:
@@ -336,7 +338,7 @@ def test_a_file_of_the_output_folder_that_is_named_is_refused() -> None:
     Path("in/link.nii.gz").symlink_to("../out/a_labels.nii.gz")
     Path("t.csv").write_text("subject,t1,prior\na,in/a.nii.gz,out/a_labels.nii.gz\n")
     for inputs in ("out/a_labels.nii.gz", ["in/a.nii.gz", "in/../out/a_labels.nii.gz"], "t.csv", "in/link.nii.gz"):
-        with pytest.raises(ConfigError, match=r"\.nii\.gz lies in output_dir=out, where nothing is an input"):
+        with pytest.raises(ConfigError, match=r"\.nii\.gz lies in output_dir=out, whose files are never inputs"):
             find_cases(inputs, output_dir="out")
         assert find_cases(inputs, output_dir="other")
     for inputs in ("out", "out/*.nii.gz", ["in", "out/**/*"]):
@@ -355,7 +357,7 @@ def test_two_stars_do_not_go_into_folders_that_runs_have_written_to(caplog: pyte
     touch("in/derived/b_labels.nii.gz")
     assert ids("in/**/*.nii.gz", "in/run2") == ["a", "b_labels"]
     assert ids("in/run1", "in/run2") == ids("in/run1/*.nii.gz", "in/run2") == ["a_labels"]
-    assert "** does not go into folders that runs have written to: in/run1, in/shards" in caplog.text
+    assert "** does not enter folders that runs have written to: in/run1, in/shards" in caplog.text
     with pytest.raises(ConfigError, match=r"matches only outputs of runs, .* such as data\.inputs=in/run1\."):
         find_cases("in/run1/**/*.nii.gz")
 
@@ -414,7 +416,7 @@ def test_a_name_that_is_not_utf_8_is_kept() -> None:
 def test_a_folder_without_nifti_says_what_it_has(names: list[str], said: str | None) -> None:
     """How many files of which kind and how to convert them, or how to name what is deeper; never what was typed."""
     touch("in/.keep", "inn/a.nii.gz", *[f"in/{name}" for name in names])
-    with pytest.raises(ConfigError, match="the folder in has no NIfTI file") as error:
+    with pytest.raises(ConfigError, match="the folder in has no image file") as error:
         find_cases("in")
     assert "Did you mean" not in str(error.value)
     assert said in str(error.value) if said else str(error.value).endswith(").")
@@ -439,13 +441,13 @@ def test_dicom_without_an_extension_is_told_by_what_is_in_it() -> None:
 def test_a_pattern_without_nifti_says_what_is_there(pattern: str) -> None:
     """What its folder has, which the pattern does not match."""
     touch("in/1.dcm", "in/2.dcm")
-    with pytest.raises(ConfigError, match=r"no NIfTI file matches in.* in has 2 \.dcm \(DICOM: dcm2niix"):
+    with pytest.raises(ConfigError, match=r"no image file matches in.* in has 2 \.dcm \(DICOM: dcm2niix"):
         find_cases(pattern)
     for path in Path("in").iterdir():
         path.unlink()
     touch("in/sub/a.NII.GZ")
     if "gz" not in pattern:
-        with pytest.raises(ConfigError, match=r"no NIfTI file matches .* There is in/sub/a\.NII\.GZ, for example"):
+        with pytest.raises(ConfigError, match=r"no image file matches .* There is in/sub/a\.NII\.GZ, for example"):
             find_cases(pattern)
 
 
@@ -455,5 +457,5 @@ def test_what_a_mixed_folder_leaves_out_is_said_once(caplog: pytest.LogCaptureFi
     for _ in range(3):
         assert list(found("mixed")) == ["a"]
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line.startswith("data.inputs=mixed: files that are not NIfTI are left out: 2 .nrrd (NRRD: ")
+    assert line.startswith("data.inputs=mixed: files of other formats are left out: 2 .nrrd (NRRD: ")
     assert ", 1 .dcm (DICOM: " in line

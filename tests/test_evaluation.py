@@ -135,7 +135,7 @@ def test_a_label_that_cannot_be_compared_is_a_row_and_status_1(tmp_path: Path, f
     assert "(12, 10, 9)" in rows["grid"]["error"]
     assert "lie on different grids" in rows["affine"]["error"]
     assert "has class 7; there are 2, 0 to 1 (stitch.class_names)" in rows["class"]["error"]
-    assert "half.nii holds numbers that are no labels, such as 0.5" in rows["half"]["error"]
+    assert "half.nii holds 0.5, which is not a label" in rows["half"]["error"]
     assert rows["gone"]["error"] == "there is no label file truth/gone.nii"
     assert "half: not compared" in job.text
     assert "1 of 6 subjects compared" in job.text
@@ -223,7 +223,7 @@ def test_labels_of_other_types_are_taken_as_they_are(tmp_path: Path) -> None:
     """Whole numbers in floats are labels; negative ones are not."""
     assert table(evaluated(tmp_path, {"a": (cube(3), cube(3).astype(np.float64))})) == {("a", "3"): 1}
     (score,) = evaluated(tmp_path, {"a": (cube(3), cube(3).astype(np.int16) - 1)})
-    assert "holds -1, which is no label" in score.error
+    assert "holds -1, which is not a label" in score.error
 
 
 def test_a_subject_without_labels_says_what_was_written(tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_a_subject_without_labels_says_what_was_written(tmp_path: Path) -> None:
     save(tmp_path / "truth/a.nii", cube(1))
     evaluation = Evaluation(tmp_path, [SubjectFiles("a", {})], str(tmp_path / "truth/{subject}.nii"), None, 1.0)
     (score,) = evaluation.scores([Row("a", "done", ("a_probabilities.nii",))])
-    assert "no labels were written of it, only a_probabilities.nii; set stitch.products=[labels]" in score.error
+    assert "no labels were written for it, only a_probabilities.nii; set stitch.products=[labels]" in score.error
     assert score.failed
 
 

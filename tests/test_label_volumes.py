@@ -179,7 +179,7 @@ def test_names_volumes_metrics_and_pictures_go_by_the_numbers_of_the_file(tmp_pa
     save(tmp_path / "truth/a.nii", (scan > 50).astype(np.uint8))
     run = forks.start(*job, cwd=tmp_path)
     assert checked(run.wait()) == 1
-    assert "its label holds 1, which is none of stitch.label_values=[0, 1002]" in " ".join(run.text.split())
+    assert "its label holds 1, which is not in stitch.label_values=[0, 1002]" in " ".join(run.text.split())
     run = forks.start(*job[:-3], "stitch.label_values=[0,1002,7]", "output_dir=other", cwd=tmp_path)
     assert checked(run.wait()) == 2
     assert "stitch.label_values has 3 numbers; the network's output has 2 classes" in run.text

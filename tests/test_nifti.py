@@ -565,7 +565,7 @@ BAD_HEADERS = {
     "pipe": (lambda d: made(os.mkfifo, d / "a.nii.gz"), "it is a pipe, not a file"),
     "dangling link": (
         lambda d: linked(d / "a.nii.gz", "gone.nii.gz"),
-        r"the link points to /.*/gone\.nii\.gz, which is not",
+        r"the link points to /.*/gone\.nii\.gz, which does not exist",
     ),
     "link to itself": (lambda d: linked(d / "a.nii.gz", "a.nii.gz"), "the link points to itself, by way of a.nii.gz"),
     "NRRD": (lambda d: text_file(d / "a.nrrd"), r"it is NRRD, not NIfTI; convert it with SimpleITK"),
@@ -607,10 +607,10 @@ BAD_HEADERS = {
     ),
     "no quaternion": (
         lambda d: save_raw(d / "a.nii", VOLUME, sform_code=0, qform_code=1, quatern_b=1, quatern_c=1, quatern_d=1),
-        "its quaternion has length 1.732, and no rotation has more than 1",
+        "its quaternion has length 1.732; that of a rotation is at most 1",
     ),
     "slope without intercept": (lambda d: save_raw(d / "a.nii", VOLUME, scaling=(2, np.nan)), NOT_NIFTI),
-    "Analyze": (analyze_pair, "convert it, since its orientation is not certain"),
+    "Analyze": (analyze_pair, "convert it, since its orientation is ambiguous"),
     "cut": (
         lambda d: spoil(save_raw(d / "a.nii", VOLUME), 1000),
         "needs? .*1792 bytes with the header, and it has 1000",
@@ -618,7 +618,7 @@ BAD_HEADERS = {
     "one byte short": (lambda d: spoil(save_raw(d / "a.nii", VOLUME), 352 + VOLUME.nbytes - 1), SMALLER),
     "img missing": (
         lambda d: (save_raw(d / "a.img", VOLUME).unlink(), d / "a.hdr")[1],
-        r"its voxels are not there: .*\.img",
+        r"there is no file with its voxels: .*\.img",
     ),
     "img cut": (lambda d: spoil(save_raw(d / "a.img", VOLUME), 10), SMALLER),
     "gz cannot hold it": (

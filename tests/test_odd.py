@@ -82,7 +82,7 @@ def bad(folder: Path) -> dict[str, str]:
         "farther": "model space would have 1.2e",
         "near": "of 1e-06 x 1e-06 x 1e-06 mm, and model space would have 1 x 1 x 1 voxels of 1 x 1 x 1 mm",
         "colours": "it has 3 channels, and the network takes 1",
-        "semi;colon": "is no id: in a manifest, a semicolon",
+        "semi;colon": "cannot be an id: manifest.csv separates",
         "nan": "NaN or infinite",
         "sparse": "model space would have 4.2518e.09 x 8 x 12 voxels",
     }

@@ -11,7 +11,8 @@ from PIL import Image
 from scipy import ndimage
 
 from voxquilt.errors import InputError, OutputError
-from voxquilt.reporting.overlay import LINE, MARGIN, PALETTE, flat, overlay, overlay_png, stacked
+from voxquilt.reporting.overlay import PALETTE, flat, overlay, overlay_png
+from voxquilt.reporting.pictures import LINE, MARGIN, stacked
 
 ORIENTATIONS = [np.array([*zip(p, f, strict=True)]) for p in permutations(range(3)) for f in product((1, -1), repeat=3)]
 

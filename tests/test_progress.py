@@ -19,7 +19,7 @@ from synthetic import ROOT, noise, save
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from voxquilt.reporting.manifest import Row
-from voxquilt.reporting.progress import JsonProgress, PlainProgress, RichProgress, make_show
+from voxquilt.reporting.progress import JsonProgress, PlainProgress, RichProgress, make_display
 from voxquilt.reporting.progress_counts import RunProgress
 
 JOB = (
@@ -82,7 +82,7 @@ def test_time_left_comes_from_what_was_predicted() -> None:
 def test_a_show_is_chosen_by_name_or_by_the_terminal() -> None:
     """Without one there are lines."""
     kinds = {"auto": PlainProgress, "plain": PlainProgress, "rich": RichProgress, "json": JsonProgress}
-    assert {name: type(make_show(name)) for name in kinds} == kinds
+    assert {name: type(make_display(name)) for name in kinds} == kinds
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def place(tmp_path: Path) -> Path:
 
 
 def environment(**more: str) -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT / "tests"), "COLUMNS": "110", "TERM": "xterm"} | more
+    return os.environ | {"PYTHONPATH": f"{ROOT}/src:{ROOT}/tests", "COLUMNS": "110", "TERM": "xterm"} | more
 
 
 def on_a_terminal(*arguments: str, cwd: Path) -> tuple[int, str]:

@@ -150,8 +150,8 @@ def test_an_affine_may_be_a_tensor_or_a_list() -> None:
     [
         ({}, "needs a path or a tensor, and not both"),
         ({"path": "t1.nii", "tensor": torch.zeros(1, 1, 1)}, "needs a path or a tensor, and not both"),
-        ({"path": "t1.nii", "affine": np.eye(4)}, "t1.nii: a file brings its own affine"),
-        ({"tensor": torch.zeros(3, 3)}, r"\(C, I, J, K\) or \(I, J, K\), no axis empty; this one is \(3, 3\)"),
+        ({"path": "t1.nii", "affine": np.eye(4)}, "t1.nii: a file has its own affine"),
+        ({"tensor": torch.zeros(3, 3)}, r"\(C, I, J, K\) or \(I, J, K\) without empty axes; this one is \(3, 3\)"),
         ({"tensor": torch.zeros(1, 1, 1, 1, 1)}, r"this one is \(1, 1, 1, 1, 1\)"),
         ({"tensor": torch.zeros(1, 3, 0, 3)}, r"this one is \(1, 3, 0, 3\)"),
         ({"tensor": torch.zeros(0, 3, 3, 3)}, r"this one is \(0, 3, 3, 3\)"),
@@ -188,7 +188,7 @@ def test_voxels_are_not_read_before_they_are_asked_for(tmp_path: Path, monkeypat
     """Making a subject reads nothing, its geometry reads headers, once; voxels are read at the first use, once."""
     paths = [saved(tmp_path / f"{n}.nii", np.full((2, 3, 4), n, dtype=np.uint8), AFFINE_2MM) for n in range(2)]
     read: list[Path] = []
-    voxels, header = NiftiFile.read, voxquilt.data.image.read_header
+    voxels, header = NiftiFile.read, voxquilt.data.image.open_image
 
     def count(file: NiftiFile) -> torch.Tensor:
         read.append(file.path)
@@ -196,7 +196,7 @@ def test_voxels_are_not_read_before_they_are_asked_for(tmp_path: Path, monkeypat
 
     headers: list[Any] = []
     monkeypatch.setattr(NiftiFile, "read", count)
-    monkeypatch.setattr(voxquilt.data.image, "read_header", lambda path: headers.append(path) or header(path))
+    monkeypatch.setattr(voxquilt.data.image, "open_image", lambda path: headers.append(path) or header(path))
     subject = Subject(t1=ScalarImage(paths[0]), seg=LabelMap(paths[1]))
     assert repr(subject) == "Subject(Keys: ('t1', 'seg'); images: 2)"
     assert headers == []

@@ -40,16 +40,18 @@ from voxquilt.models.weights.stored_settings import carried
 from voxquilt.planning.network_check import check_fits
 from voxquilt.predict import predict_volume
 from voxquilt.reporting.metrics import class_dice
-from voxquilt.reporting.overlay import LINE, PALETTE, overlay, stacked
+from voxquilt.reporting.overlay import PALETTE, overlay
+from voxquilt.reporting.pictures import LINE, stacked
 from voxquilt.stitching.stitch import Stitch
 from voxquilt.training.datamodule import TrainingDataModule
 from voxquilt.training.epoch_order import EpochOrder
 from voxquilt.training.module import PatchTrainer
+from voxquilt.training.options import TrainingKeywords, TrainingOptions
 from voxquilt.training.random_patches import RandomPatches, centres_of
 from voxquilt.training.schedules import polynomial, warmup_cosine
 from voxquilt.training.splits import make_split
 from voxquilt.training.validation import Validated, mean_metrics, metrics_of
-from voxquilt.training.volume_cache import CachedVolumes, Labelled
+from voxquilt.training.volume_cache import CachedVolumes, LabelledVolume
 
 ROOT = Path(__file__).parents[1]
 NET = (
@@ -79,12 +81,12 @@ def data_of(blobs: Path, **options: object) -> TrainingDataModule:
     return TrainingDataModule(blobs / "images", f"{blobs}/labels/{{subject}}.nii.gz", 16, **options)  # type: ignore[arg-type]
 
 
-def numbered(shape: tuple[int, int, int]) -> Labelled:
+def numbered(shape: tuple[int, int, int]) -> LabelledVolume:
     """An image whose voxels hold their own number, and a label with one rare class."""
     image = torch.arange(np.prod(shape), dtype=torch.float32).reshape(1, *shape)
     label = torch.zeros((1, *shape), dtype=torch.uint8)
     label[0, 0, 0, 0] = 3
-    return Labelled("one", image, label, centres_of(label))
+    return LabelledVolume("one", image, label, centres_of(label))
 
 
 def net() -> UNet:
@@ -121,7 +123,7 @@ def test_balanced_patches_hold_a_rare_class_as_often_as_is_asked() -> None:
     assert 0.4 < share < 0.6
 
 
-def unevenness(volume: Labelled, masks: list[torch.Tensor], draws: int, seed: int) -> float:
+def unevenness(volume: LabelledVolume, masks: list[torch.Tensor], draws: int, seed: int) -> float:
     """Chi-square of how often each mask holds a balanced patch's centre, against equally often.
 
     A patch of one voxel is its centre.
@@ -155,9 +157,9 @@ def test_each_class_is_drawn_as_often_however_many_voxels_it_has(
     centres = centres_of(label)
     assert [len(some) for some in centres] == sizes  # so few that all are remembered
     draws, bound = 150 * len(sizes), float(chi2.isf(1e-9, len(sizes) - 1))
-    assert unevenness(Labelled("even", image, label, centres), masks, draws, seed) < bound
+    assert unevenness(LabelledVolume("even", image, label, centres), masks, draws, seed) < bound
     pooled = [torch.cat(centres)]  # the control: all classes' voxels alike
-    assert unevenness(Labelled("pooled", image, label, pooled), masks, draws, seed) > bound
+    assert unevenness(LabelledVolume("pooled", image, label, pooled), masks, draws, seed) > bound
 
 
 def test_unbalanced_patches_reach_every_voxel() -> None:
@@ -237,7 +239,7 @@ def test_each_volume_is_read_once_an_epoch_and_few_are_in_memory(count: int, kep
     """What fits is read once for good; of the others a group is open."""
     reads: list[int] = []
 
-    def load(n: int) -> Labelled:
+    def load(n: int) -> LabelledVolume:
         reads.append(n)
         return numbered((2, 2, 2))
 
@@ -284,7 +286,7 @@ def test_a_split_that_leaves_nobody_to_train_is_refused() -> None:
         ((cases_of(2, ["val", "val"]), 5, 0, 0, "split"), r"no subject is left to train on: 2 .* has: val"),
         ((cases_of(2), 3), r"data\.folds=3 needs .* there are 2"),
         ((cases_of(2), 2, 2), r"data\.fold=2 is not one of data\.folds=2"),
-        ((cases_of(2), 5, 0, 0, "part"), r"data\.split=part is no column of the table of s00"),
+        ((cases_of(2), 5, 0, 0, "part"), r"data\.split=part is not a column of the table of s00"),
     ):
         with pytest.raises(ConfigError, match=message):
             make_split(*arguments)  # type: ignore[arg-type]
@@ -295,7 +297,7 @@ def test_a_split_that_leaves_nobody_to_train_is_refused() -> None:
 
 def test_a_missing_label_and_one_on_another_grid_are_named(blobs: Path, tmp_path: Path) -> None:
     """The first before anything is read, the other from headers alone; training never goes on beside them."""
-    with pytest.raises(ConfigError, match=r"s0: its label .*nowhere/s0\.nii\.gz is not there"):
+    with pytest.raises(ConfigError, match=r"s0: its label .*nowhere/s0\.nii\.gz does not exist"):
         TrainingDataModule(blobs / "images", "nowhere/{subject}.nii.gz", 16)
     for n in range(5):
         nib.save(nib.Nifti1Image(np.zeros((4, 4, 4 + n), np.uint8), np.eye(4)), tmp_path / f"s{n}.nii.gz")
@@ -327,7 +329,7 @@ def test_a_label_that_is_no_class_is_named_before_training(
     pattern = relabelled(blobs, tmp_path / "odd", subject, value)
     data = TrainingDataModule(blobs / "images", pattern, 16, cache=cache)
     assert [case.subject for case in data.validation_cases] == ["s2"]
-    with pytest.raises(InputError, match=rf"^{subject}: its label holds {shown}; wanted are classes"):
+    with pytest.raises(InputError, match=rf"^{subject}: its label holds {shown}; classes are whole numbers from 0"):
         data.setup("fit")
 
 
@@ -351,9 +353,13 @@ def test_a_subject_with_other_channels_is_named_before_training(blobs: Path, tmp
     """Of labels by task, and of images; from headers."""
     two = relabelled(blobs, tmp_path / "two", "s1", 1, channels=2)
     for task, classes, message in (
-        ("segmentation", 2, r"^s1: its label has 2 channels; one of classes is wanted, or task=multilabel\."),
-        ("multilabel", 1, r"^s1: its label has 2 channels; the network gives 1, with a mask for each\."),
-        ("image", 1, r"^s1: its label has 2 channels; the network gives 1, as many as the network's image\."),
+        (
+            "segmentation",
+            2,
+            r"^s1: its label has 2 channels; segmentation needs one channel of classes\. For several masks",
+        ),
+        ("multilabel", 1, r"^s1: its label has 2 channels; the network has 1, one per mask\."),
+        ("image", 1, r"^s1: its label has 2 channels; the network has 1, the channels of its image\."),
     ):
         data = TrainingDataModule(blobs / "images", two, 16, task=task)
         data.classes = classes
@@ -363,6 +369,27 @@ def test_a_subject_with_other_channels_is_named_before_training(blobs: Path, tmp
     data = TrainingDataModule(tmp_path / "images", f"{blobs}/labels/{{subject}}.nii.gz", 16)
     with pytest.raises(InputError, match=r"^s4: its images have 3 channels; those of 4 subjects have 1\."):
         data.setup("fit")
+
+
+def test_an_unknown_keyword_of_the_training_data_is_named(blobs: Path) -> None:
+    """A keyword is never dropped; those that type checkers know are those that there are."""
+    with pytest.raises(TypeError, match="'batchsize'"):
+        data_of(blobs, batchsize=2)
+    assert TrainingKeywords.__annotations__ == TrainingOptions.__annotations__
+    options = data_of(blobs, batch_size=3, fold=1, padding_mode="edge").options
+    assert options == TrainingOptions(batch_size=3, fold=1, padding_mode="edge")
+
+
+def test_a_validation_subject_that_cannot_be_read_ends_validation_with_its_name(blobs: Path, tmp_path: Path) -> None:
+    """Its voxels are cut off after the headers were checked; no mean is taken over the subjects that are left."""
+    shutil.copytree(blobs / "images", tmp_path / "images")
+    data = TrainingDataModule(tmp_path / "images", f"{blobs}/labels/{{subject}}.nii.gz", 16)
+    data.setup("fit")
+    [case] = data.validation_cases
+    path = case.images["image"]
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(InputError, match=rf"^{case.subject}: .*{path.name}"):
+        list(data.val_dataloader())
 
 
 def test_volumes_smaller_than_the_patch_are_padded(blobs: Path) -> None:
@@ -683,12 +710,14 @@ def test_a_training_goes_on_with_what_it_began_with(
     assert refusal(blobs, f"ckpt_path={last}") == ""
     for changed, named in CHANGES:
         found = refusal(blobs, f"ckpt_path={last}", *changed)
-        assert found.startswith(f"{last} was trained otherwise:"), changed
+        assert found.startswith(f"{last} was trained with other settings or data:"), changed
         for line in named:
             assert line in found
     text = train(forks, blobs, tmp_path, *ONE, "trainer.max_epochs=2", f"ckpt_path={last}", *CHANGES[0][0], status=2)
     # And nothing is named that only follows from it, such as the overlap of validation's patches.
-    assert text.startswith(f"voxquilt: {last} was trained otherwise:\n  {CHANGES[0][1][0]}\n  A training goes on")
+    assert text.startswith(
+        f"voxquilt: {last} was trained with other settings or data:\n  {CHANGES[0][1][0]}\n  A training resumes"
+    )
     assert text.endswith("Nothing was started.\n")
     assert not (tmp_path / "outputs").exists()
 
@@ -715,10 +744,10 @@ def test_what_changes_nothing_of_what_is_trained_may_change(
         (["trainer.max_epochs=5", "trainer.max_steps=2"], "for 2 steps, and trainer.max_steps=2 leaves nothing to do"),
         (
             ["trainer.max_epochs=5", "ckpt_path=net.pt"],
-            "net.pt is no checkpoint of a training that could go on",
+            "net.pt is not a checkpoint that a training can resume from",
         ),
-        (["trainer.max_epochs=5", "ckpt_path=slim.ckpt"], "ckpt_path=slim.ckpt holds weights alone"),
-        (["trainer.max_epochs=5", "ckpt_path=[slim.ckpt]"], "ckpt_path is one checkpoint for a training to go on from"),
+        (["trainer.max_epochs=5", "ckpt_path=slim.ckpt"], "ckpt_path=slim.ckpt holds only weights"),
+        (["trainer.max_epochs=5", "ckpt_path=[slim.ckpt]"], "ckpt_path must be one checkpoint to resume from"),
         (
             ["trainer.max_epochs=5", "ckpt_path=old.ckpt", "model.net.channels=[4,16]"],
             "ckpt_path is of another network",
@@ -749,7 +778,7 @@ def test_a_checkpoint_that_does_not_say_how_it_was_trained_goes_on_with_a_warnin
     del content["voxquilt_training"]
     torch.save(content, tmp_path / "old.ckpt")
     text = train(forks, blobs, tmp_path, *ONE, "trainer.max_epochs=2", "ckpt_path=old.ckpt")
-    assert "old.ckpt does not say how it was trained: whether it goes on alike cannot be checked." in text
+    assert "old.ckpt has no record of how it was trained: settings and data cannot be compared." in text
     assert "epoch 2 of 2" in text
 
 

@@ -1,6 +1,5 @@
-"""What is an image? Voxels (C, I, J, K) and an affine, read when a voxel is asked for."""
+"""Provides images: voxels (C, I, J, K) and an affine, read from a file when they are used."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,9 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from voxquilt.data.formats.nifti import NiftiFile, read_header, write
+from voxquilt.data.formats.image_file import ImageFile, open_image
+from voxquilt.data.formats.nifti import write
+from voxquilt.data.formats.registry import stem
 from voxquilt.errors import InputError
 from voxquilt.geometry.frame import Frame, Triple
 
@@ -26,21 +27,21 @@ LABEL = "label"
 class Image(dict[str, Any]):
     """A volume (C, I, J, K) and its affine, from a file or a tensor. Use ScalarImage or LabelMap.
 
-    As in TorchIO it is a dictionary, too: 'path', 'stem', 'type', and once it is read 'data' and 'affine'.
+    As in TorchIO it is also a dictionary of 'path', 'stem' and 'type', and once it has been read 'data' and 'affine'.
 
     Args:
-        path: A NIfTI file; nothing but its header is read until `data` is asked for. A tensor is taken too, and a
-            mapping with 'data' and 'affine'.
+        path: An image file, of which only the header is read until `data` is used; or a tensor, or a mapping with
+            'data' and 'affine'.
         tensor: (C, I, J, K), or (I, J, K) for one channel, in place of a path.
-        affine: (4, 4) voxel indices to mm in RAS; if a tensor comes without, its own (of MONAI's MetaTensor), or the
-            identity.
+        affine: (4, 4) voxel indices to mm in RAS of a tensor; None: the tensor's own (as MONAI's MetaTensor has), or
+            the identity.
 
     Raises:
         InputError: neither or both of path and tensor, a tensor that is not 3-D or 4-D, a degenerate affine.
     """
 
     kind = INTENSITY
-    # An image is itself, whatever it holds.
+    # Images are compared by identity, unlike dictionaries.
     __eq__ = object.__eq__
     __hash__ = object.__hash__  # type: ignore[assignment]
 
@@ -59,19 +60,19 @@ class Image(dict[str, Any]):
         if (path is None) == (tensor is None):
             raise InputError(f"{type(self).__name__} needs a path or a tensor, and not both.")
         if path is not None and affine is not None:
-            raise InputError(f"{path}: a file brings its own affine; give one only with a tensor.")
+            raise InputError(f"{path}: a file has its own affine; give one only with a tensor.")
         self.path = None if path is None else Path(path).expanduser()  # type: ignore[arg-type]
-        self._file: NiftiFile | None = None
-        stem = "" if self.path is None else re.sub(r"(\.(nii|hdr|img))?(\.gz)?$", "", self.path.name)
-        super().__init__({PATH: str(self.path or ""), STEM: stem, **self, TYPE: self.kind})
+        self._file: ImageFile | None = None
+        name = "" if self.path is None else stem(self.path)
+        super().__init__({PATH: str(self.path or ""), STEM: name, **self, TYPE: self.kind})
         if tensor is not None:
             affine = to_affine(tensor) if affine is None else _to_numpy(affine)
-            self[DATA] = _four_axes(tensor)
+            self[DATA] = _to_four_axes(tensor)
             self[AFFINE] = Frame(_spatial(self[DATA]), affine).affine
 
     @property
-    def file(self) -> NiftiFile:
-        """The file's header, read once.
+    def file(self) -> ImageFile:
+        """The image's file, whose header is read once.
 
         Raises:
             InputError: the image is a tensor, or the file cannot be used.
@@ -79,42 +80,42 @@ class Image(dict[str, Any]):
         if self.path is None:
             raise InputError("this image is a tensor: it has no file.")
         if self._file is None:
-            self._file = read_header(self.path)
+            self._file = open_image(self.path)
         return self._file
 
     @property
     def frame(self) -> Frame:
-        """Shape and affine; reads the header at most."""
+        """Shape and affine; reads no more than the header."""
         return Frame(_spatial(self[DATA]), _to_numpy(self[AFFINE])) if DATA in self else self.file.frame
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """(C, I, J, K); reads the header at most."""
+        """(C, I, J, K); reads no more than the header."""
         channels = len(self[DATA]) if DATA in self else self.file.channels
         return (channels, *self.frame.shape)
 
     @property
     def spatial_shape(self) -> Triple:
-        """(I, J, K); reads the header at most."""
+        """(I, J, K); reads no more than the header."""
         return self.frame.shape
 
     @property
     def affine(self) -> np.ndarray:
-        """(4, 4) voxel indices to mm in RAS; reads the header at most."""
+        """(4, 4) voxel indices to mm in RAS; reads no more than the header."""
         return self.frame.affine
 
     @property
     def spacing(self) -> tuple[float, float, float]:
-        """Voxel sizes along i, j, k in mm; reads the header at most."""
+        """Voxel sizes along i, j, k in mm; reads no more than the header."""
         return self.frame.spacing
 
     def stored(self) -> Shaped[Tensor, "c i j k"]:
-        """The voxels in the type that the file has, not kept: what pipelines read, since it is small."""
+        """The voxels in the file's type, which takes little memory; they are not kept."""
         return self[DATA] if DATA in self else self.file.read()
 
     @property
     def data(self) -> Shaped[Tensor, "c i j k"]:
-        """The voxels, read at the first use and kept."""
+        """The voxels, read at first use and kept."""
         self.load()
         return self[DATA]
 
@@ -128,16 +129,16 @@ class Image(dict[str, Any]):
         return self.data.numpy(force=True)
 
     def load(self) -> None:
-        """Read the voxels, if they are not there."""
+        """Read the voxels, unless they have been read."""
         if DATA not in self:
             self.update({DATA: self._converted(self.file.read()), AFFINE: self.affine})
 
     def set_data(self, tensor: Tensor | np.ndarray) -> None:
-        """Other voxels, (C, I, J, K); the affine stays."""
-        self.update({AFFINE: self.affine, DATA: _four_axes(tensor)})
+        """Replace the voxels by (C, I, J, K); the affine stays."""
+        self.update({AFFINE: self.affine, DATA: _to_four_axes(tensor)})
 
     def save(self, path: str | Path) -> None:
-        """Write a .nii or .nii.gz: complete, or not at all.
+        """Write a .nii or .nii.gz, which appears only when it is complete.
 
         Raises:
             InputError: another suffix.
@@ -149,7 +150,7 @@ class Image(dict[str, Any]):
         write(path, _storable(self.data).numpy(force=True), self.frame)
 
     def part(self, data: Shaped[Tensor, "c i j k"], affine: np.ndarray) -> "Image":
-        """A part of this image, such as a patch, that knows where it came from."""
+        """A part of this image, such as a patch, with the path and name of the image."""
         new = type(self).__new__(type(self))
         new.path, new._file = self.path, None
         new.update({**self, DATA: data, AFFINE: affine})
@@ -184,16 +185,16 @@ class LabelMap(Image):
         return stored.contiguous()
 
 
-def _four_axes(tensor: Tensor | np.ndarray) -> Tensor:
+def _to_four_axes(tensor: Tensor | np.ndarray) -> Tensor:
     if isinstance(tensor, np.ndarray):
-        # torch takes neither foreign byte orders nor negative strides, and warns of memory that it may not write.
+        # torch accepts neither foreign byte orders nor negative strides, and warns about read-only memory.
         array = tensor.astype(tensor.dtype.newbyteorder("="), copy=False)
         tensor = array if array.flags.writeable and min(array.strides, default=0) >= 0 else array.copy()
-    tensor = torch.as_tensor(tensor).as_subclass(Tensor)  # subclasses, such as MONAI's, make others of all they meet
+    tensor = torch.as_tensor(tensor).as_subclass(Tensor)  # a subclass such as MONAI's would turn every result into one
     if tensor.ndim not in (3, 4) or 0 in tensor.shape:
-        batch = " Of a batch give one volume, such as batch[0]." if tensor.ndim == 5 else ""
+        batch = " Select one volume of a batch, such as batch[0]." if tensor.ndim == 5 else ""
         raise InputError(
-            f"an image is (C, I, J, K) or (I, J, K), no axis empty; this one is {tuple(tensor.shape)}.{batch}"
+            f"an image is (C, I, J, K) or (I, J, K) without empty axes; this one is {tuple(tensor.shape)}.{batch}"
         )
     return tensor[None] if tensor.ndim == 3 else tensor
 
@@ -204,11 +205,11 @@ def _spatial(tensor: Tensor) -> Triple:
 
 
 def to_affine(tensor: Any) -> np.ndarray:
-    """The (4, 4) affine in RAS that a tensor carries, as MONAI's MetaTensor does; else the identity."""
+    """The (4, 4) affine in RAS of a tensor that has one, as MONAI's MetaTensor does; else the identity."""
     affine = getattr(tensor, "affine", None)
     if affine is None:
         return np.eye(4)
-    # MONAI's reader of ITK's formats may be told to leave their axes.
+    # MONAI's reader of ITK's formats has an option to keep their axes.
     left = "LPS" in str((getattr(tensor, "meta", None) or {}).get("space"))
     return np.diag([-1.0, -1, 1, 1] if left else [1.0] * 4) @ _to_numpy(affine)
 
@@ -219,7 +220,7 @@ def _to_numpy(affine: np.ndarray | Tensor) -> np.ndarray:
 
 
 def _storable(data: Tensor) -> Tensor:
-    """In a type that NIfTI has."""
+    """The voxels in a type that NIfTI has."""
     if data.dtype == torch.bool:
         return data.byte()
     return data.float() if data.dtype in (torch.float16, torch.bfloat16) else data

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from voxquilt.data.discovery import SubjectFiles
-from voxquilt.data.formats.nifti import NiftiFile
+from voxquilt.data.formats.image_file import ImageFile
 from voxquilt.data.grid_sampler import GridSampler, Padding
 from voxquilt.geometry.grid import Grid
 from voxquilt.geometry.slab_split import Part
@@ -47,7 +47,7 @@ class SubjectWork:
     """
 
     task: SubjectTask
-    file: NiftiFile
+    file: ImageFile
     grid: Grid
     padding: Padding
     space: Space

@@ -19,7 +19,7 @@ from voxquilt.prediction.datamodule import GridDataModule, datamodule_of
 from voxquilt.prediction.output_files import OutputOptions
 from voxquilt.prediction.timing import Rates, measure
 from voxquilt.reporting.manifest import of_shard
-from voxquilt.reporting.progress import say
+from voxquilt.reporting.progress import print_event
 from voxquilt.text import of_subjects, reason_of
 
 # Rows of a table that a person reads; plan.json has all of them.
@@ -77,7 +77,7 @@ class DryRun(Callback):
             path = folder / f"dry_{path.name}"
         write_json(path, content)
         if self._as_json:
-            say("plan", content)
+            print_event("plan", content)
         else:
             _print(content, self._planned, path)
 

@@ -13,7 +13,7 @@ from jaxtyping import Shaped
 from lightning.pytorch import LightningModule, Trainer
 
 from voxquilt.data.discovery import SubjectFiles
-from voxquilt.data.formats.nifti import read_header, write
+from voxquilt.data.formats.nifti import write
 from voxquilt.data.subject_task import SubjectWork
 from voxquilt.errors import OutputError
 from voxquilt.planning.preflight import AUTO, weights_on_device
@@ -109,7 +109,7 @@ class OutputFiles:
         if labels is not None and self.options.overlay:
             path = self._checked(f"{subject}_overlay.png")
             drawn = flat(labels, self.options.stitch.label_values)
-            overlay_png(read_header(work.file.path).read()[0].numpy(), drawn, native.affine, path)
+            overlay_png(work.file.read()[0].numpy(), drawn, native.affine, path)
             outputs.append(path.name)
         volume, of_classes = None, dict[str, float]()
         if labels is not None:

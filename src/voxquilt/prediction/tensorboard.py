@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from voxquilt.data.discovery import SubjectFiles
-from voxquilt.data.formats.nifti import read_header
+from voxquilt.data.formats.image_file import open_image
 from voxquilt.distributed.control_channel import Message
 from voxquilt.reporting.manifest import Row
 from voxquilt.reporting.overlay import flat, overlay
@@ -91,7 +91,7 @@ class RunEvents:
         try:
             if drawn in row.outputs:
                 return np.asarray(Image.open(self._folder / drawn))
-            file, made = read_header(next(iter(case.images.values()))), read_header(self._folder / name)
+            file, made = open_image(next(iter(case.images.values()))), open_image(self._folder / name)
             labels = flat(made.read().numpy(), self._label_values)
             return np.asarray(overlay(file.read()[0].numpy(), labels, file.frame.affine))
         except Exception as error:  # nor is a picture

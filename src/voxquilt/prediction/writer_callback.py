@@ -23,7 +23,7 @@ from voxquilt.prediction.run_session import RunDisplay, RunSession, connect
 from voxquilt.prediction.subject_outcomes import SubjectOutcomes
 from voxquilt.prediction.tensorboard import RunEvents
 from voxquilt.reporting.manifest import Row, of_shard, read_rows
-from voxquilt.reporting.progress import make_show
+from voxquilt.reporting.progress import make_display
 from voxquilt.reporting.progress_counts import RunProgress
 from voxquilt.stitching.stitch import Stitch
 from voxquilt.vocabulary import LOGS, ON_ERROR, check_name
@@ -201,7 +201,7 @@ class VolumeWriter(Callback):
         plan = data.plan
         patches = {subject: cost.patches - 1 for subject, cost in zip(plan.everything, plan.sizes, strict=True)}
         events = RunEvents(self.output_dir, plan.cases, self.stitch.label_values) if self.options.tensorboard else None
-        return RunDisplay(make_show(self._log), RunProgress(patches, plan.group.size), events)
+        return RunDisplay(make_display(self._log), RunProgress(patches, plan.group.size), events)
 
 
 def _check_module(module: LightningModule) -> None:

@@ -1,6 +1,6 @@
-"""How good are a run's labels? Each subject's written file against its label file, class by class, on the file's grid.
+"""Compares the label files that a run has written with true labels, for each subject and class.
 
-What is compared lies on disk, so that it does not matter which process wrote it, or when.
+Files are compared, so that it does not matter which process wrote them, or when.
 """
 
 import csv
@@ -25,22 +25,22 @@ from voxquilt.reporting.metrics import Agreement, agreements
 from voxquilt.text import escaped, reason_of
 
 ABSENT = Agreement(nan, nan, nan, 0.0, 0.0)
-"""Of a class that neither volume has."""
-# A volume and its label are held by each; reading and searching leave the interpreter to others.
+"""The agreement of a class that neither volume has."""
+# Each thread holds a volume and its label; reading and searching release the interpreter's lock.
 _THREADS = min(4, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
 class Score:
-    """A line of metrics.csv.
+    """A row of metrics.csv.
 
     Args:
-        subject: Its id.
-        name: Of the class; empty where the subject was not compared.
+        subject: The id.
+        name: Name of the class; empty where the subject was not compared.
         agreement: None where the subject was not compared.
-        error: Why it was not.
-        failed: Whether that is an error, or just no label.
-        product: Which of the subject's labels: 'labels', and 'labels_<mode>' of stitch.compare.
+        error: Why the subject was not compared.
+        failed: Whether comparing failed; False where there is just no label.
+        product: The labels compared: 'labels', or 'labels_<mode>' of stitch.compare.
     """
 
     subject: str
@@ -53,16 +53,15 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Compares a run's labels with others.
+    """Compares the labels of a run with true labels.
 
     Args:
-        folder: Of the run's files.
-        cases: Its subjects, which know the labels of a table.
-        labels: A pattern with `{subject}`, one for each channel, or None for those of the table.
-        class_names: Of classes 0, 1, ..., or of channels; without, each value that any volume has is a class.
-        tolerance: mm, of the surface Dice.
-        label_values: The numbers that classes 0, 1, ... have in the files, those of the true labels too; None for 0,
-            1, ... themselves.
+        folder: The run's output folder.
+        cases: The run's subjects, with the labels of a table.
+        labels: A pattern with `{subject}`, or one per channel; None for the labels of the table.
+        class_names: Names of classes 0, 1, ..., or of channels; None: every value that a volume has is a class.
+        tolerance: Tolerance of the surface Dice in mm.
+        label_values: The numbers of classes 0, 1, ... in the files and in the true labels; None for 0, 1, ...
     """
 
     folder: Path
@@ -73,26 +72,30 @@ class Evaluation:
     label_values: Sequence[int] | None = None
 
     def scores(self, rows: Sequence[Row]) -> list[Score]:
-        """A line for every subject and class; one without a class for a subject that cannot be compared.
+        """A score for every subject and class; one without a class for a subject that cannot be compared.
 
         Args:
-            rows: Of the manifest.
+            rows: Rows of the manifest.
         """
         cases = {case.subject: case for case in self.cases}
         with ThreadPoolExecutor(_THREADS) as pool:
-            compared = list(pool.map(lambda row: self._tried(cases[row.subject], row), rows))
-        classes = {n for found in compared if isinstance(found, dict) for one in found.values() for n in one}
+            results = list(pool.map(lambda row: self._compare_subject(cases[row.subject], row), rows))
+        classes = sorted({
+            n for result in results if isinstance(result, dict) for by_class in result.values() for n in by_class
+        })  # fmt: skip
         scores: list[Score] = []
-        for row, found in zip(rows, compared, strict=True):
-            if isinstance(found, Score):
-                scores.append(found)
+        for row, result in zip(rows, results, strict=True):
+            if isinstance(result, Score):
+                scores.append(result)
                 continue
-            for product, one in found.items():
-                several = [(self._name(n), one.get(n, ABSENT)) for n in sorted(classes)]
-                scores += [Score(row.subject, name, agreement, product=product) for name, agreement in several]
+            scores += [
+                Score(row.subject, self._name(n), by_class.get(n, ABSENT), product=product)
+                for product, by_class in result.items()
+                for n in classes
+            ]
         return scores
 
-    def _tried(self, case: SubjectFiles, row: Row) -> dict[str, dict[int, Agreement]] | Score:
+    def _compare_subject(self, case: SubjectFiles, row: Row) -> dict[str, dict[int, Agreement]] | Score:
         files = list(label_files(case, self.labels).values())
         missing = [str(path) for path in files if not os.path.isfile(path)]
         if missing or not files:
@@ -100,26 +103,26 @@ class Evaluation:
         if row.status == "failed":
             return Score(case.subject, "", None, "it was not predicted")
         try:
-            return {product: self._compared(path, files) for product, path in self._labels_of(row).items()}
+            return {product: self._compare_file(path, files) for product, path in self._labels_of(row).items()}
         except Exception as error:
             return Score(case.subject, "", None, reason_of(error), failed=True)
 
     def _labels_of(self, row: Row) -> dict[str, Path]:
-        """A subject's labels by product, those of stitch.compare too; of several outputs the first's."""
+        """A subject's label files by product, with those of stitch.compare; those of the first of several outputs."""
         pattern = re.compile(re.escape(row.subject) + r"_(?P<product>(?P<output>.+_)?labels(_[a-z]+)?)\.nii(\.gz)?")
-        found = [(match, name) for name in row.outputs if (match := pattern.fullmatch(name))]
-        if not found:
+        matches = [(match, name) for name in row.outputs if (match := pattern.fullmatch(name))]
+        if not matches:
             raise InputError(
-                f"no labels were written of it, only {', '.join(row.outputs)}; set stitch.products=[labels]."
+                f"no labels were written for it, only {', '.join(row.outputs)}; set stitch.products=[labels]."
             )
-        output = found[0][0]["output"]
-        return {match["product"]: self.folder / name for match, name in found if match["output"] == output}
+        output = matches[0][0]["output"]
+        return {match["product"]: self.folder / name for match, name in matches if match["output"] == output}
 
-    def _compared(self, path: Path, files: Sequence[Path]) -> dict[int, Agreement]:
-        made = LabelMap(path)
+    def _compare_file(self, path: Path, files: Sequence[Path]) -> dict[int, Agreement]:
+        prediction = LabelMap(path)
         truths = {f"label {n}": LabelMap(path) for n, path in enumerate(files)}
-        frame = Subject({"prediction": made, **truths}).frame  # or an error that names both grids
-        labels = _integers(made.stored(), made)
+        frame = Subject({"prediction": prediction, **truths}).frame  # or an error that names both grids
+        labels = _integers(prediction.stored(), prediction)
         truth = [channel for image in truths.values() for channel in _integers(image.stored(), image)]
         if len(labels) != len(truth):
             raise InputError(f"its label has {len(truth)} channels, and its prediction {len(labels)}.")
@@ -141,7 +144,7 @@ class Evaluation:
             )
         unknown = set[int]() if self.label_values is None else {*np.unique(truth).tolist()} - {0, *numbers}
         if unknown:
-            raise InputError(f"its label holds {min(unknown)}, which is none of stitch.label_values={list(numbers)}.")
+            raise InputError(f"its label holds {min(unknown)}, which is not in stitch.label_values={list(numbers)}.")
 
     def _name(self, number: int) -> str:
         names = dict(zip(self.label_values or range(len(self.class_names or ())), self.class_names or (), strict=False))
@@ -149,10 +152,10 @@ class Evaluation:
 
 
 def write_scores(path: Path, scores: Sequence[Score]) -> None:
-    """A .csv with a row for each score; what is not defined is empty, what is infinite is inf.
+    """Write a .csv with a row per score, where undefined values are empty and infinite ones 'inf'.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: the file cannot be written.
     """
     text = io.StringIO()
     writer = csv.writer(text)
@@ -168,17 +171,18 @@ METRICS = (*(field.name for field in fields(Agreement)), "volume_error_ml", "rel
 
 
 def values(score: Score) -> list[float]:
-    """A score's numbers in the order of METRICS; none without an agreement."""
+    """A score's numbers in the order of METRICS; empty without an agreement."""
     return [] if score.agreement is None else [getattr(score.agreement, name) for name in METRICS]
 
 
 def _integers(data: Tensor, image: LabelMap) -> list[np.ndarray]:
-    """Channels of a label file, as integers from 0."""
+    """The channels of a label file as integers from 0."""
     if data.is_floating_point():
-        whole = data.round()
-        if not bool((whole == data).all()):
-            raise InputError(f"{image.path} holds numbers that are no labels, such as {float(data[whole != data][0])}.")
-        data = whole.int()
+        rounded = data.round()
+        if not bool((rounded == data).all()):
+            value = float(data[rounded != data][0])
+            raise InputError(f"{image.path} holds {value}, which is not a label: labels are whole numbers from 0.")
+        data = rounded.int()
     if int(data.min()) < 0:
-        raise InputError(f"{image.path} holds {int(data.min())}, which is no label: they count from 0.")
+        raise InputError(f"{image.path} holds {int(data.min())}, which is not a label: labels count from 0.")
     return [channel.numpy() for channel in data]

@@ -1,4 +1,4 @@
-"""What became of each subject? A row of manifest.csv as soon as it is known, and run.json for the run as a whole."""
+"""Writes and reads manifest.csv, which has one row per subject, written once the subject is done or has failed."""
 
 import contextlib
 import csv
@@ -19,21 +19,21 @@ from voxquilt.text import escaped
 
 @dataclass(frozen=True)
 class Row:
-    """A subject's line.
+    """A subject's row.
 
     Args:
-        subject: Its id.
-        status: 'done', 'failed', or 'skipped' if it was done before.
-        outputs: Names of the files in the output folder.
-        patches: How many were predicted.
-        skipped: How many hold no foreground and were not (data.skip).
-        finished: When, in UTC.
-        fingerprint: What decides the outputs: the settings' digest, a dash, the input files' digest.
-        seconds: Its own: loading it, its share of forward passes, stitching and writing, without waiting. Subjects are
-            loaded and written beside each other, so that these do not add up to the run's.
-        error: Why it failed.
-        volume_ml: Volume of all labels above 0, in millilitres; None without labels.
-        class_ml: Of each label above 0, by its name or number; not in the manifest.
+        subject: The id.
+        status: 'done', 'failed', or 'skipped' if an earlier run has done it.
+        outputs: Names of files in the output folder.
+        patches: Patches that were predicted.
+        skipped: Patches that were left out since they have no foreground (data.skip).
+        finished: Time in UTC.
+        fingerprint: The settings' digest, a dash, and the input files' digest, which together determine the outputs.
+        seconds: Time for loading, the subject's share of forward passes, stitching and writing, without waiting.
+            Subjects are loaded and written in parallel, so that their sum is not the time of the run.
+        error: Why the subject failed.
+        volume_ml: Volume of all labels above 0 in millilitres; None without labels.
+        class_ml: Volume of each label above 0 by its name or number; not in the manifest.
     """
 
     subject: str
@@ -50,7 +50,7 @@ class Row:
 
 
 def of_shard(name: str, shard: tuple[int, int]) -> str:
-    """A file's name in a run of several shards, which share a folder.
+    """The name of a shard's file, since all shards of a run share one folder.
 
     >>> of_shard("manifest.csv", (2, 4))
     'manifest_2_of_4.csv'
@@ -61,30 +61,30 @@ def of_shard(name: str, shard: tuple[int, int]) -> str:
 
 
 class Manifest:
-    """manifest.csv of one run: a new file, to which each row is written as it comes; any thread may add one.
+    """The manifest of one run: a new file, to which any thread may append rows.
 
     Args:
-        path: Where it is; an older one is replaced.
-        kept: Rows to begin with, of subjects that were done before.
+        path: The file; an existing one is replaced.
+        kept: The first rows, of subjects that earlier runs have done.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: the file cannot be written.
     """
 
     def __init__(self, path: Path, kept: Iterable[Row] = ()) -> None:
         kept = list(kept)
         self.path = path
         self._kept = {row.subject for row in kept}
-        self._twice = False
+        self._has_duplicates = False
         self._lock = threading.Lock()
         _write(path, kept)
         self._file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115 (it is closed by `close`)
 
     def add(self, row: Row) -> None:
-        """Append a row and put it on disk; it takes the place of a subject's row among those kept.
+        """Append a row and flush it to disk; it replaces a row of `kept` with the same subject.
 
         Raises:
-            OutputError: the disk is full, say.
+            OutputError: the file cannot be written, such as on a full disk.
         """
         with self._lock:
             try:
@@ -93,17 +93,17 @@ class Manifest:
                 os.fsync(self._file.fileno())
             except OSError as error:
                 raise OutputError(f"{self.path}: writing failed: {error.strerror}.") from error
-            self._twice |= row.subject in self._kept
+            self._has_duplicates |= row.subject in self._kept
 
     def close(self) -> None:
-        """No more rows; leaves one for each subject.
+        """Close the file, and leave one row per subject.
 
         Raises:
-            OutputError: the disk is full, say.
+            OutputError: the file cannot be written, such as on a full disk.
         """
-        with contextlib.suppress(OSError):  # a row that could not be written was an error before
+        with contextlib.suppress(OSError):  # `add` has raised the error of a row that could not be written
             self._file.close()
-        if self._twice:
+        if self._has_duplicates:
             _write(self.path, read_rows([self.path]).values())
 
 
@@ -132,10 +132,10 @@ def _line(cells: list[Any]) -> str:
 
 
 def read_rows(manifests: Iterable[Path]) -> dict[str, Row]:
-    """What manifests say of each subject; the latest row counts.
+    """The latest row of each subject in some manifests.
 
-    A manifest may be growing, or its run may have died: a line that is not whole is left out. So is a last one without
-    its end, which could lack the end of its fingerprint. What older versions of voxquilt did not write is empty.
+    A manifest may be growing, or its run may have died: incomplete lines are left out, as is a last line without a
+    newline, since its fingerprint may be incomplete. Columns that older versions of voxquilt did not write are empty.
     """
     latest: dict[str, Row] = {}
     for path in sorted(path for path in manifests if path.is_file()):
@@ -148,7 +148,7 @@ def read_rows(manifests: Iterable[Path]) -> dict[str, Row]:
 
 
 def _unescaped(text: str) -> str:
-    """File names as the operating system has them."""
+    """Text with the file names of the operating system."""
     return re.sub(r"\\(udc[89a-f][0-9a-f])", lambda match: chr(int(match[1][1:], 16)), text)
 
 

@@ -1,4 +1,4 @@
-"""How well do labels agree with others? Per class, of one volume."""
+"""Computes how well the labels of a volume agree with true labels, for each class."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ def class_dice(
 
     Args:
         labels, truth: Classes 0, 1, ... in any shape, the same for both.
-        classes: How many there are.
+        classes: Number of classes.
     """
     counts = multiclass_confusion_matrix(labels.flatten(), truth.flatten(), classes).double()
     return 2 * counts.diagonal() / (counts.sum(0) + counts.sum(1))
@@ -45,12 +45,12 @@ class Agreement:
 
     @property
     def volume_error_ml(self) -> float:
-        """Millilitres too many."""
+        """Volume minus true volume, in millilitres."""
         return self.volume_ml - self.true_volume_ml
 
     @property
     def relative_volume_error(self) -> float:
-        """Of the true volume; infinite where that is nothing and ours is not, NaN where both are nothing."""
+        """The volume error as a share of the true volume; infinite where only the latter is 0, NaN where both are."""
         if self.true_volume_ml:
             return self.volume_error_ml / self.true_volume_ml
         return inf if self.volume_ml else nan
@@ -59,13 +59,13 @@ class Agreement:
 def agreements(
     labels: Shaped[np.ndarray, "i j k"], truth: Shaped[np.ndarray, "i j k"], affine: np.ndarray, tolerance: float
 ) -> dict[int, Agreement]:
-    """How well every class above 0 agrees that either volume has.
+    """The agreement of every class above 0 that either volume has.
 
-    A surface is those voxels of a class that have a voxel outside it as one of their six neighbours, what is beyond the
-    volume being outside. Distances are between centres of voxels, in mm by the affine, also of sheared ones.
+    The surface of a class are its voxels with one of their six neighbours outside it; voxels beyond the volume are
+    outside. Distances are between centres of voxels in mm, by the affine, which may be sheared.
 
     Args:
-        labels, truth: Integers, of one shape.
+        labels, truth: Integers of the same shape.
         affine: (4, 4) voxel indices to mm.
         tolerance: mm, of the surface Dice.
     """
@@ -75,22 +75,22 @@ def agreements(
     shared = _counts((ours[ours == theirs] for ours, theirs in pairs), len(classes))
     boxes, true_boxes = (ndimage.find_objects(volume, len(classes)) for volume in (labels, truth))
     millilitres = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
-    found = {}
+    by_class = {}
     for n in range(1, len(classes)):
         ours, theirs = _surface(labels, boxes[n - 1], n), _surface(truth, true_boxes[n - 1], n)
         to_truth, to_labels = _distances(ours, theirs, affine), _distances(theirs, ours, affine)
-        found[classes[n]] = Agreement(
+        by_class[classes[n]] = Agreement(
             2 * shared[n] / (sizes[n] + true_sizes[n]),
             float(np.mean(np.concatenate([to_truth, to_labels]) <= tolerance)),
             max(_percentile(to_truth), _percentile(to_labels)),
             sizes[n] * millilitres,
             true_sizes[n] * millilitres,
         )
-    return found
+    return by_class
 
 
 def _numbered(labels: np.ndarray, truth: np.ndarray) -> tuple[list[int], np.ndarray, np.ndarray]:
-    """The values that there are, 0 first, and the volumes with a value's number for the value."""
+    """The values that occur, 0 first, and the volumes with each value replaced by its position among them."""
     highest = max(int(labels.max()), int(truth.max()))
     chunks = [*_chunks(labels), *_chunks(truth)]
     if highest < 2**16:  # counting is faster than sorting
@@ -98,18 +98,18 @@ def _numbered(labels: np.ndarray, truth: np.ndarray) -> tuple[list[int], np.ndar
     else:
         values = np.unique(np.concatenate([np.unique(chunk) for chunk in chunks]))
     values = np.union1d([0], values).astype(np.int64)
-    return values.tolist(), _numbers(labels, values), _numbers(truth, values)
+    return values.tolist(), _positions(labels, values), _positions(truth, values)
 
 
-def _numbers(volume: np.ndarray, values: np.ndarray) -> np.ndarray:
-    found = np.empty(volume.shape, np.min_scalar_type(len(values)), order="F")
-    for chunk, numbers in zip(_chunks(volume), _chunks(found), strict=True):
+def _positions(volume: np.ndarray, values: np.ndarray) -> np.ndarray:
+    positions = np.empty(volume.shape, np.min_scalar_type(len(values)), order="F")
+    for chunk, numbers in zip(_chunks(volume), _chunks(positions), strict=True):
         numbers[:] = np.searchsorted(values, chunk)
-    return found
+    return positions
 
 
 def _chunks(volume: np.ndarray) -> list[np.ndarray]:
-    """Pieces in the order of a NIfTI file: numpy counts in integers of 8 bytes, which of a volume is much."""
+    """Pieces in the order of a NIfTI file: numpy counts in 8-byte integers, which take much memory for a volume."""
     flat = volume.ravel(order="F")
     return [flat[n : n + 2**20] for n in range(0, flat.size, 2**20)]
 
@@ -119,7 +119,7 @@ def _counts(chunks: Iterable[np.ndarray], classes: int) -> list[int]:
 
 
 def _surface(volume: np.ndarray, box: tuple[slice, ...] | None, number: int) -> Int[np.ndarray, "n 3"]:
-    """Indices of voxels, in the order of the volume."""
+    """Indices of the surface voxels, in the order of the volume."""
     if box is None:
         return np.zeros((0, 3), np.int64)
     mask = volume[box] == number
@@ -132,18 +132,18 @@ def _distances(
     """mm from each point to the nearest of the others."""
     if not len(others):
         return np.full(len(points), inf)
-    found = np.zeros(len(points))
+    distances = np.zeros(len(points))
     limits = np.maximum(points.max(0, initial=0), others.max(0)) + 1
     here, there = (np.ravel_multi_index(tuple(p.T), tuple(limits)) for p in (points, others))
     apart = np.isin(here, there, assume_unique=True, invert=True)
-    if apart.any():  # surfaces of good labels are mostly the same voxels
+    if apart.any():  # good labels share most of their surface with the truth
         tree = KDTree(others @ affine[:3, :3].T, balanced_tree=False, compact_nodes=False)
-        found[apart] = tree.query(points[apart] @ affine[:3, :3].T)[0]
-    return found
+        distances[apart] = tree.query(points[apart] @ affine[:3, :3].T)[0]
+    return distances
 
 
 def _percentile(distances: np.ndarray) -> float:
-    # numpy interpolates between infinities as NaN.
+    # numpy would interpolate between infinities, which gives NaN.
     if not len(distances) or not np.isfinite(distances).all():
         return inf
     return float(np.percentile(distances, 95))

@@ -1,4 +1,4 @@
-"""What do a run's metrics look like? A box for every class."""
+"""Draws the metrics of a run as box plots, one box per class."""
 
 from collections.abc import Sequence
 from math import isfinite
@@ -19,11 +19,11 @@ _PANELS = {
 
 
 def write_boxes(path: Path, scores: Sequence[Score]) -> None:
-    """A PNG with a panel for each of four metrics, of the subjects where it is finite.
+    """Write a PNG with one panel for each of four metrics, of the subjects whose value is finite.
 
     Args:
-        path: Complete under its name or not there at all.
-        scores: Of all subjects and classes.
+        path: The PNG, which appears only when it is complete.
+        scores: The scores of all subjects and classes.
 
     Raises:
         OutputError: the file cannot be written.

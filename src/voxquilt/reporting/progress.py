@@ -1,4 +1,4 @@
-"""What does a run show while it goes on? Bars on a terminal, lines elsewhere, or a JSON object a line; on rank 0."""
+"""Shows the progress of a run on rank 0: bars on a terminal, lines elsewhere, or one JSON object per line."""
 
 import contextlib
 import json
@@ -20,36 +20,36 @@ from voxquilt.vocabulary import LOGS, check_name
 
 log = logging.getLogger("voxquilt")
 
-# Seconds between two lines where there are no bars, and between two JSON objects.
-_LINE, _OBJECT = 30.0, 1.0
+# Seconds between two lines without bars, and between two JSON objects.
+_LINE_INTERVAL, _OBJECT_INTERVAL = 30.0, 1.0
 
 
 @runtime_checkable
 class ProgressDisplay(Protocol):
-    """Shows how far a run is; called by one thread at a time."""
+    """Shows the progress of a run; its methods are called by one thread at a time."""
 
-    def start(self, tally: RunProgress) -> None:
-        """The run begins."""
+    def start(self, progress: RunProgress) -> None:
+        """Called when the run begins."""
         ...
 
-    def moved(self, tally: RunProgress) -> None:
-        """Patches have come."""
+    def moved(self, progress: RunProgress) -> None:
+        """Called when patches have been predicted."""
         ...
 
-    def row(self, row: Row, tally: RunProgress) -> None:
-        """A subject is done or has failed."""
+    def row(self, row: Row, progress: RunProgress) -> None:
+        """Called when a subject is done or has failed."""
         ...
 
-    def end(self, tally: RunProgress, status: int) -> None:
-        """The run has ended, with this exit status."""
+    def end(self, progress: RunProgress, status: int) -> None:
+        """Called when the run has ended with an exit status."""
         ...
 
 
-def make_show(name: str) -> ProgressDisplay:
-    """'auto' (bars on a terminal, else lines), 'rich', 'plain' or 'json'.
+def make_display(name: str) -> ProgressDisplay:
+    """The display of a name: 'rich', 'plain' or 'json', or 'auto' for bars on a terminal and lines elsewhere.
 
     Raises:
-        ConfigError: another word.
+        ConfigError: another name.
     """
     check_name(name, LOGS, "run.log")
     if name == "auto":
@@ -58,52 +58,55 @@ def make_show(name: str) -> ProgressDisplay:
 
 
 class PlainProgress:
-    """A line now and then; each finished subject has its line by logging."""
+    """Logs a line every half minute; the line of a finished subject is logged elsewhere."""
 
     def __init__(self) -> None:
         self._last = monotonic()
 
-    def start(self, tally: RunProgress) -> None:
+    def start(self, progress: RunProgress) -> None:
         self._last = monotonic()
 
-    def moved(self, tally: RunProgress) -> None:
-        if monotonic() - self._last >= _LINE:
+    def moved(self, progress: RunProgress) -> None:
+        if monotonic() - self._last >= _LINE_INTERVAL:
             self._last = monotonic()
             log.info(
-                "%d of %d subjects, %d of %d patches, %.1f patches/s, %s left: %s", tally.done + tally.failed,
-                tally.subjects, tally.patches, tally.total, tally.rate(), _clock(tally.left()), tally.current,
+                "%d of %d subjects, %d of %d patches, %.1f patches/s, %s left: %s",
+                progress.done + progress.failed, progress.subjects, progress.patches, progress.total, progress.rate(),
+                _clock(progress.left()), progress.current,
             )  # fmt: skip
 
-    def row(self, row: Row, tally: RunProgress) -> None:
-        self.moved(tally)
+    def row(self, row: Row, progress: RunProgress) -> None:
+        self.moved(progress)
 
-    def end(self, tally: RunProgress, status: int) -> None:
+    def end(self, progress: RunProgress, status: int) -> None:
         pass
 
 
 class JsonProgress:
-    """One JSON object a line on stdout."""
+    """One JSON object per line on stdout."""
 
     def __init__(self) -> None:
         self._last = 0.0
 
-    def start(self, tally: RunProgress) -> None:
-        say("start", {"subjects": tally.subjects, "patches_total": tally.total, "processes": tally.processes})
+    def start(self, progress: RunProgress) -> None:
+        print_event(
+            "start", {"subjects": progress.subjects, "patches_total": progress.total, "processes": progress.processes}
+        )
 
-    def moved(self, tally: RunProgress) -> None:
-        if monotonic() - self._last >= _OBJECT:
+    def moved(self, progress: RunProgress) -> None:
+        if monotonic() - self._last >= _OBJECT_INTERVAL:
             self._last = monotonic()
-            say("progress", tally.as_json())
+            print_event("progress", progress.as_json())
 
-    def row(self, row: Row, tally: RunProgress) -> None:
-        say("subject", asdict(row))
+    def row(self, row: Row, progress: RunProgress) -> None:
+        print_event("subject", asdict(row))
 
-    def end(self, tally: RunProgress, status: int) -> None:
-        say("end", tally.as_json() | {"exit_status": status})
+    def end(self, progress: RunProgress, status: int) -> None:
+        print_event("end", progress.as_json() | {"exit_status": status})
 
 
 class RichProgress:
-    """A bar for subjects and one for patches, below the lines that are logged."""
+    """A bar for subjects and a bar for patches, below the lines that are logged."""
 
     def __init__(self) -> None:
         self._bars = bars.Progress(
@@ -118,43 +121,43 @@ class RichProgress:
         self._tasks: list[bars.TaskID] = []
         self._streams: list[tuple[logging.StreamHandler[Any], Any]] = []
 
-    def start(self, tally: RunProgress) -> None:
+    def start(self, progress: RunProgress) -> None:
         before = (sys.stdout, sys.stderr)
-        self._bars.start()  # from here on what is printed goes above the bars, lines whole
+        self._bars.start()  # from here on, complete printed lines appear above the bars
         for handler in logging.getLogger().handlers:
             if isinstance(handler, logging.StreamHandler) and handler.stream in before:
                 self._streams.append((handler, handler.stream))
                 handler.setStream(sys.stdout)
         self._tasks = [
-            self._bars.add_task("subjects", total=tally.subjects, note=""),
-            self._bars.add_task("patches", total=tally.total, note=""),
+            self._bars.add_task("subjects", total=progress.subjects, note=""),
+            self._bars.add_task("patches", total=progress.total, note=""),
         ]
 
-    def moved(self, tally: RunProgress) -> None:
+    def moved(self, progress: RunProgress) -> None:
         if not self._tasks:
             return
         subjects, patches = self._tasks
-        failed = f"[red]{tally.failed} failed[/red] " if tally.failed else ""
-        self._bars.update(subjects, completed=tally.done + tally.failed, note=failed + escape(tally.current))
-        pace = f"{tally.rate():.1f}/s, {_clock(tally.left())} left"
-        self._bars.update(patches, completed=tally.patches, note=pace)
+        failed = f"[red]{progress.failed} failed[/red] " if progress.failed else ""
+        self._bars.update(subjects, completed=progress.done + progress.failed, note=failed + escape(progress.current))
+        pace = f"{progress.rate():.1f}/s, {_clock(progress.left())} left"
+        self._bars.update(patches, completed=progress.patches, note=pace)
 
-    def row(self, row: Row, tally: RunProgress) -> None:
-        self.moved(tally)
+    def row(self, row: Row, progress: RunProgress) -> None:
+        self.moved(progress)
 
-    def end(self, tally: RunProgress, status: int) -> None:
-        self.moved(tally)
+    def end(self, progress: RunProgress, status: int) -> None:
+        self.moved(progress)
         self._bars.stop()
         for handler, stream in self._streams:
             handler.setStream(stream)
 
 
-def say(event: str, content: Mapping[str, Any]) -> None:
-    """A line for programs, on the stdout that the process was started with."""
+def print_event(event: str, content: Mapping[str, Any]) -> None:
+    """Print a JSON object for programs to the stdout that the process was started with."""
     out = sys.__stdout__
     if out is not None:
-        with contextlib.suppress(OSError):  # whoever read it is gone, which is no reason for a run to end
-            # In ASCII, which every stream can encode, and which says the same.
+        with contextlib.suppress(OSError):  # the reader is gone; the run goes on
+            # JSON in ASCII, which every stream can encode.
             out.write(json.dumps({"event": event, **content}, default=str) + "\n")
             out.flush()
 

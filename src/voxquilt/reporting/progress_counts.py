@@ -1,4 +1,4 @@
-"""How far is a run, all processes together, and how long will it take from here? Counted, not shown."""
+"""Counts the patches and subjects of a run and of each process, and estimates the time left."""
 
 import platform
 import sys
@@ -22,12 +22,12 @@ except ImportError:  # Windows
 class RunProgress:
     """Counts patches and subjects of a run.
 
-    A subject's last patch counts when its files are written, so that all is done only when all is there. The patches of
-    a subject that failed count as done too: they do not come any more.
+    A subject's last patch counts once its files are written, so that a run is complete only when all files are. All
+    patches of a failed subject count as done.
 
     Args:
-        planned: Patches of each subject, from its headers.
-        processes: How many there are.
+        planned: Patches of each subject, computed from headers.
+        processes: Number of processes.
     """
 
     planned: Mapping[str, int]
@@ -39,12 +39,12 @@ class RunProgress:
     _open: dict[tuple[int, str], int] = field(default_factory=dict)
     _predicted: dict[int, int] = field(default_factory=dict)
     _settled: int = 0
-    _came: int = 0
-    _left_out: int = 0
+    _row_patches: int = 0
+    _row_skipped: int = 0
     _began: float = field(default_factory=monotonic)
 
     def news(self, message: Mapping[str, Any]) -> None:
-        """Take what a process says: its rank, the patches it has predicted, and those of its latest subjects."""
+        """Take a message of ProcessCounts: a rank, its predicted patches, and those of its latest subjects."""
         rank = int(message["rank"])
         self._predicted[rank] = int(message["predicted"])
         for subject, count in message["of"].items():
@@ -53,29 +53,29 @@ class RunProgress:
                 self._open[rank, subject] = int(count)
 
     def row(self, row: Row) -> None:
-        """A subject is done or has failed."""
+        """Count a subject that is done or has failed."""
         self._finished.add(row.subject)
         for key in [key for key in self._open if key[1] == row.subject]:
             del self._open[key]
         self._settled += self.planned.get(row.subject, 0)
         self.failed += row.status == "failed"
         self.done += row.status == "done"
-        self._came += row.patches
-        self._left_out += row.skipped
+        self._row_patches += row.patches
+        self._row_skipped += row.skipped
 
     @property
     def subjects(self) -> int:
-        """To be predicted, in all."""
+        """Number of subjects to predict."""
         return len(self.planned)
 
     @property
     def total(self) -> int:
-        """Patches, in all."""
+        """Number of patches."""
         return sum(self.planned.values())
 
     @property
     def patches(self) -> int:
-        """Patches that are done with."""
+        """Patches that are done."""
         open_: dict[str, int] = {}
         for (_, subject), count in self._open.items():
             open_[subject] = open_.get(subject, 0) + count
@@ -84,25 +84,25 @@ class RunProgress:
 
     @property
     def predicted(self) -> int:
-        """Patches that went through the network, of all processes."""
+        """Patches that the networks of all processes have predicted."""
         return sum(self._predicted.values())
 
     def rate(self, now: float | None = None) -> float:
-        """Predicted patches a second since the run began; what was left out does not count."""
+        """Predicted patches per second since the run began; patches that were left out do not count."""
         seconds = (monotonic() if now is None else now) - self._began
         return self.predicted / seconds if seconds > 0 else 0.0
 
     def left(self, now: float | None = None) -> float | None:
-        """Seconds that the rest will take at this rate; None before anything has been predicted."""
+        """Estimated seconds to the end of the run; None before any patch has been predicted."""
         rate = self.rate(now)
         if not rate:
             return None
-        # Of the rest as many will be left out (data.skip) as were of subjects that are done.
-        share = self._came / (self._came + self._left_out) if self._came else 1.0
+        # The same share of patches will be left out (data.skip) as in the subjects that are done.
+        share = self._row_patches / (self._row_patches + self._row_skipped) if self._row_patches else 1.0
         return (self.total - self.patches) * share / rate
 
     def as_json(self) -> dict[str, Any]:
-        """For run.log=json."""
+        """The counts for run.log=json."""
         left = self.left()
         return {
             "subjects": self.subjects, "done": self.done, "failed": self.failed, "patches": self.patches,
@@ -111,17 +111,17 @@ class RunProgress:
         }  # fmt: skip
 
 
-# Seconds between two messages, of rank 0 to itself and of the others to it.
-_EVERY = (0.25, 1.0)
+# Seconds between two messages to rank 0: of rank 0 itself, and of the other ranks.
+_INTERVALS = (0.25, 1.0)
 
 
 @dataclass
 class ProcessCounts:
-    """Counts from when it is made.
+    """Counts what one process predicts, from the creation of this object.
 
     Args:
-        rank: Of the process.
-        device: Where its network is.
+        rank: The process's rank.
+        device: The device of its network.
     """
 
     rank: int
@@ -129,16 +129,16 @@ class ProcessCounts:
     _patches: int = 0
     _of: dict[str, int] = field(default_factory=dict)
     _touched: set[str] = field(default_factory=set)
-    _told: float = 0.0
+    _sent_at: float = 0.0
     _voxels: int = 0
     _began: float = field(default_factory=perf_counter)
 
     def restart(self) -> None:
-        """Leave out the time until now."""
+        """Start the clock again, so that the time until now does not count."""
         self._began = perf_counter()
 
     def count(self, patches: Tensor, subjects: Mapping[str, int]) -> None:
-        """A (B, C, I, J, K) batch has been predicted, of which each subject has so many."""
+        """Count a predicted batch (B, C, I, J, K), given the number of its patches by subject."""
         self._patches += len(patches)
         self._voxels += patches[:, 0].numel()
         for subject, count in subjects.items():
@@ -146,19 +146,18 @@ class ProcessCounts:
             self._touched.add(subject)
 
     def news(self) -> dict[str, Any] | None:
-        """What others do not know yet, for `voxquilt.reporting.progress_counts.RunProgress`; None where it was told a
-        moment ago."""
-        if perf_counter() - self._told < _EVERY[self.rank > 0]:
+        """A message for RunProgress; None if the last one was sent a moment ago."""
+        if perf_counter() - self._sent_at < _INTERVALS[self.rank > 0]:
             return None
-        touched, self._touched, self._told = self._touched, set(), perf_counter()
-        # Subjects that are over are not counted any further.
-        of, self._of = {one: self._of[one] for one in touched}, {one: self._of[one] for one in touched}
-        return {"rank": self.rank, "predicted": self._patches, "of": of}
+        touched, self._touched, self._sent_at = self._touched, set(), perf_counter()
+        # Subjects without patches since the last message are finished, and their counts are dropped.
+        self._of = {subject: self._of[subject] for subject in touched}
+        return {"rank": self.rank, "predicted": self._patches, "of": dict(self._of)}
 
     def summary(self) -> dict[str, Any]:
-        """For the record: memory in MiB, seconds since the loop began."""
+        """The process's part of the run's record: memory in MiB, seconds since the loop began."""
         cuda = self.device.type == "cuda"
-        found: dict[str, Any] = {
+        summary: dict[str, Any] = {
             "rank": self.rank,
             "host": platform.node(),
             "device": torch.cuda.get_device_name(self.device) if cuda else self.device.type,
@@ -168,7 +167,7 @@ class ProcessCounts:
         }
         if resource is not None:
             unit = 1 if sys.platform == "darwin" else 2**10
-            found["peak_memory_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)
+            summary["peak_memory_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)
         if cuda:
-            found["peak_device_memory_mib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**20, 1)
-        return found
+            summary["peak_device_memory_mib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**20, 1)
+        return summary

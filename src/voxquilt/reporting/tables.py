@@ -1,4 +1,4 @@
-"""How did the run end, and how good is it? Tables for people."""
+"""Prints the results and the metrics of a run as tables."""
 
 import itertools
 from collections.abc import Sequence
@@ -13,24 +13,24 @@ from rich.table import Table
 from voxquilt.reporting.evaluation import Score
 from voxquilt.reporting.manifest import Row
 
-# Rows of a table that a person reads; of more subjects only those that failed are shown.
-_ROWS = 100
+# Rows of a table that people read; with more subjects only those that failed are shown.
+_MAX_ROWS = 100
 
 
 def print_table(rows: Sequence[Row], folder: Path, subjects: int) -> None:
-    """A line per subject: what became of it, the labels' volume, the time; then what failed and where files are.
+    """Print a line per subject with status, volume of labels and time, then errors and the folder of the files.
 
     Args:
-        rows: Of the subjects that are done or have failed.
-        folder: Where files are.
-        subjects: How many there are in the run.
+        rows: The rows of subjects that are done or have failed.
+        folder: The output folder.
+        subjects: Number of subjects in the run.
     """
     table = Table(title="voxquilt")
     for heading in ("subject", "status"):
         table.add_column(heading)
     for heading in (escape("volume [ml]"), "patches", "seconds"):
         table.add_column(heading, justify="right")
-    shown = rows if len(rows) <= _ROWS else [row for row in rows if row.status == "failed"][:_ROWS]
+    shown = rows if len(rows) <= _MAX_ROWS else [row for row in rows if row.status == "failed"][:_MAX_ROWS]
     for row in shown:
         volume = "" if row.volume_ml is None else f"{row.volume_ml:.1f}"
         style = "red" if row.status == "failed" else None
@@ -56,31 +56,31 @@ _COLUMNS = {
 
 
 def print_scores(scores: Sequence[Score], folder: Path) -> None:
-    """A line per class: how many subjects have it, and means with standard deviations; then who was not compared.
+    """Print a line per class with its number of subjects, means and standard deviations, then subjects not compared.
 
     Args:
-        scores: Of all subjects and classes.
-        folder: Where metrics.csv is.
+        scores: The scores of all subjects and classes.
+        folder: The folder of metrics.csv.
     """
     table = Table(title="agreement with the labels")
-    # Labels of stitch.compare are shown beside those of stitch.overlap_mode.
+    # stitch.compare adds labels of further overlap modes to those of stitch.overlap_mode.
     products = list(dict.fromkeys(score.product for score in scores if score.agreement))
     for heading in ("class", "labels") if len(products) > 1 else ("class",):
         table.add_column(heading)
     for heading in ("subjects", *_COLUMNS.values()):
         table.add_column(escape(heading), justify="right")
     names = list(dict.fromkeys(score.name for score in scores if score.agreement))
-    for name, product in list(itertools.product(names, products))[:_ROWS]:
-        found = [
+    for name, product in list(itertools.product(names, products))[:_MAX_ROWS]:
+        agreements = [
             score.agreement for score in scores if score.agreement and (score.name, score.product) == (name, product)
         ]
-        present = [one for one in found if one.volume_ml or one.true_volume_ml]
-        cells = [_spread([getattr(one, metric) for one in present]) for metric in _COLUMNS]
+        present = [agreement for agreement in agreements if agreement.volume_ml or agreement.true_volume_ml]
+        cells = [_mean_text([getattr(agreement, metric) for agreement in present]) for metric in _COLUMNS]
         table.add_row(escape(name), *[product] * (len(products) > 1), str(len(present)), *cells)
     console = Console(highlight=False, soft_wrap=True)
     if names:
         console.print(table)
-    for score in [score for score in scores if score.error][:_ROWS]:
+    for score in [score for score in scores if score.error][:_MAX_ROWS]:
         style = "red" if score.failed else "yellow"
         console.print(f"[{style}]{escape(score.subject)}[/{style}]: not compared: {escape(score.error)}")
     compared = len({score.subject for score in scores if score.agreement})
@@ -88,8 +88,8 @@ def print_scores(scores: Sequence[Score], folder: Path) -> None:
     console.print(f"{compared} of {subjects} subjects compared with their labels; see {escape(str(folder))}")
 
 
-def _spread(numbers: Sequence[float]) -> str:
-    """Mean and standard deviation of those that are finite, and how many are not."""
+def _mean_text(numbers: Sequence[float]) -> str:
+    """Mean and standard deviation of the finite numbers, and how many are infinite."""
     finite = [number for number in numbers if isfinite(number)]
     infinite = sum(isinf(number) for number in numbers)
     spread = f" ± {stdev(finite):.3g}" if len(finite) > 1 else ""

@@ -1,67 +1,75 @@
-"""What does a training see? Random patches of some subjects, and the whole volumes of others to validate on."""
+"""Provides the LightningDataModule of a training: random patches to train on, whole volumes to validate on."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import psutil
-import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from voxquilt.data.discovery import LABEL, SubjectFiles, find_cases, label_files
+from voxquilt.data.discovery import SubjectFiles, find_cases
 from voxquilt.data.grid_loader import GridLoader
-from voxquilt.data.grid_sampler import GridSampler
-from voxquilt.data.listing import meant
 from voxquilt.data.prefetch import LoadFailure, PatchStream
 from voxquilt.data.preprocess import Preprocess
-from voxquilt.data.subject import Image, LabelMap, ScalarImage, Subject
 from voxquilt.data.subject_task import SubjectTask
 from voxquilt.distributed.load_balancing import deal
 from voxquilt.distributed.process_group import Group
-from voxquilt.errors import ConfigError, InputError, VoxquiltError
+from voxquilt.errors import ConfigError, InputError
 from voxquilt.geometry.frame import to_triple
 from voxquilt.geometry.padding import to_padding
-from voxquilt.stitching.label_values import beyond, to_classes
-from voxquilt.text import of_subjects
 from voxquilt.training.epoch_order import EpochOrder
-from voxquilt.training.random_patches import Augment, LateLoader, RandomPatches, centres_of
+from voxquilt.training.header_checks import check_channels
+from voxquilt.training.labels import TrainingLabels
+from voxquilt.training.options import TrainingKeywords, TrainingOptions
+from voxquilt.training.random_patches import LateLoader, RandomPatches
 from voxquilt.training.splits import make_split
-from voxquilt.training.volume_cache import CachedVolumes, Labelled
+from voxquilt.training.volume_cache import CachedVolumes
+from voxquilt.training.volume_loader import VolumeLoader
 from voxquilt.vocabulary import TASKS, check_name
 
-# Volumes whose patches are mixed, and of those that are not kept so many are in memory at a time.
-_GROUP = 8
+# The patches of so many volumes are mixed, and so many volumes that are not kept are in memory at a time.
+_MIXED_VOLUMES = 8
 
 
 class TrainingDataModule(LightningDataModule):
-    """Random patches of subjects to train on, and the grids of those to validate on, by `GridDataModule`.
+    """Random patches of subjects to train on, and the grids of other subjects to validate on.
+
+    >>> import tempfile, torch, voxquilt
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> _ = [(folder / name).mkdir() for name in ("images", "labels")]
+    >>> for n in range(2):
+    ...     voxquilt.ScalarImage(tensor=torch.rand(1, 20, 20, 20)).save(folder / f"images/s{n}.nii.gz")
+    ...     voxquilt.LabelMap(tensor=torch.ones(1, 20, 20, 20).byte()).save(folder / f"labels/s{n}.nii.gz")
+    >>> data = TrainingDataModule(folder / "images", f"{folder}/labels/{{subject}}.nii.gz", patch_size=16, folds=2)
+    >>> data.setup("fit")
+    >>> next(iter(data.train_dataloader()))["image"].shape
+    torch.Size([2, 1, 16, 16, 16])
 
     Args:
         inputs, images: See `voxquilt.data.discovery.find_cases`.
-        labels: The label of each subject: a path with {subject}, from the working folder, or several by name, which
-            become channels; None for the column `label` of a table. For segmentation a file of classes 0, 1, ...; for
-            several labels a voxel a file for each, or one with a mask a channel; else the image that is wanted.
+        labels: The label of each subject: a path with {subject}, relative to the working folder, or several by name,
+            which become channels; None for the column `label` of a table. A segmentation needs one file of classes 0,
+            1, ...; a multilabel task one mask per file or per channel; an image task the image to learn.
         patch_size: Voxels in model space, an integer or three.
-        inference_patch_size: Voxels of a patch of validation; None is `patch_size`.
-        patch_overlap, padding_mode, divisible_by: Of validation's grid; see GridDataModule.
         task: 'segmentation', 'multilabel' or 'image'.
-        batch_size: Patches a batch.
-        num_workers: Processes that cut and augment patches; 0 does so in the main one.
-        patches_per_volume: Patches of each training subject an epoch.
-        balanced: See RandomPatches.
-        augment: See RandomPatches.
-        cache: MiB of volumes that each process keeps in memory; None is half of what is free, shared by the processes
-            of this machine.
-        folds, fold, split: See `voxquilt.training.splits.make_split`; `split` is its column.
-        seed: Of the folds and of the patches.
-        preprocess: To model space; RAS with the file's spacing by default.
-        output_dir: Of the training; what lies there is never an input.
+        preprocess: Takes subjects to model space; RAS with the file's spacing by default.
+        output_dir: The output folder of the training, whose files are never inputs.
         label_values: The numbers that classes 0, 1, ... have in the label files of a segmentation; None for 0, 1, ...
+        inference_patch_size: Voxels of a patch in validation; None for `patch_size`.
+        patch_overlap, padding_mode, divisible_by: The grid of validation; see GridDataModule.
+        batch_size: Patches per batch; 2 by default.
+        num_workers: Processes that cut and augment patches; 0, the default, uses the main process.
+        patches_per_volume: Patches of each training subject per epoch; 8 by default.
+        balanced: The share of patches centred on a class, 0.5 by default; see RandomPatches.
+        augment: See RandomPatches.
+        cache: MiB of volumes that each process keeps in memory; None for half of the free memory, shared by the
+            processes of this machine.
+        folds, fold, split: See `voxquilt.training.splits.make_split`; `split` is its column. 5 folds by default.
+        seed: Seed of folds and patches.
 
     Raises:
-        ConfigError: nothing found, too few subjects, or a label that is not there.
+        ConfigError: no subjects, too few of them, or a label file that does not exist.
     """
 
     def __init__(
@@ -71,234 +79,128 @@ class TrainingDataModule(LightningDataModule):
         patch_size: int | Iterable[int],
         *,
         images: Mapping[str, str] | None = None,
-        inference_patch_size: int | Iterable[int] | None = None,
-        patch_overlap: int | Iterable[int] = 0,
-        padding_mode: str | float | None = None,
-        divisible_by: int | Iterable[int] = 1,
         task: str = "segmentation",
-        batch_size: int = 2,
-        num_workers: int = 0,
-        patches_per_volume: int = 8,
-        balanced: float = 0.5,
-        augment: Augment | None = None,
-        cache: float | None = None,
-        folds: int | None = 5,
-        fold: int = 0,
-        split: str | None = None,
-        seed: int = 0,
         preprocess: Preprocess | None = None,
         output_dir: str | Path | None = None,
         label_values: Sequence[int] | None = None,
+        **options: Unpack[TrainingKeywords],
     ) -> None:
         super().__init__()
+        self.options = TrainingOptions(**options)
         self.task = check_name(task, TASKS, "data.task")
         self.patch_size = to_triple(patch_size, "data.patch_size", minimum=1)
-        self.batch_size, self.num_workers = batch_size, num_workers
-        self.patches_per_volume, self.balanced, self.augment = patches_per_volume, balanced, augment
-        self.cache, self.seed = cache, seed
-        self.preprocess = preprocess or Preprocess()
-        self._labels, self._divisible_by, self._label_values = labels, divisible_by, label_values
+        self.labels = TrainingLabels(labels, task, label_values)
+        folds, fold, split, seed = self.options.folds, self.options.fold, self.options.split, self.options.seed
         cases = find_cases(inputs, images, [split] if split else (), output_dir)
         self.training_cases, self.validation_cases = make_split(cases, folds, fold, seed, split)
+        self.labels.check_files(self._cases)
+        preprocess = preprocess or Preprocess()
+        divisible_by = to_triple(self.options.divisible_by, "data.divisible_by", minimum=1)
+        self._loader = VolumeLoader(self.labels, preprocess, self.patch_size, divisible_by)
+        padding_mode = self.options.padding_mode
         to_padding(0 if padding_mode is None else padding_mode)
         self._grids = GridLoader(
-            to_triple(inference_patch_size or patch_size, "data.inference_patch_size", minimum=1),
-            to_triple(patch_overlap, "data.patch_overlap"),
-            self.preprocess,
+            to_triple(self.options.inference_patch_size or patch_size, "data.inference_patch_size", minimum=1),
+            to_triple(self.options.patch_overlap, "data.patch_overlap"),
+            preprocess,
             padding_mode,
-            to_triple(divisible_by, "data.divisible_by", minimum=1),
+            divisible_by,
         )
-        for case in (*self.training_cases, *self.validation_cases):
-            for path in self.label_files(case).values():
-                if not path.is_file():
-                    raise ConfigError(
-                        f"{case.subject}: its label {path} is not there (looked from {Path.cwd()}).{meant(path)}"
-                    )
         self.classes: int | None = None
         """Channels of the network's output, once they are known: `setup` then refuses labels beyond them."""
-        self._failures: list[LoadFailure] = []
         self._volumes: CachedVolumes | None = None
 
-    def label_files(self, case: SubjectFiles) -> dict[str, Path]:
-        """The files of a subject's label, by channel.
-
-        Raises:
-            ConfigError: data.labels names none.
-        """
-        found = label_files(case, self._labels)
-        if not found:
-            raise ConfigError(
-                f"{case.subject}: there is no column {LABEL!r}; set data.labels=labels/{{subject}}.nii.gz."
-            )
-        return found
-
-    def labelled(self, case: SubjectFiles) -> Subject:
-        """A subject with its images, then its labels under other names; reads headers only.
-
-        Raises:
-            InputError: they do not lie on one grid, or cannot be read.
-        """
-        kind = ScalarImage if self.task == "image" else LabelMap
-        labels: dict[str, Image] = {_named(name): kind(path) for name, path in self.label_files(case).items()}
-        subject = Subject({name: ScalarImage(path) for name, path in case.images.items()} | labels)
-        try:
-            _ = subject.frame
-        except InputError as error:
-            raise InputError(f"{case.subject}: {error}") from error
-        return subject
+    @property
+    def _cases(self) -> list[SubjectFiles]:
+        return [*self.training_cases, *self.validation_cases]
 
     def truth(self, case: SubjectFiles) -> Tensor:
-        """A subject's label as its files have it: (L, I, J, K), classes and masks as integers.
+        """The label of a subject in native space: (L, I, J, K), classes and masks as integers.
 
         Raises:
-            InputError: it cannot be read, or holds numbers that are no classes.
+            InputError: a file cannot be read, or holds values that are not labels.
         """
-        images = self.labelled(case).images
-        return self._checked(torch.cat([images[_named(name)].stored() for name in self.label_files(case)]))
+        return self.labels.read(case, self.classes)
 
     def setup(self, stage: str) -> None:
-        """Look at every header and label, and read as many training subjects as memory is for.
+        """Check every header and label, and read as many training subjects as the cache holds.
 
         Raises:
-            InputError: an image or label that cannot be used; training on what is left would be another training.
+            InputError: an image or label cannot be used; leaving it out would change the training.
         """
         if self._volumes is not None:
             return
-        self._check_headers()
-        share = 2 * (self.trainer.num_devices if self.trainer else 1)
-        limit = psutil.virtual_memory().available / share if self.cache is None else self.cache * 2**20
+        check_channels(self._cases, self.labels, self.classes)
         cases = self.training_cases
-        self._volumes = CachedVolumes(lambda n: self._load(cases[n]), len(cases), limit, _GROUP)
+        self._volumes = CachedVolumes(
+            lambda n: self._loader.load(cases[n], self.classes), len(cases), self._cache_bytes(), _MIXED_VOLUMES
+        )
         kept = self._volumes.preload(2)
         if self.task != "image":
             self._check_labels(kept)
 
     def train_dataloader(self) -> LateLoader:
-        """Random patches, others each epoch."""
+        """Random patches, which differ from epoch to epoch."""
         assert self._volumes is not None, "Lightning calls setup first"
+        options = self.options
         patches = RandomPatches(
-            self._volumes, self.patch_size, self.patches_per_volume,
-            balanced=self.balanced if self.task != "image" else 0, seed=self.seed, augment=self.augment,
+            self._volumes, self.patch_size, options.patches_per_volume,
+            balanced=options.balanced if self.task != "image" else 0, seed=options.seed, augment=options.augment,
         )  # fmt: skip
-        trainer, rank, ranks, taken = self.trainer, 0, 1, int
-        if trainer is not None:
-            rank, ranks = trainer.global_rank, trainer.world_size
-            taken = lambda: self.batch_size * trainer.fit_loop.epoch_loop.batch_progress.current.ready  # noqa: E731
+        rank, ranks = self._rank
         order = EpochOrder(
-            len(self._volumes), self.patches_per_volume, group=_GROUP, seed=self.seed, rank=rank, ranks=ranks,
-            taken=taken,
+            len(self._volumes), options.patches_per_volume, group=_MIXED_VOLUMES, seed=options.seed, rank=rank,
+            ranks=ranks, taken=self._taken,
         )  # fmt: skip
         if len(order) == 0:
-            raise ConfigError(f"{len(patches)} patches an epoch are too few for {ranks} processes.")
+            raise ConfigError(f"{len(patches)} patches per epoch are too few for {ranks} processes.")
         return LateLoader(
             patches,
-            self.batch_size,
+            options.batch_size,
             sampler=order,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            # Less than a batch would be a step of another kind, and batch norm fails on a single small patch.
-            drop_last=len(order) >= self.batch_size,
+            num_workers=options.num_workers,
+            persistent_workers=options.num_workers > 0,
+            # A smaller batch would be a step of another kind, and batch norm fails on a single small patch.
+            drop_last=len(order) >= options.batch_size,
         )
 
     def val_dataloader(self) -> PatchStream | list[Any]:
-        """The grids of this process's share of the validation subjects; every subject is of one process."""
+        """The grids of this process's validation subjects; no subject is divided between processes."""
         cases = self.validation_cases
         if not cases:
             return []
-        rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        dealt = deal([self._grids.cost(case).patches for case in cases], ranks)[rank]
-        tasks = [SubjectTask(cases[n], number=n) for n in dealt]
-        return PatchStream(tasks, self._grids.load, self.batch_size, 1, self._failures.append, bool)
+        rank, ranks = self._rank
+        numbers = deal([self._grids.cost(case).patches for case in cases], ranks)[rank]
+        tasks = [SubjectTask(cases[n], number=n) for n in numbers]
+        return PatchStream(tasks, self._grids.load, self.options.batch_size, 1, _raise_failure, bool)
 
-    def raise_failures(self) -> None:
-        """Raise InputError for a validation subject that could not be loaded."""
-        if self._failures:
-            failure = self._failures[0]
-            raise InputError(f"{failure.task.case.subject}: {failure.error}") from failure.error
+    @property
+    def _rank(self) -> tuple[int, int]:
+        """This process's rank, and the number of processes."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def _check_headers(self) -> None:
-        """Numbers of channels, of every subject."""
-        images: dict[int, list[str]] = {}
-        for case in (*self.training_cases, *self.validation_cases):
-            subject = self.labelled(case)
-            images.setdefault(sum(subject.images[name].shape[0] for name in case.images), []).append(case.subject)
-            labels = sum(image.shape[0] for name, image in subject.images.items() if name not in case.images)
-            wanted = 1 if self.task == "segmentation" else self.classes
-            if wanted not in (None, labels):
-                what = "with a mask for each" if self.task == "multilabel" else "as many as the network's image"
-                raise InputError(
-                    f"{case.subject}: its label has {labels} channel{'s' * (labels != 1)}; "
-                    + (
-                        "one of classes is wanted, or task=multilabel."
-                        if self.task == "segmentation"
-                        else f"the network gives {wanted}, {what}. Set model.net.out_channels, or change data.labels."
-                    )
-                )
-        if len(images) > 1:
-            (most, _), *others = sorted(images.items(), key=lambda item: -len(item[1]))
-            odd, subjects = others[-1]
-            raise InputError(
-                f"{subjects[0]}: its images have {odd} channel{'s' * (odd != 1)}; those of "
-                f"{of_subjects(len(images[most]))} have {most}. All must have as many."
-            )
+    def _taken(self) -> int:
+        """Patches that this process has had of the current epoch, where a training resumes in the middle of one."""
+        if self.trainer is None:
+            return 0
+        return self.options.batch_size * self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+    def _cache_bytes(self) -> float:
+        if self.options.cache is not None:
+            return self.options.cache * 2**20
+        return psutil.virtual_memory().available / (2 * (self.trainer.num_devices if self.trainer else 1))
 
     def _check_labels(self, kept: int) -> None:
-        """Read the labels beyond the first `kept`, each by one process; what one of them finds is raised in all."""
+        """Read the labels that no volume in the cache has been checked with, divided among the processes.
+
+        A problem that one process finds is raised in all of them.
+        """
         group = Group(self.trainer)
         cases = [*self.training_cases[min(group.gather(kept)) :], *self.validation_cases]
-
-        def problem(case: SubjectFiles) -> str | None:
-            try:
-                self.truth(case)
-            except VoxquiltError as error:
-                return str(error).removeprefix(f"{case.subject}: ")
-            return None
-
-        with ThreadPoolExecutor(2) as pool:
-            mine = cases[group.rank :: group.size]
-            texts = zip(mine, pool.map(problem, mine), strict=True)
-            found = next((f"{case.subject}: {text}" for case, text in texts if text), None)
-        told = list(filter(None, group.gather(found)))
-        if told:
-            raise InputError(told[0])
-
-    def _load(self, case: SubjectFiles) -> Labelled:
-        subject = self.labelled(case)
-        images, labels = (
-            {n: i for n, i in subject.images.items() if (n in case.images) == one} for one in (True, False)
-        )
-        try:
-            in_model, _ = self.preprocess(Subject(images))
-            # Labels are not subject to what intensities are.
-            wanted, _ = Preprocess(self.preprocess.orientation, self.preprocess.spacing)(Subject(labels))
-            sampler = GridSampler(
-                Subject(in_model.images | wanted.images), self.patch_size, fit=True, divisible_by=self._divisible_by
-            )
-            label = self._checked(torch.cat([sampler.volume(name) for name in labels]))
-        except VoxquiltError as error:
-            raise InputError(f"{case.subject}: {error}") from error
-        image = torch.cat([sampler.volume(name) for name in images])
-        return Labelled(case.subject, image, label, centres_of(label) if self.task != "image" else [])
-
-    def _checked(self, label: Tensor) -> Tensor:
-        if self.task == "image":
-            return label.float()
-        if self.task == "segmentation" and len(label) > 1:
-            raise InputError(f"its label has {len(label)} channels; one of classes is wanted, or task=multilabel.")
-        odd = (label < 0) | (label != label.round()) if label.is_floating_point() else label < 0
-        if odd.any():
-            raise InputError(
-                f"its label holds {float(label[odd][0]):g}; wanted are classes, which are whole numbers from 0."
-            )
-        if self.task == "multilabel":
-            return (label > 0).to(torch.uint8)
-        if self._label_values is not None:
-            label = to_classes(label, self._label_values)
-        if self.classes is not None and label.max() >= self.classes:
-            raise InputError(beyond(int(label.max()), self.classes))
-        return label.to(torch.uint8 if label.max() < 256 else torch.int32)
+        problem = self.labels.first_problem(cases[group.rank :: group.size], self.classes)
+        for message in filter(None, group.gather(problem)):
+            raise InputError(message)
 
 
-def _named(name: str) -> str:
-    # With a space, as no image's name that a configuration or a table gives.
-    return "its label" if name == LABEL else f"label {name}"
+def _raise_failure(failure: LoadFailure) -> None:
+    raise InputError(f"{failure.task.case.subject}: {failure.error}") from failure.error

@@ -1,4 +1,4 @@
-"""The order of random patches in an epoch, which each process computes for itself."""
+"""Provides the order of random patches in an epoch, which each process computes for itself."""
 
 from collections.abc import Callable, Iterator
 
@@ -7,19 +7,19 @@ from torch.utils.data import Sampler
 
 
 class EpochOrder(Sampler[int]):
-    """The numbers of an epoch's patches, in an order drawn anew for each, without repetition.
+    """The numbers of an epoch's patches, each once, in an order that is drawn anew for each epoch.
 
-    Volumes come in groups, and the patches of a group mixed, so that only a group has to be in memory. Every process
+    Patches are mixed within groups of volumes, so that only one group has to be in memory. Every process
     takes each `ranks`-th number, so together they see what one process with batches `ranks` times as large would see.
 
     Args:
-        volumes: How many there are.
-        per_volume: Patches of each.
-        group: Volumes whose patches are mixed.
-        seed: Of the order.
-        rank, ranks: This process, and how many there are.
-        taken: How many of an epoch's numbers this process has had already when the epoch is begun: in the middle of
-            it, by a training that goes on. They are left out.
+        volumes: Number of volumes.
+        per_volume: Patches of each volume.
+        group: Number of volumes whose patches are mixed.
+        seed: Seed of the order.
+        rank, ranks: This process's rank, and the number of processes.
+        taken: Gives how many of the epoch's numbers this process has had already, where a training resumes in the
+            middle of an epoch. They are left out.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class EpochOrder(Sampler[int]):
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Lightning says which epoch comes next, also when it goes on from a checkpoint."""
+        """Called by Lightning with the next epoch, also when a training resumes from a checkpoint."""
         self._epoch = epoch
 
     def __len__(self) -> int:
@@ -49,8 +49,8 @@ class EpochOrder(Sampler[int]):
         volumes = random.permutation(self._volumes)
         numbers: list[int] = []
         for first in range(0, self._volumes, self._group):
-            some = volumes[first : first + self._group]
-            mixed = (some[:, None] * self._per_volume + np.arange(self._per_volume)).ravel()
+            group = volumes[first : first + self._group]
+            mixed = (group[:, None] * self._per_volume + np.arange(self._per_volume)).ravel()
             numbers.extend(random.permutation(mixed).tolist())
         offset = self._epoch * self._volumes * self._per_volume
         kept = numbers[: len(self) * self._ranks]

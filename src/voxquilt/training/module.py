@@ -1,4 +1,4 @@
-"""How is a patch network trained? The LightningModule; its checkpoints know how to predict with them."""
+"""Provides the LightningModule that trains a patch network; its checkpoints hold what predicting with them needs."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -25,21 +25,27 @@ Schedule = Callable[[Optimizer, int], LRScheduler]
 class PatchTrainer(LightningModule):
     """Trains a network on (image, label) patches, and validates it on whole volumes.
 
-    Logs train_loss, and after each validation val_dice, val_dice_<class> (or val_mae and val_psnr) and val_score, of
-    which more is better. Each is the mean over the subjects of all processes, every one counted once.
+    Logs train_loss, and after each validation val_dice, val_dice_<class> (or val_mae and val_psnr) and val_score, where
+    higher is better. Each is the mean over the subjects of all processes; every subject counts once.
 
     Checkpoints hold the network's weights under 'net.', and `settings` under 'voxquilt'.
 
+    >>> import torch
+    >>> from monai.losses import DiceCELoss
+    >>> module = PatchTrainer(nn.Conv3d(1, 2, 3, padding=1), DiceCELoss(to_onehot_y=True, softmax=True))
+    >>> module(torch.rand(1, 1, 8, 8, 8)).shape
+    torch.Size([1, 2, 8, 8, 8])
+
     Args:
         net: (B, C, I, J, K) to (B, classes, I, J, K).
-        loss: Of the network's output and labels (B, L, I, J, K), such as MONAI's DiceCELoss.
-        optimizer: Makes one of parameters; AdamW with a learning rate of 1e-3 by default.
-        schedule: Makes one of an optimizer and the number of steps; None keeps the learning rate.
-        stitch: How validation volumes are made of patches.
+        loss: Takes the network's output and labels (B, L, I, J, K), such as MONAI's DiceCELoss.
+        optimizer: Makes an optimizer of parameters; AdamW with a learning rate of 1e-3 by default.
+        schedule: Makes a schedule of an optimizer and the number of steps; None keeps the learning rate.
+        stitch: How validation volumes are stitched from patches.
         squeeze_axis: The axis that a 2-D network does not have; see PatchNetwork.
-        pictures: Of so many validation subjects a process.
+        pictures: Number of validation subjects per process of which pictures are drawn.
         settings: What predicting with the weights needs; plain values.
-        record: How it is trained, which a training that goes on is compared with; plain values.
+        record: How the network is trained, for comparison when the training is resumed; plain values.
     """
 
     def __init__(
@@ -59,10 +65,10 @@ class PatchTrainer(LightningModule):
         self.net = net
         self.loss = loss
         self.validated: list[Validated] = []
-        """Of the last validation, every subject's on every rank."""
+        """Results of the last validation: those of every subject, on every rank."""
         self._optimizer = optimizer or (lambda parameters: AdamW(parameters, lr=1e-3))
         self._schedule = schedule
-        # Labels are compared as classes, whichever numbers they have in files.
+        # Labels are compared as classes, whatever numbers classes have in files.
         self._stitch = replace(stitch or Stitch(), label_values=None)
         self._squeeze = None if squeeze_axis is None else squeeze_axis + 2
         # In a list, or its parameters would be counted and saved twice.
@@ -71,7 +77,7 @@ class PatchTrainer(LightningModule):
         self._settings, self._record = dict(settings or {}), dict(record or {})
 
     def setup(self, stage: str) -> None:
-        """Get the processes together."""
+        """Connect the processes, and prepare validation."""
         data = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, TrainingDataModule):
             raise ConfigError(f"PatchTrainer needs a TrainingDataModule; the trainer has {type(data).__name__}.")
@@ -81,7 +87,7 @@ class PatchTrainer(LightningModule):
 
     @property
     def network(self) -> PatchNetwork:
-        """The network as it predicts: outputs by name."""
+        """The network as it is used to predict: outputs by name."""
         return self._networks[0]
 
     def forward(self, patches: Tensor) -> Tensor:
@@ -91,23 +97,23 @@ class PatchTrainer(LightningModule):
         return self.net(patches.squeeze(self._squeeze)).unsqueeze(self._squeeze)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Look at labels while they are on the host."""
+        """Note the highest class of each label while they are on the host."""
         if not isinstance(batch, PatchBatch) and self._data.task == "segmentation":
-            self._highest = batch["label"].flatten(1).amax(dim=1).tolist()
+            self._highest_classes = batch["label"].flatten(1).amax(dim=1).tolist()
         return batch
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """The loss of a batch.
 
         Raises:
-            InputError: a label that the network has no class for.
-            OutputError: a loss that is not finite.
+            InputError: a label holds a class that the network does not have.
+            OutputError: the loss is not finite.
         """
         output = self(batch["image"])
         subjects = ", ".join(dict.fromkeys(batch["subject"]))
         if self._data.task == "segmentation":
-            # The data module has looked, unless it was not told how many classes there are.
-            for subject, highest in zip(batch["subject"], self._highest, strict=True):
+            # TrainingDataModule has checked this, unless it does not know how many classes the network has.
+            for subject, highest in zip(batch["subject"], self._highest_classes, strict=True):
                 if highest >= output.shape[1]:
                     raise InputError(f"{subject}: {beyond(int(highest), output.shape[1])}")
         loss = self.loss(output, batch["label"])
@@ -121,23 +127,22 @@ class PatchTrainer(LightningModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        """Pictures say when they were made."""
+        """Set the time that pictures are captioned with."""
         self._validator.when = f"epoch {self.current_epoch + 1}, step {self.global_step}"
 
     def validation_step(self, batch: PatchBatch, batch_idx: int) -> None:
-        """Predict patches of whole volumes."""
+        """Predict a batch of the patches of whole volumes."""
         self._validator.take(self.network(batch.data.to(self.dtype)), batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over the subjects of all processes."""
-        self._data.raise_failures()
-        found = self._group.gather(self._validator.close())
-        self.validated = sorted((one for some in found for one in some), key=lambda one: one.subject)
+        of_ranks = self._group.gather(self._validator.close())
+        self.validated = sorted((result for results in of_ranks for result in results), key=lambda r: r.subject)
         for name, value in mean_metrics(self.validated, self._data.task).items():
             self.log(f"val_{name}", value, prog_bar=name == "score")
 
     def configure_optimizers(self) -> Any:
-        """The optimizer, and its schedule a step."""
+        """The optimizer, and its schedule per step."""
         optimizer = self._optimizer(self.parameters())
         if self._schedule is None:
             return optimizer
@@ -147,20 +152,20 @@ class PatchTrainer(LightningModule):
         return [optimizer], [{"scheduler": self._schedule(optimizer, int(steps)), "interval": "step"}]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse weights of another network, which torch would name all at once.
+        """Refuse weights of another network, of which torch would list every parameter.
 
         Raises:
-            ConfigError: the first parameter that is not there, or has another shape.
+            ConfigError: a parameter is missing or has another shape; the first such is named.
         """
         states = self.state_dict(), checkpoint["state_dict"]
-        mine, theirs = ({name: tuple(value.shape) for name, value in state.items()} for state in states)
-        other = next((name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)), None)
-        if other is not None:
+        ours, theirs = ({name: tuple(value.shape) for name, value in state.items()} for state in states)
+        different = next((name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)), None)
+        if different is not None:
             raise ConfigError(
-                f"ckpt_path is of another network: its {other} is {theirs.get(other, 'not there')}, and model.net's is "
-                f"{mine.get(other, 'not there')}."
+                f"ckpt_path is of another network: its {different} is {theirs.get(different, 'missing')}, and that of "
+                f"model.net is {ours.get(different, 'missing')}."
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the settings and the record."""
+        """Add the settings and the record to a checkpoint."""
         checkpoint[KEY], checkpoint[TRAINING] = self._settings, self._record

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: a cosine after a warm-up, and a polynomial decay."""
+"""Provides learning-rate schedules: a cosine after a warm-up, and a polynomial decay."""
 
 from monai.optimizers.lr_scheduler import WarmupCosineSchedule
 from torch.optim import Optimizer
@@ -11,5 +11,5 @@ def warmup_cosine(optimizer: Optimizer, steps: int, *, warmup: float = 0.05) -> 
 
 
 def polynomial(optimizer: Optimizer, steps: int, *, power: float = 0.9) -> LRScheduler:
-    """A learning rate that falls to 0 as a power of what is left, as nnU-Net's; torch's PolynomialLR."""
+    """A learning rate that falls to 0 as a power of the share of steps left, as in nnU-Net; torch's PolynomialLR."""
     return PolynomialLR(optimizer, total_iters=steps, power=power)

@@ -1,4 +1,4 @@
-"""Which subjects train, and which validate? By folds that a seed draws, or as a table says."""
+"""Divides subjects into those to train on and those to validate on, by folds or by a column of a table."""
 
 import random
 from collections.abc import Sequence
@@ -24,15 +24,15 @@ def make_split(
     """Divide subjects.
 
     Args:
-        cases: All of them.
-        folds: So many parts of about one size, drawn by the seed; one of them validates. None validates on nothing.
-        fold: Which part, 0 to folds - 1.
-        seed: Of the parts; they depend on nothing else but the subjects' ids.
-        column: Of the table that the subjects come from, in place of folds. A cell is 'train' or 'val', anything else
-            (such as 'test') leaves the subject out; or all cells are numbers of folds, and `fold` validates.
+        cases: All subjects.
+        folds: Number of parts of about equal size, drawn by the seed; one part validates. None: no validation.
+        fold: The number of the part that validates, 0 to folds - 1.
+        seed: Seed of the parts, which depend on nothing else but the subjects' ids.
+        column: A column of the subjects' table, in place of folds. Cells are 'train' or 'val'; any other cell (such as
+            'test') leaves the subject out. Or all cells are numbers of folds, and `fold` validates.
 
     Raises:
-        ConfigError: a column that is not there, too few subjects, or none left to train on.
+        ConfigError: there is no such column, there are too few subjects, or none is left to train on.
     """
     if column is not None:
         return _from_column(cases, fold, column)
@@ -48,14 +48,14 @@ def make_split(
     order = sorted(cases, key=lambda case: case.subject)
     random.Random(seed).shuffle(order)
     kept = {case.subject for case in order[fold::folds]}
-    return _checked(Split([c for c in cases if c.subject not in kept], [c for c in cases if c.subject in kept]), "")
+    return _check_parts(Split([c for c in cases if c.subject not in kept], [c for c in cases if c.subject in kept]), "")
 
 
 def _from_column(cases: Sequence[SubjectFiles], fold: int, column: str) -> Split:
     without = [case.subject for case in cases if column not in case.values]
     if without:
         raise ConfigError(
-            f"data.split={column} is no column of the table of {without[0]}; give data.inputs a .csv that has it."
+            f"data.split={column} is not a column of the table of {without[0]}; set data.inputs to a .csv that has it."
         )
     cells = {case.subject: case.values[column].lower() for case in cases}
     if all(cell.isdecimal() for cell in cells.values()):
@@ -64,12 +64,12 @@ def _from_column(cases: Sequence[SubjectFiles], fold: int, column: str) -> Split
     else:
         validating = {subject for subject, cell in cells.items() if cell in _VALIDATION}
         training = {subject for subject, cell in cells.items() if cell in _TRAINING}
-    found = ", ".join(sorted(set(cells.values())))
-    parts = ([c for c in cases if c.subject in some] for some in (training, validating))
-    return _checked(Split(*parts), f" The column {column} has: {found}.")
+    distinct = ", ".join(sorted(set(cells.values())))
+    parts = Split([c for c in cases if c.subject in training], [c for c in cases if c.subject in validating])
+    return _check_parts(parts, f" The column {column} has: {distinct}.")
 
 
-def _checked(parts: Split, found: str) -> Split:
+def _check_parts(parts: Split, explanation: str) -> Split:
     if not parts.training:
-        raise ConfigError(f"no subject is left to train on: {len(parts.validation)} are to validate.{found}")
+        raise ConfigError(f"no subject is left to train on: {len(parts.validation)} are to validate.{explanation}")
     return parts

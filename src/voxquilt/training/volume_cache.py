@@ -1,4 +1,4 @@
-"""Keeps the volumes of a training in memory, preprocessed once."""
+"""Keeps the preprocessed volumes of a training in memory, as far as memory allows."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -10,14 +10,14 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabelledVolume:
     """A subject in model space, no axis shorter than a patch.
 
     Args:
         subject: Its id.
         image: (C, I, J, K), in any type.
-        label: (L, I, J, K): classes with L = 1, or a mask a channel, or the image that is wanted.
-        centres: For each class but background, (n, 3) positions of some of its voxels.
+        label: (L, I, J, K): classes with L = 1, one mask per channel, or the image to learn.
+        centres: For each class but background, (n, 3) positions of a sample of its voxels.
     """
 
     subject: str
@@ -27,31 +27,31 @@ class Labelled:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the voxels."""
+        """Bytes of the voxels."""
         return self.image.nbytes + self.label.nbytes
 
 
-class CachedVolumes(Sequence[Labelled]):
-    """Labelled volumes, read when they are asked for; those that fit are kept.
+class CachedVolumes(Sequence[LabelledVolume]):
+    """Labelled volumes, read when they are used; those that fit into the limit stay in memory.
 
     Args:
         load: Reads volume n.
-        count: How many there are.
-        limit: Bytes to keep; beyond, volumes are read again each time their turn comes.
-        open_at_once: So many of those that are not kept are in memory at a time.
+        count: Number of volumes.
+        limit: Bytes to keep; volumes beyond it are read again each time they are used.
+        open_at_once: Number of other volumes that are in memory at a time.
     """
 
-    def __init__(self, load: Callable[[int], Labelled], count: int, limit: float, open_at_once: int) -> None:
+    def __init__(self, load: Callable[[int], LabelledVolume], count: int, limit: float, open_at_once: int) -> None:
         self._load, self._count, self._limit = load, count, limit
         self._open_at_once = open_at_once
-        self._kept: dict[int, Labelled] = {}
-        self._recent: OrderedDict[int, Labelled] = OrderedDict()
+        self._kept: dict[int, LabelledVolume] = {}
+        self._recent: OrderedDict[int, LabelledVolume] = OrderedDict()
 
     def __len__(self) -> int:
         return self._count
 
     def preload(self, threads: int) -> int:
-        """Read volumes until the limit, before worker processes share the memory; how many are kept."""
+        """Read volumes up to the limit, before worker processes share the memory; returns how many are kept."""
         size = 0
         with ThreadPoolExecutor(max(1, threads)) as pool:
             for first in range(0, self._count, max(1, threads)):
@@ -63,7 +63,7 @@ class CachedVolumes(Sequence[Labelled]):
                     self._kept[n] = volume
         return len(self._kept)
 
-    def __getitem__(self, n: int) -> Labelled:  # type: ignore[override]
+    def __getitem__(self, n: int) -> LabelledVolume:  # type: ignore[override]
         if n in self._kept:
             return self._kept[n]
         if n not in self._recent:

@@ -1,20 +1,22 @@
-"""Which files are images of other formats than NIfTI, and how are they converted?"""
+"""Recognises image files of formats that voxquilt does not read, and tells how to convert them to NIfTI."""
 
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from voxquilt.data.formats.registry import suffix_of
+
 
 class _Format(NamedTuple):
-    """A format's name and what makes NIfTI of it."""
+    """A format's name, and what converts it to NIfTI."""
 
     name: str
     convert: str
 
 
 WITHOUT = "without an extension"
-"""Of files that are told by what is in them."""
+"""In place of the suffix, of DICOM files that are recognised by their contents."""
 _DICOM = _Format("DICOM", "dcm2niix -z y -o <folder> <DICOM folder>")
 _ITK = "SimpleITK.WriteImage(SimpleITK.ReadImage(path), 'name.nii.gz')"
 _NIBABEL = "nibabel.Nifti1Image.from_image(nibabel.load(path)).to_filename('name.nii.gz')"
@@ -45,17 +47,19 @@ _FORMATS = {
 
 
 def foreign_suffix(name: str) -> str:
-    """The extension of an image of another format; '' of anything else.
+    """The suffix of an image file of a format that voxquilt does not read; '' for any other file.
 
     >>> foreign_suffix("brain.MGZ")
     '.mgz'
     """
     lower = name.lower()
+    if suffix_of(lower):  # a package reads it
+        return ""
     return next((suffix for suffix in _FORMATS if lower.endswith(suffix)), "")
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file begins as DICOM does; scanners write it without an extension too."""
+    """Whether a file begins like DICOM, which scanners also write without a suffix."""
     try:
         with open(path, "rb") as file:
             return file.read(132)[128:] == b"DICM"
@@ -64,13 +68,13 @@ def is_dicom(path: Path) -> bool:
 
 
 def conversion(path: Path) -> str:
-    """What a file is and how it becomes NIfTI, as a sentence; '' if its name tells of no other format."""
-    found = _FORMATS.get(foreign_suffix(path.name))
-    return f"it is {found.name}, not NIfTI; convert it with {found.convert}." if found else ""
+    """A sentence that names a file's format and how to convert it; '' if its suffix is not of another format."""
+    unsupported = _FORMATS.get(foreign_suffix(path.name))
+    return f"it is {unsupported.name}, not NIfTI; convert it with {unsupported.convert}." if unsupported else ""
 
 
 def counted(suffixes: Iterable[str]) -> str:
-    """How many files of which kind, and what converts them; '' without any.
+    """The number of files of each kind, and what converts them; '' without any.
 
     >>> print(counted([".dcm", ".dcm"]))
     2 .dcm (DICOM: dcm2niix -z y -o <folder> <DICOM folder>)

@@ -1,0 +1,63 @@
+"""Reads a subject to train on: its images and its label in model space, large enough for a patch."""
+
+from dataclasses import dataclass
+
+import torch
+
+from voxquilt.data.discovery import SubjectFiles
+from voxquilt.data.grid_sampler import GridSampler
+from voxquilt.data.preprocess import Preprocess
+from voxquilt.data.subject import Subject
+from voxquilt.errors import InputError, VoxquiltError
+from voxquilt.geometry.frame import Triple
+from voxquilt.training.labels import TrainingLabels
+from voxquilt.training.random_patches import centres_of
+from voxquilt.training.volume_cache import LabelledVolume
+
+
+@dataclass(frozen=True)
+class VolumeLoader:
+    """Reads subjects to train on.
+
+    Args:
+        labels: The labels of the subjects.
+        preprocess: Takes images to model space.
+        patch_size: Voxels along i, j, k; smaller volumes are padded to it.
+        divisible_by: Volumes are padded to a multiple of so many voxels along i, j, k.
+    """
+
+    labels: TrainingLabels
+    preprocess: Preprocess
+    patch_size: Triple
+    divisible_by: Triple
+
+    def load(self, case: SubjectFiles, classes: int | None) -> LabelledVolume:
+        """Read a subject.
+
+        Args:
+            case: The subject.
+            classes: How many classes the network has; None where that is not known yet.
+
+        Raises:
+            InputError: an image or label cannot be used.
+        """
+        subject = self.labels.with_images(case)
+        images = {name: image for name, image in subject.images.items() if name in case.images}
+        labels = {name: image for name, image in subject.images.items() if name not in case.images}
+        try:
+            in_model, _ = self.preprocess(Subject(images))
+            # Intensity transforms and the check for finite voxels do not apply to labels.
+            to_model = Preprocess(self.preprocess.orientation, self.preprocess.spacing)
+            labels_in_model, _ = to_model(Subject(labels))
+            sampler = GridSampler(
+                Subject(in_model.images | labels_in_model.images),
+                self.patch_size,
+                fit=True,
+                divisible_by=self.divisible_by,
+            )
+            label = self.labels.to_target([sampler.volume(name) for name in labels], classes)
+        except VoxquiltError as error:
+            raise InputError(f"{case.subject}: {error}") from error
+        image = torch.cat([sampler.volume(name) for name in images])
+        centres = centres_of(label) if self.labels.task != "image" else []
+        return LabelledVolume(case.subject, image, label, centres)
