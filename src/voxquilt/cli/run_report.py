@@ -5,11 +5,10 @@ import sys
 from voxquilt.cli.exit_status import DONE, FAILED
 from voxquilt.data.discovery import LABEL
 from voxquilt.errors import VoxquiltError
-from voxquilt.filesystem import read_json
 from voxquilt.prediction.datamodule import GridDataModule
 from voxquilt.prediction.writer_callback import VolumeWriter
 from voxquilt.reporting.evaluation import Evaluation, write_scores
-from voxquilt.reporting.manifest import Row, of_shard, read_rows
+from voxquilt.reporting.manifest import Row, of_shard
 from voxquilt.reporting.plots import write_boxes
 from voxquilt.reporting.tables import print_scores, print_table
 from voxquilt.text import of_subjects
@@ -20,8 +19,6 @@ def report_run(
 ) -> int:
     """Print the table of subjects and what is left, evaluate, and give the exit status.
 
-    All of it is read from disk, since the run may have been in other processes than this one.
-
     Args:
         data: The subjects of the run.
         writer: The writer of its outputs.
@@ -29,19 +26,19 @@ def report_run(
         has_broken_off: Whether an error ended the run.
         has_table: Whether the table is printed.
     """
-    outcome = read_json(writer.output_dir / of_shard("run.json", data.shard))
-    rows = read_rows([writer.output_dir / of_shard("manifest.csv", data.shard)])
-    own_rows = [rows[case.subject] for case in data.cases if case.subject in rows]
+    outcome = writer.outcome
+    by_subject = {row.subject: row for row in writer.rows}
+    rows = [by_subject[case.subject] for case in data.cases if case.subject in by_subject]
     # Where the run broke off, processes that live are stopped by a signal, which is not what ended it.
-    status = FAILED if has_broken_off else max(writer.status, outcome.get("exit_status") or 0)
+    status = FAILED if has_broken_off else writer.status
     if has_table:
-        print_table(own_rows, writer.output_dir, outcome.get("subjects", len(own_rows)))
+        print_table(rows, writer.output_dir, outcome.get("subjects", len(rows)))
     if outcome.get("status") == "stopped":
         left = f"{of_subjects(outcome['missing'])} left: the same command goes on."
         # Where the run broke off, the reason was printed as the error that it was.
         print(f"voxquilt: stopped by {outcome['reason']}; {left}" if status > FAILED else left, file=sys.stderr)
     elif data.labels is not None or any(LABEL in case.values for case in data.cases):
-        status = max(status, _evaluate(data, writer, own_rows, tolerance))
+        status = max(status, _evaluate(data, writer, rows, tolerance))
     return status
 
 
