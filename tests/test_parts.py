@@ -310,7 +310,7 @@ def test_every_part_predicts_something(
 # Nobody waits.
 
 
-@pytest.mark.parametrize("mode", BLENDS)
+@pytest.mark.parametrize("mode", [*BLENDS])
 def test_a_head_is_there_long_before_the_end(mode: str) -> None:
     """Rows of a long part that lie behind the boundary are not waited for, nor is the next part."""
     grid = make_grid((40, 4, 4), (8, 4, 4), (4, 0, 0))  # rows at 0, 4, ..., 32
@@ -354,7 +354,7 @@ def two(part: Part, mode: str = "hann", skipped: Sequence[int] = ()) -> tuple[Gr
     return GridAggregator(Placed(grid), mode, consumer=lambda slab: None, part=part, skipped=skipped), grid
 
 
-@pytest.mark.parametrize("mode", BLENDS)
+@pytest.mark.parametrize("mode", [*BLENDS])
 def test_a_patch_of_another_part_is_refused_and_named(mode: str) -> None:
     """Before or behind; it changes nothing."""
     for own, others in ((0, 1), (1, 0)):

@@ -199,7 +199,7 @@ def over15(x: Tensor) -> Tensor:
     return torch.cat([15 - x, x - 15], 1)
 
 
-@pytest.mark.parametrize("mode", BLENDS)
+@pytest.mark.parametrize("mode", [*BLENDS])
 @pytest.mark.parametrize("spacing", [None, 1.6])
 def test_background_is_not_predicted_and_labels_stay(mode: str, spacing: float | None) -> None:
     """By a threshold or a mask; the network sees fewer patches and the labels do not change."""

@@ -120,7 +120,7 @@ def test_slabs_put_together_are_the_volume(
     assert planes[-1][1] == grid.shape[axis]
 
 
-@pytest.mark.parametrize("mode", BLENDS)
+@pytest.mark.parametrize("mode", [*BLENDS])
 def test_memory_that_another_volume_used_leaves_no_trace(mode: str) -> None:
     """A second and smaller volume in the first one's memory is as right as the first."""
     buffers, rng = BufferPool(), np.random.default_rng(0)
@@ -236,7 +236,7 @@ def test_planes_restored_as_they_come_equal_the_whole(
 
 @pytest.mark.parametrize("spacing", [None, 1.7, (0.8, 2.3, 1.1)])
 @pytest.mark.parametrize("orientation", ["RAS", "SPL", "AIL"])
-@pytest.mark.parametrize("mode", BLENDS)
+@pytest.mark.parametrize("mode", [*BLENDS])
 def test_streamed_labels_are_those_of_the_whole_score_volume(
     mode: str, orientation: str, spacing: float | tuple[float, float, float] | None
 ) -> None:
