@@ -17,9 +17,9 @@ from voxquilt.geometry.slab_split import Part, split
 from voxquilt.models.predictor import PatchPredictor
 from voxquilt.prediction.datamodule import GridDataModule
 from voxquilt.prediction.writer_callback import VolumeWriter
+from voxquilt.stitching.blend_registry import BLENDS
 from voxquilt.stitching.stitch import Stitch
 from voxquilt.stitching.subject_stitcher import SubjectStitcher
-from voxquilt.vocabulary import OVERLAP_MODES
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,7 +27,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("mode", OVERLAP_MODES)
+@pytest.mark.parametrize("mode", [*BLENDS])
 @pytest.mark.parametrize("spacing", [None, 1.7])
 def test_sums_on_the_device_equal_sums_on_the_host(mode: str, spacing: float | None) -> None:
     """The ring, the way back to native space and the products, all on the device."""
@@ -75,7 +75,7 @@ def test_a_run_on_the_device_writes_the_labels_of_the_host(tmp_path: Path) -> No
     np.testing.assert_array_equal(read(tmp_path / "out/a_labels.nii.gz"), np.asarray(volume) > 50)
 
 
-@pytest.mark.parametrize("mode", OVERLAP_MODES)
+@pytest.mark.parametrize("mode", [*BLENDS])
 @pytest.mark.parametrize("skipped", [[], [0, 5]])
 def test_parts_on_the_device_and_on_the_host_equal_one_process(mode: str, skipped: list[int]) -> None:
     """Heads travel by way of the host, from either kind of process to either."""

@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import subprocess
+import sys
 import tempfile
 import warnings
 import zipfile
@@ -187,6 +189,23 @@ def test_a_file_tells_its_kind(tmp_path: Path) -> None:
     found = {name: kind_of(tmp_path / name) for name in ("a.pt", "b.pt", "d.pt", "e.pt")}
     assert found == {"a.pt": "torchscript", "b.pt": "state_dict", "d.pt": "state_dict", "e.pt": "state_dict"}
     assert kind_of(checkpoint(tmp_path / "c.ckpt")) == "lightning"
+
+
+def test_formats_and_settings_are_read_before_torch_has_loaded(tmp_path: Path) -> None:
+    """Of every kind of file; with torch, a wrong configuration would be answered seconds later."""
+    script(tmp_path / "a.pt")
+    checkpoint(tmp_path / "b.ckpt", SETTINGS)
+    save_file(unet().state_dict(), tmp_path / "c.safetensors", {KEY: json.dumps(SETTINGS)})
+    code = (
+        "import sys, pathlib\n"
+        "from voxquilt.models.weights.detect import kind_of\n"
+        "from voxquilt.models.weights.stored_settings import carried\n"
+        "files = [pathlib.Path(name) for name in sys.argv[1:]]\n"
+        "print(*map(kind_of, files), *[carried(file) is not None for file in files], 'torch' in sys.modules)"
+    )
+    files = [str(tmp_path / name) for name in ("a.pt", "b.ckpt", "c.safetensors")]
+    done = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["torchscript", "lightning", "state_dict", "False", "True", "True", "False"]
 
 
 def test_a_training_carries_what_predicting_needs() -> None:

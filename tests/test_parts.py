@@ -19,11 +19,11 @@ from voxquilt.geometry.grid import Grid, make_grid
 from voxquilt.geometry.slab_split import Part, split
 from voxquilt.stitching.aggregator import GridAggregator
 from voxquilt.stitching.blend import to_blend
+from voxquilt.stitching.blend_registry import BLENDS
 from voxquilt.stitching.buffer_pool import BufferPool
 from voxquilt.stitching.stitch import Stitch
 from voxquilt.stitching.streaming import FinishedPlanes, boundary, planes_of
 from voxquilt.stitching.subject_stitcher import SubjectStitcher
-from voxquilt.vocabulary import OVERLAP_MODES
 
 # Per axis: patch size, overlap as a share of what there can be, voxels beside the first patch.
 AXES = st.tuples(st.integers(1, 7), st.integers(0, 3), st.integers(0, 9))
@@ -69,7 +69,7 @@ def play(
 @settings(deadline=None, max_examples=150)
 @given(
     st.tuples(AXES, AXES, AXES),
-    st.sampled_from(OVERLAP_MODES),
+    st.sampled_from([*BLENDS]),
     st.integers(0, 2),
     CUTS,
     SKIPS,
@@ -152,8 +152,8 @@ NAMES = ["labels", "logits", "probabilities", "entropy", "disagreement"]
 @settings(deadline=None, max_examples=40)
 @given(
     st.tuples(AXES, AXES, AXES),
-    st.sampled_from(OVERLAP_MODES),
-    st.sampled_from([None, *OVERLAP_MODES]),
+    st.sampled_from([*BLENDS]),
+    st.sampled_from([None, *BLENDS]),
     st.sampled_from(["scores", "labels"]),
     st.one_of(st.integers(1, 4), st.tuples(st.integers(0, 2), CUTS)),
     SKIPS,
@@ -276,7 +276,7 @@ def test_two_processes_share_the_axis_that_can_be_halved() -> None:
 
 
 @settings(deadline=None, max_examples=100)
-@given(st.tuples(AXES, AXES, AXES), st.sampled_from(OVERLAP_MODES), st.integers(0, 2), CUTS)
+@given(st.tuples(AXES, AXES, AXES), st.sampled_from([*BLENDS]), st.integers(0, 2), CUTS)
 def test_planes_are_finished_by_one_part_each(
     axes: tuple[tuple[int, int, int], ...], mode: str, axis: int, cuts: list[int]
 ) -> None:
@@ -310,7 +310,7 @@ def test_every_part_predicts_something(
 # Nobody waits.
 
 
-@pytest.mark.parametrize("mode", OVERLAP_MODES)
+@pytest.mark.parametrize("mode", [*BLENDS])
 def test_a_head_is_there_long_before_the_end(mode: str) -> None:
     """Rows of a long part that lie behind the boundary are not waited for, nor is the next part."""
     grid = make_grid((40, 4, 4), (8, 4, 4), (4, 0, 0))  # rows at 0, 4, ..., 32
@@ -354,7 +354,7 @@ def two(part: Part, mode: str = "hann", skipped: Sequence[int] = ()) -> tuple[Gr
     return GridAggregator(Placed(grid), mode, consumer=lambda slab: None, part=part, skipped=skipped), grid
 
 
-@pytest.mark.parametrize("mode", OVERLAP_MODES)
+@pytest.mark.parametrize("mode", [*BLENDS])
 def test_a_patch_of_another_part_is_refused_and_named(mode: str) -> None:
     """Before or behind; it changes nothing."""
     for own, others in ((0, 1), (1, 0)):

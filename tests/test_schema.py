@@ -1,19 +1,18 @@
 """Laws of the tables of keys: they list what conf/ has and what the classes take, so that no key stands alone."""
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from voxquilt.cli.main import conf_dir
 from voxquilt.cli.resolvers import register_resolvers
 from voxquilt.cli.schema import HINTS, PREDICT, TOP, TRAIN
 from voxquilt.cli.sections import Section, check_sections
+from voxquilt.cli.suggestions import arguments_of
 from voxquilt.errors import ConfigError
 
 SECTIONS = [("predict", PREDICT, name) for name in PREDICT] + [("train", TRAIN, name) for name in TRAIN]
@@ -64,7 +63,7 @@ def test_a_key_is_an_argument_of_its_class(script: str, sections: Mapping[str, S
     target = node_of(composed(script), name).get("_target_")
     if target is None or name == "model":
         return
-    arguments = inspect.signature(get_object(target)).parameters.keys()
+    arguments = set(arguments_of(target))
     assert sections[name].keys.keys() - {"augment", "output_dir", "task"} <= arguments
     assert arguments - sections[name].keys.keys() <= GIVEN
 

@@ -14,8 +14,8 @@ from voxquilt.errors import VoxquiltError
 def escape_streams() -> None:
     """Have this process's stdout and stderr escape what they cannot encode, such as an umlaut in ASCII.
 
-    A name that cannot be shown is no reason to lose a run that has written its files. Called at the start of every
-    process of a command, since each has streams of its own.
+    A name that cannot be shown must not end a run that has written its files. Called at the start of every process of a
+    command, since each has streams of its own.
     """
     for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
         if isinstance(stream, io.TextIOWrapper):
@@ -70,7 +70,7 @@ def _without_torchscript_traceback(error: Exception) -> str:
 
 
 def question(typed: str, known: Iterable[str], *, prefix: str = "", cutoff: float = 0.6) -> str:
-    """' Did you mean ...?' with the nearest of the known words, which is never the one that was typed; or ''."""
+    """' Did you mean ...?' with the nearest of the known words, or '' if none is near."""
     near = nearest(typed, known, cutoff=cutoff)
     return f" Did you mean {prefix}{near}?" if near else ""
 

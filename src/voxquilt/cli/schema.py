@@ -29,6 +29,8 @@ from voxquilt.cli.value_checks import (
     word,
 )
 from voxquilt.geometry.frame import parse_axcodes, to_spacing
+from voxquilt.stitching.blend_registry import BLENDS
+from voxquilt.stitching.products.registry import PRODUCTS
 from voxquilt.vocabulary import (
     ACTIVATIONS,
     AVERAGES,
@@ -38,8 +40,6 @@ from voxquilt.vocabulary import (
     OFFLOAD,
     ON_ERROR,
     OUTPUTS,
-    OVERLAP_MODES,
-    PRODUCTS,
     RESTORES,
     TASKS,
 )
@@ -53,9 +53,9 @@ PREPROCESS = Section(
 )
 STITCH = Section(
     {
-        "overlap_mode": word(OVERLAP_MODES),
+        "overlap_mode": word(BLENDS),
         "products": by_name(list_of("labels", word(PRODUCTS))),
-        "compare": list_of("crop,hann", word(OVERLAP_MODES)),
+        "compare": list_of("crop,hann", word(BLENDS)),
         "activation": anything,  # follows from model.activation and model.average
         "threshold": or_null(number("must be a number or null")),
         "restore": word(RESTORES),

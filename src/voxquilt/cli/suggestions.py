@@ -7,7 +7,7 @@ import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from hydra.utils import get_object
 
@@ -122,7 +122,7 @@ def no_argument(node: Mapping[str, Any], key: str, error: BaseException) -> str:
     if match is None:
         return ""
     for where, target, given in _calls(node, key):
-        taken = _arguments_of(target)
+        taken = arguments_of(target)
         if match[1] in given and taken and match[1] not in taken:
             near = question(match[1], [name for name in taken if name not in given], prefix=f"{where}.")
             return f"\n  There is no {where}.{match[1]}.{near} {target} takes {', '.join(taken)}."
@@ -164,10 +164,12 @@ def _calls(node: Any, key: str) -> Iterator[tuple[str, str, list[str]]]:
         yield from _calls(child, f"{key}.{name}" if isinstance(node, Mapping) else f"{key}[{name}]")
 
 
-def _arguments_of(target: str) -> list[str]:
-    """Names of a target's arguments; empty where they cannot be known."""
+def arguments_of(target: str) -> list[str]:
+    """Names of a target's arguments, those of `**options: Unpack[...]` too; empty where they cannot be known."""
     try:
         parameters = inspect.signature(get_object(target)).parameters.values()
     except Exception:  # whatever importing it raises
         return []
-    return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    unpacked = [get_args(p.annotation) for p in parameters if p.kind is p.VAR_KEYWORD]
+    return names + [name for types in unpacked for options in types for name in getattr(options, "__annotations__", ())]

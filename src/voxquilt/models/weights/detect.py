@@ -9,7 +9,7 @@ from pathlib import Path
 from voxquilt.errors import ConfigError
 from voxquilt.models.weights.registry import LIGHTNING, STATE_DICT, WEIGHTS
 
-_LOOKED_AT = 4096
+_START_BYTES = 4096
 _SAFETENSORS = "safetensors under another name: give it the suffix .safetensors"
 # torch.save's magic number, in files that are not zip archives.
 _MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")
@@ -35,20 +35,20 @@ def not_weights(path: Path) -> str:
     """What a file is if it is not weights, and what to do; '' where it may be weights, or cannot be read."""
     try:
         with open(path, "rb") as file:
-            start = file.read(_LOOKED_AT)
-        return _named(start) or _archive(path, start) or _text(start)
+            start = file.read(_START_BYTES)
+        return _by_magic(start) or _by_archive(path, start) or _by_text(start)
     except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
         return ""
 
 
-def _named(start: bytes) -> str:
+def _by_magic(start: bytes) -> str:
     if not start:
         return "empty: copying or downloading it was broken off"
     for magic, what in _STARTS.items():
         if start.startswith(magic):
             return what
     if start[:2] == b"\x1f\x8b":
-        return f"{'a NIfTI volume, ' if _is_nifti(_unpacked(start)) else ''}packed by gzip, which weights never are"
+        return f"{'a NIfTI volume, ' if _is_nifti(_unpack(start)) else ''}packed by gzip, which weights never are"
     if _is_nifti(start):
         return "a NIfTI volume"
     if start[128:132] == b"DICM":
@@ -62,7 +62,7 @@ def _named(start: bytes) -> str:
     return ""
 
 
-def _archive(path: Path, start: bytes) -> str:
+def _by_archive(path: Path, start: bytes) -> str:
     if path.suffix == ".safetensors":
         return "torch's own format: give it the suffix .pt" if start[:2] == b"PK" else ""
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**32:
@@ -79,7 +79,7 @@ def _archive(path: Path, start: bytes) -> str:
     return f"{'NumPy arrays (.npz)' if arrays else 'a zip archive, not of torch: unpack it'} ({shown})"
 
 
-def _text(start: bytes) -> str:
+def _by_text(start: bytes) -> str:
     text = start.decode("utf-8", errors="ignore").strip()
     printable = sum(letter.isprintable() or letter.isspace() for letter in text)
     if len(text.encode()) < 0.9 * len(start.strip()) or printable < len(text) or not text:
@@ -102,9 +102,9 @@ def _is_nifti(start: bytes) -> bool:
     return start[344:347] in (b"n+1", b"ni1") or start[4:7] in (b"n+2", b"ni2")
 
 
-def _unpacked(start: bytes) -> bytes:
+def _unpack(start: bytes) -> bytes:
     try:
-        return zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(start, _LOOKED_AT)
+        return zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(start, _START_BYTES)
     except zlib.error:
         return b""
 

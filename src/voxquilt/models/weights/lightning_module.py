@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule
 
 from voxquilt.errors import ConfigError
 from voxquilt.models.weights.safe_loading import load_safely
-from voxquilt.models.weights.state_dict_keys import check, renamed
+from voxquilt.models.weights.state_dict_keys import check_keys, rename_keys
 from voxquilt.text import plain_text, question
 
 log = logging.getLogger("voxquilt")
@@ -80,8 +80,8 @@ def read_module(
             return load(strict=True)
         # What was compiled or wrapped in training may not be so here.
         module = load(strict=False)
-        state = renamed(dict(state), module.state_dict())
-        check(path, module.state_dict(), state, strict=True)
+        state = rename_keys(dict(state), module.state_dict())
+        check_keys(path, module.state_dict(), state, strict=True)
         module.load_state_dict(state)
         return module
     except (RuntimeError, TypeError, KeyError, pickle.UnpicklingError) as error:

@@ -33,10 +33,10 @@ class StateDict:
             ConfigError: the file cannot be read safely, or keys or shapes do not fit; they are listed.
         """
         from voxquilt.models.weights.safe_loading import load_safely
-        from voxquilt.models.weights.state_dict_keys import check, state_of
+        from voxquilt.models.weights.state_dict_keys import check_keys, state_of
 
         network = deepcopy(options.net)
         state = state_of(path, load_safely(path, trust=options.trust), network.state_dict(), options.prefix)
-        check(path, network.state_dict(), state, strict=options.strict)
+        check_keys(path, network.state_dict(), state, strict=options.strict)
         network.load_state_dict(state, strict=options.strict)
         return network

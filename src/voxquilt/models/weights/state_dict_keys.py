@@ -12,48 +12,48 @@ from voxquilt.text import question
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "network_weights")
 State = dict[str, Tensor]
-# What torch.compile and DistributedDataParallel put into the names of what they wrap, wherever they wrap it.
+# Put into the names of modules by torch.compile and DistributedDataParallel, wherever they wrap one.
 _WRAPPING = re.compile(r"(?:(?<=^)|(?<=\.))(?:_orig_mod|module)\.")
 
 
 def state_of(path: Path, loaded: Any, wanted: Mapping[str, Tensor], prefix: str | None) -> State:
-    """The state dict in what was loaded, with the keys of a network where they differ only by a wrapping.
+    """The state dict in a loaded file, with the keys of a network where they differ only by a wrapping.
 
     Args:
         path: The file, for messages.
         loaded: A module, or a mapping that is a state dict or holds one, at any depth.
-        wanted: The network's own.
-        prefix: What the keys begin with that are used, or the key of the mapping that holds them; None finds it.
+        wanted: The network's own state dict.
+        prefix: The beginning of the keys that are used, or the key of the mapping that holds them; None finds it.
 
     Raises:
-        ConfigError: no state dict, several that may be meant, or none behind the prefix.
+        ConfigError: there is no state dict, several may be meant, or no key begins with the prefix.
     """
     if isinstance(loaded, nn.Module):
         loaded = loaded.state_dict()
-    found = dict(_states(loaded)) if isinstance(loaded, Mapping) else {}
-    if not found:
-        keys = f"; its keys are {some(loaded)}" if isinstance(loaded, Mapping) and loaded else ""
+    states = dict(_states(loaded)) if isinstance(loaded, Mapping) else {}
+    if not states:
+        keys = f"; its keys are {shorten(loaded)}" if isinstance(loaded, Mapping) and loaded else ""
         raise ConfigError(f"{path} holds no state dict, neither by itself nor as one of {', '.join(WRAPPERS)}{keys}.")
     if prefix:
-        return renamed(_behind(path, found, prefix), wanted)
-    named = next((name for name in WRAPPERS if name in found), None)
-    fitting = [name for name, state in found.items() if _fits(renamed(state, wanted), wanted)]
-    if named is None and len(found) > 1 and len(fitting) != 1:
+        return rename_keys(_select_prefix(path, states, prefix), wanted)
+    named = next((name for name in WRAPPERS if name in states), None)
+    fitting = [name for name, state in states.items() if _fits(rename_keys(state, wanted), wanted)]
+    if named is None and len(states) > 1 and len(fitting) != 1:
         which = f"{len(fitting)} of them fit the network" if fitting else "none of them fits the network"
-        lines = "".join(f"\n  model.prefix={name}.  ({len(state)} tensors)" for name, state in found.items())
+        lines = "".join(f"\n  model.prefix={name}.  ({len(state)} tensors)" for name, state in states.items())
         raise ConfigError(f"{path} holds several state dicts, and {which}; choose one:{lines}")
-    return renamed(found[named or (fitting[0] if len(fitting) == 1 else next(iter(found)))], wanted)
+    return rename_keys(states[named or (fitting[0] if len(fitting) == 1 else next(iter(states)))], wanted)
 
 
-def renamed(state: State, wanted: Mapping[str, Any]) -> State:
-    """The same tensors, by the network's keys where these are the same but for `module.` and `_orig_mod.`."""
+def rename_keys(state: State, wanted: Mapping[str, Any]) -> State:
+    """The same tensors, by the network's keys where these differ only by `module.` and `_orig_mod.`."""
     plain = {_WRAPPING.sub("", key): key for key in wanted}
-    new = {plain.get(_WRAPPING.sub("", key), key): value for key, value in state.items()}
-    better = sum(key in wanted for key in new) > sum(key in wanted for key in state)
-    return new if better and len(new) == len(state) else state
+    renamed = {plain.get(_WRAPPING.sub("", key), key): value for key, value in state.items()}
+    is_better = sum(key in wanted for key in renamed) > sum(key in wanted for key in state)
+    return renamed if is_better and len(renamed) == len(state) else state
 
 
-def check(path: Path, wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], *, strict: bool) -> None:
+def check_keys(path: Path, wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], *, strict: bool) -> None:
     """Raises ConfigError where keys or shapes do not fit; they are listed."""
     missing = [key for key in wanted if key not in state]
     unexpected = [key for key in state if key not in wanted]
@@ -62,23 +62,23 @@ def check(path: Path, wanted: Mapping[str, Tensor], state: Mapping[str, Tensor],
         for key in wanted
         if key in state and state[key].shape != wanted[key].shape
     ]
-    strict = strict or len(missing) == len(wanted)  # where nothing fits, nothing was loaded
+    strict = strict or len(missing) == len(wanted)  # or nothing at all might be loaded
     problems = {"missing": missing * strict, "unexpected": unexpected * strict, "of another shape": shapes}
     if not any(problems.values()):
         return
-    lines = "".join(f"\n  {len(keys)} {what}: {some(keys)}" for what, keys in problems.items() if keys)
-    raise ConfigError(f"{path} does not fit the network:{lines}{_hint(wanted, unexpected)}")
+    lines = "".join(f"\n  {len(keys)} {what}: {shorten(keys)}" for what, keys in problems.items() if keys)
+    raise ConfigError(f"{path} does not fit the network:{lines}{_suggest_prefix(wanted, unexpected)}")
 
 
-def some(keys: Sequence[str] | Mapping[str, Any]) -> str:
-    """Eight of them, and how many there are."""
+def shorten(keys: Sequence[str] | Mapping[str, Any]) -> str:
+    """The first eight keys, and the number of all."""
     keys = list(map(str, keys))
     return ", ".join(keys[:8]) + (f", ... ({len(keys)} in all)" if len(keys) > 8 else "")
 
 
 def _states(node: Mapping[Any, Any], name: str = "", depth: int = 0) -> Iterator[tuple[str, State]]:
-    """State dicts and where they are: mappings from names to tensors, beside which there may be plain values."""
-    # The state of an optimizer is by numbers.
+    """State dicts by their place: mappings from names to tensors, beside which there may be plain values."""
+    # The keys of an optimizer's state are numbers.
     if not all(isinstance(key, str) for key in node) or depth > 8:
         return
     inner = {key: value for key, value in node.items() if isinstance(value, Mapping)}
@@ -91,22 +91,22 @@ def _states(node: Mapping[Any, Any], name: str = "", depth: int = 0) -> Iterator
             yield from _states(value, f"{name}.{key}".lstrip("."), depth + 1)
 
 
-def _behind(path: Path, found: Mapping[str, State], prefix: str) -> State:
-    # Of a mapping that is the prefix itself, or of the usual one, or of another, keys that begin so.
-    whole = found.get(prefix.rstrip("."))
-    if whole is not None:
-        return whole
-    order = sorted(found, key=lambda name: WRAPPERS.index(name) if name in WRAPPERS else len(WRAPPERS))
+def _select_prefix(path: Path, states: Mapping[str, State], prefix: str) -> State:
+    """The state dict whose place is the prefix, or the keys that begin with it, in the usual place or in another."""
+    at_prefix = states.get(prefix.rstrip("."))
+    if at_prefix is not None:
+        return at_prefix
+    order = sorted(states, key=lambda name: WRAPPERS.index(name) if name in WRAPPERS else len(WRAPPERS))
     for name in order:
-        for keys in (found[name], {f"{name}.{key}": value for key, value in found[name].items()}):
+        for keys in (states[name], {f"{name}.{key}": value for key, value in states[name].items()}):
             for cleaned in (keys, {_WRAPPING.sub("", key): value for key, value in keys.items()}):
                 state = {key.removeprefix(prefix): v for key, v in cleaned.items() if key.startswith(prefix)}
                 if state:
                     return state
-    first = found[order[0]]
-    starts = {f"{key.partition('.')[0]}." for key in first if "." in key} | {f"{name}." for name in found if name}
+    first = states[order[0]]
+    starts = {f"{key.partition('.')[0]}." for key in first if "." in key} | {f"{name}." for name in states if name}
     raise ConfigError(
-        f"{path}: no key begins with model.prefix={prefix!r}; keys are {some(first)}.{question(prefix, starts)}"
+        f"{path}: no key begins with model.prefix={prefix!r}; keys are {shorten(first)}.{question(prefix, starts)}"
     )
 
 
@@ -114,7 +114,7 @@ def _fits(state: State, wanted: Mapping[str, Tensor]) -> bool:
     return state.keys() == wanted.keys() and all(state[key].shape == wanted[key].shape for key in wanted)
 
 
-def _hint(wanted: Mapping[str, Tensor], unexpected: Sequence[str]) -> str:
+def _suggest_prefix(wanted: Mapping[str, Tensor], unexpected: Sequence[str]) -> str:
     for key in wanted:
         prefixes = {other.removesuffix(key) for other in unexpected if other.endswith("." + key)}
         if prefixes:
