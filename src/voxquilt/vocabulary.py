@@ -10,9 +10,8 @@ from typing import Any
 from voxquilt.errors import ConfigError
 from voxquilt.text import question
 
-PRODUCTS = ("labels", "probabilities", "logits", "entropy", "disagreement", "image")
-LABELS, MAP, IMAGE = "labels", "map", "image"
-"""Kinds of products: integers with names and colours; numbers such as probabilities; intensities."""
+LABELS, MAP, IMAGE, PICTURE = "labels", "map", "image", "picture"
+"""Kinds of outputs: integers with names and colours; numbers such as probabilities; intensities; a PNG file."""
 ACTIVATIONS = ("softmax", "sigmoid", "none")
 APPLIED = ("applied", "applied_sigmoid")
 """Scores that were made probabilities before they were averaged: of one label per voxel, or of several."""

@@ -2,7 +2,6 @@
 
 import glob
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -13,7 +12,6 @@ from typing import NamedTuple
 from voxquilt.data.formats.registry import suffix_of, suffixes
 from voxquilt.data.formats.unsupported import WITHOUT, counted, foreign_suffix, is_dicom
 from voxquilt.text import nearest
-from voxquilt.vocabulary import PRODUCTS
 
 # Names in a folder, at most, that are compared with a name that does not exist.
 _COMPARED = 10_000
@@ -115,19 +113,14 @@ def matching(pattern: str) -> Listing:
     images = [path for path in paths if is_image(path.name) and not os.path.isdir(path)]
     of_runs: list[Path] = []
     if "**" in pattern:
-        written = {
-            folder for folder in {p.parent for p in images if _PRODUCT.search(p.name)} if _has_run_record(folder)
-        }
+        written = {folder for folder in {path.parent for path in images} if _has_run_record(folder)}
         of_runs = [path for path in images if path.parent in written]
         images = list(_without_repetition(path for path in images if path.parent not in written))
     return Listing(images, [suffix for path in paths if (suffix := foreign_suffix(path.name))], links, of_runs)
 
 
-_PRODUCT = re.compile(rf"_({'|'.join(PRODUCTS)})(_[a-z]+)?\.nii(\.gz)?$")
-
-
 def _has_run_record(folder: Path) -> bool:
-    """Whether a folder has a run's record: then volumes in it that are named like products are outputs."""
+    """Whether a run has written to a folder."""
     return any(folder.glob("manifest*.csv")) and any(folder.glob("run*.json"))
 
 

@@ -22,7 +22,7 @@ from voxquilt.reporting.overlay import flat, overlay_png
 from voxquilt.stitching.label_values import count_labels
 from voxquilt.stitching.output_volumes import Scratch
 from voxquilt.stitching.stitch import Stitch
-from voxquilt.vocabulary import LABELS
+from voxquilt.vocabulary import LABELS, PICTURE
 
 
 @dataclass(frozen=True)
@@ -97,18 +97,18 @@ class OutputFiles:
             OutputError: a file cannot be written, or is an input of the run, or another subject's.
         """
         subject, native = work.task.case.subject, work.space.native
-        outputs = []
+        outputs: dict[str, str] = {}
         for product, data in volumes.items():
             path = self._checked(f"{subject}_{product}{self.options.suffix}")
             names = self._names(len(data)) if kinds[product] == LABELS else None
             write(path, data, native, header=work.file.header, label_names=names)
-            outputs.append(path.name)
+            outputs[path.name] = kinds[product]
         labels = next((volumes[product] for product, kind in kinds.items() if kind == LABELS), None)
         if labels is not None and self.options.overlay:
             path = self._checked(f"{subject}_overlay.png")
             drawn = flat(labels, self.options.stitch.label_values)
             overlay_png(work.file.read()[0].numpy(), drawn, native.affine, path)
-            outputs.append(path.name)
+            outputs[path.name] = PICTURE
         volume, of_classes = None, dict[str, float]()
         if labels is not None:
             ml = abs(float(np.linalg.det(native.affine[:3, :3]))) / 1000  # of sheared voxels too
@@ -125,6 +125,7 @@ class OutputFiles:
             skipped=len(work.skipped),
             volume_ml=volume,
             fingerprint=work.task.fingerprint,
+            kinds=tuple(outputs.values()),
             class_ml=of_classes,
         )
 

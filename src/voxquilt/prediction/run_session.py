@@ -189,4 +189,4 @@ def _decoded(message: Message) -> Report:
     if "news" in message:
         return message["news"]
     row = message["subject"]
-    return Row(**{**row, "outputs": tuple(row["outputs"])})
+    return Row(**{**row, "outputs": tuple(row["outputs"]), "kinds": tuple(row["kinds"])})

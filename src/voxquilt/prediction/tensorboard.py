@@ -84,9 +84,9 @@ class RunEvents:
             board.add_image(f"overlay/{escaped(row.subject)}", picture, step, dataformats="HWC")
 
     def _picture(self, row: Row, case: SubjectFiles) -> np.ndarray | None:
-        drawn, name = f"{row.subject}_overlay.png", next((name for name in row.outputs if "_labels" in name), None)
-        if name is None:
+        if not row.label_files:
             return None
+        drawn, name = f"{row.subject}_overlay.png", row.label_files[0]
         self._pictures += 1
         try:
             if drawn in row.outputs:

@@ -6,7 +6,6 @@ Files are compared, so that it does not matter which process wrote them, or when
 import csv
 import io
 import os
-import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -108,15 +107,15 @@ class Evaluation:
             return Score(case.subject, "", None, reason_of(error), failed=True)
 
     def _labels_of(self, row: Row) -> dict[str, Path]:
-        """A subject's label files by product, with those of stitch.compare; those of the first of several outputs."""
-        pattern = re.compile(re.escape(row.subject) + r"_(?P<product>(?P<output>.+_)?labels(_[a-z]+)?)\.nii(\.gz)?")
-        matches = [(match, name) for name in row.outputs if (match := pattern.fullmatch(name))]
-        if not matches:
+        """A subject's label files by product: the first, and those that stitch.compare has made beside it."""
+        products = {name.removeprefix(f"{row.subject}_").partition(".")[0]: name for name in row.label_files}
+        if not products:
             raise InputError(
                 f"no labels were written for it, only {', '.join(row.outputs)}; set stitch.products=[labels]."
             )
-        output = matches[0][0]["output"]
-        return {match["product"]: self.folder / name for match, name in matches if match["output"] == output}
+        first = next(iter(products))
+        beside = {product: name for product, name in products.items() if product.startswith(f"{first}_")}
+        return {product: self.folder / name for product, name in ({first: products[first]} | beside).items()}
 
     def _compare_file(self, path: Path, files: Sequence[Path]) -> dict[int, Agreement]:
         prediction = LabelMap(path)

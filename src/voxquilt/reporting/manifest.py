@@ -15,6 +15,7 @@ from typing import Any
 from voxquilt.errors import OutputError
 from voxquilt.filesystem import replacing
 from voxquilt.text import escaped
+from voxquilt.vocabulary import LABELS, MAP, PICTURE
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Row:
             Subjects are loaded and written in parallel, so that their sum is not the time of the run.
         error: Why the subject failed.
         volume_ml: Volume of all labels above 0 in millilitres; None without labels.
+        kinds: The kinds of the outputs, in their order: 'labels', 'map', 'image' or 'picture'; left out, as in
+            manifests of earlier versions, they follow from the names.
         class_ml: Volume of each label above 0 by its name or number; not in the manifest.
     """
 
@@ -46,7 +49,17 @@ class Row:
     skipped: int = 0
     finished: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"))
     fingerprint: str = ""
+    kinds: tuple[str, ...] = ()
     class_ml: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.kinds) != len(self.outputs):
+            object.__setattr__(self, "kinds", tuple(map(_kind_by_name, self.outputs)))
+
+    @property
+    def label_files(self) -> list[str]:
+        """Names of the outputs that hold labels."""
+        return [name for name, kind in zip(self.outputs, self.kinds, strict=True) if kind == LABELS]
 
 
 def of_shard(name: str, shard: tuple[int, int]) -> str:
@@ -118,6 +131,7 @@ def _write(path: Path, rows: Iterable[Row]) -> None:
 def _cells(row: Row) -> list[Any]:
     values = asdict(row) | {
         "outputs": ";".join(row.outputs),
+        "kinds": ";".join(row.kinds),
         "seconds": f"{row.seconds:.3f}",
         "error": " ".join(row.error.split()),
         "volume_ml": "" if row.volume_ml is None else f"{row.volume_ml:.3f}",
@@ -156,10 +170,11 @@ def _row(cells: Mapping[str, str | None]) -> Row | None:
     try:
         values = {name: value for name in _HEADER if (value := cells.get(name, "")) is not None}
         volume = values["volume_ml"]
+        outputs, kinds = (tuple(filter(None, values[name].split(";"))) for name in ("outputs", "kinds"))
         return Row(
             values["subject"],
             values["status"],
-            tuple(filter(None, values["outputs"].split(";"))),
+            outputs,
             int(values["patches"]),
             float(values["seconds"]),
             values["error"],
@@ -167,6 +182,14 @@ def _row(cells: Mapping[str, str | None]) -> Row | None:
             int(values["skipped"] or 0),
             values["finished"],
             values["fingerprint"],
+            kinds,
         )
     except (KeyError, ValueError):
         return None
+
+
+def _kind_by_name(output: str) -> str:
+    """The kind of an output whose name is all that is known."""
+    if output.endswith(".png"):
+        return PICTURE
+    return LABELS if re.search(r"_labels(_[a-z]+)?\.nii(\.gz)?$", output) else MAP
