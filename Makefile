@@ -4,11 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: example test lint bench clean
+.PHONY: example check test lint bench clean
 
 example: $(READY)
 	$(BIN)/python predict.py experiment=brain_extraction
 
+# Lint, types, and the laws that take seconds: at most 2 minutes on 2 cores.
+check: lint
+	$(BIN)/python -m pytest -q -m 'not slow and not processes'
+
+# Everything, with the real command on real images: about 15 minutes on 2 cores.
 test: $(READY)
 	$(BIN)/python -m pytest
 

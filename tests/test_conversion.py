@@ -163,7 +163,7 @@ def test_a_blend_may_be_named_alone(mode: str) -> None:
         ([VOXELS], "this is builtins.list"),
         ({"age": 42}, r"this is dict with the keys \['age'\]"),
         (VOXELS[None], r"this one is \(1, 1, 9, 8, 7\). Select one volume of a batch, such as batch\[0\]"),
-        (VOXELS[0, 0], r"this is of shape \(8, 7\)"),
+        (VOXELS[0, 0], r"this is an array of shape \(8, 7\)"),
         (torch.zeros(0, 3, 3, 3), r"without empty axes; this one is \(0, 3, 3, 3\)"),
         (MetaTensor(VOXELS, affine=torch.zeros(4, 4)), "the affine is degenerate"),
         ("nowhere.nii.gz", "nowhere.nii.gz: there is no such file"),

@@ -91,7 +91,7 @@ def cut(connection: Connection) -> None:
 def die(hub: Hub) -> None:
     """What a hub does whose process dies: it says nothing more, and all its connections break."""
     hub._outbox.put(None)
-    hub._speaker.join()
+    hub._sender.join()
     for connection in hub._ranks:
         cut(connection)
 
@@ -196,7 +196,7 @@ def test_the_first_stop_that_rank_0_hears_is_the_run_s() -> None:
 def test_asking_for_a_stop_waits_for_nobody(rank: int) -> None:
     """A signal handler does, while its own thread may hold any lock of the line."""
     world = World(2)
-    with world.hub._row_lock, world.hub._change:
+    with world.hub._row_lock, world.hub._changed:
         began = time.monotonic()
         world.all[rank].ask_stop(SIGTERM)
         assert time.monotonic() - began < 0.1
@@ -266,7 +266,7 @@ def test_a_process_that_had_ended_may_go() -> None:
     """Its connection closes after its summary: no death."""
     world = World(3)
     world.spokes[0].gather({"rank": 1})
-    until(lambda: 1 in world.hub._ended)
+    until(lambda: 1 in world.hub._summaries)
     cut(world.spokes[0]._connection)
     time.sleep(0.1)
     assert world.hub.stop is None

@@ -219,7 +219,9 @@ def test_a_transform_that_makes_no_numbers_is_named(transform: Any, count: int) 
     constant = torch.zeros(1, 3, 4, 5)
     for nonfinite in ("error", "zero"):
         preprocess = Preprocess(intensity={"t2": [lambda x: x, transform]}, nonfinite=nonfinite)
-        with pytest.raises(InputError, match=rf"intensity transform .* made {count} voxels of image 't2' NaN or inf"):
+        with pytest.raises(
+            InputError, match=rf"intensity transform .* turned {count} finite voxels of image 't2' into NaN or inf"
+        ):
             preprocess(Subject(t1=ScalarImage(constant), t2=ScalarImage(constant)))
 
 

@@ -41,8 +41,9 @@ def products_of(scores: Tensor, names: Sequence[str] | None = None, **options: o
     """Products in the scores' own space."""
     products = make_products(names, len(scores), **options)  # type: ignore[arg-type]
     _, i, j, k = scores.shape
-    volumes = OutputVolumes({name: recipe.product for name, recipe in products.items()}, len(scores), (i, j, k))
-    volumes.fill((slice(0, i), slice(0, j), slice(0, k)), scores)
+    volumes = OutputVolumes({name: spec.product for name, spec in products.items()}, len(scores), (i, j, k))
+    for name, spec in products.items():
+        volumes.store(name, (slice(0, i), slice(0, j), slice(0, k)), spec.product(scores))
     return volumes.arrays
 
 

@@ -11,9 +11,10 @@ from voxquilt.cli.main import conf_dir, run_predict
 from voxquilt.cli.resolvers import register_resolvers
 from voxquilt.example_files import fetch
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore"
-)  # lightning's, monai's and torch.jit's, which are not the subject here
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),  # lightning's, monai's and torch.jit's, which are not the subject here
+]
 TWO_MM = ("preprocess.spacing=2", "data.patch_size=96", "data.patch_overlap=48")
 
 

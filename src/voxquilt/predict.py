@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from voxquilt.data.batch import named_outputs
 from voxquilt.data.conversion import SubjectLike, to_mask, to_subject
 from voxquilt.data.foreground import patches_to_skip, to_predict
 from voxquilt.data.grid_sampler import GridSampler
@@ -82,7 +83,11 @@ def predict_volume(
         for row, index in zip(batch, indices, strict=False):
             sampler.fill(row, index)
         outputs = network(batch[: len(indices)])
+<<<<<<< HEAD
         stitcher.add(_named(outputs), indices)
+=======
+        quilt.add(named_outputs(outputs, len(indices)), indices)
+>>>>>>> main
         del outputs  # or they would stay in memory beside the next
     return stitcher.volumes()
 
@@ -90,9 +95,5 @@ def predict_volume(
 def _halo(network: Callable[[Tensor], Tensor | dict[str, Tensor]], subject: Subject, patch: Triple) -> Padding:
     """The border of a patch that the network's outputs lack, measured with a patch of zeros."""
     channels = sum(image.shape[0] for image in subject.images.values())
-    outputs = _named(network(torch.zeros(1, channels, *patch)))
+    outputs = named_outputs(network(torch.zeros(1, channels, *patch)), 1)
     return halo_of({name: tensor.shape for name, tensor in outputs.items()}, patch)
-
-
-def _named(outputs: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
-    return outputs if isinstance(outputs, dict) else {"": outputs}

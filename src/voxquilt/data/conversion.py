@@ -1,6 +1,6 @@
-"""Makes a Subject of what users have: paths, arrays, tensors, MONAI's MetaTensors, TorchIO's images and subjects.
+"""Converts paths, arrays, tensors, MONAI's MetaTensors, and TorchIO's images and subjects to a Subject.
 
-Other packages' classes are known by what they have, so that none of these packages is imported.
+Other packages' classes are recognised by their attributes, so that none of these packages is imported.
 """
 
 from collections.abc import Mapping
@@ -18,12 +18,12 @@ SubjectLike = Subject | Image | Tensor | np.ndarray | str | Path | Mapping[str, 
 
 
 def to_subject(volume: SubjectLike) -> Subject:
-    """A Subject; of a single image, it is called 'image'.
+    """Convert to a Subject; a single image gets the name 'image'.
 
     Args:
         volume: A Subject; an image, or the path of one; a (C, I, J, K) or (I, J, K) tensor or array, whose affine is
-            its own (MONAI's MetaTensor) or else the identity; TorchIO's Subject or Image; or images by name. Label maps
-            stay label maps, and what is no image is kept as it is.
+            its own (MONAI's MetaTensor) or the identity; TorchIO's Subject or Image; or images by name. Label maps stay
+            label maps, and values that are not images are kept.
 
     Raises:
         InputError: anything else, or a tensor of another shape.
@@ -34,53 +34,52 @@ def to_subject(volume: SubjectLike) -> Subject:
     if image is not None:
         return Subject(image=image)
     if isinstance(volume, Mapping):
-        # TorchIO's subjects say themselves which of their values are images.
+        # TorchIO's subjects know which of their values are images, so that tensors beside them are not.
         plain = not hasattr(volume, "get_images_dict")
         images = {name: _to_image(value, tensors=plain) for name, value in volume.items()}
         if any(images.values()):
             return Subject({str(name): images[name] or value for name, value in volume.items()})
     raise InputError(
-        f"wanted is a Subject, an image, the path of one, a (C, I, J, K) tensor or array, TorchIO's Subject, or images "
-        f"by name; this is {_described(volume)}."
+        f"a volume is a Subject, an image, the path of one, a (C, I, J, K) tensor or array, TorchIO's Subject, or "
+        f"images by name; this is {_kind_of(volume)}."
     )
 
 
 def to_mask(mask: SubjectLike) -> LabelMap:
-    """A LabelMap of whatever a single image can be made of.
+    """Convert a single image to a LabelMap.
 
     Raises:
-        InputError: it is none, or has several images.
+        InputError: it is not an image, or has several images.
     """
     image, *others = to_subject(mask).images.values()
     if others:
-        raise InputError(f"a mask is one image; this is {_described(mask)}.")
+        raise InputError(f"a mask is one image; this is {_kind_of(mask)}.")
     if isinstance(image, LabelMap):
         return image
     return LabelMap(tensor=image[DATA], affine=image.affine) if DATA in image else LabelMap(image.path)
 
 
 def _to_image(value: Any, *, tensors: bool = True) -> Image | None:
-    """An Image, or None of what is none."""
+    """An Image, or None if the value is not an image."""
     if isinstance(value, Image):
         return value
     if isinstance(value, Path):
         return ScalarImage(value)
     if isinstance(value, (Tensor, np.ndarray)):
-        # In a dictionary other tensors may stand beside images, such as a patch's location.
+        # A dictionary may hold other tensors beside images, such as a patch's location.
         return ScalarImage(tensor=value) if tensors and (value.ndim >= 3 or hasattr(value, "affine")) else None
     if isinstance(value, Mapping) and {DATA, AFFINE} <= value.keys():
-        found = value[DATA], value[AFFINE], value.get(TYPE)
+        data, affine, kind = value[DATA], value[AFFINE], value.get(TYPE)
     elif hasattr(value, DATA) and hasattr(value, AFFINE):
-        found = getattr(value, DATA), getattr(value, AFFINE), getattr(value, TYPE, None)
+        data, affine, kind = getattr(value, DATA), getattr(value, AFFINE), getattr(value, TYPE, None)
     else:
         return None
-    data, affine, kind = found
     return (LabelMap if kind == LABEL else ScalarImage)(tensor=data, affine=affine)
 
 
-def _described(value: Any) -> str:
+def _kind_of(value: Any) -> str:
     if isinstance(value, (Tensor, np.ndarray)):
-        return f"of shape {tuple(value.shape)}"
+        return f"an array of shape {tuple(value.shape)}"
     if isinstance(value, Mapping):
         return f"{type(value).__name__} with the keys {list(value)}"
     return f"{type(value).__module__}.{type(value).__qualname__}"

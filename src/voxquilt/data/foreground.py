@@ -1,4 +1,4 @@
-"""Which patches hold nothing to predict? Those without foreground: above a threshold, or in a mask."""
+"""Finds the patches without foreground, by a threshold or a mask, which need not be predicted."""
 
 from collections.abc import Iterable
 
@@ -18,50 +18,50 @@ def empty_patches(sampler: GridSampler, foreground: Bool[Tensor, "i j k"]) -> li
 
     Args:
         sampler: Cuts the patches.
-        foreground: Of its subject, without padding, which is never foreground.
+        foreground: The foreground of its subject, without padding, which never is foreground.
     """
     around = [voxels for pair in reversed(sampler.padding) for voxels in pair]
-    found = torch.nn.functional.pad(foreground, around)
-    # A patch is a box, so whether it holds a voxel can be asked one axis after the other.
+    present = torch.nn.functional.pad(foreground, around)
+    # A patch is a box, so that its foreground can be reduced one axis after the other.
     for axis, (starts, size) in enumerate(zip(sampler.grid.starts, sampler.grid.patch_size, strict=True)):
-        found = torch.stack([found.narrow(axis, start, size).any(axis) for start in starts], axis)
-    return (~found.flatten()).nonzero().flatten().tolist()
+        present = torch.stack([present.narrow(axis, start, size).any(axis) for start in starts], axis)
+    return (~present.flatten()).nonzero().flatten().tolist()
 
 
 def above(threshold: float, model_subject: Subject) -> Bool[Tensor, "i j k"]:
-    """Where the first image is above a threshold, in model space and as the network sees it."""
+    """Where the first image of a subject in model space is above a threshold."""
     return (next(iter(model_subject.images.values())).data > threshold).any(0)
 
 
 def inside(mask: LabelMap, subject: Subject, space: Space) -> Bool[Tensor, "i j k"]:
     """Where a mask of the subject is above 0, in model space.
 
-    Every model voxel that is nearest to a voxel of the mask, and every one whose nearest is in the mask: no single
-    voxel gets lost where model space is coarser, and there are no gaps where it is finer.
+    These are the model voxels that are nearest to a voxel of the mask, and those whose nearest voxel is in the mask: no
+    voxel is lost where model space is coarser, and there are no gaps where it is finer.
 
     Raises:
-        InputError: the mask does not lie on the subject's grid, or cannot be read.
+        InputError: the mask is not on the subject's grid, or cannot be read.
     """
     _ = Subject({**subject.images, "the mask of skip": mask}).frame
     native = (mask.stored() > 0).any(0)
     model = resample(native[None], inverse(space.maps, space.model.shape), linear=False)[0].clone()
     voxels = native.nonzero()
-    where: dict[int, Tensor] = {}
+    positions: dict[int, Tensor] = {}
     for n, m in enumerate(space.maps):
         below, upper, share = m.neighbours(space.model.shape[m.axis])
-        where[m.axis] = torch.where(share > 0.5, upper, below)[voxels[:, n]]
-    model[where[0], where[1], where[2]] = True
+        positions[m.axis] = torch.where(share > 0.5, upper, below)[voxels[:, n]]
+    model[positions[0], positions[1], positions[2]] = True
     return model
 
 
 def patches_to_skip(skip: float | LabelMap | None, sampler: GridSampler, subject: Subject, space: Space) -> list[int]:
-    """Numbers of the patches that are not predicted.
+    """Numbers of the patches that need not be predicted.
 
     Args:
         skip: A threshold, a mask in native space, or None to predict all.
-        sampler: Of the subject in model space.
-        subject: In native space.
-        space: Between the two.
+        sampler: The sampler of the subject in model space.
+        subject: The subject in native space.
+        space: The mapping between the two.
     """
     if skip is None:
         return []
@@ -71,9 +71,9 @@ def patches_to_skip(skip: float | LabelMap | None, sampler: GridSampler, subject
 
 
 def to_predict(sampler: GridSampler, skipped: Iterable[int], part: Part | None = None) -> list[int]:
-    """Numbers of the patches that are predicted, all or those of a part, in streaming order.
+    """Numbers of the patches to predict, of the grid or of a part of it, in streaming order.
 
-    Where there is no foreground at all one patch is predicted nonetheless: it tells which outputs there are.
+    Without any foreground one patch is predicted nonetheless, since it shows which outputs the network has.
     """
     order = (sampler.grid.streaming_order if part is None else part.patches(sampler.grid)).tolist()
     left_out = frozenset(skipped)

@@ -1,4 +1,4 @@
-"""A volume as a Dataset of patches: what does patch n of a subject hold?"""
+"""Provides the overlapping patches of a subject as a Dataset."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
@@ -19,26 +19,30 @@ from voxquilt.geometry.padding import NO_PADDING, lay_grid, to_padding
 
 
 class GridSampler(Dataset[Subject]):
-    """A map-style Dataset of the overlapping patches of one subject; the interface is TorchIO 1.x's.
+    """A map-style Dataset of the overlapping patches of one subject, with the interface of TorchIO 1.x.
 
-    Patch n is a Subject of its own: each image with its 'data' (C, pi, pj, pk) and 'affine' (4, 4), the 'location'
-    (6,), and the subject's other values that a DataLoader can collate. A DataLoader makes plain dictionaries of them:
-    `batch['t1']['data']` is (B, C, pi, pj, pk), `batch['location']` (B, 6). The subject is not changed.
+    Patch n is a Subject: each image with 'data' (C, pi, pj, pk) and 'affine' (4, 4), the 'location' (6,), and those of
+    the subject's other values that a DataLoader can collate. A DataLoader returns plain dictionaries of batches:
+    `batch['t1']['data']` is (B, C, pi, pj, pk), `batch['location']` is (B, 6). The subject is not changed.
+
+    >>> sampler = GridSampler(torch.zeros(1, 20, 16, 16), patch_size=16, patch_overlap=12)
+    >>> len(sampler), sampler[1]["image"]["data"].shape, sampler[1]["location"].tolist()
+    (2, torch.Size([1, 16, 16, 16]), [4, 0, 0, 20, 16, 16])
 
     Args:
-        subject: Images on one grid, or whatever they can be made of; see `voxquilt.data.conversion.to_subject`.
+        subject: Images on one grid, or anything that `voxquilt.data.conversion.to_subject` converts.
         patch_size: Voxels, an integer or three.
         patch_overlap: Voxels that neighbours share, even, an integer or three.
-        padding_mode: None, or how half of the overlap is added on every side: a mode of `numpy.pad` (its statistics,
-            such as 'mean', are per line of voxels) or a number. Locations are then those of the padded volume.
-        fit: Pad volumes that are smaller than a patch (with `padding_mode`, or zeros), for networks that need it.
+        padding_mode: None, or the padding by half of the overlap on every side: a mode of `numpy.pad` (statistics
+            such as 'mean' are per line of voxels) or a number. Locations then refer to the padded volume.
+        fit: Pad volumes that are smaller than a patch, with `padding_mode` or zeros.
         divisible_by: With `fit`, pad to a multiple of so many voxels, an integer or three.
-        halo: Voxels before and after along i, j, k that the network uses up, so that its outputs are smaller than
-            patches (see `voxquilt.geometry.output_layout`). Outputs are what lies on the grid, and what locations are
-            of; patches have the halo around, and beyond the volume's edge padding.
+        halo: Voxels before and after along i, j, k by which the network's outputs are smaller than patches (see
+            `voxquilt.geometry.output_layout`). The grid and locations are those of outputs; patches include the halo,
+            which is padding beyond the volume's edge.
 
     Raises:
-        GridError: (a ValueError) sizes that make no grid.
+        GridError: (a ValueError) the sizes do not form a grid.
         PaddingModeError: (a ValueError and KeyError) an unknown padding mode.
         InputError: images on different grids, or a file that cannot be read.
     """
@@ -64,9 +68,9 @@ class GridSampler(Dataset[Subject]):
             "halo": halo,
         }
         self.halo = halo
-        self._lay(to_subject(subject))
+        self._set_subject(subject if isinstance(subject, Subject) else to_subject(subject))
 
-    def _lay(self, subject: Subject) -> None:
+    def _set_subject(self, subject: Subject) -> None:
         self.subject = subject
         border = self.padding_mode is not None
         self.grid, self.padding = lay_grid(subject.spatial_shape, border=border, **self._sizes)
@@ -85,30 +89,30 @@ class GridSampler(Dataset[Subject]):
 
     @property
     def patch_size(self) -> Triple:
-        """Voxels of a patch, the halo included."""
+        """Voxels of a patch along i, j, k, with the halo."""
         i, j, k = (n + sum(around) for n, around in zip(self.grid.patch_size, self.halo, strict=True))
         return i, j, k
 
     @property
     def patch_overlap(self) -> Triple:
-        """Voxels that neighbours share."""
+        """Voxels that neighbouring patches share along i, j, k."""
         return self.grid.patch_overlap
 
     def volume(self, name: str) -> Shaped[Tensor, "c i j k"]:
-        """An image's voxels with the padding and the halo around, made once."""
+        """An image's voxels with padding and halo, computed once."""
         if name not in self._volumes:
             data = self.subject.images[name].data
             self._volumes[name] = self._pad(data, self._around) if self._around != NO_PADDING else data
         return self._volumes[name]
 
     def cut(self, name: str, index: int) -> Shaped[Tensor, "c pi pj pk"]:
-        """One image's patch, a view of its volume."""
-        # The volume has the halo around, so a patch begins where its output does, and is longer.
+        """A patch of one image, as a view of its volume."""
+        # The volume includes the halo, so that a patch begins at its output's location, and is longer.
         i, j, k = (slice(s, s + n) for s, n in zip(self.grid.location(index)[:3], self.patch_size, strict=True))
         return self.volume(name)[:, i, j, k]
 
     def fill(self, out: Shaped[Tensor, "c pi pj pk"], index: int) -> None:
-        """Copy a patch of all images, one after the other as channels, into memory that is there."""
+        """Copy a patch of all images, concatenated along channels, into an existing tensor."""
         channel = 0
         for name in self.subject.images:
             patch = self.cut(name, index)
@@ -117,7 +121,7 @@ class GridSampler(Dataset[Subject]):
 
     @property
     def channels(self) -> int:
-        """Of all images together."""
+        """Number of channels of all images."""
         return sum(len(self.volume(name)) for name in self.subject.images)
 
     def __getitem__(self, index: int) -> Subject:
@@ -128,42 +132,42 @@ class GridSampler(Dataset[Subject]):
         location = self.grid.location(index % len(self))
         patch = self.crop(self._padded, location[:3], self.patch_size)
         if self.halo != NO_PADDING:
-            patch[LOCATION] = torch.tensor(location)  # of its output
+            patch[LOCATION] = torch.tensor(location)  # the location of its output
         return patch
 
     def __iter__(self) -> Iterator[Subject]:
         return (self[index] for index in range(len(self)))
 
     def __call__(self, subject: SubjectLike | None = None, num_patches: int | None = None) -> Iterator[Subject]:
-        """Every patch in grid order, of this subject or of another.
+        """All patches in grid order, of this subject or of another.
 
         Raises:
-            GridError: (a ValueError) a number of patches: a grid has as many as it has.
+            GridError: (a ValueError) a number of patches was given: a grid has a fixed number of patches.
         """
         if num_patches is not None:
             raise GridError("GridSampler does not support limiting the number of patches; a grid covers its volume.")
         if subject is None:
             return iter(self)
         other = copy(self)
-        other._lay(to_subject(subject))
+        other._set_subject(to_subject(subject))
         return iter(other)
 
     def crop(self, subject: Subject, index_ini: Triple, patch_size: Triple) -> Subject:
-        """A patch; a subclass may do so in another way.
+        """Cut a patch; a subclass may override how.
 
         Args:
-            subject: The images with the padding.
+            subject: The images with padding.
             index_ini: The patch's first voxel.
             patch_size: Voxels along i, j, k.
         """
         (i0, j0, k0), (i1, j1, k1) = index_ini, np.add(index_ini, patch_size).tolist()
         kept = (bool, int, float, str, Tensor, np.ndarray)
-        found: dict[str, Any] = {k: v for k, v in subject.items() if isinstance(v, kept)}
+        patch: dict[str, Any] = {k: v for k, v in subject.items() if isinstance(v, kept)}
         for name, image in subject.images.items():
-            # Copies, so that changing a patch in place changes neither the volume nor its neighbours.
+            # Copies, so that changing a patch in place changes neither the volume nor neighbouring patches.
             data = image.data[:, i0:i1, j0:j1, k0:k1].clone(memory_format=torch.contiguous_format)
-            found[name] = image.part(data, _moved(image[AFFINE], index_ini))
-        return Subject(found, **{LOCATION: torch.tensor([i0, j0, k0, i1, j1, k1])})
+            patch[name] = image.part(data, _moved(image[AFFINE], index_ini))
+        return Subject(patch, **{LOCATION: torch.tensor([i0, j0, k0, i1, j1, k1])})
 
     def _with_padding(self) -> Subject:
         first = [-before for before, _ in self._around]
@@ -174,7 +178,7 @@ class GridSampler(Dataset[Subject]):
 
 
 def _moved(affine: np.ndarray, first: Sequence[int]) -> np.ndarray:
-    """The affine of a part of a volume that begins at this voxel."""
+    """The affine of a part of a volume whose first voxel is `first`."""
     moved = affine.copy()
     moved[:3, 3] += affine[:3, :3] @ first
     return moved
@@ -190,5 +194,5 @@ def _collate_values(mappings: Sequence[Mapping[str, Any]], *, collate_fn_map: An
     return {key: collate([m[key] for m in mappings], collate_fn_map=collate_fn_map) for key in mappings[0]}
 
 
-# Torch's documented way of telling a DataLoader how a class is collated. Otherwise it would make a Subject of a batch.
+# Torch's documented way to define how a DataLoader collates a class. Otherwise a batch would become a Subject.
 default_collate_fn_map.update({Image: _collate_images, Subject: _collate_values})

@@ -1,4 +1,4 @@
-"""What does the network see of a subject? Its images in model space, with their intensities changed."""
+"""Takes the images of a subject to model space and changes their intensities, as the network needs them."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ Transform = Callable[[Tensor], Tensor]
 
 
 class Prepared(NamedTuple):
-    """A subject in model space, and the way back."""
+    """A subject in model space, and the mapping back to native space."""
 
     subject: Subject
     space: Space
@@ -30,14 +30,14 @@ class Preprocess:
 
     Args:
         orientation: Axis codes such as 'RAS'; None keeps the file's axes.
-        spacing: mm, one number or three along the model's axes, None where the file's are kept. Images are interpolated
-            linearly, label maps by nearest neighbour.
-        intensity: Callables on a (C, I, J, K) float32 tensor, applied in turn to each image by itself; or a mapping
-            from image name to such a list. MONAI's array transforms are such callables.
+        spacing: Voxel size in mm, one number or three along the model's axes; None keeps the file's. Images are
+            interpolated linearly, label maps by nearest neighbour.
+        intensity: Callables on a (C, I, J, K) float32 tensor, applied in turn to each image separately; or a mapping
+            from image names to such lists. MONAI's array transforms are such callables.
         nonfinite: What to do with NaN and infinite voxels: 'error' or 'zero'.
 
     Raises:
-        ConfigError: one of these is wrong.
+        ConfigError: an argument is invalid.
     """
 
     orientation: str | None = "RAS"
@@ -60,7 +60,7 @@ class Preprocess:
         return make_space(subject.frame, self.orientation, self.spacing)
 
     def __call__(self, subject: Subject) -> Prepared:
-        """Read a subject and take it to model space; the subject itself keeps nothing.
+        """Read a subject and take it to model space; the subject does not keep the voxels.
 
         Raises:
             InputError: a file that cannot be read, images on different grids, or voxels that are not finite.
@@ -72,7 +72,7 @@ class Preprocess:
         maps = inverse(space.maps, space.model.shape)
         images: dict[str, Image] = {}
         for name, image in subject.images.items():
-            stored = self._finite(image.stored(), f"image {name!r} ({image.path or 'a tensor'})")
+            stored = self._without_nonfinite(image.stored(), f"image {name!r} ({image.path or 'a tensor'})")
             if isinstance(image, LabelMap):
                 images[name] = LabelMap(tensor=resample(stored, maps, linear=False), affine=space.model.affine)
                 continue
@@ -80,10 +80,10 @@ class Preprocess:
             images[name] = ScalarImage(tensor=data, affine=space.model.affine)
         return Prepared(Subject(dict(images)), space)
 
-    def _finite(self, data: Tensor, what: str) -> Tensor:
+    def _without_nonfinite(self, data: Tensor, what: str) -> Tensor:
         if _all_finite(data):
             return data
-        # In float32, as the network sees them: what float64 can hold may be too large.
+        # In float32, which the network gets: values of float64 may be too large for it.
         bad = ~data.float().isfinite()
         count = int(bad.sum())
         large = int(data[bad].isfinite().sum())
@@ -95,8 +95,8 @@ class Preprocess:
     def _transformed(self, name: str, data: Tensor) -> Tensor:
         transforms = self.intensity.get(name, ()) if isinstance(self.intensity, Mapping) else self.intensity
         if not transforms:
-            return data  # in the file's type, which is small; patches become float32 when they are cut
-        # A copy in any case: transforms may work in place, and the subject's tensor is the caller's.
+            return data  # in the file's type, which takes little memory; patches become float32 when they are cut
+        # Always a copy: transforms may work in place, and the subject's tensor belongs to the caller.
         data = data.to(torch.float32, copy=True)
         for transform in transforms:
             # MONAI returns its MetaTensor, numpy functions an array.
@@ -110,18 +110,18 @@ class Preprocess:
             if not _all_finite(data):
                 bad = int((~data.isfinite()).sum())
                 raise InputError(
-                    f"intensity transform {transform!r} made {bad} voxels of image {name!r} NaN or infinite, out of "
-                    f"finite ones. Is the image constant, or 0 where it takes a logarithm?"
+                    f"intensity transform {transform!r} turned {bad} finite voxels of image {name!r} into NaN or "
+                    f"infinity. Is the image constant, or 0 where the transform takes a logarithm?"
                 )
         return data
 
 
 def _all_finite(data: Tensor) -> bool:
-    """Whether all voxels are, in float32, as far as can be told without looking at each."""
+    """Whether all voxels are finite in float32; False where a fast check is not certain."""
     if not data.is_floating_point():
         return True
     if data.dtype == torch.float64:
-        least, most = data.aminmax()  # NaN if one is
+        least, most = data.aminmax()  # NaN if a voxel is
         return bool(torch.stack([least, most]).float().isfinite().all())
-    # The sum is finite if all are, and needs no memory; if it is not, look closer (sums can overflow).
+    # If the sum is finite, all voxels are. It needs no memory, but can overflow.
     return bool(data.sum(dtype=torch.float64).isfinite())

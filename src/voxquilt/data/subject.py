@@ -1,4 +1,4 @@
-"""What is one case? A Subject: an id and co-registered images, read when a voxel is asked for."""
+"""Provides subjects: co-registered images by name, which are read when they are used."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,10 +22,10 @@ CHANNELS_DIMENSION = 1
 class Subject(dict[str, Any]):
     """Images that share one frame, and any other values: `Subject(t1=ScalarImage('t1.nii.gz'), age=42)`.
 
-    `subject['t1']` is `subject.t1` too, unless a dictionary or a subject has an attribute of that name.
+    `subject['t1']` is also `subject.t1`, unless dictionaries or subjects have an attribute of that name.
 
     Raises:
-        InputError: no image among the values.
+        InputError: there is no image among the values.
     """
 
     def __init__(self, mapping: Mapping[str, Any] | None = None, /, **values: Any) -> None:
@@ -44,23 +44,23 @@ class Subject(dict[str, Any]):
         return {name: value for name, value in self.items() if isinstance(value, Image)}
 
     def get_images_dict(self, intensity_only: bool = True) -> dict[str, Image]:
-        """The images by name, without label maps unless they are asked for."""
+        """The images by name; with `intensity_only`, without label maps."""
         return {n: image for n, image in self.images.items() if not (intensity_only and isinstance(image, LabelMap))}
 
     def get_images(self, intensity_only: bool = True) -> list[Image]:
-        """The images, without label maps unless they are asked for."""
+        """The images; with `intensity_only`, without label maps."""
         return list(self.get_images_dict(intensity_only).values())
 
     def get_images_names(self) -> list[str]:
-        """Of all images."""
+        """The names of all images."""
         return list(self.images)
 
     def get_first_image(self) -> Image:
-        """Of all images."""
+        """The first image."""
         return next(iter(self.images.values()))
 
     def add_image(self, image: Image, image_name: str) -> None:
-        """One more, such as a prediction."""
+        """Add an image, such as a prediction."""
         self[image_name] = image
 
     def load(self) -> None:
@@ -78,17 +78,19 @@ class Subject(dict[str, Any]):
         (first, reference), *others = self.images.items()
         for name, image in others:
             if not reference.frame.matches(image.frame):
-                affine = reference.spatial_shape == image.spatial_shape  # else it is not what has to be looked at
+                affine = (
+                    reference.spatial_shape == image.spatial_shape
+                )  # with different shapes, affines are not of interest
                 raise InputError(
                     f"images {first!r} and {name!r} of one subject lie on different grids: "
-                    f"{_described(reference, affine=affine)}; {_described(image, affine=affine)}. "
+                    f"{_geometry_text(reference, affine=affine)}; {_geometry_text(image, affine=affine)}. "
                     f"Resample one onto the other."
                 )
         return reference.frame
 
     @property
     def spatial_shape(self) -> Triple:
-        """(I, J, K) of all images."""
+        """(I, J, K), which all images share."""
         return self.frame.shape
 
     @property
@@ -98,14 +100,14 @@ class Subject(dict[str, Any]):
 
     @property
     def spacing(self) -> tuple[float, float, float]:
-        """Voxel sizes along i, j, k in mm, of all images."""
+        """Voxel sizes along i, j, k in mm, which all images share."""
         return self.frame.spacing
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(Keys: {tuple(self.keys())}; images: {len(self.images)})"
 
 
-def _described(image: Image, *, affine: bool) -> str:
+def _geometry_text(image: Image, *, affine: bool) -> str:
     spacing = ", ".join(f"{mm:.5g}" for mm in image.spacing)
     rows = f", affine {np.round(image.affine[:3], 4).tolist()}" if affine else ""
     return f"{image.path or 'a tensor'} has shape {image.spatial_shape}, spacing ({spacing}) mm{rows}"

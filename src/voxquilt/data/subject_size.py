@@ -1,4 +1,4 @@
-"""What can be said of a subject before a voxel is read? Shapes, patches, and how much of everything there will be."""
+"""Computes from headers the sizes of subjects and runs: voxels, patches, and the memory to load and stitch them."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -16,17 +16,17 @@ _FLOAT = 4
 
 
 class SubjectSize(NamedTuple):
-    """A subject, from its headers.
+    """The sizes of a subject, from its headers.
 
     Args:
         native, model: Voxels along i, j, k in the file and as the network sees it, without padding.
         spacing: mm along the file's i, j, k.
-        channels: Of all images together.
-        patches: Of the grid.
+        channels: Channels of all images.
+        patches: Patches of the grid.
         ring: Voxels of the planes whose sums are kept.
-        loaded: Bytes of its images while patches are cut from them.
-        reading: Bytes that reading and resampling take beside.
-        file: Bytes of its images unpacked, as the files store them.
+        loaded: Bytes of the images while patches are cut from them.
+        reading: Further bytes that reading and resampling need.
+        file: Bytes of the images as the files store them, unpacked.
     """
 
     native: Triple
@@ -43,17 +43,17 @@ class SubjectSize(NamedTuple):
 def outline(
     subject: Subject, space: Space, grid: Grid, padding: Padding, *, transformed: bool, halo: Padding = NO_PADDING
 ) -> SubjectSize:
-    """From headers alone.
+    """The sizes of a subject, computed from headers.
 
     Args:
-        subject: Its images, not read.
-        space: To model space.
-        grid, padding: In model space.
-        transformed: Whether intensities are changed, which makes them float32.
-        halo: What the padded volume has around the grid.
+        subject: The subject, whose voxels are not read.
+        space: The mapping to model space.
+        grid, padding: The grid and its padding in model space.
+        transformed: Whether intensity transforms are applied, which make voxels float32.
+        halo: Voxels around the grid that patches include.
     """
     native, model, padded = (prod(shape) for shape in (space.native.shape, space.model.shape, grid.shape))
-    held = prod(n + sum(around) for n, around in zip(grid.shape, halo, strict=True))
+    padded_with_halo = prod(n + sum(around) for n, around in zip(grid.shape, halo, strict=True))
     resampled = native != model or any(abs(abs(m.scale) - 1) > 1e-6 for m in space.maps)
     loaded = reading = file = channels = 0
     for image in subject.images.values():
@@ -62,8 +62,8 @@ def outline(
         channels += count
         file += count * native * stored
         # GridSampler keeps the volume beside the padded one.
-        loaded += count * size * (model + (held if (padding, halo) != (NO_PADDING, NO_PADDING) else 0))
-        # The file's voxels; along each axis in turn, the two neighbours of every voxel; then copies for transforms.
+        loaded += count * size * (model + (padded_with_halo if (padding, halo) != (NO_PADDING, NO_PADDING) else 0))
+        # The file's voxels; along one axis at a time, two neighbours per voxel; then copies for transforms.
         along = _FLOAT * (native + 2 * max(native, model)) if resampled else 0
         changed = 2 * _FLOAT * model if transformed else 0
         reading = max(reading, count * max(native * stored + along, changed))
@@ -76,14 +76,14 @@ def outline(
 
 @dataclass(frozen=True)
 class RunSize:
-    """How much there is of some subjects: sums, and the most that any of them has.
+    """Totals and maxima over the subjects of a run.
 
     Args:
-        subjects, patches, voxels, file: Of all together; native voxels.
-        largest: Native voxels of one.
-        channels, ring, loaded, reading: See Outline.
-        unread: Subjects of which is known that they will fail.
-        of_channels: How many subjects have so many channels.
+        subjects, patches, voxels, file: Totals; voxels are native.
+        largest: Native voxels of the largest subject.
+        channels, ring, loaded, reading: Maxima; see SubjectSize.
+        unread: Subjects that are known to fail.
+        of_channels: Number of subjects by number of channels.
     """
 
     subjects: int = 0
@@ -100,38 +100,38 @@ class RunSize:
 
 
 def extent(outlines: Iterable[SubjectSize | None]) -> RunSize:
-    """Of subjects; None is one that will fail."""
-    known = list(outlines)
-    there = [one for one in known if one is not None]
+    """The size of a run with these subjects; None stands for a subject that will fail."""
+    subjects = list(outlines)
+    sizes = [size for size in subjects if size is not None]
 
     def most(key: str) -> int:
-        return max((getattr(one, key) for one in there), default=0)
+        return max((getattr(size, key) for size in sizes), default=0)
 
-    voxels = [prod(one.native) for one in there]
+    voxels = [prod(size.native) for size in sizes]
     return RunSize(
-        subjects=len(known),
-        patches=sum(one.patches for one in there),
+        subjects=len(subjects),
+        patches=sum(size.patches for size in sizes),
         voxels=sum(voxels),
-        file=sum(one.file for one in there),
+        file=sum(size.file for size in sizes),
         largest=max(voxels, default=0),
-        unread=len(known) - len(there),
-        of_channels=Counter(one.channels for one in there),
+        unread=len(subjects) - len(sizes),
+        of_channels=Counter(size.channels for size in sizes),
         **{key: most(key) for key in ("channels", "ring", "loaded", "reading")},
     )
 
 
 def together(extents: Iterable[RunSize]) -> RunSize:
-    """Of all of them."""
-    known = list(extents)
+    """The size of several runs together."""
+    sizes = list(extents)
 
     def total(key: str) -> int:
-        return sum(getattr(one, key) for one in known)
+        return sum(getattr(size, key) for size in sizes)
 
     def most(key: str) -> int:
-        return max((getattr(one, key) for one in known), default=0)
+        return max((getattr(size, key) for size in sizes), default=0)
 
     sums = {key: total(key) for key in ("subjects", "patches", "voxels", "file", "unread")}
-    of_channels = sum((Counter(one.of_channels) for one in known), Counter[int]())
+    of_channels = sum((Counter(size.of_channels) for size in sizes), Counter[int]())
     return RunSize(
         of_channels=of_channels,
         **sums,
@@ -141,13 +141,13 @@ def together(extents: Iterable[RunSize]) -> RunSize:
 
 @dataclass(frozen=True)
 class SubjectCost:
-    """What a subject takes.
+    """The cost of predicting a subject.
 
     Args:
-        patches: From its headers; reading and writing count as one more.
-        parts: Into how many slabs its grid can be divided for the ranks of a run.
-        outline: What else its headers say; None where they cannot be used, and where it was left out.
-        problem: Why the subject will fail, where its headers tell.
+        patches: Number of patches, plus one for reading and writing.
+        parts: Number of slabs into which the grid can be divided for the ranks of a run.
+        outline: The sizes; None where headers cannot be used, and where sizes were not computed.
+        problem: Why the subject will fail, where its headers show that.
     """
 
     patches: int

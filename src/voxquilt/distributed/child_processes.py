@@ -1,4 +1,4 @@
-"""What do the processes of a run owe each other? To be quiet, to forward signals, and to outlive those they started."""
+"""Sets up logging in a run's processes, forwards signals to those that Lightning starts, and waits for their end."""
 
 import contextlib
 import logging
@@ -17,14 +17,14 @@ from voxquilt.distributed.signals import Signals
 from voxquilt.errors import ConfigError, InputError, OutputError, RunError, VoxquiltError
 from voxquilt.text import escape_streams
 
-# Seconds that processes are given to end after the run has.
+# Seconds in which processes have to end after the run has.
 _PATIENCE = 30
 
 
 def quiet() -> None:
-    """Lightning's advertisements and remarks on a loop that is not a DataLoader tell users nothing.
+    """Silence Lightning's advertisements, its remarks on loops without a DataLoader, and nibabel's log.
 
-    What nibabel says of a header is said again, with the file's name, where it matters.
+    Where nibabel's remarks on a header matter, voxquilt repeats them with the file's name.
     """
     logging.getLogger("nibabel.global").setLevel(logging.CRITICAL + 1)
     for package in (lightning, lightning.fabric, lightning.pytorch):
@@ -34,17 +34,17 @@ def quiet() -> None:
 
 
 class SpawnedLogging(Callback):
-    """Has processes of ddp_spawn print what others print: they start without Hydra's logging.
+    """Sets up logging in processes of ddp_spawn, which start without Hydra's.
 
     Args:
-        to_stderr: What is logged, since stdout is for JSON.
+        to_stderr: Log to stderr, since stdout is for JSON.
     """
 
     def __init__(self, *, to_stderr: bool = False) -> None:
         self._to_stderr = to_stderr
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """The first thing that can be done there."""
+        """The first method that Lightning calls in such a process."""
         escape_streams()
         if not logging.getLogger().handlers:
             stream = sys.stderr if self._to_stderr else sys.stdout
@@ -54,10 +54,10 @@ class SpawnedLogging(Callback):
 
 @contextlib.contextmanager
 def attended(trainer: Trainer) -> Iterator[None]:
-    """Around `Trainer.predict`: afterwards none of the processes that it started is left.
+    """A context for `Trainer.predict` or `fit`, after which no process that Lightning has started is left.
 
     Raises:
-        VoxquiltError: of a process that Lightning spawned, as if it were raised here.
+        VoxquiltError: a process that Lightning spawned raised it.
     """
     launcher = trainer.strategy.launcher
     spawns = hasattr(launcher, "_start_method")  # spawn or fork: this process only waits
@@ -67,7 +67,7 @@ def attended(trainer: Trainer) -> Iterator[None]:
     try:
         yield
     except ProcessException as error:
-        raise _as_ours(str(error)) from error
+        raise _error_of(str(error)) from error
     finally:
         signals.release()
         disarm_observer()
@@ -79,10 +79,10 @@ def attended(trainer: Trainer) -> Iterator[None]:
                     process.kill()
 
 
-def _as_ours(text: str) -> VoxquiltError:
-    """The error that a spawned process's traceback ends with, if it is one of ours."""
+def _error_of(text: str) -> VoxquiltError:
+    """The VoxquiltError that the traceback of a spawned process ends with, or a RunError with the traceback."""
     for kind in (ConfigError, InputError, OutputError, RunError):
-        _, found, message = text.rpartition(f"{kind.__module__}.{kind.__name__}: ")
-        if found:
+        _, separator, message = text.rpartition(f"{kind.__module__}.{kind.__name__}: ")
+        if separator:
             return kind(message.strip())
     return RunError(f"a process of the run ended: {text}")

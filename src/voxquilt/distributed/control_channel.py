@@ -1,8 +1,8 @@
-"""How do the processes of a run talk while it goes on? Each has a connection to rank 0, which keeps the manifest.
+"""Defines the channel by which the processes of a run exchange messages with rank 0, which keeps the manifest.
 
-Collective operations cannot do this: no rank knows when another has something to say, and one that has died says
-nothing. A connection that breaks is known at once. What is sent is JSON; connecting takes a key that rank 0 draws for
-the run and hands out through the process group.
+Collective operations cannot do this: no rank knows when another has a message, and a rank that has died sends none. A
+broken connection is noticed at once. Messages are JSON; connecting needs a key that rank 0 draws for the run and shares
+through the process group.
 """
 
 from collections.abc import Callable
@@ -25,38 +25,38 @@ class Stop:
 
 @runtime_checkable
 class ControlChannel(Protocol):
-    """What a process of a run needs to know of the others."""
+    """What a process of a run exchanges with the others."""
 
     @property
     def stop(self) -> Stop | None:
-        """Set as soon as any process has asked for it."""
+        """Why the run ends, as soon as any process has requested it; else None."""
         ...
 
     def ask_stop(self, stop: Stop) -> None:
-        """End the run, in all processes; the first who asks is heard. Returns at once, also in a signal handler."""
+        """End the run in all processes; the first request counts. Returns at once, also in a signal handler."""
         ...
 
     def report(self, report: Any) -> None:
-        """Hand over what became of a subject, or how far this process is, to the process that keeps the manifest."""
+        """Send what became of a subject, or how far this process is, to rank 0."""
         ...
 
     def gather(self, summary: Message) -> list[Message]:
-        """Say that this process has finished; on rank 0, wait for all the others and give their summaries.
+        """Announce that this process has finished; on rank 0, wait for all others and return their summaries.
 
-        Those of processes that died are missing.
+        The summaries of processes that have died are missing.
         """
         ...
 
     def settle(self, status: int) -> int:
-        """The exit status of the run: rank 0 says it, the others are told."""
+        """Return the exit status of the run, which rank 0 gives to all others."""
         ...
 
 
 class LocalChannel:
-    """A run of one process.
+    """The channel of a run with one process.
 
     Args:
-        on_report: Takes what is reported.
+        on_report: Takes reports.
     """
 
     def __init__(self, on_report: Callable[[Any], None]) -> None:

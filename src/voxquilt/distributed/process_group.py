@@ -1,4 +1,4 @@
-"""What do the processes of a run agree on, and how do tensors get from one to another? By torch.distributed."""
+"""Exchanges objects and tensors between the processes of a run by torch.distributed."""
 
 import contextlib
 import json
@@ -16,18 +16,18 @@ from voxquilt.errors import RunError, VoxquiltError
 
 T = TypeVar("T")
 
-# Messages of a process that may be under way: each holds its tensors until the other side has taken them.
-_UNDER_WAY = 6
+# Unreceived messages that a process may have sent: each holds its tensors until the receiver has taken them.
+_PENDING = 6
 
 
 class Group:
     """The processes of a trainer, with a gloo group of their own.
 
-    Of their own, since the trainer's may be NCCL: it would have objects and sums of the host pass through the GPU, end
-    the process when a subject takes longer than its timeout, and keep part of a GPU busy with every waiting send.
+    The trainer's own group may be NCCL, which would pass objects and sums of the host through the GPU, end the process
+    when a subject takes longer than its timeout, and keep part of a GPU busy with every waiting send.
 
     Args:
-        trainer: Whose process group, if there is one, has been set up; every process makes a Group at the same point.
+        trainer: Its process group, if it has one, has been set up; every process creates a Group at the same point.
     """
 
     def __init__(self, trainer: Trainer | None) -> None:
@@ -38,7 +38,7 @@ class Group:
         self._lock = threading.Lock()
 
     def first(self, make: Callable[[], T]) -> T:
-        """What rank 0 makes, in every process; an error of ours is raised in every process too."""
+        """Return in every process what `make` returns on rank 0; a VoxquiltError is raised in every process, too."""
         outcome: list[Any] = [None, None]
         if self.rank == 0:
             try:
@@ -52,7 +52,7 @@ class Group:
         return outcome[0]
 
     def gather(self, value: T) -> list[T]:
-        """What every process gives, by rank, in every process."""
+        """Return in every process the values of all processes, in the order of ranks."""
         if self._group is None:
             return [value]
         values: list[Any] = [None] * self.size
@@ -60,31 +60,31 @@ class Group:
         return values
 
     def send(self, to: int, tag: int, header: Mapping[str, Any], tensors: Sequence[Tensor] = ()) -> None:
-        """Give tensors on the host to another rank, which calls `receive` with the same tag.
+        """Send tensors on the host to another rank, which calls `receive` with the same tag.
 
-        Returns before they have been taken, unless several others are under way.
+        Returns before they have been received, unless too many messages are pending.
         """
         packed = [tensor.contiguous() for tensor in tensors]
         content = {**header, "tensors": [[str(t.dtype).removeprefix("torch."), list(t.shape)] for t in packed]}
         text = torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8)
         parts = [torch.tensor([len(text)]), text, *(t.reshape(-1).view(torch.uint8) for t in packed if t.numel())]
         with self._lock:
-            while len(self._sent) >= _UNDER_WAY:
-                with _of_the_living():
+            while len(self._sent) >= _PENDING:
+                with _dead_process_as_run_error():
                     for work in self._sent[0][0]:
                         work.wait()
                 del self._sent[0]
-            with _of_the_living():
+            with _dead_process_as_run_error():
                 self._sent.append(([dist.isend(part, to, self._group, tag) for part in parts], parts))
 
     def receive(self, source: int, tag: int) -> tuple[dict[str, Any], list[Tensor]]:
-        """The header and the tensors that a rank sends with this tag; waits for them.
+        """Wait for the header and the tensors that a rank sends with this tag.
 
         Raises:
-            RunError: the other process died.
+            RunError: the other process has died.
         """
         tensors = []
-        with torch.inference_mode(False), _of_the_living():
+        with torch.inference_mode(False), _dead_process_as_run_error():
             length = torch.zeros(1, dtype=torch.int64)
             dist.recv(length, source, self._group, tag)
             text = torch.empty(int(length), dtype=torch.uint8)
@@ -98,8 +98,8 @@ class Group:
 
 
 @contextlib.contextmanager
-def _of_the_living() -> Iterator[None]:
+def _dead_process_as_run_error() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # gloo's, which has no kind of its own
+    except RuntimeError as error:  # gloo has no error class of its own
         raise RunError(f"another process of the run died: {str(error).splitlines()[0]}") from error

@@ -1,4 +1,4 @@
-"""How do processes that do not know of each other come to the same numbers? The first works them out, in a file."""
+"""Gives independent processes the same numbers, which the first one computes and the others read from a file."""
 
 import contextlib
 import json
@@ -10,17 +10,17 @@ from voxquilt.errors import OutputError
 
 try:
     import fcntl
-except ImportError:  # without locks each process works them out
+except ImportError:  # without locks each process computes the numbers
     fcntl = None
 
 
 def agreed(path: Path, key: str, make: Callable[[], Sequence[int]]) -> list[int]:
-    """What `make` gives, called by the first process that comes; those who come meanwhile wait, later ones read it.
+    """The numbers that `make` returns in the first process; others wait for it, or read them from the file.
 
     Args:
-        path: Where it is kept; numbers with another key are replaced.
-        key: Tells what they are made of.
-        make: Gives them.
+        path: The file; numbers with another key are replaced.
+        key: Identifies what the numbers are computed from.
+        make: Computes them.
 
     Raises:
         OutputError: the file cannot be written.
@@ -32,7 +32,7 @@ def agreed(path: Path, key: str, make: Callable[[], Sequence[int]]) -> list[int]
                 with contextlib.suppress(OSError):  # a file system without locks
                     fcntl.flock(file.fileno(), fcntl.LOCK_EX)
             file.seek(0)
-            numbers = _numbers(file.read(), key)
+            numbers = _numbers_in(file.read(), key)
             if numbers is None:
                 numbers = list(make())
                 file.truncate(0)
@@ -44,9 +44,9 @@ def agreed(path: Path, key: str, make: Callable[[], Sequence[int]]) -> list[int]
         raise OutputError(f"{path}: writing failed: {error.strerror}.") from error
 
 
-def _numbers(text: str, key: str) -> list[int] | None:
+def _numbers_in(text: str, key: str) -> list[int] | None:
     try:
-        found = json.loads(text)
-    except ValueError:  # empty, or of a process that died while it wrote
+        content = json.loads(text)
+    except ValueError:  # empty, or written by a process that died meanwhile
         return None
-    return found["numbers"] if isinstance(found, dict) and found.get("key") == key else None
+    return content["numbers"] if isinstance(content, dict) and content.get("key") == key else None

@@ -1,4 +1,4 @@
-"""The control channel over TCP: every process has a connection to rank 0."""
+"""Implements the control channel over TCP: every process has a connection to rank 0."""
 
 import contextlib
 import json
@@ -16,18 +16,18 @@ from typing import Any
 from voxquilt.distributed.control_channel import BROKEN, Message, Stop
 from voxquilt.errors import RunError
 
-# Seconds that a process is given to end by itself after rank 0 has died, and that rank 0 waits after a failure.
+# Seconds in which a process has to end by itself after rank 0 has died, and that rank 0 waits after a failure.
 _GRACE = 20.0
 # Seconds in which all processes have to connect; they come from a collective operation, so that none is late.
 _CONNECT = 300.0
 
 
 class Hub:
-    """Rank 0's end of the line.
+    """Rank 0's end of the channel.
 
     Args:
-        size: Processes of the run.
-        on_report: Takes what is reported by any rank; called by one thread at a time.
+        size: Number of processes.
+        on_report: Takes the reports of all ranks; called by one thread at a time.
         decode: Makes a report of its message.
     """
 
@@ -40,30 +40,30 @@ class Hub:
         self._row_lock = threading.Lock()
         self._key = secrets.token_bytes(32)
         self._host = os.environ.get("MASTER_ADDR", socket.gethostname())
-        # Any interface if ranks of other nodes are to connect; those without the key are refused.
+        # All interfaces if ranks of other nodes are to connect; clients without the key are refused.
         interface = self._host if self._host in ("127.0.0.1", "localhost") else ""
         self._listener = Listener((interface, 0), family="AF_INET", backlog=size, authkey=self._key)
         self._ranks: dict[Connection, int] = {}
-        self._ended: dict[int, Message] = {}
-        self._gone: set[int] = set()
-        self._change = threading.Condition()
-        # Emptied by a thread of its own, so that a signal handler never waits for a lock that its thread holds.
+        self._summaries: dict[int, Message] = {}
+        self._dead: set[int] = set()
+        self._changed = threading.Condition()
+        # Emptied by a thread of its own, so that a signal handler never waits for a lock that its own thread holds.
         self._outbox: SimpleQueue[Message | None] = SimpleQueue()
-        self._speaker = threading.Thread(target=self._speak, daemon=True, name="voxquilt-line-out")
+        self._sender = threading.Thread(target=self._send_all, daemon=True, name="voxquilt-channel-out")
 
     @property
     def address(self) -> tuple[str, int, bytes]:
-        """Where the others connect to, and the key."""
+        """Host, port and key that the other ranks connect with."""
         return self._host, int(self._listener.address[1]), self._key
 
     def accept(self) -> None:
         """Wait until every other rank has connected.
 
         Raises:
-            RunError: some did not.
+            RunError: a rank has not connected in time.
         """
-        # A thread, since neither a connection nor what it says first can be waited for with a time limit.
-        thread = threading.Thread(target=self._accept, daemon=True, name="voxquilt-line-accept")
+        # A thread, since neither a connection nor its first message can be awaited with a time limit.
+        thread = threading.Thread(target=self._accept, daemon=True, name="voxquilt-channel-accept")
         thread.start()
         thread.join(_CONNECT)
         if absent := {*range(1, self._size)} - {*self._ranks.values()}:
@@ -71,16 +71,16 @@ class Hub:
                 f"no connection from rank {', '.join(map(str, sorted(absent)))} to rank 0 (at {self.address[0]}, port "
                 f"{self.address[1]}) within {_CONNECT:.0f} s; is there a firewall, or is MASTER_ADDR wrong?"
             )
-        threading.Thread(target=self._hear, daemon=True, name="voxquilt-line-in").start()
-        self._speaker.start()
+        threading.Thread(target=self._receive_all, daemon=True, name="voxquilt-channel-in").start()
+        self._sender.start()
 
     def _accept(self) -> None:
         while len(self._ranks) < self._size - 1:
-            # Somebody else's, such as a scan of ports, sends no key, or nonsense, or goes away.
+            # Another client, such as a port scan, sends no key or invalid data, or disconnects.
             with contextlib.suppress(AuthenticationError, EOFError, OSError):
                 connection = self._listener.accept()
                 rank = json.loads(connection.recv_bytes())["rank"]
-                _tune(connection)
+                _set_options(connection)
                 self._ranks[connection] = rank
         self._listener.close()
 
@@ -95,65 +95,65 @@ class Hub:
 
     def gather(self, summary: Message) -> list[Message]:
         began = monotonic()
-        with self._change:
-            while len(self._ended) + len(self._gone) < self._size - 1:
-                self._change.wait(1.0)
-                # A run that broke off is not waited for as long as one that is only uneven.
+        with self._changed:
+            while len(self._summaries) + len(self._dead) < self._size - 1:
+                self._changed.wait(1.0)
+                # After a failure others may hang, so that the wait is limited.
                 if self.stop and self.stop.status == BROKEN and monotonic() - began > _GRACE:
                     break
-            return [summary, *(self._ended[rank] for rank in sorted(self._ended))]
+            return [summary, *(self._summaries[rank] for rank in sorted(self._summaries))]
 
     def settle(self, status: int) -> int:
         self._outbox.put({"status": status})
         self._outbox.put(None)
-        self._speaker.join(_GRACE)
+        self._sender.join(_GRACE)
         return status
 
-    def _hear(self) -> None:
-        open_ = list(self._ranks)
-        while open_:
-            for connection in wait(open_):
+    def _receive_all(self) -> None:
+        connections = list(self._ranks)
+        while connections:
+            for connection in wait(connections):
                 assert isinstance(connection, Connection)
                 rank = self._ranks[connection]
                 try:
                     self._take(rank, json.loads(connection.recv_bytes()))
                 except (EOFError, OSError):
-                    open_.remove(connection)
-                    if rank not in self._ended:
+                    connections.remove(connection)
+                    if rank not in self._summaries:
                         self.ask_stop(Stop(f"the process of rank {rank} died", BROKEN))
-                    with self._change:
-                        self._gone |= {rank} - self._ended.keys()
-                        self._change.notify_all()
+                    with self._changed:
+                        self._dead |= {rank} - self._summaries.keys()
+                        self._changed.notify_all()
 
     def _take(self, rank: int, message: Message) -> None:
         if "report" in message:
             try:
                 self.report(self._decode(message["report"]))
-            except Exception as error:  # the manifest's disk is full, say
+            except Exception as error:  # such as a full disk
                 self.ask_stop(Stop(f"a row of the manifest was lost: {error}", BROKEN))
         elif "stop" in message:
             self.ask_stop(Stop(*message["stop"]))
         else:
-            with self._change:
-                self._ended[rank] = message["end"]
-                self._change.notify_all()
+            with self._changed:
+                self._summaries[rank] = message["end"]
+                self._changed.notify_all()
 
-    def _speak(self) -> None:
+    def _send_all(self) -> None:
         while (message := self._outbox.get()) is not None:
             for connection in self._ranks:
                 _send(connection, message)
 
 
 class Spoke:
-    """Another rank's end of the line.
+    """Another rank's end of the channel.
 
     Args:
-        rank: Which one.
+        rank: The rank.
         address: Rank 0's `Hub.address`.
         encode: Makes a message of a report.
 
     Raises:
-        RunError: there is no way to it.
+        RunError: rank 0 cannot be reached.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class Spoke:
         host, port, key = address
         try:
             self._connection = Client((host, port), family="AF_INET", authkey=key)
-            _tune(self._connection)
+            _set_options(self._connection)
             self._connection.send_bytes(json.dumps({"rank": rank}).encode())
         except (OSError, EOFError, AuthenticationError) as error:
             raise RunError(
@@ -174,8 +174,8 @@ class Spoke:
                 f"MASTER_ADDR wrong?"
             ) from error
         self._outbox: SimpleQueue[Message | None] = SimpleQueue()
-        threading.Thread(target=self._hear, daemon=True, name="voxquilt-line-in").start()
-        threading.Thread(target=self._speak, daemon=True, name="voxquilt-line-out").start()
+        threading.Thread(target=self._receive_all, daemon=True, name="voxquilt-channel-in").start()
+        threading.Thread(target=self._send_all, daemon=True, name="voxquilt-channel-out").start()
 
     def ask_stop(self, stop: Stop) -> None:
         if self.stop is None:
@@ -196,7 +196,7 @@ class Spoke:
             raise RunError("the process of rank 0 died before the run had ended.")
         return self._status
 
-    def _hear(self) -> None:
+    def _receive_all(self) -> None:
         try:
             while self._status is None:
                 message = json.loads(self._connection.recv_bytes())
@@ -206,13 +206,13 @@ class Spoke:
                     self._status = message["status"]
         except (EOFError, OSError):
             self.stop = self.stop or Stop("the process of rank 0 died", BROKEN)
-            # The main thread may be in a forward pass of minutes, or wait for a rank that is gone as well.
+            # The main thread may be in a forward pass of minutes, or wait for a rank that has died as well.
             timer = threading.Timer(_GRACE, os._exit, (BROKEN,))
             timer.daemon = True
             timer.start()
         self._settled.set()
 
-    def _speak(self) -> None:
+    def _send_all(self) -> None:
         while (message := self._outbox.get()) is not None and _send(self._connection, message):
             pass
 
@@ -220,14 +220,14 @@ class Spoke:
 def _send(connection: Connection, message: Mapping[str, Any]) -> bool:
     try:
         connection.send_bytes(json.dumps(message).encode())
-    except OSError:  # it is gone, which the listening thread finds too
+    except OSError:  # the connection is broken, which the receiving thread notices too
         return False
     return True
 
 
-def _tune(connection: Connection) -> None:
-    """Have the operating system find out within a minute that the other machine has gone without a word, and send
-    short messages at once: a delayed acknowledgement takes 40 ms."""
+def _set_options(connection: Connection) -> None:
+    """Have the operating system notice within a minute that the other machine has vanished, and send short messages
+    at once: a delayed acknowledgement takes 40 ms."""
     duplicate = socket.socket(fileno=os.dup(connection.fileno()))
     with duplicate:
         duplicate.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -81,7 +81,7 @@ class PatchPredictor(LightningModule):
         self._full_batch = max(self._full_batch, len(patches)) if self.network.compiled else len(patches)
         size = min(self._full_batch, self._memory_limit or self._full_batch)
         try:
-            return in_chunks(self, patches, most=size, least=size if self.network.compiled else None)
+            return in_chunks(self.network, patches, most=size, least=size if self.network.compiled else None)
         except torch.OutOfMemoryError:
             if size == 1:
                 raise

@@ -60,17 +60,20 @@ class OpenSubjects:
         """A forward pass begins; its time counts for the subjects whose patches are in it."""
         self._since = perf_counter()
 
-    def take(self, outputs: Any, batch: PatchBatch) -> None:
-        """Feed a batch's outputs to its subjects; hand over those that are complete."""
+    def take(self, outputs: Outputs | Exception, batch: PatchBatch) -> None:
+        """Feed a batch's outputs to its subjects, hand over those that are complete; an error fails them."""
         self._note_failures()
         self._thread.check()
-        self._counts.count(batch.data, {rows.work.task.case.subject: rows.stop - rows.start for rows in batch.runs})
+        patches = {rows.work.task.case.subject: rows.stop - rows.start for rows in batch.runs}
+        self._counts.count(patches, voxels=batch.data[:, 0].numel())
         forward = (perf_counter() - self._since) / len(batch.data)
         for rows in batch.runs:
             if not rows.work.failed:
                 rows.work.seconds += (rows.stop - rows.start) * forward
                 try:
-                    self._add_on_device_or_host(batch.named(outputs), rows)
+                    if isinstance(outputs, Exception):
+                        raise outputs
+                    self._add_on_device_or_host(outputs, rows)
                 except Exception as error:
                     self._fail(rows.work, error)
         news = self._counts.news()

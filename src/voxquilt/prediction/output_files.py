@@ -1,7 +1,6 @@
 """Writes finished volumes to files that are named by subject and product."""
 
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from jaxtyping import Shaped
 from lightning.pytorch import LightningModule, Trainer
 
 from voxquilt.data.discovery import SubjectFiles
@@ -21,7 +19,7 @@ from voxquilt.planning.resource_estimate import RunSettings
 from voxquilt.prediction.datamodule import GridDataModule
 from voxquilt.reporting.manifest import Row
 from voxquilt.reporting.overlay import flat, overlay_png
-from voxquilt.stitching.label_values import planes_of
+from voxquilt.stitching.label_values import count_labels
 from voxquilt.stitching.output_volumes import Scratch
 from voxquilt.stitching.stitch import Stitch
 from voxquilt.vocabulary import LABELS
@@ -102,7 +100,7 @@ class OutputFiles:
         outputs = []
         for product, data in volumes.items():
             path = self._checked(f"{subject}_{product}{self.options.suffix}")
-            names = self._names(data) if kinds[product] == LABELS else None
+            names = self._names(len(data)) if kinds[product] == LABELS else None
             write(path, data, native, header=work.file.header, label_names=names)
             outputs.append(path.name)
         labels = next((volumes[product] for product, kind in kinds.items() if kind == LABELS), None)
@@ -114,9 +112,9 @@ class OutputFiles:
         volume, of_classes = None, dict[str, float]()
         if labels is not None:
             ml = abs(float(np.linalg.det(native.affine[:3, :3]))) / 1000  # of sheared voxels too
-            voxels, counts = _counted(labels)
+            voxels, counts = count_labels(labels)
             volume = voxels * ml
-            names = self._names(labels)
+            names = self._names(len(labels))
             # Several labels a voxel are channels, counted from 0; without names, labels have their numbers.
             of_classes = {str(names.get(n, n)): count * ml for n, count in counts.items()}
         return Row(
@@ -130,13 +128,10 @@ class OutputFiles:
             class_ml=of_classes,
         )
 
-    def _names(self, labels: np.ndarray) -> dict[int, str]:
-        """By number in the file; of several labels a voxel, by channel."""
-        return (
-            dict(enumerate(map(str, self.options.stitch.class_names or ())))
-            if len(labels) > 1
-            else self.options.stitch.names
-        )
+    def _names(self, channels: int) -> dict[int, str]:
+        """Names by number in the file; by channel where there are several labels per voxel."""
+        stitch = self.options.stitch
+        return dict(enumerate(map(str, stitch.class_names or ()))) if channels > 1 else stitch.names
 
     def _checked(self, name: str) -> Path:
         path = self.options.folder / name
@@ -152,23 +147,6 @@ class OutputFiles:
         # Asked for only where a file is there already: looking at every input of a large cohort, in every process, is
         # too much for a network's file system.
         return {_identity(path) for case in self._cases for path in case.images.values()} - {None}
-
-
-def _counted(labels: Shaped[np.ndarray, "c i j k"]) -> tuple[int, dict[int, int]]:
-    """Voxels with any label, and those of each: of each value above 0, or of each channel."""
-    if len(labels) > 1:
-        return int(np.count_nonzero(labels.any(axis=0))), {n: int(np.count_nonzero(c)) for n, c in enumerate(labels)}
-    counts = Counter[int]()
-    # Plane by plane: counting makes 8 bytes of each voxel.
-    for plane in planes_of(labels):
-        if plane.dtype.itemsize <= 2:  # faster than sorting
-            found = np.bincount(plane.ravel(order="K"))
-            counts.update({int(n): int(found[n]) for n in np.flatnonzero(found)})
-        else:
-            values, numbers = np.unique(plane, return_counts=True)
-            counts.update(dict(zip(values.tolist(), numbers.tolist(), strict=True)))
-    del counts[0]
-    return counts.total(), dict(sorted(counts.items()))
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

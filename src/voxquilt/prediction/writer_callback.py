@@ -9,6 +9,7 @@ import psutil
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from voxquilt.data.batch import PatchBatch
 from voxquilt.distributed.control_channel import BROKEN, Stop
 from voxquilt.distributed.environment import disarm_observer
 from voxquilt.distributed.signals import Signals
@@ -26,6 +27,7 @@ from voxquilt.reporting.manifest import Row, of_shard, read_rows
 from voxquilt.reporting.progress import make_display
 from voxquilt.reporting.progress_counts import RunProgress
 from voxquilt.stitching.stitch import Stitch
+from voxquilt.stitching.subject_stitcher import Outputs
 from voxquilt.vocabulary import LOGS, ON_ERROR, check_name
 
 log = logging.getLogger("voxquilt")
@@ -171,9 +173,9 @@ class VolumeWriter(Callback):
         if isinstance(outputs, Exception) and len(batch.runs) > 1:
             # Which of the subjects is it? The others must not fail with it.
             for alone in batch.by_subject():
-                subjects.take(trainer.strategy.predict_step(alone, batch_idx), alone)
+                subjects.take(_named(trainer.strategy.predict_step(alone, batch_idx), alone), alone)
         else:
-            subjects.take(outputs, batch)
+            subjects.take(_named(outputs, batch), batch)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wait until everything is written, by all processes.
@@ -202,6 +204,14 @@ class VolumeWriter(Callback):
         patches = {subject: cost.patches - 1 for subject, cost in zip(plan.everything, plan.sizes, strict=True)}
         events = RunEvents(self.output_dir, plan.cases, self.stitch.label_values) if self.options.tensorboard else None
         return RunDisplay(make_display(self._log), RunProgress(patches, plan.group.size), events)
+
+
+def _named(outputs: Any, batch: PatchBatch) -> Outputs | Exception:
+    """Outputs by name, or what is wrong with them."""
+    try:
+        return batch.named(outputs)
+    except Exception as error:
+        return error
 
 
 def _check_module(module: LightningModule) -> None:

@@ -64,10 +64,7 @@ class Accumulator:
         of_weights = types.sums if types.sums.is_floating_point else torch.float32
         kept = [(channels, types.sums), (1, of_weights)][: 1 if fill is None else 2]
         self._memory = [buffers.take(n * self._voxels, dtype, device) for n, dtype in kept]
-        self._planes = [
-            self._laid_out(memory, n, ring=window is not None)
-            for memory, (n, _) in zip(self._memory, kept, strict=True)
-        ]
+        self._planes = [self._laid_out(n, channels, ring=window is not None) for n, (channels, _) in enumerate(kept)]
         # A blend that copies writes every voxel, unless patches are missing.
         self._blank = [blend.averages, True][: len(kept)]
         for planes, blank in zip(self._planes, self._blank, strict=True):
@@ -84,24 +81,24 @@ class Accumulator:
         """Channels and types of what is kept: sums, and the weights that came where some patches do not come."""
         return [(len(planes), planes.dtype) for planes in self._planes]
 
-    def check(self, batch: Shaped[Tensor, "b c pi pj pk"]) -> None:
+    def check(self, shape: Sequence[int], dtype: torch.dtype) -> None:
         """Refuse patches of another shape or other channels, or of a type that the sums cannot hold.
 
         Raises:
             PatchShapeError: patches that do not fit.
             BatchError: complex numbers.
         """
-        if tuple(batch.shape[2:]) != self.grid.patch_size:
+        if tuple(shape[2:]) != self.grid.patch_size:
             raise PatchShapeError(
-                f"patches of {tuple(batch.shape[2:])} voxels: the shape does not match the shape of the target "
+                f"patches of {tuple(shape[2:])} voxels: the shape does not match the shape of the target "
                 f"location, {self.grid.patch_size}."
             )
-        if batch.shape[1] != self.channels:
-            raise PatchShapeError(f"patches with {batch.shape[1]} channels after patches with {self.channels}.")
-        types = SumType.of_patches(batch.dtype, self.blend, self.types.wanted, self._fill)
+        if shape[1] != self.channels:
+            raise PatchShapeError(f"patches with {shape[1]} channels after patches with {self.channels}.")
+        types = SumType.of_patches(dtype, self.blend, self.types.wanted, self._fill)
         kept = self.types.sums
         if types.sums != kept and torch.promote_types(types.sums, kept) != kept:
-            raise PatchShapeError(f"patches of {batch.dtype} after patches of {kept}, which cannot hold them.")
+            raise PatchShapeError(f"patches of {dtype} after patches of {kept}, which cannot hold them.")
 
     def add(self, patch: Shaped[Tensor, "c pi pj pk"], number: int) -> None:
         """Add a patch with its weights, or copy the part of it that it owns.
@@ -123,7 +120,7 @@ class Accumulator:
                 patch = patch.narrow(n + 1, first[n], count)
         starts = [along[n] + skip for along, n, skip in zip(self.grid.starts, place, first, strict=True)]
         dim, plane = self._axis + 1, starts[self._axis]
-        rows = [self._narrowed(planes, starts, patch) for planes in self._planes]
+        rows = [_crossed(planes, self._axis, starts, patch) for planes in self._planes]
         for start, count, kept in self._pieces(plane, patch.shape[dim]):
             into, *covers = (planes.narrow(dim, kept, count) for planes in rows)
             values = patch.narrow(dim, start - plane, count)
@@ -170,11 +167,12 @@ class Accumulator:
                 channel.masked_fill_(empty, fill)
         return planes.to(self.types.output)
 
-    def clear(self, raw: list[Tensor]) -> None:
-        """Make ready what `raw` gave for the planes to come."""
-        for planes, blank in zip(raw, self._blank, strict=True):
-            if blank:
-                planes.zero_()
+    def clear(self, start: int, stop: int) -> None:
+        """Make ready the place of the planes `start` to `stop` for the planes to come."""
+        for _, count, place in self._pieces(start, stop - start):
+            for planes, blank in zip(self._planes, self._blank, strict=True):
+                if blank:
+                    planes.narrow(self._axis + 1, place, count).zero_()
 
     def to(self, device: torch.device) -> None:
         """Move what is kept to another device."""
@@ -200,11 +198,11 @@ class Accumulator:
     def _voxels(self) -> int:
         return prod(self.grid.shape) // self.grid.shape[self._axis] * self._window
 
-    def _laid_out(self, memory: Tensor, channels: int, *, ring: bool) -> Tensor:
+    def _laid_out(self, number: int, channels: int, *, ring: bool) -> Tensor:
         shape = list(self.grid.shape)
         shape[self._axis] = self._window
         with torch.inference_mode(False):
-            flat = memory[: channels * self._voxels]
+            flat = self._memory[number][: channels * self._voxels]
             if not ring or self._axis == 2:
                 # Patches are one piece of memory along k: so must be what they are added to, or adding takes twice as
                 # long or more.
@@ -212,13 +210,6 @@ class Accumulator:
             # Plane by plane, so that what is handed over is one piece of memory.
             del shape[self._axis]
             return flat.view(self._window, channels, *shape).movedim(0, self._axis + 1)
-
-    def _narrowed(self, planes: Tensor, starts: list[int], patch: Tensor) -> Tensor:
-        """The rows and columns that a patch touches, in all planes."""
-        for n in range(3):
-            if n != self._axis:
-                planes = planes.narrow(n + 1, starts[n], patch.shape[n + 1])
-        return planes
 
     def _pieces(self, plane: int, count: int) -> Iterator[tuple[int, int, int]]:
         """(first plane, how many, where they are kept) of planes that lie together in the ring."""
@@ -228,6 +219,14 @@ class Accumulator:
             count = min(stop - plane, self._window - kept)
             yield plane, count, kept
             plane += count
+
+
+def _crossed(planes: Tensor, axis: int, starts: list[int], patch: Tensor) -> Tensor:
+    """The part of all planes, which lie along an axis, that a patch crosses."""
+    for n in range(3):
+        if n != axis:
+            planes = planes.narrow(n + 1, starts[n], patch.shape[n + 1])
+    return planes
 
 
 def _owned(weights: Shaped[Tensor, "p"]) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from voxquilt.errors import BatchError, ConfigError, GridError, LedgerError, PatchShapeError
-from voxquilt.geometry.frame import AXES, Padding, to_triple
+from voxquilt.geometry.frame import AXES, Padding, Triple, to_triple
 from voxquilt.geometry.grid import Grid
 from voxquilt.geometry.slab_split import Part, whole
 from voxquilt.stitching.accumulator import Accumulator
@@ -111,18 +111,7 @@ class GridAggregator:
             PatchShapeError: (a RuntimeError) wrong shape, channels or place, or a type that the first's cannot hold.
             LedgerError: (a RuntimeError and AssertionError) a patch came before, or, while streaming, too early.
         """
-        if batch.ndim != 5:
-            raise PatchShapeError(f"a batch is (B, C, I, J, K); this one has {batch.ndim} axes: {tuple(batch.shape)}.")
-        if tuple(locations.shape[1:]) != (6,):
-            raise BatchError(f"locations are (B, 6); these are {tuple(locations.shape)}.")
-        if len(batch) != len(locations):
-            raise BatchError(f"the batch has {len(batch)} patches but there are {len(locations)} locations.")
-        if tuple(batch.shape[2:]) != self.grid.patch_size:
-            after = "" if self.factor == (1, 1, 1) else f" after downsampling by {self.factor}"
-            raise PatchShapeError(
-                f"patches of {tuple(batch.shape[2:])} voxels: the shape does not match the shape of the target "
-                f"location, {self.grid.patch_size}{after}."
-            )
+        _check_batch(batch, locations, self.grid.patch_size, self.factor)
         numbers = [self.ledger.grid.find(location) for location in locations.tolist()]
         if self.finished:
             self.ledger.enter(numbers)  # nothing, or an error
@@ -130,11 +119,11 @@ class GridAggregator:
         # Without their history, which would hold every activation of a network that is called without no_grad.
         batch = batch.detach()
         sums = self._sums or self._opened(batch)
-        sums.check(batch)
+        sums.check(batch.shape, batch.dtype)
         stream = self._stream
         if self._consumer is not None:
             stream = stream or SlabStream(sums, self.ledger, self._consumer)
-            stream.check(batch, numbers)
+            stream.check(batch.shape, batch.dtype, numbers)
         self.ledger.enter(numbers)
         # From here on the batch is taken: a refused one decides neither channels nor type.
         self._sums, self._stream = sums, stream
@@ -248,6 +237,21 @@ class GridAggregator:
             device=self.device,
             buffers=self._buffers,
             fill=self._fill,
+        )
+
+
+def _check_batch(batch: Tensor, locations: Tensor | np.ndarray, patch_size: Triple, factor: Triple) -> None:
+    if batch.ndim != 5:
+        raise PatchShapeError(f"a batch is (B, C, I, J, K); this one has {batch.ndim} axes: {tuple(batch.shape)}.")
+    if tuple(locations.shape[1:]) != (6,):
+        raise BatchError(f"locations are (B, 6); these are {tuple(locations.shape)}.")
+    if len(batch) != len(locations):
+        raise BatchError(f"the batch has {len(batch)} patches but there are {len(locations)} locations.")
+    if tuple(batch.shape[2:]) != patch_size:
+        after = "" if factor == (1, 1, 1) else f" after downsampling by {factor}"
+        raise PatchShapeError(
+            f"patches of {tuple(batch.shape[2:])} voxels: the shape does not match the shape of the target "
+            f"location, {patch_size}{after}."
         )
 
 

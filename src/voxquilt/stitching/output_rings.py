@@ -23,8 +23,8 @@ from voxquilt.stitching.stitch import Stitch
 from voxquilt.stitching.streaming import SlabStream, planes_of
 from voxquilt.stitching.sum_type import SumType
 
-Averaged = Callable[[Tensor], Tensor]
-"""What (B, C, ...) patches are turned into before they are averaged."""
+Averaged = Callable[[Tensor], Tensor] | None
+"""Turns (B, C, ...) patches into what is averaged; None where patches are averaged as they are."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,10 @@ class _Plan:
     averaged: Averaged
     specs: Mapping[str, ProductSpec]
     fill: list[float]
+
+    def type_of(self, patches: Tensor) -> torch.dtype:
+        """Type of what is averaged."""
+        return patches.dtype if self.averaged is None else self.averaged(patches[:0]).dtype
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ class RingOpener:
                 part.axis,
                 scores.patch_size[part.axis],
                 channels=len(plan.fill),
-                types=SumType.of_patches(plan.averaged(patches[:0]).dtype, plan.blend, None, fill),
+                types=SumType.of_patches(plan.type_of(patches), plan.blend, None, fill),
                 device=torch.device(device),
                 buffers=buffers,
                 fill=fill,
@@ -134,8 +138,8 @@ class RingOpener:
                 self._check_fill(fill, specs.values())
             for averaged in dict.fromkeys(spec.averaged for spec in specs.values()):
                 alike = {product: spec for product, spec in specs.items() if spec.averaged == averaged}
-                values = averaged(fill.reshape(1, channels, 1, 1, 1)).flatten().tolist()
-                plans.append(_Plan(blend, averaged, alike, values))
+                values = fill if averaged is None else averaged(fill.reshape(1, channels, 1, 1, 1)).flatten()
+                plans.append(_Plan(blend, averaged, alike, values.tolist()))
         return plans
 
     def _check_fill(self, fill: Tensor, specs: Iterable[ProductSpec]) -> None:

@@ -57,14 +57,19 @@ class SlabStream:
         self._plane = self._begin.low
         self._head: list[list[Tensor]] = []
 
-    def check(self, batch: Shaped[Tensor, "b c pi pj pk"], numbers: Sequence[int]) -> None:
+    def check(self, shape: Sequence[int], dtype: torch.dtype, numbers: Sequence[int]) -> None:
         """Refuse a batch that cannot be added, before anything of it is.
+
+        Args:
+            shape: Shape of the batch, (B, C, pi, pj, pk).
+            dtype: Type of the batch.
+            numbers: Numbers of its patches in the grid.
 
         Raises:
             PatchShapeError: patches of another shape, of other channels, or of a type that the sums cannot hold.
             LedgerError: a patch comes before its turn; both rows are named.
         """
-        self._sums.check(batch)
+        self._sums.check(shape, dtype)
         front, waiting = self._front, self._waiting.copy()
         for number in numbers:
             while front + 1 < self._part.stop and waiting[front] <= 0:
@@ -167,7 +172,7 @@ class SlabStream:
             if shared < count:
                 own = self._sums.finish([planes.narrow(dim, shared, count - shared) for planes in raw])
                 self._consumer(FinishedPlanes(self._axis, plane + shared, plane + count, own))
-            self._sums.clear(raw)
+            self._sums.clear(plane, plane + count)
         self._plane = max(self._plane, until)
 
 

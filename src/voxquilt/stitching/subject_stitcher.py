@@ -81,7 +81,7 @@ class SubjectStitcher:
             OutputError: outputs that are not finite, or a product that an output does not have.
         """
         if not self._rings:
-            self._check_products(outputs)
+            self._check_names(outputs)
             self._rings = {name: self._opener.open(name, patches) for name, patches in outputs.items()}
         if outputs.keys() != self._rings.keys():
             raise PatchShapeError(f"the network's outputs are {list(outputs)} after {list(self._rings)}.")
@@ -91,13 +91,13 @@ class SubjectStitcher:
         numbers = [] if self._is_empty else [int(number) for number in numbers]
         batches: list[tuple[SlabStream, Tensor]] = []
         for name, patches in outputs.items():
-            averages: dict[Averaged, Tensor] = {}
+            averages: dict[Averaged, Tensor] = {None: patches[: len(numbers)]}
             for ring in self._rings[name]:
-                if ring.averaged not in averages:
-                    averages[ring.averaged] = ring.averaged(patches[: len(numbers)])
+                if ring.averaged is not None and ring.averaged not in averages:
+                    averages[ring.averaged] = ring.averaged(averages[None])
                 batches.append((ring.stream, averages[ring.averaged]))
         for stream, patches in batches:
-            stream.check(patches, numbers)
+            stream.check(patches.shape, patches.dtype, numbers)
         self._ledger.enter(numbers)
         for stream, patches in batches:
             stream.add(patches, numbers)
@@ -216,7 +216,7 @@ class SubjectStitcher:
             )
         return self._all
 
-    def _check_products(self, outputs: Outputs) -> None:
+    def _check_names(self, outputs: Outputs) -> None:
         wanted = self.stitch.products
         unknown = sorted(set(wanted) - outputs.keys()) if isinstance(wanted, Mapping) else []
         if unknown:

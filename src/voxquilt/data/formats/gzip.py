@@ -1,4 +1,4 @@
-"""How do bytes come out of files that may be packed by gzip? Checked to the end, and no further than its good end."""
+"""Reads files that may be packed by gzip, checks them to the end, and ignores bytes after the last valid member."""
 
 import io
 import zlib
@@ -20,24 +20,24 @@ def is_packed(path: Path) -> bool:
 
 
 def first_bytes(path: Path, count: int) -> bytes:
-    """Fewer where the file has fewer; what comes behind them is not looked at."""
+    """The first bytes of the unpacked file, or all of a shorter one; bytes after them are not checked."""
     if not is_packed(path):
         with ImageOpener(str(path)) as file:
             return file.read(count)
-    found = b""
+    content = b""
     with _Unpacked(path) as file:
-        while len(found) < count and (more := file.read(count - len(found))):
-            found += more
-    return found
+        while len(content) < count and (more := file.read(count - len(content))):
+            content += more
+    return content
 
 
 def stored(path: Path, shape: tuple[int, ...], dtype: np.dtype, offset: int) -> np.ndarray:
-    """An array as a file has it; an unpacked file is mapped.
+    """An array as a file stores it; an unpacked file is mapped into memory.
 
     Args:
         path: The file.
-        shape, dtype: Of the array, whose first index changes fastest.
-        offset: Bytes before it.
+        shape, dtype: Shape and type of the array, whose first index changes fastest.
+        offset: Bytes before the array.
 
     Raises:
         OSError, EOFError, zlib.error: the file is damaged, or too short.
@@ -46,14 +46,14 @@ def stored(path: Path, shape: tuple[int, ...], dtype: np.dtype, offset: int) -> 
         return np.asarray(ArrayProxy(path, (shape, dtype, offset, 1, 0)).get_unscaled())
     try:
         with igzip.open(path) as file:
-            return _to_the_end(file, shape, dtype, offset)
-    except (OSError, EOFError, _UNPACK_ERROR):  # which is slower to say where a good end is
+            return _read_to_end(file, shape, dtype, offset)
+    except (OSError, EOFError, _UNPACK_ERROR):  # slower, but knows where the last valid member ends
         with io.BufferedReader(_Unpacked(path)) as file:
-            return _to_the_end(file, shape, dtype, offset)
+            return _read_to_end(file, shape, dtype, offset)
 
 
-def _to_the_end(file: Any, shape: tuple[int, ...], dtype: np.dtype, offset: int) -> np.ndarray:
-    """Voxels of a packed file, which is read to its end, where gzip keeps a checksum."""
+def _read_to_end(file: Any, shape: tuple[int, ...], dtype: np.dtype, offset: int) -> np.ndarray:
+    """The array in a packed file, which is read to its end, where gzip keeps a checksum."""
     array = np.empty(shape, dtype, order="F")
     left = array.reshape(-1, order="F").view(np.uint8).data
     skipped = len(file.read(offset))
@@ -68,23 +68,23 @@ def _to_the_end(file: Any, shape: tuple[int, ...], dtype: np.dtype, offset: int)
 
 
 class _Unpacked(io.RawIOBase):
-    """A gzip file up to its last good end, as gunzip and nibabel see it: bytes behind that are not its part are left.
+    """A gzip file up to its last valid member, as gunzip and nibabel read it: bytes after that are ignored.
 
-    Each of its parts is checked against its checksum and has to be whole.
+    Each member must be complete and is checked against its checksum.
 
     Args:
         path: The file.
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "rb")  # noqa: SIM115 (it is closed with this)
+        self._file = open(path, "rb")  # noqa: SIM115 (`close` closes it)
         self._unpack, self._packed = zlib.decompressobj(31), b""
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while not (self._unpack.eof and self._is_last()):
+        while not (self._unpack.eof and self._is_last_member()):
             self._packed = self._packed or self._file.read(_PIECE)
             if not self._packed:
                 raise EOFError("Compressed file ended before the end-of-stream marker was reached")
@@ -95,8 +95,8 @@ class _Unpacked(io.RawIOBase):
                 return len(unpacked)
         return 0
 
-    def _is_last(self) -> bool:
-        """Whether no other part follows; zeros may stand between two."""
+    def _is_last_member(self) -> bool:
+        """Whether no other member follows; zeros are allowed between members."""
         self._packed = self._packed.lstrip(b"\0")
         while len(self._packed) < 2 and (more := self._file.read(_PIECE)):
             self._packed = (self._packed + more).lstrip(b"\0")

@@ -51,23 +51,6 @@ def check_finite(scores: Scores) -> None:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """A product that was computed in model space and is now stored as it comes."""
-
-    product: Product
-
-    @property
-    def kind(self) -> str:
-        return self.product.kind
-
-    def form(self, channels: int) -> tuple[int, np.dtype]:
-        return self.product.form(channels)
-
-    def __call__(self, scores: Scores) -> Voxels:
-        return scores
-
-
-@dataclass(frozen=True)
 class Activated:
     """Activated scores as float32: probabilities; or, with the activation 'none', logits and images.
 

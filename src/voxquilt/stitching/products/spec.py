@@ -59,25 +59,20 @@ class NetworkOutput:
             )
 
 
-def as_scores(patches: Tensor) -> Tensor:
-    """Patches that are averaged as they are."""
-    return patches
-
-
 @dataclass(frozen=True)
 class ProductSpec:
     """How a product comes about.
 
     Args:
         product: What is computed voxel by voxel.
-        averaged: What (B, C, ...) patches are turned into before they are averaged.
+        averaged: Turns (B, C, ...) patches into what is averaged; None where patches are averaged as they are.
         in_model: Whether the product is computed in model space and then brought to native space (numbers linearly,
             labels by nearest neighbour), or from scores that were brought there.
         packed: Its expected size as .nii.gz, as a share of its voxels.
     """
 
     product: Product
-    averaged: Callable[[Tensor], Tensor] = as_scores
+    averaged: Callable[[Tensor], Tensor] | None = None
     in_model: bool = False
     packed: float = _PACKED
 
