@@ -83,11 +83,7 @@ def predict_volume(
         for row, index in zip(batch, indices, strict=False):
             sampler.fill(row, index)
         outputs = network(batch[: len(indices)])
-<<<<<<< HEAD
-        stitcher.add(_named(outputs), indices)
-=======
-        quilt.add(named_outputs(outputs, len(indices)), indices)
->>>>>>> main
+        stitcher.add(named_outputs(outputs, len(indices)), indices)
         del outputs  # or they would stay in memory beside the next
     return stitcher.volumes()
 
