@@ -87,9 +87,9 @@ class FakeDevice:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.held = self.peak = 0
-        monkeypatch.setattr(voxquilt.models.ensemble, "fetched", self.fetched)
+        monkeypatch.setattr(voxquilt.models.ensemble, "copy_to_device", self.copy_to_device)
 
-    def fetched(self, tensor: Tensor, device: torch.device) -> Tensor:
+    def copy_to_device(self, tensor: Tensor, device: torch.device) -> Tensor:
         assert device == META
         copy = tensor.clone()
         self.held += copy.nbytes

@@ -62,7 +62,7 @@ def test_a_training_goes_on_from_an_old_checkpoint(forks: Server, place: Path) -
     arguments = (*TRAINING, "ckpt_path=old.ckpt", "trainer.max_epochs=2")
     job = forks.start(*arguments, "data.batch_size=2", cwd=place, script="train")
     assert checked(job.wait()) == 2
-    assert "old.ckpt was trained otherwise:\n  data.batch_size was 1 and is 2\n" in job.text
+    assert "old.ckpt was trained with other settings or data:\n  data.batch_size was 1 and is 2\n" in job.text
     job = forks.start(*arguments, cwd=place, script="train")
     assert checked(job.wait()) == 0, job.text
     assert "epoch 2 of 2" in job.text

@@ -27,7 +27,7 @@ def replacing(path: Path) -> Iterator[BufferedWriter]:
     """A file that takes the place of `path` when the block ends without an error; otherwise nothing is left of it.
 
     The temporary file lies in the same folder, since a file cannot be moved between file systems in one step, and is
-    hidden, so that it is no input of another run.
+    hidden, so that another run does not take it for an input.
 
     Raises:
         OutputError: the file cannot be written.

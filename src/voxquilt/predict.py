@@ -1,4 +1,4 @@
-"""The whole pipeline for one volume, without Lightning or Hydra. Read this first."""
+"""Predicts one volume, without Lightning or Hydra: the pipeline in one function, to be read first."""
 
 from collections.abc import Callable, Iterable
 
@@ -35,21 +35,25 @@ def predict_volume(
     stitch: Stitch | str | None = None,
     output: str = "auto",
 ) -> dict[str, np.ndarray]:
-    """Cut a subject into patches, predict them, quilt the outputs, and bring them back to the subject's own space.
+    """Cut a subject into patches, predict them, stitch the outputs, and bring them back to the subject's own space.
+
+    >>> network = torch.nn.Conv3d(1, 2, 3, padding=1).eval()
+    >>> predict_volume(network, torch.rand(1, 20, 18, 16), patch_size=16, patch_overlap=8)["labels"].shape
+    (1, 20, 18, 16)
 
     Args:
         network: (B, C, pi, pj, pk) to (B, C', pi, pj, pk), or to several of these by name. C are the channels of all
             the subject's images, in their order, without label maps where there are other images. Put it in eval mode
             before.
-        subject: The images: a Subject, or whatever one can be made of, such as a path, a (C, I, J, K) tensor or array,
-            MONAI's MetaTensor, TorchIO's Subject; see `voxquilt.data.conversion.to_subject`.
+        subject: The images: a Subject, or anything that can be turned into one, such as a path, a (C, I, J, K) tensor
+            or array, MONAI's MetaTensor, TorchIO's Subject; see `voxquilt.data.conversion.to_subject`.
         patch_size, patch_overlap, padding_mode, divisible_by: See GridSampler.
-        batch_size: Patches a forward pass.
+        batch_size: Patches per forward pass.
         skip: Patches without foreground are not predicted and count as background: nothing above a number in the first
             image in model space, or nothing above 0 in a mask on the subject's grid (a LabelMap, or like `subject`).
         preprocess: To model space; RAS with the file's spacing by default.
         stitch: Blend and products, or the name of a blend; gaussian and labels (an image for one channel) by default.
-        output: How outputs lie in patches: as large or smaller by one whole factor ('auto'), by a factor for each axis
+        output: How outputs lie in patches: as large or smaller by one integer factor ('auto'), by a factor per axis
             ('resampled'), or without the border that valid convolutions use up ('cropped', found by one forward pass
             of zeros): then outputs lie side by side, or overlap by `patch_overlap`.
 
@@ -58,7 +62,7 @@ def predict_volume(
         them.
 
     Raises:
-        VoxquiltError: of the kind that tells what is wrong: input, grid, patch shape, ledger or output.
+        VoxquiltError: an input, the grid, the shape of a patch, or an output is wrong; see `voxquilt.errors`.
     """
     subject = to_subject(subject)
     subject = Subject(subject.get_images_dict() or subject.images)
@@ -72,20 +76,20 @@ def predict_volume(
     )
     skipped = patches_to_skip(skip, sampler, subject, space)
     numbers = to_predict(sampler, skipped)
-    quilt = SubjectStitcher(stitch, sampler, space, skipped=skipped, layout=output)
+    stitcher = SubjectStitcher(stitch, sampler, space, skipped=skipped, layout=output)
     batch = torch.empty(batch_size, sampler.channels, *sampler.patch_size)
     for start in range(0, len(numbers), batch_size):
         indices = numbers[start : start + batch_size]
         for row, index in zip(batch, indices, strict=False):
             sampler.fill(row, index)
         outputs = network(batch[: len(indices)])
-        quilt.add(named_outputs(outputs, len(indices)), indices)
+        stitcher.add(named_outputs(outputs, len(indices)), indices)
         del outputs  # or they would stay in memory beside the next
-    return quilt.volumes()
+    return stitcher.volumes()
 
 
 def _halo(network: Callable[[Tensor], Tensor | dict[str, Tensor]], subject: Subject, patch: Triple) -> Padding:
-    """What the network's outputs lack of a patch: seen in one of zeros."""
+    """The border of a patch that the network's outputs lack, measured with a patch of zeros."""
     channels = sum(image.shape[0] for image in subject.images.values())
     outputs = named_outputs(network(torch.zeros(1, channels, *patch)), 1)
     return halo_of({name: tensor.shape for name, tensor in outputs.items()}, patch)

@@ -13,8 +13,8 @@ SCRIPTS = ("predict", "train")
 def options_of(conf: Path, group: str, script: str) -> list[str]:
     """Names of a group's options that a script has."""
     paths = (conf / group).glob("*.yaml")
-    whole = [path for path in paths if not path.stem.startswith("_")]
-    return sorted(path.stem for path in whole if script_of(path, conf) in (None, script))
+    options = [path for path in paths if not path.stem.startswith("_")]
+    return sorted(path.stem for path in options if script_of(path, conf) in (None, script))
 
 
 def script_of(path: Path, conf: Path) -> str | None:

@@ -66,11 +66,11 @@ def folder_name(values: Mapping[str, str]) -> str:
     'data.patch_size-32+stitch.overlap_mode-crop'
     """
     pairs = sorted((key.replace("/", "."), value.strip("'\"")) for key, value in values.items())
-    whole = "+".join(f"{key}-{value}" for key, value in pairs)
+    full_name = "+".join(f"{key}-{value}" for key, value in pairs)
     shown = "+".join(re.sub(r"[^A-Za-z0-9._-]+", "_", f"{key}-{value}").strip("_.") for key, value in pairs)
-    if shown == whole and len(shown) <= _LONGEST:
+    if shown == full_name and len(shown) <= _LONGEST:
         return shown
-    return f"{shown[: _LONGEST - 7].rstrip('._-+')}-{digest(whole, 6)}"
+    return f"{shown[: _LONGEST - 7].rstrip('._-+')}-{digest(full_name, 6)}"
 
 
 def _decides(key: str, text: str, cfg: DictConfig) -> bool:
