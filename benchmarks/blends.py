@@ -13,10 +13,10 @@ from voxquilt.cli.instantiate import build
 from voxquilt.cli.main import conf_dir
 from voxquilt.cli.resolvers import register_resolvers
 from voxquilt.example_files import fetch
-from voxquilt.vocabulary import OVERLAP_MODES
+from voxquilt.stitching.blend_registry import BLENDS
 
 GRIDS = ((192, 96), (160, 80), (128, 64), (96, 48))
-MODES = tuple(reversed(OVERLAP_MODES))
+MODES = tuple(reversed([*BLENDS]))
 
 
 def main() -> None:

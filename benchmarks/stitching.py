@@ -91,6 +91,7 @@ def voxquilt(mode: str) -> Callable[[list[Tensor], str], Job]:
         from voxquilt import GridSampler, Preprocess, ScalarImage, Stitch, Subject
         from voxquilt.geometry.frame import Frame
         from voxquilt.stitching.buffer_pool import BufferPool
+        from voxquilt.stitching.output_rings import Memory
         from voxquilt.stitching.subject_stitcher import SubjectStitcher
 
         subject = Subject(t1=ScalarImage(tensor=torch.zeros(1, *SHAPE)))
@@ -99,9 +100,9 @@ def voxquilt(mode: str) -> Callable[[list[Tensor], str], Job]:
         buffers, stitch, order = BufferPool(), Stitch(mode), sampler.grid.streaming_order.tolist()
 
         def job() -> Tensor:
-            quilt = SubjectStitcher(stitch, sampler, space, device=device, buffers=buffers)
+            quilt = SubjectStitcher(stitch, sampler, space, memory=Memory(device, buffers))
             for n in order:
-                quilt.add({"": patches[n % 8][None]}, sampler.locations[n : n + 1])
+                quilt.add({"": patches[n % 8][None]}, [n])
             return torch.from_numpy(quilt.volumes()["labels"][0])
 
         return job

@@ -21,7 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from voxquilt.data.discovery import SubjectFiles
 from voxquilt.data.grid_loader import GridLoader
 from voxquilt.data.subject_size import SubjectCost
-from voxquilt.prediction.output_files import Files
+from voxquilt.prediction.datamodule import GridDataModule
+from voxquilt.prediction.output_files import OutputFiles
 
 ROOT = Path(__file__).parents[1]
 
@@ -130,9 +131,9 @@ class Fault(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.global_rank == self.rank and self.action == "loader":
-            GridLoader.load = _dies  # type: ignore[method-assign]
+            GridDataModule.load = _dies  # type: ignore[method-assign]
         if trainer.global_rank == self.rank and self.action == "writer":
-            Files.write = _dies  # type: ignore[method-assign]
+            OutputFiles.write = _dies  # type: ignore[method-assign]
 
     def on_predict_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0

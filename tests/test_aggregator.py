@@ -18,7 +18,7 @@ from voxquilt.data.subject import DATA, LOCATION, LabelMap, ScalarImage, Subject
 from voxquilt.errors import BatchError, ConfigError, GridError, LedgerError, PatchShapeError
 from voxquilt.geometry.grid import Grid, make_grid
 from voxquilt.stitching.aggregator import GridAggregator
-from voxquilt.stitching.blend import BLENDS, Windowed
+from voxquilt.stitching.blend import Windowed, to_blend
 from voxquilt.vocabulary import PADDING_MODES
 
 INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64]
@@ -138,7 +138,7 @@ def test_the_weights_of_an_axis_are_a_partition_of_unity(sizes: tuple[tuple[int,
     """At every voxel the weights of the patches that hold it are positive or 0, and sum to 1."""
     grid = make_grid(*zip(*sizes, strict=True))
     for axis, starts in enumerate(grid.starts):
-        weights = BLENDS[mode].axis_weights(grid, axis)
+        weights = to_blend(mode).axis_weights(grid, axis)
         assert weights.dtype == torch.float64
         assert tuple(weights.shape) == (len(starts), grid.patch_size[axis])
         total = np.zeros(grid.shape[axis])
@@ -153,7 +153,7 @@ def test_the_weights_of_an_axis_are_a_partition_of_unity(sizes: tuple[tuple[int,
 @settings(deadline=None, max_examples=30)
 def test_windows_are_what_their_names_say(mode: str, patch: int) -> None:
     """Positive, symmetric, and equal to the formula written down again."""
-    window = BLENDS[mode].window(patch)  # type: ignore[attr-defined]
+    window = to_blend(mode).window(patch)  # type: ignore[attr-defined]
     np.testing.assert_allclose(window, WINDOWS[mode](patch), rtol=1e-12, atol=1e-16)
     np.testing.assert_allclose(window, window.flip(0), rtol=1e-9)
     assert window.min() > 0

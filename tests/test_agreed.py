@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 from synthetic import count_headers, noise, save
 
+from voxquilt.distributed.process_group import Group
 from voxquilt.distributed.shard_agreement import agreed
 from voxquilt.errors import OutputError
 from voxquilt.prediction.datamodule import GridDataModule
 from voxquilt.prediction.resume import Resume
+from voxquilt.prediction.run_plan import RunPlanner
 
 
 def test_of_many_who_ask_at_once_one_works_it_out(tmp_path: Path) -> None:
@@ -63,7 +65,9 @@ def test_one_shard_reads_the_headers_for_all(tmp_path: Path, monkeypatch: pytest
     def dealt(patch: int, resume: Resume | None) -> list[str]:
         read.clear()
         shards = [GridDataModule(str(tmp_path / "scans"), patch, shard=(n, 3), resume=resume) for n in range(3)]
-        return sorted(case.subject for data in shards for case in data._of_shard(data.cases))
+        planners = [RunPlanner(Group(None), data.grids, data.shard, "subject", resume) for data in shards]
+        dealt = [planner.of_shard(data.cases) for planner, data in zip(planners, shards, strict=True)]
+        return sorted(case.subject for cases in dealt for case in cases)
 
     every = [str(n) for n in range(7)]
     resume = Resume(tmp_path / "outputs", {})

@@ -230,6 +230,9 @@ def test_build_names_the_key_and_the_cause() -> None:
         build({"_target_": "voxquilt.predictor_from_state_dict", "net": unet, "ckpt_path": None}, "model")
     assert "There is no model.net.outchannels. Did you mean model.net.out_channels? " in str(caught.value)
     assert "monai.networks.nets.UNet takes spatial_dims, in_channels, out_channels, channels, " in str(caught.value)
+    right = {"_target_": "torch.nn.Identity"}
+    with pytest.raises(ConfigError, match=r"There is no model\.flps\. Did you mean model\.flips\?"):
+        build({"_target_": "voxquilt.predictor_from_state_dict", "net": right, "ckpt_path": None, "flps": [0]}, "model")
     transform = {"_target_": "monai.transforms.NormalizeIntensity", "nonzer": True}
     with pytest.raises(ConfigError, match=r"no preprocess\.intensity\[0\]\.nonzer\. Did you mean .*\.nonzero\?"):
         build({"_target_": "voxquilt.Preprocess", "intensity": [transform]}, "preprocess")

@@ -30,7 +30,11 @@ CORE = ("geometry", "stitching")
 FRAMEWORKS = {"lightning", "hydra", "omegaconf", "nibabel", "monai", "scipy", "rich"}
 PEERS = {"torchio", "patchly", "tiler", "nnunetv2"}
 # Modules that a wrong command line is answered with.
-LIGHT = ["", ".errors", ".vocabulary", ".data.discovery", ".cli.predict_config", ".cli.train_config", ".cli.schema"]
+LIGHT = [
+    "", ".errors", ".vocabulary", ".data.discovery", ".cli.main", ".cli.predict_config", ".cli.train_config",
+    ".cli.schema", ".models.weights.detect", ".models.weights.torchscript", ".models.weights.exported",
+    ".models.weights.lightning",    ".models.weights.state_dict", ".models.weights.stored_settings",
+]  # fmt: skip
 
 
 def name_of(path: Path) -> str:

@@ -20,9 +20,9 @@ from synthetic import ROOT, noise, read, run, save
 
 from voxquilt.cli.instantiate import build
 from voxquilt.cli.main import conf_dir
-from voxquilt.cli.predict_config import to_plain
+from voxquilt.cli.plain_config import to_plain
+from voxquilt.cli.process_check import check_trainer
 from voxquilt.cli.resolvers import register_resolvers
-from voxquilt.cli.schema import check_trainer
 from voxquilt.distributed.environment import is_first, slurm_tasks
 from voxquilt.errors import ConfigError
 

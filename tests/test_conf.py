@@ -14,7 +14,8 @@ from synthetic import noise, save
 
 from voxquilt.cli.instantiate import build
 from voxquilt.cli.main import conf_dir, run_predict, run_train
-from voxquilt.cli.predict_config import check_predict, to_plain
+from voxquilt.cli.plain_config import to_plain
+from voxquilt.cli.predict_config import check_predict
 from voxquilt.cli.resolvers import register_resolvers
 from voxquilt.cli.suggestions import check_typed
 from voxquilt.cli.train_config import check_train

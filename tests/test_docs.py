@@ -36,9 +36,9 @@ from monai.networks.nets import UNet
 from scipy.ndimage import gaussian_filter
 from synthetic import ROOT, Over50, save
 
+from voxquilt.cli.conf_options import keys_of
 from voxquilt.cli.instantiate import build
 from voxquilt.cli.main import conf_dir, register_resolvers
-from voxquilt.cli.suggestions import _keys
 from voxquilt.cli.train_config import check_train
 from voxquilt.models.weights.stored_settings import KEY, to_carry
 
@@ -268,7 +268,7 @@ def run_document(document: Path, folder: Path, forks: Server) -> None:
 
 def test_keys_that_documents_and_help_name_exist() -> None:
     """Words such as data.patch_size, in back quotes or in the help, are keys of some option of conf/."""
-    known = {key for script in ("predict", "train") for key in _keys(conf_dir(), script)}
+    known = {key for script in ("predict", "train") for key in keys_of(conf_dir(), script)}
     sections = {key.partition(".")[0] for key in known if "." in key}
     free = ("model.net.", "model.module_args.", "data.images.", "hydra.")  # whose keys are the user's
     for path in (*DOCUMENTS, *(conf_dir() / "hydra/help").glob("*.yaml")):

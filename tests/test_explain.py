@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from voxquilt.cli.conf_options import keys_of
 from voxquilt.cli.main import conf_dir
-from voxquilt.cli.suggestions import _keys, _no_key, explain
+from voxquilt.cli.suggestions import explain, no_key
 from voxquilt.data.listing import meant
 from voxquilt.errors import ConfigError
 from voxquilt.text import question
@@ -97,10 +98,10 @@ def test_no_suggestion_is_what_was_typed(words: list[str], data: st.DataObject) 
 @pytest.mark.parametrize("script", ["predict", "train"])
 def test_no_key_is_answered_with_itself(script: str) -> None:
     """Every key that either script knows, asked where it is not."""
-    keys = {key for name in ("predict", "train") for key in _keys(conf_dir(), name)}
+    keys = {key for name in ("predict", "train") for key in keys_of(conf_dir(), name)}
     assert len(keys) > 100
     for key in keys:
-        answer = _no_key(key, script, conf_dir())
+        answer = no_key(key, script, conf_dir())
         assert f"Did you mean {key}?" not in answer
         assert key in answer
 

@@ -234,14 +234,14 @@ BOMBS: Mapping[str, tuple[Callable[[Path], Callable[[dict[str, bytes]], None]], 
     "weight": (payload("weights", "weight_99", lambda m: saved(Bomb(m))), "holds more than tensors"),
     "weight, legacy pickle": (payload("weights", "weight_99", lambda m: pickle.dumps(Bomb(m))), "weight_99"),
     "constant": (payload("constants", "tensor_0", lambda m: saved(Bomb(m))), "tensor_0 holds more than tensors"),
-    "custom object": (payload("constants", "custom_obj_0", lambda m: saved(Bomb(m))), "an object that is no tensor"),
-    "opaque object": (payload("constants", "opaque_obj_0", lambda m: pickle.dumps(Bomb(m))), "no tensor"),
+    "custom object": (payload("constants", "custom_obj_0", lambda m: saved(Bomb(m))), "an object that is not a tensor"),
+    "opaque object": (payload("constants", "opaque_obj_0", lambda m: pickle.dumps(Bomb(m))), "not a tensor"),
     "sample inputs": (
         lambda m: lambda records: records.update({"data/sample_inputs/model.pt": saved(((Bomb(m),), {}))}),
         "sample_inputs/model.pt holds more than tensors",
     ),
     "symbolic size": (program(size), "which would be evaluated"),
-    "operator": (program(call), "'torch.os.mkdir', which is none of the operators"),
+    "operator": (program(call), "'torch.os.mkdir', which is not one of the operators"),
     "name": (program(rename), "where a name is wanted"),
     "default dictionary": (
         program(tree("collections.defaultdict", lambda code: {"default_factory_module": "this"})),
@@ -316,7 +316,7 @@ def test_what_is_no_archive_is_one_message(tmp_path: Path, content: bytes | None
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(
-        ConfigError, match=r"net\.pt2 (was not loaded .*model=state_dict|cannot be read|is no file of weights)"
+        ConfigError, match=r"net\.pt2 (was not loaded .*model=state_dict|cannot be read|is not a file of weights)"
     ):
         read_exported(path)
 

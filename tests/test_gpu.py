@@ -17,9 +17,9 @@ from voxquilt.geometry.slab_split import Part, split
 from voxquilt.models.predictor import PatchPredictor
 from voxquilt.prediction.datamodule import GridDataModule
 from voxquilt.prediction.writer_callback import VolumeWriter
+from voxquilt.stitching.blend_registry import BLENDS
 from voxquilt.stitching.stitch import Stitch
 from voxquilt.stitching.subject_stitcher import SubjectStitcher
-from voxquilt.vocabulary import OVERLAP_MODES
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,7 +27,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("mode", OVERLAP_MODES)
+@pytest.mark.parametrize("mode", [*BLENDS])
 @pytest.mark.parametrize("spacing", [None, 1.7])
 def test_sums_on_the_device_equal_sums_on_the_host(mode: str, spacing: float | None) -> None:
     """The ring, the way back to native space and the products, all on the device."""
@@ -42,7 +42,7 @@ def test_sums_on_the_device_equal_sums_on_the_host(mode: str, spacing: float | N
         quilt = SubjectStitcher(Stitch(mode, names, fill=0), sampler, space, skipped=[1, 5])
         for n in sampler.grid.streaming_order.tolist():
             if n not in (1, 5):
-                quilt.add({"": patches[n : n + 1].to(device)}, sampler.locations[n : n + 1])
+                quilt.add({"": patches[n : n + 1].to(device)}, [n])
         made[device] = quilt.volumes()
     for name in names:
         np.testing.assert_allclose(made["cuda"][name], made["cpu"][name], rtol=1e-4, atol=1e-5)
@@ -59,7 +59,7 @@ def test_labels_made_on_the_device_equal_those_of_the_host(restore: str) -> None
     for device in ("cpu", "cuda"):
         quilt = SubjectStitcher(Stitch("crop", compare=["average"], restore=restore), sampler, space)
         for n in sampler.grid.streaming_order.tolist():
-            quilt.add({"": patches[n : n + 1].to(device)}, sampler.locations[n : n + 1])
+            quilt.add({"": patches[n : n + 1].to(device)}, [n])
         made[device] = quilt.volumes()
     for name, labels in made["cpu"].items():
         np.testing.assert_array_equal(made["cuda"][name], labels)
@@ -75,7 +75,7 @@ def test_a_run_on_the_device_writes_the_labels_of_the_host(tmp_path: Path) -> No
     np.testing.assert_array_equal(read(tmp_path / "out/a_labels.nii.gz"), np.asarray(volume) > 50)
 
 
-@pytest.mark.parametrize("mode", OVERLAP_MODES)
+@pytest.mark.parametrize("mode", [*BLENDS])
 @pytest.mark.parametrize("skipped", [[], [0, 5]])
 def test_parts_on_the_device_and_on_the_host_equal_one_process(mode: str, skipped: list[int]) -> None:
     """Heads travel by way of the host, from either kind of process to either."""
@@ -89,7 +89,7 @@ def test_parts_on_the_device_and_on_the_host_equal_one_process(mode: str, skippe
     def quilted(device: str, part: Part, *, whole: bool) -> SubjectStitcher:
         quilt = SubjectStitcher(stitch, sampler, space, skipped=skipped, part=part, whole=whole)
         for n in to_predict(sampler, skipped, part):
-            quilt.add({"": patches[n : n + 1].to(device)}, sampler.locations[n : n + 1])
+            quilt.add({"": patches[n : n + 1].to(device)}, [n])
         return quilt
 
     parts = split(sampler.grid, 3)
@@ -120,7 +120,7 @@ def test_sums_that_move_to_the_host_halfway_equal_those_that_stay(mode: str) -> 
         quilt = SubjectStitcher(Stitch(mode, ["logits"]), sampler, space, skipped=[2])
         for place, n in enumerate(sampler.grid.streaming_order.tolist()):
             if n != 2:
-                quilt.add({"": patches[n : n + 1]}, sampler.locations[n : n + 1])
+                quilt.add({"": patches[n : n + 1]}, [n])
             if moved and place == len(sampler) // 2:
                 quilt.to(torch.device("cpu"))
         made.append(quilt.volumes()["logits"])

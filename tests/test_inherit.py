@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import subprocess
+import sys
 import tempfile
 import warnings
 import zipfile
@@ -25,7 +27,7 @@ from voxquilt.cli.instantiate import check_classes
 from voxquilt.errors import ConfigError
 from voxquilt.models.patch_network import PatchNetwork
 from voxquilt.models.weights.detect import kind_of
-from voxquilt.models.weights.stored_settings import FORMAT, KEY, LIGHTNING, TENSORS, TORCHSCRIPT, carried, to_carry
+from voxquilt.models.weights.stored_settings import FORMAT, KEY, carried, to_carry
 from voxquilt.planning.network_check import check_fits
 
 NET = {
@@ -134,12 +136,12 @@ class Bomb:
 
 @pytest.mark.parametrize("where", ["settings", "beside"])
 def test_a_bomb_beside_or_in_the_settings_does_not_go_off(tmp_path: Path, where: str) -> None:
-    """Reading settings imports and calls nothing; settings that are no plain values are refused."""
+    """Reading settings imports and calls nothing; settings that are not plain values are refused."""
     bomb = Bomb(tmp_path / "marker")
     content = {KEY: SETTINGS | ({"bomb": bomb} if where == "settings" else {}), "bomb": bomb}
     torch.save(content, tmp_path / "a.ckpt")
     if where == "settings":
-        with pytest.raises(ConfigError, match=r"a\.ckpt: its settings are no plain values"):
+        with pytest.raises(ConfigError, match=r"a\.ckpt: its settings are not plain values"):
             carried(tmp_path / "a.ckpt")
     else:
         assert carried(tmp_path / "a.ckpt") == SETTINGS
@@ -149,7 +151,7 @@ def test_a_bomb_beside_or_in_the_settings_does_not_go_off(tmp_path: Path, where:
 def test_settings_that_would_look_something_up_are_refused(tmp_path: Path) -> None:
     """An interpolation in a file could read the environment of whoever predicts."""
     settings = SETTINGS | {"stitch": {"class_names": ["${oc.env:HOME}"]}}
-    with pytest.raises(ConfigError, match="no plain values"):
+    with pytest.raises(ConfigError, match="not plain values"):
         carried(checkpoint(tmp_path / "a.ckpt", settings))
 
 
@@ -185,8 +187,25 @@ def test_a_file_tells_its_kind(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "e.pt", "w") as archive:
         archive.writestr("x.txt", "")
     found = {name: kind_of(tmp_path / name) for name in ("a.pt", "b.pt", "d.pt", "e.pt")}
-    assert found == {"a.pt": TORCHSCRIPT, "b.pt": TENSORS, "d.pt": TENSORS, "e.pt": TENSORS}
-    assert kind_of(checkpoint(tmp_path / "c.ckpt")) == LIGHTNING
+    assert found == {"a.pt": "torchscript", "b.pt": "state_dict", "d.pt": "state_dict", "e.pt": "state_dict"}
+    assert kind_of(checkpoint(tmp_path / "c.ckpt")) == "lightning"
+
+
+def test_formats_and_settings_are_read_before_torch_has_loaded(tmp_path: Path) -> None:
+    """Of every kind of file; with torch, a wrong configuration would be answered seconds later."""
+    script(tmp_path / "a.pt")
+    checkpoint(tmp_path / "b.ckpt", SETTINGS)
+    save_file(unet().state_dict(), tmp_path / "c.safetensors", {KEY: json.dumps(SETTINGS)})
+    code = (
+        "import sys, pathlib\n"
+        "from voxquilt.models.weights.detect import kind_of\n"
+        "from voxquilt.models.weights.stored_settings import carried\n"
+        "files = [pathlib.Path(name) for name in sys.argv[1:]]\n"
+        "print(*map(kind_of, files), *[carried(file) is not None for file in files], 'torch' in sys.modules)"
+    )
+    files = [str(tmp_path / name) for name in ("a.pt", "b.ckpt", "c.safetensors")]
+    done = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["torchscript", "lightning", "state_dict", "False", "True", "True", "False"]
 
 
 def test_a_training_carries_what_predicting_needs() -> None:
@@ -216,7 +235,7 @@ def test_a_training_carries_what_predicting_needs() -> None:
 def test_a_checkpoint_may_name_no_function_and_no_class_of_elsewhere(target: str) -> None:
     """Not even by a path that begins in an allowed package and leads out of it; also deep inside."""
     for node in ({"_target_": target}, {"a": [{"b": {"_target_": "torch.nn.ReLU", "x": {"_target_": target}}}]}):
-        with pytest.raises(ConfigError, match=r"which is no class of run\.checkpoint_targets"):
+        with pytest.raises(ConfigError, match=r"which is not a class of run\.checkpoint_targets"):
             check_classes(node, ALLOWED)
 
 

@@ -62,7 +62,7 @@ def in_slabs(subject: Subject, preprocess: Preprocess, sampler: GridSampler, sti
     quilts = [SubjectStitcher(stitch, sampler, space, part=part, whole=n == 0) for n, part in enumerate(parts)]
     for part, quilt in zip(parts, quilts, strict=True):
         for number in to_predict(sampler, [], part):
-            quilt.add({"": pointwise(sampler.cut("t1", number)[None].float())}, sampler.locations[[number]])
+            quilt.add({"": pointwise(sampler.cut("t1", number)[None].float())}, [number])
     for quilt, following in reversed(list(pairwise(quilts))):
         quilt.join(following.head() or [])
     for quilt in quilts[1:]:

@@ -19,11 +19,11 @@ from voxquilt.geometry.grid import Grid, make_grid
 from voxquilt.geometry.slab_split import Part, split
 from voxquilt.stitching.aggregator import GridAggregator
 from voxquilt.stitching.blend import to_blend
+from voxquilt.stitching.blend_registry import BLENDS
 from voxquilt.stitching.buffer_pool import BufferPool
 from voxquilt.stitching.stitch import Stitch
 from voxquilt.stitching.streaming import FinishedPlanes, boundary, planes_of
 from voxquilt.stitching.subject_stitcher import SubjectStitcher
-from voxquilt.vocabulary import OVERLAP_MODES
 
 # Per axis: patch size, overlap as a share of what there can be, voxels beside the first patch.
 AXES = st.tuples(st.integers(1, 7), st.integers(0, 3), st.integers(0, 9))
@@ -69,7 +69,7 @@ def play(
 @settings(deadline=None, max_examples=150)
 @given(
     st.tuples(AXES, AXES, AXES),
-    st.sampled_from(OVERLAP_MODES),
+    st.sampled_from([*BLENDS]),
     st.integers(0, 2),
     CUTS,
     SKIPS,
@@ -153,8 +153,8 @@ NAMES = ["labels", "logits", "probabilities", "entropy", "disagreement"]
 @settings(deadline=None, max_examples=40)
 @given(
     st.tuples(AXES, AXES, AXES),
-    st.sampled_from(OVERLAP_MODES),
-    st.sampled_from([None, *OVERLAP_MODES]),
+    st.sampled_from([*BLENDS]),
+    st.sampled_from([None, *BLENDS]),
     st.sampled_from(["scores", "labels"]),
     st.one_of(st.integers(1, 4), st.tuples(st.integers(0, 2), CUTS)),
     SKIPS,
@@ -196,10 +196,7 @@ def test_volumes_of_all_parts_are_those_of_one_process(
 
     def steps(quilt: SubjectStitcher, order: list[int], size: int) -> list[Callable[[], None]]:
         batches = [order[first : first + size] for first in range(0, len(order), size)]
-        return [
-            lambda b=b: quilt.add({name: output[b] for name, output in outputs.items()}, grid.locations[b])
-            for b in batches
-        ]
+        return [lambda b=b: quilt.add({name: output[b] for name, output in outputs.items()}, b) for b in batches]
 
     def alone(stitch: Stitch) -> dict[str, np.ndarray]:
         quilt = SubjectStitcher(stitch, sampler, space, skipped=skipped)
@@ -280,7 +277,7 @@ def test_two_processes_share_the_axis_that_can_be_halved() -> None:
 
 
 @settings(deadline=None, max_examples=100)
-@given(st.tuples(AXES, AXES, AXES), st.sampled_from(OVERLAP_MODES), st.integers(0, 2), CUTS)
+@given(st.tuples(AXES, AXES, AXES), st.sampled_from([*BLENDS]), st.integers(0, 2), CUTS)
 def test_planes_are_finished_by_one_part_each(
     axes: tuple[tuple[int, int, int], ...], mode: str, axis: int, cuts: list[int]
 ) -> None:
@@ -314,7 +311,7 @@ def test_every_part_predicts_something(
 # Nobody waits.
 
 
-@pytest.mark.parametrize("mode", OVERLAP_MODES)
+@pytest.mark.parametrize("mode", [*BLENDS])
 def test_a_head_is_there_long_before_the_end(mode: str) -> None:
     """Rows of a long part that lie behind the boundary are not waited for, nor is the next part."""
     grid = make_grid((40, 4, 4), (8, 4, 4), (4, 0, 0))  # rows at 0, 4, ..., 32
@@ -358,7 +355,7 @@ def two(part: Part, mode: str = "hann", skipped: Sequence[int] = ()) -> tuple[Gr
     return GridAggregator(Placed(grid), mode, consumer=lambda slab: None, part=part, skipped=skipped), grid
 
 
-@pytest.mark.parametrize("mode", OVERLAP_MODES)
+@pytest.mark.parametrize("mode", [*BLENDS])
 def test_a_patch_of_another_part_is_refused_and_named(mode: str) -> None:
     """Before or behind; it changes nothing."""
     for own, others in ((0, 1), (1, 0)):
@@ -432,8 +429,8 @@ def test_the_owner_wants_every_plane_of_every_product_once() -> None:
     for unopened in (owner.volumes, lambda: owner.join([]), lambda: list(second.parts())):
         with pytest.raises(LedgerError, match="no patch has come"):
             unopened()
-    owner.add({"": torch.ones(1, 2, 8, 4, 4)}, grid.locations[:1])
-    second.add({"": torch.ones(1, 2, 8, 4, 4)}, grid.locations[1:])
+    owner.add({"": torch.ones(1, 2, 8, 4, 4)}, [0])
+    second.add({"": torch.ones(1, 2, 8, 4, 4)}, [1])
     assert owner.complete
     with pytest.raises(LedgerError, match="the head of the next part is missing"):
         owner.volumes()

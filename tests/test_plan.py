@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
@@ -19,8 +20,8 @@ from voxquilt.data.subject_size import RunSize, SubjectSize, extent, together
 from voxquilt.models.predictor import PatchPredictor
 from voxquilt.planning.machine import disk_free, memory_available
 from voxquilt.planning.planner import MachineResources, Planner
-from voxquilt.planning.preflight import on_device
-from voxquilt.planning.resource_estimate import MIB, Settings, forms, needs, voxels_of
+from voxquilt.planning.preflight import weights_on_device
+from voxquilt.planning.resource_estimate import MIB, RunSettings, forms, needs, voxels_of
 from voxquilt.planning.shape_probe import Probe
 from voxquilt.prediction.datamodule import GridDataModule
 from voxquilt.prediction.timing import Rates
@@ -130,7 +131,7 @@ def test_a_timed_plan_measures_the_network(place: Path, tmp_path: Path, forks: S
 def test_of_an_ensemble_that_takes_turns_the_largest_is_on_the_device(offload: bool | str, wanted: int) -> None:
     """In bytes of float32, biases included; others are there together."""
     small, large = nn.Conv3d(1, 1, (1, 1, 4)), nn.Conv3d(1, 1, (1, 1, 9))
-    assert on_device(PatchPredictor([small, large], offload=offload)) == wanted
+    assert weights_on_device(PatchPredictor([small, large], offload=offload)) == wanted
 
 
 def test_what_cannot_fit_is_refused_before_anything_is_made(place: Path, tmp_path: Path, forks: Server) -> None:
@@ -187,7 +188,7 @@ def test_two_thousand_small_subjects_are_planned_in_a_moment(place: Path, tmp_pa
 # What is needed
 
 
-SETTINGS = Settings((8, 8, 8), 2, 1, 2**40, True, 500 * MIB)
+SETTINGS = RunSettings(Stitch(), Path("out"), (8, 8, 8), 2, 1, 2**40, True, 500 * MIB)
 ONE = RunSize(subjects=1, patches=27, voxels=10**6, file=10**6, largest=10**6, channels=1, ring=10**5, loaded=10**6)
 
 
@@ -226,7 +227,7 @@ def test_a_smaller_output_takes_less() -> None:
 def test_what_is_large_waits_on_disk() -> None:
     """Not in memory, and room for it is needed beside the outputs."""
     become = forms(Stitch(products=["probabilities"]), passed(3).outputs, (8, 8, 8))
-    small, large = (needs(ONE, passed(3), become, SETTINGS.__class__(**{**vars(SETTINGS), "in_memory": limit}))
+    small, large = (needs(ONE, passed(3), become, replace(SETTINGS, in_memory=limit))
                     for limit in (2**40, 0))  # fmt: skip
     assert small.host["products"] - large.host["products"] == 12 * 10**6
     assert (small.scratch, large.scratch) == (0, 12 * 10**6)
@@ -240,7 +241,7 @@ def test_more_workers_batches_and_patches_need_more() -> None:
     of, become = together([ONE, ONE, ONE]), forms(Stitch(), passed(3).outputs, (8, 8, 8))
 
     def host(**changes: int) -> dict[str, int]:
-        return dict(needs(of, passed(3), become, Settings(**{**vars(SETTINGS), **changes})).host)
+        return dict(needs(of, passed(3), become, replace(SETTINGS, **changes)).host)
 
     assert host(num_workers=2)["images"] - host(num_workers=0)["images"] == 2 * ONE.loaded
     assert host(num_workers=9)["images"] == 3 * ONE.loaded  # there are only three
@@ -251,7 +252,7 @@ def test_more_workers_batches_and_patches_need_more() -> None:
 def test_a_gpu_takes_the_network_and_the_sums_from_the_host() -> None:
     """What remains there is what comes back."""
     become = forms(Stitch(), passed(3).outputs, (8, 8, 8))
-    found = needs(ONE, passed(3), become, Settings(**{**vars(SETTINGS), "gpu": True, "weights": 5}))
+    found = needs(ONE, passed(3), become, replace(SETTINGS, gpu=True, weights=5))
     assert found.device["weights"] == 5
     assert found.device["network"] == 10**6
     assert found.device["sums"] == ONE.ring * 12 + 512 * 4
@@ -276,11 +277,17 @@ def test_an_extent_adds_up_and_keeps_the_most(place: Path) -> None:
 
 
 def refusal(tmp_path: Path, memory: int, disk: int, **changes: object) -> str | None:
-    settings = Settings(**{**vars(SETTINGS), "patch_size": (64, 64, 64), "batch_size": 8, **changes})
+    settings = replace(
+        SETTINGS,
+        stitch=Stitch(products=["labels", "probabilities"]),
+        folder=tmp_path,
+        patch_size=(64, 64, 64),
+        batch_size=8,
+        **changes,
+    )
     of = RunSize(3, 27, 3 * 10**8, 6 * 10**8, 10**8, 1, 10**7, 2 * 10**8)
-    stitch = Stitch(products=["labels", "probabilities"])
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
-    planner = Planner(trainer, PatchPredictor(Over50()), stitch, of, settings, tmp_path)
+    planner = Planner(trainer, PatchPredictor(Over50()), of, settings)
     planner._room = MachineResources(memory, disk, 1)
     return planner.plan().refusal
 

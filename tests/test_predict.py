@@ -32,7 +32,7 @@ from voxquilt.models.predictor import PatchPredictor
 from voxquilt.predict import predict_volume
 from voxquilt.prediction.datamodule import GridDataModule
 from voxquilt.prediction.writer_callback import VolumeWriter
-from voxquilt.stitching.accumulator import Sums
+from voxquilt.stitching.accumulator import Accumulator
 from voxquilt.stitching.stitch import Stitch
 from voxquilt.stitching.subject_stitcher import SubjectStitcher
 
@@ -808,7 +808,7 @@ def test_sums_without_room_on_the_device_are_begun_again_on_the_host(
 ) -> None:
     """Once is made good; a second time costs the subject."""
     volumes = {name: save(tmp_path / f"in/{name}.nii", noise((9, 9, 9))) for name in ("a", "b")}
-    left, make = [times], Sums.__init__
+    left, make = [times], Accumulator.__init__
 
     def full(*arguments: Any, **options: Any) -> None:
         left[0] -= 1
@@ -816,7 +816,7 @@ def test_sums_without_room_on_the_device_are_begun_again_on_the_host(
             raise torch.OutOfMemoryError("CUDA out of memory.")
         make(*arguments, **options)
 
-    monkeypatch.setattr(Sums, "__init__", full)
+    monkeypatch.setattr(Accumulator, "__init__", full)
     rows = predict(tmp_path / "out", tmp_path / "in", Over50())
     assert list(statuses(rows).values()) == wanted
     for name, status in statuses(rows).items():

@@ -24,7 +24,8 @@ from voxquilt.errors import ConfigError, GridError, OutputError, PatchShapeError
 from voxquilt.geometry.resample import resample
 from voxquilt.geometry.streamed_resample import Piece
 from voxquilt.stitching.aggregator import GridAggregator
-from voxquilt.stitching.blend import BLENDS
+from voxquilt.stitching.blend import to_blend
+from voxquilt.stitching.output_rings import Memory
 from voxquilt.stitching.output_volumes import OutputVolumes, Scratch
 from voxquilt.stitching.products.labels import ArgMax, contenders
 from voxquilt.stitching.products.spec import make_products
@@ -40,8 +41,9 @@ def products_of(scores: Tensor, names: Sequence[str] | None = None, **options: o
     """Products in the scores' own space."""
     products = make_products(names, len(scores), **options)  # type: ignore[arg-type]
     _, i, j, k = scores.shape
-    volumes = OutputVolumes({name: recipe.product for name, recipe in products.items()}, len(scores), (i, j, k))
-    volumes.fill((slice(0, i), slice(0, j), slice(0, k)), scores)
+    volumes = OutputVolumes({name: spec.product for name, spec in products.items()}, len(scores), (i, j, k))
+    for name, spec in products.items():
+        volumes.store(name, (slice(0, i), slice(0, j), slice(0, k)), spec.product(scores))
     return volumes.arrays
 
 
@@ -497,7 +499,7 @@ def test_labels_of_their_own_have_an_entropy_and_a_threshold_of_their_own(activa
 def spread(patches: Tensor, sampler: GridSampler, mode: str) -> np.ndarray:
     """The definition, voxel by voxel in float64: the weighted variance of (n, C, ...) probabilities, by channel."""
     grid = sampler.grid
-    i, j, k = (BLENDS[mode].axis_weights(grid, axis) for axis in range(3))
+    i, j, k = (to_blend(mode).axis_weights(grid, axis) for axis in range(3))
     stacked = torch.zeros(len(grid), patches.shape[1], *grid.shape, dtype=torch.float64)
     weights = torch.zeros(len(grid), 1, *grid.shape, dtype=torch.float64)
     for n, (i0, j0, k0, i1, j1, k1) in enumerate(grid.locations.tolist()):
@@ -704,10 +706,13 @@ def test_a_product_in_a_file_equals_one_in_memory(tmp_path: Path, orientation: s
     found = []
     for limit in (0, 1e9):
         quilt = SubjectStitcher(
-            Stitch("hann", ["labels", "logits", "entropy"]), sampler, space, scratch=Scratch(tmp_path, limit)
+            Stitch("hann", ["labels", "logits", "entropy"]),
+            sampler,
+            space,
+            memory=Memory(scratch=Scratch(tmp_path, limit)),
         )
         for n in sampler.grid.streaming_order.tolist():
-            quilt.add({"": varying(sampler.cut("t1", n)[None].float())}, sampler.locations[n : n + 1])
+            quilt.add({"": varying(sampler.cut("t1", n)[None].float())}, [n])
         found.append(quilt.volumes())
         assert list(tmp_path.iterdir()) == []
         assert all(isinstance(volume.base, np.memmap) == (limit == 0) for volume in found[-1].values())

@@ -34,7 +34,7 @@ from voxquilt.filesystem import write_json
 from voxquilt.prediction.datamodule import RunPlan
 from voxquilt.prediction.fingerprint import NO_VOXELS, inputs, settings
 from voxquilt.prediction.resume import Resume, finished
-from voxquilt.prediction.run_record import Record
+from voxquilt.prediction.run_record import RunRecord
 from voxquilt.reporting.manifest import Manifest, Row, read_rows
 
 JOB = (
@@ -604,7 +604,7 @@ def test_a_subject_that_is_not_made_again_stays_in_no_manifest_as_done(tmp_path:
     (tmp_path / "a.nii").touch()
     written(tmp_path / "manifest_0_of_2.csv", Row("a", "done", ("a.nii",), finished="2020", fingerprint="old"))
     plan = RunPlan(Group(None), [], [], ["a", "b"], [], {})
-    record = Record(tmp_path, plan, (0, 1), {})
+    record = RunRecord(tmp_path, plan, (0, 1), {})
     assert finished(tmp_path) == {}
     assert print_status([SubjectFiles("a", {})], tmp_path, 1) == 1
     row = Row("a", "done", ("a.nii",), fingerprint="new")

@@ -17,9 +17,9 @@ from voxquilt.errors import BatchError, InputError, LedgerError, OutputError
 from voxquilt.geometry.frame import Frame
 from voxquilt.geometry.grid import Grid, make_grid
 from voxquilt.stitching.aggregator import GridAggregator
-from voxquilt.stitching.blend import BLENDS
+from voxquilt.stitching.blend import to_blend
+from voxquilt.stitching.blend_registry import BLENDS
 from voxquilt.stitching.stitch import Stitch
-from voxquilt.vocabulary import OVERLAP_MODES
 
 # Per axis: patch size, overlap as a share of what there can be, voxels beside the first patch.
 AXES = st.tuples(st.integers(1, 7), st.integers(0, 3), st.integers(0, 12))
@@ -27,7 +27,7 @@ AXES = st.tuples(st.integers(1, 7), st.integers(0, 3), st.integers(0, 12))
 
 def renormalised(grid: Grid, patches: Tensor, skipped: set[int], mode: str, fill: list[float]) -> Tensor:
     """The plain way: weighted sums over the patches that come, divided by their weights; else the fill."""
-    i, j, k = (BLENDS[mode].axis_weights(grid, axis) for axis in range(3))
+    i, j, k = (to_blend(mode).axis_weights(grid, axis) for axis in range(3))
     total = torch.zeros(patches.shape[1], *grid.shape, dtype=torch.float64)
     cover = torch.zeros(grid.shape, dtype=torch.float64)
     for n in set(range(len(grid))) - skipped:
@@ -41,7 +41,7 @@ def renormalised(grid: Grid, patches: Tensor, skipped: set[int], mode: str, fill
 @settings(deadline=None, max_examples=100)
 @given(
     st.tuples(AXES, AXES, AXES),
-    st.sampled_from(OVERLAP_MODES),
+    st.sampled_from([*BLENDS]),
     st.integers(0, 2),
     st.integers(1, 5),
     st.sampled_from([0.0, 0.2, 0.6, 0.95, 1.0]),
@@ -199,7 +199,7 @@ def over15(x: Tensor) -> Tensor:
     return torch.cat([15 - x, x - 15], 1)
 
 
-@pytest.mark.parametrize("mode", OVERLAP_MODES)
+@pytest.mark.parametrize("mode", [*BLENDS])
 @pytest.mark.parametrize("spacing", [None, 1.6])
 def test_background_is_not_predicted_and_labels_stay(mode: str, spacing: float | None) -> None:
     """By a threshold or a mask; the network sees fewer patches and the labels do not change."""

@@ -23,13 +23,13 @@ from voxquilt.geometry.space import AxisMap
 from voxquilt.geometry.streamed_resample import Restorer
 from voxquilt.predict import predict_volume
 from voxquilt.stitching.aggregator import GridAggregator
+from voxquilt.stitching.blend_registry import BLENDS
 from voxquilt.stitching.buffer_pool import BufferPool, choose_device
 from voxquilt.stitching.products.base import ACTIVATIONS
-from voxquilt.stitching.products.spec import Moments
+from voxquilt.stitching.products.disagreement import Moments
 from voxquilt.stitching.stitch import Stitch
 from voxquilt.stitching.streaming import FinishedPlanes
 from voxquilt.stitching.subject_stitcher import SubjectStitcher
-from voxquilt.vocabulary import OVERLAP_MODES
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def streamed(
 @settings(deadline=None, max_examples=80)
 @given(
     st.tuples(AXES, AXES, AXES),
-    st.sampled_from(OVERLAP_MODES),
+    st.sampled_from([*BLENDS]),
     st.integers(0, 2),
     st.integers(1, 5),
     st.integers(0, 99),
@@ -120,7 +120,7 @@ def test_slabs_put_together_are_the_volume(
     assert planes[-1][1] == grid.shape[axis]
 
 
-@pytest.mark.parametrize("mode", OVERLAP_MODES)
+@pytest.mark.parametrize("mode", [*BLENDS])
 def test_memory_that_another_volume_used_leaves_no_trace(mode: str) -> None:
     """A second and smaller volume in the first one's memory is as right as the first."""
     buffers, rng = BufferPool(), np.random.default_rng(0)
@@ -236,7 +236,7 @@ def test_planes_restored_as_they_come_equal_the_whole(
 
 @pytest.mark.parametrize("spacing", [None, 1.7, (0.8, 2.3, 1.1)])
 @pytest.mark.parametrize("orientation", ["RAS", "SPL", "AIL"])
-@pytest.mark.parametrize("mode", OVERLAP_MODES)
+@pytest.mark.parametrize("mode", [*BLENDS])
 def test_streamed_labels_are_those_of_the_whole_score_volume(
     mode: str, orientation: str, spacing: float | tuple[float, float, float] | None
 ) -> None:
@@ -269,7 +269,7 @@ def test_streamed_labels_are_those_of_the_whole_score_volume(
 @settings(deadline=None, max_examples=60)
 @given(
     st.tuples(AXES, AXES, AXES),
-    st.sampled_from(OVERLAP_MODES),
+    st.sampled_from([*BLENDS]),
     st.sampled_from([None, "RAS", "SPL", "AIL"]),
     st.sampled_from([None, 0.7, 1.9]),
     st.integers(1, 5),
@@ -300,7 +300,7 @@ def test_every_output_and_product_is_that_of_the_whole(
     quilt, order = SubjectStitcher(Stitch(mode, names), sampler, space), in_starts(grid, grid.streaming_axis, rng)
     for first in range(0, len(order), size):
         some = order[first : first + size]
-        quilt.add({name: tensor[some] for name, tensor in patches.items()}, grid.locations[some])
+        quilt.add({name: tensor[some] for name, tensor in patches.items()}, some)
     made = quilt.volumes()
     assert len(made) == 10
     for name, factor in (("seg", 1), ("small", 2)):
@@ -332,7 +332,7 @@ def test_a_finished_subject_is_freed_without_the_garbage_collector() -> None:
     gc.disable()
     try:
         quilt = SubjectStitcher(Stitch("crop"), Placed(make_grid((6, 6, 6), 6)), Preprocess().space(_subject(native)))
-        quilt.add({"": torch.ones(1, 2, 6, 6, 6)}, np.array([[0, 0, 0, 6, 6, 6]]))
+        quilt.add({"": torch.ones(1, 2, 6, 6, 6)}, [0])
         labels = weakref.ref(quilt.volumes()["labels"].base)
         del quilt
         assert labels() is None

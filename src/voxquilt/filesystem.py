@@ -1,4 +1,4 @@
-"""How does a file appear? Under its final name only when it is complete, whatever happens meanwhile."""
+"""Writes files that appear under their final name only when they are complete, and reads them back."""
 
 import contextlib
 import hashlib
@@ -14,11 +14,11 @@ from voxquilt.errors import OutputError
 from voxquilt.text import escaped
 
 TEMPORARY = r"\..+\.(?P<pid>\d+)\.voxquilt"
-"""Matches the name of a file that is being written: whose it will be, and which process on which machine writes."""
+"""Matches the name of a file that is being written: its final name, the machine, and the process that writes it."""
 
 
 def temporary_suffix(pid: int) -> str:
-    """How names of files end that a process on this machine is writing."""
+    """The end of the names of files that a process on this machine is writing."""
     return f".{socket.gethostname()}.{pid}.voxquilt"
 
 
@@ -47,14 +47,14 @@ def replacing(path: Path) -> Iterator[BufferedWriter]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON whole or not at all."""
+    """Write JSON completely or not at all."""
     with replacing(path) as file:
         # What is escaped of a name is an escape of JSON as well.
         file.write((escaped(json.dumps(content, indent=2, ensure_ascii=False, default=str)) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What `write_json` wrote; empty if there is no such file, or another program's."""
+    """What `write_json` wrote; empty if there is no such file, or if another program wrote it."""
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
@@ -63,6 +63,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def checksum(path: Path) -> str:
-    """sha256 of a file."""
+    """The sha256 of a file's content, in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

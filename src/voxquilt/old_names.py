@@ -1,4 +1,4 @@
-"""Names of earlier versions: imports and configurations that use them work, and are told the new name."""
+"""Keeps names of earlier versions working: imports warn of the new name, configurations are translated."""
 
 import sys
 import warnings
@@ -29,7 +29,7 @@ _MODULES = {
     "traindata": "training.datamodule",
     "writer": "prediction.writer_callback",
 }
-# What configurations and checkpoints of earlier versions name as _target_.
+# Values of _target_ in configurations and checkpoints of earlier versions.
 _TARGETS = {
     "board.Board": "TensorBoardImages",
     "datamodule.GridDataModule": "GridDataModule",
@@ -51,7 +51,7 @@ _PREFIX = "voxquilt."
 NEW = {f"{_PREFIX}{old}": f"{_PREFIX}{new}" for old, new in _TARGETS.items()}
 """Targets by their earlier name."""
 OLD = {new: old for old, new in NEW.items()}
-"""The earlier name of a target, under which fingerprints know it, so that what was predicted before stays done."""
+"""Earlier names by target. Fingerprints use them, so that what was predicted before stays done."""
 
 
 def with_new_targets(node: Any) -> Any:

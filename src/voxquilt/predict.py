@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from voxquilt.data.batch import named_outputs
 from voxquilt.data.conversion import SubjectLike, to_mask, to_subject
 from voxquilt.data.foreground import patches_to_skip, to_predict
 from voxquilt.data.grid_sampler import GridSampler
@@ -78,7 +79,7 @@ def predict_volume(
         for row, index in zip(batch, indices, strict=False):
             sampler.fill(row, index)
         outputs = network(batch[: len(indices)])
-        quilt.add(_named(outputs), sampler.locations[indices])
+        quilt.add(named_outputs(outputs, len(indices)), indices)
         del outputs  # or they would stay in memory beside the next
     return quilt.volumes()
 
@@ -86,9 +87,5 @@ def predict_volume(
 def _halo(network: Callable[[Tensor], Tensor | dict[str, Tensor]], subject: Subject, patch: Triple) -> Padding:
     """What the network's outputs lack of a patch: seen in one of zeros."""
     channels = sum(image.shape[0] for image in subject.images.values())
-    outputs = _named(network(torch.zeros(1, channels, *patch)))
+    outputs = named_outputs(network(torch.zeros(1, channels, *patch)), 1)
     return halo_of({name: tensor.shape for name, tensor in outputs.items()}, patch)
-
-
-def _named(outputs: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
-    return outputs if isinstance(outputs, dict) else {"": outputs}

@@ -1,6 +1,8 @@
-"""What can be printed? Every name, also one that a stream's encoding lacks: it is escaped, and never an error."""
+"""Makes text printable on any stream, and has the wordings that messages share."""
 
+import hashlib
 import io
+import logging
 import re
 import sys
 from collections.abc import Iterable
@@ -9,19 +11,27 @@ from difflib import get_close_matches
 from voxquilt.errors import VoxquiltError
 
 
-def forgive() -> None:
+def escape_streams() -> None:
     """Have this process's stdout and stderr escape what they cannot encode, such as an umlaut in ASCII.
 
-    A name that cannot be shown is no reason to lose a run that has written its files. Called at the start of every
-    process of a command, since each has streams of its own.
+    A name that cannot be shown must not end a run that has written its files. Called at the start of every process of a
+    command, since each has streams of its own.
     """
     for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
+def leave_stdout() -> None:
+    """Send what is printed or logged from here on to stderr, since a program reads stdout."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
+            handler.setStream(sys.stderr)
+    sys.stdout = sys.stderr
+
+
 def escaped(text: str) -> str:
-    r"""Text that is UTF-8 wherever it goes: of a file name that is not, the odd bytes are escaped.
+    r"""Text that can be encoded as UTF-8: bytes of a file name that is not UTF-8 are escaped.
 
     >>> escaped("sub-\udcff")
     'sub-\\udcff'
@@ -30,7 +40,7 @@ def escaped(text: str) -> str:
 
 
 def of_subjects(count: int) -> str:
-    """'1 subject', or more of them."""
+    """A number of subjects: '1 subject', '2 subjects'."""
     return f"{count} subject{'s' * (count != 1)}"
 
 
@@ -40,23 +50,27 @@ def plain_text(error: object) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Of an error's text; its kind where it has none."""
+    """The first line of an error's text; its class where it has no text."""
     return (plain_text(error) or type(error).__name__).splitlines()[0]
 
 
 def reason_of(error: Exception) -> str:
-    """An error as a row of the manifest tells it."""
-    return str(error) if isinstance(error, VoxquiltError) else f"{type(error).__name__}: {_gist(error)}"
+    """The text of an error in a row of the manifest."""
+    return (
+        str(error)
+        if isinstance(error, VoxquiltError)
+        else f"{type(error).__name__}: {_without_torchscript_traceback(error)}"
+    )
 
 
-def _gist(error: Exception) -> str:
-    """TorchScript puts its own traceback before the message; other messages are kept as they are."""
+def _without_torchscript_traceback(error: Exception) -> str:
+    """The message behind the traceback that TorchScript puts before it; other messages are kept as they are."""
     text = plain_text(error)
     return text.splitlines()[-1] if "TorchScript" in text.split("\n")[0] else text
 
 
 def question(typed: str, known: Iterable[str], *, prefix: str = "", cutoff: float = 0.6) -> str:
-    """' Did you mean ...?' with the nearest of the known words, which is never the one that was typed; or ''."""
+    """' Did you mean ...?' with the nearest of the known words, or '' if none is near."""
     near = nearest(typed, known, cutoff=cutoff)
     return f" Did you mean {prefix}{near}?" if near else ""
 
@@ -64,3 +78,17 @@ def question(typed: str, known: Iterable[str], *, prefix: str = "", cutoff: floa
 def nearest(typed: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
     """The nearest of the known words, other than the one that was typed; '' if none is near."""
     return next(iter(get_close_matches(typed, [word for word in known if word != typed], 1, cutoff)), "")
+
+
+def gib(count: float, digits: int = 2) -> str:
+    """A number of bytes in GiB.
+
+    >>> gib(3 * 2**29)
+    '1.50 GiB'
+    """
+    return f"{count / 2**30:.{digits}f} GiB"
+
+
+def digest(text: str, digits: int) -> str:
+    """Hexadecimal digits that tell texts apart: the first of the text's sha256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:digits]

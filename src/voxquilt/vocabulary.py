@@ -1,4 +1,4 @@
-"""Words that a configuration may use, kept apart from what they mean, so that checking them imports nothing heavy."""
+"""Lists the words that a configuration may use, and has registries of what they name; imports nothing heavy."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -10,8 +10,9 @@ from typing import Any
 from voxquilt.errors import ConfigError
 from voxquilt.text import question
 
-OVERLAP_MODES = ("crop", "average", "hann", "gaussian")
 PRODUCTS = ("labels", "probabilities", "logits", "entropy", "disagreement", "image")
+LABELS, MAP, IMAGE = "labels", "map", "image"
+"""Kinds of products: integers with names and colours; numbers such as probabilities; intensities."""
 ACTIVATIONS = ("softmax", "sigmoid", "none")
 APPLIED = ("applied", "applied_sigmoid")
 """Scores that were made probabilities before they were averaged: of one label per voxel, or of several."""
@@ -51,15 +52,13 @@ def check_label_values(values: object, class_names: Sequence[str] | None = None)
     """
     if values is None:
         return None
-    listed = list(values) if isinstance(values, Sequence) and not isinstance(values, str) else None
-    if listed is None or not all(isinstance(n, Integral) and not isinstance(n, bool) for n in listed):
-        listed = [-1]
-    numbers = [int(n) for n in listed]
-    if not all(0 <= n <= 2**53 for n in numbers):
+    given: list[Any] = list(values) if isinstance(values, Sequence) and not isinstance(values, str) else [None]
+    if not all(isinstance(n, Integral) and not isinstance(n, bool) and 0 <= int(n) <= 2**53 for n in given):
         raise ConfigError(
             f"stitch.label_values is a list of the numbers that classes have in files, integers from 0, such as "
             f"[0,1002]; it is {values!r}."
         )
+    numbers = [int(n) for n in given]
     again = sorted({n for n in numbers if numbers.count(n) > 1})
     if again or not numbers:
         raise ConfigError(f"stitch.label_values has a number for each class, each once; it is {numbers}.")
@@ -94,7 +93,7 @@ class Registry:
 
     @cached_property
     def _added(self) -> dict[str, str]:
-        """Entries of other packages; read at the first question that the own table has no answer to."""
+        """Entries of other packages; read when a name is first asked for that the table does not have."""
         return {point.name: point.value for point in entry_points(group=self.group) if point.name not in self._table}
 
     def __contains__(self, name: object) -> bool:

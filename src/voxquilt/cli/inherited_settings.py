@@ -1,4 +1,4 @@
-"""Which settings does predicting take from its checkpoint? Those that the user did not choose."""
+"""Fills in the settings that a checkpoint carries, where the user chose none."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,95 +21,115 @@ AUTO = "voxquilt.predictor_from_file"
 
 
 def inherit(cfg: DictConfig, overrides: Iterable[str], conf: Path) -> dict[str, Any]:
-    """Fill in what the checkpoints carry.
+    """Fill in the settings that the checkpoints carry.
 
-    A value is the user's if the command line names its key, or if it is another than the default of conf/.
+    A value is the user's if the command line names its key, or if it differs from the default of conf/.
 
     Args:
         cfg: The composed configuration; changed in place.
-        overrides: Of the command line, as Hydra has them.
+        overrides: Overrides of the command line, as Hydra has them.
         conf: The folder of the defaults.
 
     Returns:
-        The settings that are in use, by section, and the names of the images; empty without any. A class that the user
-        names as well is left out.
+        The settings that are taken from the checkpoints, by section, and the names of the images; empty if they carry
+        none. A class that the user names as well is left out.
 
     Raises:
         ConfigError: checkpoints of an ensemble that carry different settings.
     """
-    paths = _files(cfg)
-    settings = _agreed(paths)
+    paths = _checkpoint_files(cfg)
+    settings = _common_settings(paths)
     if not settings:
         return {}
-    given = [text.lstrip("+~").partition("=")[0] for text in overrides]
-    found = _Found(given, {}, [], set())
+    typed = [text.lstrip("+~").partition("=")[0] for text in overrides]
+    choice = _Choice(typed, {}, [], set())
     OmegaConf.set_struct(cfg, False)
     for section in ("data", "preprocess", "model", "stitch"):
         if section == "model" and NEW.get(cfg.model.get("_target_"), cfg.model.get("_target_")) != AUTO:
             continue  # the user says how to read the file
-        own = _plain(cfg[section])
-        for key, value in settings[section].items():
-            full = f"{section}.{key}"
-            found.look(full, own.get(key), _defaults(conf, section), value)
-            if full in found.used:
-                OmegaConf.update(cfg, full, found.used[full], merge=False)
-        if section == "model" and own.get("prefix") is None:
-            cfg.model.prefix = "net."
-    shown = {key: value for key, value in found.used.items() if value is not None and not key.endswith("._target_")}
-    lines = [f"{key}={_short(value)}" for key, value in shown.items()]
-    yours = f"; yours: {', '.join(found.kept)}" if found.kept else ""
-    log.info("from %s: %s%s", paths[0].name, ", ".join(lines), yours)
-    nodes: dict[str, Any] = {"images": settings.get("images", [])}
-    for full, value in found.used.items():
-        section, _, key = full.partition(".")
-        # A class that the user names as well is not by the file's word alone.
-        nodes.setdefault(section, {})[key] = {**value, "_target_": None} if full in found.named else value
-    return nodes
+        _fill_section(cfg, section, settings[section], _defaults(conf, section), choice)
+    _log_choice(paths[0], choice)
+    return {"images": settings.get("images", [])} | choice.by_section()
 
 
 @dataclass(frozen=True)
-class _Found:
-    """Whose word counts, key by key.
+class _Choice:
+    """Which settings are the checkpoint's, and which the user's.
 
     Args:
-        given: Keys and groups of the command line.
-        used: What is taken from the checkpoint, by full key.
-        kept: What the user has otherwise, as text.
-        named: Keys whose class the user names as well.
+        typed: Keys and groups of the command line.
+        used: Values that are taken from the checkpoint, by full key.
+        kept: Other values that the user has, as text.
+        named: Full keys whose class the user names as well.
     """
 
-    given: Sequence[str]
+    typed: Sequence[str]
     used: dict[str, Any]
     kept: list[str]
     named: set[str]
 
-    def look(self, full: str, mine: Any, defaults: Mapping[str, Any], value: Any) -> None:
-        """Put the checkpoint's value among those that are used, or the user's among those that are kept."""
-        key = full.partition(".")[2]
-        alike = isinstance(mine, Mapping) and isinstance(value, Mapping)
-        if alike and mine.get("_target_") in (None, value.get("_target_")):
-            self.named.update({full} if "_target_" in mine else ())
-            value = OmegaConf.to_container(OmegaConf.merge(value, mine))  # such as model.net.dropout=0
-        elif (mine != defaults[key] if key in defaults else mine is not None) or any(
-            _covers(name, full) for name in self.given if name != "model"
+    def choose(self, full: str, own: Any, default: Any, value: Any) -> None:
+        """Put the checkpoint's value among those that are used, or the user's among those that are kept.
+
+        Args:
+            full: The full key.
+            own: The value in the composed configuration.
+            default: The value in conf/.
+            value: The value in the checkpoint.
+        """
+        if (
+            isinstance(own, Mapping)
+            and isinstance(value, Mapping)
+            and own.get("_target_") in (None, value.get("_target_"))
         ):
-            self.kept.extend([f"{full}={mine}"] if mine != value else [])
-            return
-        self.used[full] = value
+            self.named.update({full} if "_target_" in own else ())
+            self.used[full] = OmegaConf.to_container(OmegaConf.merge(value, own))  # such as model.net.dropout=0
+        elif own != default or any(_covers(name, full) for name in self.typed if name != "model"):
+            self.kept.extend([f"{full}={own}"] if own != value else [])
+        else:
+            self.used[full] = value
+
+    def by_section(self) -> dict[str, Any]:
+        """The values that are used, as nodes of the configuration."""
+        nodes: dict[str, Any] = {}
+        for full, value in self.used.items():
+            section, _, key = full.partition(".")
+            # A class that the user names as well does not rest on the file alone.
+            nodes.setdefault(section, {})[key] = {**value, "_target_": None} if full in self.named else value
+        return nodes
+
+
+def _fill_section(
+    cfg: DictConfig, section: str, settings: Mapping[str, Any], defaults: Mapping[str, Any], choice: _Choice
+) -> None:
+    own = _plain(cfg[section])
+    for key, value in settings.items():
+        full = f"{section}.{key}"
+        choice.choose(full, own.get(key), defaults.get(key), value)
+        if full in choice.used:
+            OmegaConf.update(cfg, full, choice.used[full], merge=False)
+    if section == "model" and own.get("prefix") is None:
+        cfg.model.prefix = "net."
+
+
+def _log_choice(path: Path, choice: _Choice) -> None:
+    shown = {key: value for key, value in choice.used.items() if value is not None and not key.endswith("._target_")}
+    used = ", ".join(f"{key}={_short(value)}" for key, value in shown.items())
+    log.info("from %s: %s%s", path.name, used, f"; yours: {', '.join(choice.kept)}" if choice.kept else "")
 
 
 def _defaults(conf: Path, section: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name in ("_options", "auto") if section == "model" else ("default",):
-        found |= _plain(OmegaConf.load(conf / section / f"{name}.yaml"))
-    return found
+    names = ("_options", "auto") if section == "model" else ("default",)
+    return {
+        key: value for name in names for key, value in _plain(OmegaConf.load(conf / section / f"{name}.yaml")).items()
+    }
 
 
 def check_images(wanted: Sequence[str], cases: Iterable[SubjectFiles]) -> None:
     """Refuse subjects whose images are not those that the network was trained on, in their order.
 
     Raises:
-        ConfigError: other images; of a single one the name does not count.
+        ConfigError: a subject has other images. The name of a single image does not count.
     """
     for case in cases:
         if wanted and list(case.images) != list(wanted) and not len(case.images) == len(wanted) == 1:
@@ -121,32 +141,36 @@ def check_images(wanted: Sequence[str], cases: Iterable[SubjectFiles]) -> None:
             )
 
 
-def _files(cfg: DictConfig) -> list[Path]:
+def _checkpoint_files(cfg: DictConfig) -> list[Path]:
     try:
         value = cfg.ckpt_path
     except OmegaConfBaseException:
-        return []  # ??? or an interpolation that leads nowhere: whoever checks the configuration says so
+        return []  # ??? or an interpolation that leads nowhere, which the check of the configuration reports
     paths = [Path(str(path)).expanduser() for path in (value if isinstance(value, ListConfig) else [value]) if path]
     return paths if all(path.is_file() for path in paths) else []
 
 
-def _agreed(paths: Sequence[Path]) -> dict[str, Any]:
-    found = [carried(path) for path in paths]
-    if not found or found[0] is None:
+def _common_settings(paths: Sequence[Path]) -> dict[str, Any]:
+    """The settings of all files; empty if they carry none.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    first, *others = [carried(path) for path in paths] or [None]
+    if first is None:
         return {}
-    for path, settings in zip(paths, found, strict=True):
-        if settings != found[0]:
-            other = settings or {}
-            keys = [key for key in found[0] if other.get(key) != found[0][key]]
+    for path, settings in zip(paths[1:], others, strict=True):
+        if settings != first:
+            keys = [key for key in first if (settings or {}).get(key) != first[key]]
             raise ConfigError(
-                f"{paths[0]} and {path} carry different settings ({', '.join(keys)}): they are no ensemble. Predict "
-                f"with each by itself, or choose model=state_dict and say the settings."
+                f"{paths[0]} and {path} carry different settings ({', '.join(keys)}): they are not an ensemble. "
+                f"Predict with each by itself, or choose model=state_dict and set the keys yourself."
             )
-    return found[0]
+    return first
 
 
-def _covers(given: str, full: str) -> bool:
-    return given == full or full.startswith(f"{given}.")
+def _covers(typed: str, full: str) -> bool:
+    return typed == full or full.startswith(f"{typed}.")
 
 
 def _plain(node: Any) -> dict[str, Any]:
@@ -156,6 +180,6 @@ def _plain(node: Any) -> dict[str, Any]:
 def _short(value: Any) -> str:
     if isinstance(value, Mapping) and "_target_" in value:
         return str(value["_target_"]).rpartition(".")[2]
-    if isinstance(value, list) and any(isinstance(one, Mapping) for one in value):
+    if isinstance(value, list) and any(isinstance(child, Mapping) for child in value):
         return f"[{', '.join(map(_short, value))}]"
     return str(value)

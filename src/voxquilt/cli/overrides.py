@@ -1,4 +1,4 @@
-"""What users type, as Hydra's grammar wants it: quotes around paths that need them, no + where any key may be right."""
+"""Turns arguments as users type them into overrides of Hydra's grammar: adds the quotes and the ++ that it wants."""
 
 import os
 import re
@@ -9,11 +9,11 @@ from hydra.errors import HydraException
 
 from voxquilt.errors import ConfigError
 
-# Their keys are the user's: arguments of a class that only the user knows, names of images.
+# Below these, keys are the user's: arguments of a class that only the user knows, names of images.
 _FREE = re.compile(r"(model\.net|model\.module_args|data\.images)\.")
 
 
-# Groups of which there may be none; to Hydra that is another word.
+# Groups that may be left out, which Hydra writes with a ~.
 _NONE = re.compile(r"(logger|experiment|data/augment)=null")
 
 
@@ -21,7 +21,7 @@ def to_overrides(arguments: Sequence[str]) -> list[str]:
     """Command-line arguments that Hydra understands; options such as --help are left as they are.
 
     Raises:
-        ConfigError: an override that stays none, with a hint at quoting, or something without a key.
+        ConfigError: an override that Hydra cannot read, with a hint at quoting, or an argument without a key.
 
     >>> to_overrides(["data.labels=labels/{subject}.nii.gz", "ckpt_path=epoch=3-step=10.ckpt", "data.batch_size=2"])
     ['data.labels="labels/{subject}.nii.gz"', 'ckpt_path="epoch=3-step=10.ckpt"', 'data.batch_size=2']
@@ -32,8 +32,8 @@ def to_overrides(arguments: Sequence[str]) -> list[str]:
     for before, text in zip(["", *arguments], arguments, strict=False):
         if "=" not in text and not text.startswith(("-", "~")) and not before.startswith("-"):
             key = "data.inputs" if os.path.exists(os.path.expanduser(text)) else "key"
-            what = f"{text}=value" if re.fullmatch(r"[a-z_./]+", text) and key == "key" else f"{key}={text}"
-            raise ConfigError(f"{text}: a setting is written with =, without blanks around it, such as {what}.")
+            example = f"{text}=value" if re.fullmatch(r"[a-z_./]+", text) and key == "key" else f"{key}={text}"
+            raise ConfigError(f"{text}: a setting is written with =, without blanks around it, such as {example}.")
     return [_to_override(parser, text) if "=" in text and not text.startswith("-") else text for text in arguments]
 
 
@@ -42,12 +42,12 @@ def _to_override(parser: OverridesParser, text: str) -> str:
         return f"~{text.partition('=')[0]}"
     key, _, value = text.partition("=")
     key = f"{'++' if _FREE.match(key) else ''}{key}"
-    problem = _problem(parser, f"{key}={value}")
+    problem = _syntax_error(parser, f"{key}={value}")
     if problem is None:
         return f"{key}={value}"
     # What Hydra cannot read is a path with a ~, a second =, {subject}, letters that are not ASCII, ... Lists and
     # dictionaries are left alone: quoted they would be something else.
-    if not re.match(r"""["'\[]|\{(?!subject\})""", value) and _problem(parser, f'{key}="{value}"') is None:
+    if not re.match(r"""["'\[]|\{(?!subject\})""", value) and _syntax_error(parser, f'{key}="{value}"') is None:
         return f'{key}="{value}"'
     raise ConfigError(
         f"{text}: {problem}. A value with = , {{ }} ( ) [ ] or letters beyond ASCII in it needs quotes inside quotes, "
@@ -55,7 +55,7 @@ def _to_override(parser: OverridesParser, text: str) -> str:
     )
 
 
-def _problem(parser: OverridesParser, override: str) -> str | None:
+def _syntax_error(parser: OverridesParser, override: str) -> str | None:
     try:
         parser.parse_override(override)
     except HydraException as error:

@@ -1,4 +1,4 @@
-"""What may stand in ${...} of conf/, beside what OmegaConf has?"""
+"""Registers the interpolations of conf/, beside those that OmegaConf has."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,14 +9,14 @@ from voxquilt.example_files import fetch
 
 
 def register_resolvers() -> None:
-    """What conf/ uses in interpolations: `${example:name}` is the path of an example file, fetched once."""
+    """Register `${example:name}`, the path of an example file, and those that compute one setting from another."""
     OmegaConf.register_new_resolver("example", _example, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("if_averaged", _scores_activation, replace=True)
     OmegaConf.register_new_resolver("half", _half, replace=True)
 
 
 def _scores_activation(average: str | None, activation: str | None) -> str | None:
-    """What turns scores into probabilities, unless the network averaged probabilities: then they are that already."""
+    """The activation that makes probabilities of scores: 'applied' if the network averaged probabilities already."""
     if average != "probabilities":
         return activation
     return "applied_sigmoid" if activation == "sigmoid" else "applied"
@@ -31,5 +31,5 @@ def _example(name: str) -> str:
 
 
 def _half(size: Any) -> Any:
-    """The even number of voxels that is about half of a patch; along each axis, if they differ."""
-    return [_half(one) for one in size] if isinstance(size, Iterable) else size // 4 * 2
+    """The even number of voxels that is about half of a patch, for one size or for each of several."""
+    return [_half(length) for length in size] if isinstance(size, Iterable) else size // 4 * 2

@@ -1,24 +1,23 @@
-"""What has become of a run of several shards? Read from their manifests, before anything heavy is imported."""
+"""Prints which shards and subjects of a run are missing, from their manifests, before anything heavy is imported."""
 
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from voxquilt.cli.exit_status import DONE, FAILED
 from voxquilt.data.discovery import SubjectFiles
 from voxquilt.prediction.resume import finished
 from voxquilt.reporting.manifest import read_rows
 
-DONE, NOT_DONE = 0, 1
-
 
 def print_status(cases: Iterable[SubjectFiles], folder: Path, shards: int) -> int:
-    """Say which shards and which subjects are missing; 0 if every subject is done, else 1.
+    """Print which shards and which subjects are missing; 0 if every subject is done, else 1.
 
     Args:
         cases: Every subject of the run.
-        folder: Where its outputs are; a subject whose files are gone is not done.
-        shards: How many parts the run has.
+        folder: Folder of its outputs; a subject whose files are gone is not done.
+        shards: Number of shards.
     """
     subjects = [case.subject for case in cases]
     done = finished(folder).keys() & set(subjects)
@@ -29,14 +28,15 @@ def print_status(cases: Iterable[SubjectFiles], folder: Path, shards: int) -> in
         names = [re.fullmatch(rf"manifest_(\d+)_of_{shards}\.csv", file.name) for file in folder.glob("manifest*.csv")]
         begun = {int(name[1]) for name in names if name}
         absent = [index for index in range(shards) if index not in begun]
-        print(f"{len(begun)} of {shards} shards have begun" + (f"; not {_some(absent)}" if absent else ""))
+        print(f"{len(begun)} of {shards} shards have begun" + (f"; not {_shorten(absent)}" if absent else ""))
     print(f"{len(done)} of {len(subjects)} subjects done, {len(failed)} failed, {len(missing)} missing")
     for subject, error in failed.items():
         print(f"{subject}: failed: {error}")
     if missing:
-        print(f"missing: {_some(missing)}")
-    return DONE if len(done) == len(subjects) else NOT_DONE
+        print(f"missing: {_shorten(missing)}")
+    return DONE if len(done) == len(subjects) else FAILED
 
 
-def _some(names: list[Any]) -> str:
+def _shorten(names: list[Any]) -> str:
+    """The first 20 names, and how many more there are."""
     return ", ".join(map(str, names[:20])) + (f" and {len(names) - 20} more" if len(names) > 20 else "")

@@ -1,6 +1,5 @@
 """Gives each job of a sweep (--multirun) a folder of its own, named by what the sweep varies."""
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +9,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-# Where Hydra keeps which keys are no part of a job's name; jobs that run elsewhere are told it along with all else.
+from voxquilt.text import digest
+
+# Hydra's list of keys that are not part of a job's name, which reaches jobs that run elsewhere with all the rest.
 _EXCLUDED = "hydra.job.config.override_dirname.exclude_keys"
 # Shards are parts of one run, and share its folder.
 _SHARED = ("shard.index", "shard.count")
@@ -18,7 +19,7 @@ _LONGEST = 120
 
 
 def with_names(arguments: Sequence[str]) -> list[str]:
-    """The arguments of a sweep, which then also say what it does not vary; of a single run as they are.
+    """The arguments of a sweep with a list of the keys that it does not vary; those of a single run as they are.
 
     >>> with_names(["-m", "data.patch_size=32,48", "output_dir=out"])[-1]
     'hydra.job.config.override_dirname.exclude_keys=["output_dir"]'
@@ -30,8 +31,8 @@ def with_names(arguments: Sequence[str]) -> list[str]:
     typed = [text for text in arguments if not text.startswith("-") and ("=" in text or text.startswith("~"))]
     overrides = [parser.parse_override(text) for text in typed]
     # What is typed twice is varied if one of them is.
-    varied = {one.key_or_group for one in overrides if one.is_sweep_override()}
-    fixed = [one.key_or_group for one in overrides if one.key_or_group not in varied]
+    varied = {override.key_or_group for override in overrides if override.is_sweep_override()}
+    fixed = [override.key_or_group for override in overrides if override.key_or_group not in varied]
     names = ",".join(f'"{name}"' for name in dict.fromkeys(fixed))
     return [*arguments, f"{_EXCLUDED}=[{names}]"]
 
@@ -50,16 +51,16 @@ def give_folder(cfg: DictConfig) -> None:
     text = OmegaConf.to_container(cfg, resolve=False)["output_dir"]  # type: ignore[call-overload]
     if not isinstance(text, str) or "output_dir" in varied or re.search(r"\$\{hydra[:.](job|sweep)\b", text):
         return
-    own = {key: value for key, value in varied.items() if not _decides(key, text, cfg)}
-    if own:
+    unnamed = {key: value for key, value in varied.items() if not _decides(key, text, cfg)}
+    if unnamed:
         with open_dict(cfg):
-            cfg.output_dir = f"{cfg.output_dir.rstrip('/')}/{folder_name(own)}"
+            cfg.output_dir = f"{cfg.output_dir.rstrip('/')}/{folder_name(unnamed)}"
 
 
 def folder_name(values: Mapping[str, str]) -> str:
-    """A folder's name that says which values a job has, for any file system, and to be typed without quotes.
+    """A folder's name that shows the values of a job, is valid in any file system, and needs no quotes.
 
-    It is the same whichever order the keys were typed in; what cannot be shown, or is too long, is told by a digest.
+    It does not depend on the order of the keys. A digest replaces characters that cannot be shown, and a long end.
 
     >>> folder_name({"stitch.overlap_mode": "crop", "data.patch_size": "32"})
     'data.patch_size-32+stitch.overlap_mode-crop'
@@ -69,18 +70,18 @@ def folder_name(values: Mapping[str, str]) -> str:
     shown = "+".join(re.sub(r"[^A-Za-z0-9._-]+", "_", f"{key}-{value}").strip("_.") for key, value in pairs)
     if shown == whole and len(shown) <= _LONGEST:
         return shown
-    return f"{shown[: _LONGEST - 7].rstrip('._-+')}-{hashlib.sha256(whole.encode()).hexdigest()[:6]}"
+    return f"{shown[: _LONGEST - 7].rstrip('._-+')}-{digest(whole, 6)}"
 
 
 def _decides(key: str, text: str, cfg: DictConfig) -> bool:
-    """Whether output_dir, `text` unresolved, is another for another value of a key."""
+    """Whether output_dir, unresolved in `text`, depends on the value of a key."""
     if f"hydra:runtime.choices.{key}" in text:
         return True
     other = cfg.copy()
     try:
         before = other.output_dir
     except OmegaConfBaseException:
-        return True  # whoever checks the configuration says what is wrong
+        return True  # the check of the configuration reports what is wrong
     if OmegaConf.select(other, key) is None and "/" in key:
         return False
     with open_dict(other):
@@ -88,4 +89,4 @@ def _decides(key: str, text: str, cfg: DictConfig) -> bool:
     try:
         return other.output_dir != before
     except OmegaConfBaseException:
-        return True  # something is computed of it
+        return True  # something is computed from the value

@@ -1,37 +1,19 @@
-"""Is the configuration of a training right? Answered before torch or anything else heavy is imported."""
+"""Checks the configuration of train.py before torch or anything else heavy is imported."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from voxquilt.cli.predict_config import check_keys, check_output, check_weights, to_plain
-from voxquilt.cli.schema import (
-    KEYS,
-    check_grid,
-    check_image_names,
-    check_integer,
-    check_labels,
-    check_preprocess,
-    check_stitch,
-    check_trainer,
-)
+from voxquilt.cli.plain_config import check_image_names, check_output, check_weights, is_sweep, to_plain
+from voxquilt.cli.process_check import check_trainer
+from voxquilt.cli.schema import TOP, TRAIN
+from voxquilt.cli.sections import check_sections
 from voxquilt.data.discovery import find_cases
 from voxquilt.distributed.environment import is_external, is_first
 from voxquilt.errors import ConfigError
-from voxquilt.geometry.frame import to_triple
 from voxquilt.training.continuation import check_folder, check_start, record
 from voxquilt.training.splits import make_split
-from voxquilt.vocabulary import TASKS, check_name
-
-_KEYS = KEYS | {
-    "data": {"inputs", "labels", "images", "task", "patch_size", "inference_patch_size", "patch_overlap",
-             "padding_mode", "divisible_by", "batch_size", "num_workers", "patches_per_volume", "balanced", "augment",
-             "cache", "folds", "fold", "split", "seed"},
-    "run": {"seed", "overwrite"},
-}  # fmt: skip
 
 
 def check_train(cfg: DictConfig) -> dict[str, Any]:
@@ -41,18 +23,12 @@ def check_train(cfg: DictConfig) -> dict[str, Any]:
         ConfigError: (or another VoxquiltError) what is wrong, by its key, and what would be right.
     """
     plain = to_plain(cfg)
-    check_keys(plain, _KEYS)
+    check_sections(plain, TRAIN, TOP)
     data = plain["data"]
-    _check_data(data)
-    check_preprocess(plain["preprocess"])
-    check_stitch(plain["stitch"])
+    _check_label_source(data)
     _check_model(plain["model"], data["task"], plain["stitch"].get("class_names"))
     _check_label_values(plain["stitch"].get("label_values"), plain["model"]["net"].get("out_channels"), data["task"])
-    check_integer(plain["run"], "seed", 0, "run.seed")
-    if not isinstance(plain["run"].get("overwrite"), bool):
-        raise ConfigError(f"run.overwrite must be true or false; it is {plain['run'].get('overwrite')!r}.")
-    multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-    check_trainer(plain["trainer"], 1, multirun=multirun)
+    check_trainer(plain["trainer"], 1, multirun=is_sweep())
     check_weights(plain)
     apart = [data["split"]] if data["split"] else ()
     cases = find_cases(data["inputs"], data["images"], apart, plain["output_dir"])
@@ -74,20 +50,7 @@ def check_train(cfg: DictConfig) -> dict[str, Any]:
     return plain
 
 
-def _check_data(data: Mapping[str, Any]) -> None:
-    to_triple(data["patch_size"], "data.patch_size", minimum=1)
-    inference = to_triple(data["inference_patch_size"], "data.inference_patch_size", minimum=1)
-    check_grid(inference, data["patch_overlap"])
-    to_triple(data["divisible_by"], "data.divisible_by", minimum=1)
-    for key, least in (("batch_size", 1), ("num_workers", 0), ("patches_per_volume", 1), ("fold", 0)):
-        check_integer(data, key, least, f"data.{key}")
-    if data["folds"] is not None:
-        check_integer(data, "folds", 2, "data.folds (null: no validation)")
-    check_name(data["task"], TASKS, "data.task")
-    balanced = data["balanced"]
-    if isinstance(balanced, bool) or not isinstance(balanced, int | float) or not 0 <= balanced <= 1:
-        raise ConfigError(f"data.balanced is a share, 0 to 1; it is {balanced!r}.")
-    check_labels(data["labels"])
+def _check_label_source(data: Mapping[str, Any]) -> None:
     if data["labels"] is None and not str(data["inputs"]).lower().endswith(".csv"):
         raise ConfigError(
             "data.labels is missing: the label of each subject, such as 'labels/{subject}.nii.gz'; or data.inputs is a "
@@ -99,7 +62,7 @@ def _check_label_values(values: Any, channels: Any, task: str) -> None:
     if values is None:
         return
     if task != "segmentation":
-        raise ConfigError(f"stitch.label_values={values} is of classes; task={task} has none.")
+        raise ConfigError(f"stitch.label_values={values} numbers classes; task={task} has none.")
     if 0 not in values:
         raise ConfigError(f"stitch.label_values={values}: one class has 0 to train on, which volumes are padded with.")
     if isinstance(channels, int) and channels != len(values):

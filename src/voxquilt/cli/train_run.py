@@ -1,17 +1,18 @@
-"""How does a training run, from a checked configuration to its exit status?"""
+"""Trains, from a checked configuration to the exit status."""
 
 import logging
-import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from monai.data.meta_obj import set_track_meta
 
+from voxquilt.cli.exit_status import DONE, FAILED
 from voxquilt.cli.instantiate import build
+from voxquilt.cli.train_callbacks import EpochLines, RemoveCheckpoints
 from voxquilt.data.subject import ScalarImage
 from voxquilt.distributed.child_processes import SpawnedLogging, attended, quiet
 from voxquilt.distributed.environment import is_first
@@ -23,43 +24,8 @@ from voxquilt.text import of_subjects
 
 log = logging.getLogger("voxquilt")
 
-DONE, FAILED = 0, 1
 
-
-class Lines(Callback):
-    """A line after each validation, or each epoch without any."""
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what the epoch came to."""
-        if not trainer.is_global_zero:
-            return
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        validated = (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0
-        shown = {n: v for n, v in metrics.items() if n == "train_loss" or (validated and n != "val_score")}
-        text = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
-        log.info("epoch %d of %s: %s", trainer.current_epoch + 1, trainer.max_epochs, text)
-
-
-class Afresh(Callback):
-    """Removes what another training left, once this one begins: an old best.ckpt would look like one of its own.
-
-    Args:
-        checkpoints: Files or folders.
-    """
-
-    def __init__(self, checkpoints: Sequence[Path]) -> None:
-        self._checkpoints = checkpoints
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing can be refused any more."""
-        for path in self._checkpoints if trainer.is_global_zero else ():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-
-
-def fit(plain: dict[str, Any]) -> int:
+def fit(plain: Mapping[str, Any]) -> int:
     """Build and train.
 
     Args:
@@ -74,36 +40,75 @@ def fit(plain: dict[str, Any]) -> int:
     quiet()
     set_track_meta(False)  # MONAI would carry affines along with patches, which are of no use here
     seed_everything(plain["run"]["seed"], verbose=False, workers=True)
-    preprocess = build(plain["preprocess"], "preprocess")
-    numbers = {"label_values": values} if (values := plain["stitch"].get("label_values")) else {}
-    data = build(plain["data"], "data", preprocess=preprocess, output_dir=plain["output_dir"], **numbers)
-    settings, record, replaced = to_carry(plain, plain.pop("images")), plain.pop("record"), plain.pop("replaced")
-    stitch = build(plain["stitch"], "stitch")
-    model = build(plain["model"], "model", stitch=stitch, settings=settings, record=record)
-    logger = build(plain["logger"], "logger") if plain.get("logger") else False
-    callbacks = [_callback(name, node, plain) for name, node in plain["callbacks"].items() if node]
-    options = dict(plain["trainer"])
-    if options.get("enable_progress_bar") is None:
-        options["enable_progress_bar"] = sys.stdout.isatty()
-    callbacks += [Lines(), Afresh(replaced), SpawnedLogging()]
-    trainer = build(options, "trainer", callbacks=callbacks, logger=logger)
-    case = data.training_cases[0]
-    channels = sum(ScalarImage(path).shape[0] for path in case.images.values())
-    for size in (data.patch_size, to_triple(plain["data"]["inference_patch_size"], "data.inference_patch_size")):
-        names = plain["stitch"].get("class_names")
-        found = check_fits(model.network, list(case.images), channels, size, names, layout="equal")
-    if found is not None:
-        data.classes = next(iter(found.outputs.values()))[1]
+    plain, checked = _split_configuration(plain)
+    data = _build_data(plain)
+    model = _build_model(plain, checked)
+    trainer = _build_trainer(plain, checked["replaced"])
+    _check_network(plain, data, model)
     if is_first():
-        _say(data)
-    status, goes_on = _fit(trainer, model, data, plain["ckpt_path"])
+        _log_subjects(data)
+    status, can_go_on = _train(trainer, model, data, plain["ckpt_path"])
     if is_first():
-        _say_where(trainer, status, goes_on=goes_on)
+        _print_checkpoints(trainer, status, can_go_on=can_go_on)
     return status
 
 
-def _fit(trainer: Trainer, model: Any, data: Any, ckpt_path: str | None) -> tuple[int, bool]:
-    """The exit status, and whether the same command could go on: not where it would end alike."""
+def _split_configuration(plain: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The configuration, and what its check added: names of images, the record, checkpoints to be replaced."""
+    added = ("images", "record", "replaced")
+    return {key: value for key, value in plain.items() if key not in added}, {key: plain[key] for key in added}
+
+
+def _build_data(plain: Mapping[str, Any]) -> Any:
+    preprocess = build(plain["preprocess"], "preprocess")
+    numbers = {"label_values": values} if (values := plain["stitch"].get("label_values")) else {}
+    return build(plain["data"], "data", preprocess=preprocess, output_dir=plain["output_dir"], **numbers)
+
+
+def _build_model(plain: Mapping[str, Any], checked: Mapping[str, Any]) -> Any:
+    stitch = build(plain["stitch"], "stitch")
+    settings = to_carry(plain, checked["images"])
+    return build(plain["model"], "model", stitch=stitch, settings=settings, record=checked["record"])
+
+
+def _build_trainer(plain: Mapping[str, Any], replaced: list[Path]) -> Trainer:
+    logger = build(plain["logger"], "logger") if plain.get("logger") else False
+    callbacks = [_build_callback(name, node, plain) for name, node in plain["callbacks"].items() if node]
+    arguments = dict(plain["trainer"])
+    if arguments.get("enable_progress_bar") is None:
+        arguments["enable_progress_bar"] = sys.stdout.isatty()
+    callbacks += [EpochLines(), RemoveCheckpoints(replaced), SpawnedLogging()]
+    return build(arguments, "trainer", callbacks=callbacks, logger=logger)
+
+
+def _build_callback(name: str, node: Mapping[str, Any], plain: Mapping[str, Any]) -> Any:
+    configuration = {"configuration": plain} if node["_target_"] == "voxquilt.TensorBoardImages" else {}
+    return build(node, f"callbacks.{name}", **configuration)
+
+
+def _check_network(plain: Mapping[str, Any], data: Any, model: Any) -> None:
+    """Refuse a network that cannot take the patches of training and validation; tell the data how many classes it has.
+
+    Raises:
+        ConfigError: channels, patch size or classes do not fit, with those that would.
+    """
+    case = data.training_cases[0]
+    channels = sum(ScalarImage(path).shape[0] for path in case.images.values())
+    names = plain["stitch"].get("class_names")
+    inference_size = to_triple(plain["data"]["inference_patch_size"], "data.inference_patch_size")
+    probe = None
+    for size in (data.patch_size, inference_size):
+        probe = check_fits(model.network, list(case.images), channels, size, names, layout="equal")
+    if probe is not None:
+        data.classes = next(iter(probe.outputs.values()))[1]
+
+
+def _train(trainer: Trainer, model: LightningModule, data: Any, ckpt_path: str | None) -> tuple[int, bool]:
+    """The exit status, and whether the same command could go on: not where it would end in the same way.
+
+    Raises:
+        ConfigError: nothing was trained.
+    """
     try:
         with attended(trainer):
             trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
@@ -117,24 +122,20 @@ def _fit(trainer: Trainer, model: Any, data: Any, ckpt_path: str | None) -> tupl
     return 143 if trainer.received_sigterm else DONE, True
 
 
-def _say_where(trainer: Trainer, status: int, *, goes_on: bool) -> None:
-    saved = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
-    last = next((Path(str(one.dirpath)) / f"{one.filename}.ckpt" for one in saved if one.monitor is None), None)
+def _log_subjects(data: Any) -> None:
+    for purpose, cases in (("train", data.training_cases), ("validate", data.validation_cases)):
+        names = ", ".join(case.subject for case in cases[:5]) + ", ..." * (len(cases) > 5)
+        log.info("%s on %s%s", purpose, of_subjects(len(cases)), names and f": {names}")
+
+
+def _print_checkpoints(trainer: Trainer, status: int, *, can_go_on: bool) -> None:
+    """Print the best checkpoint and how to predict with it, or the last one and how to go on."""
+    savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    last = next((Path(str(saver.dirpath)) / f"{saver.filename}.ckpt" for saver in savers if not saver.monitor), None)
     if status:
-        more = f"; the same command with ckpt_path={last} goes on." if goes_on and last and last.is_file() else "."
+        more = f"; the same command with ckpt_path={last} goes on." if can_go_on and last and last.is_file() else "."
         print(f"voxquilt: stopped{more}", file=sys.stderr)
-    elif saved and saved[0].best_model_path:
-        best, score = saved[0].best_model_path, saved[0].best_model_score
+    elif savers and savers[0].best_model_path:
+        best, score = savers[0].best_model_path, savers[0].best_model_score
         print(f"voxquilt: {best}" + ("" if score is None else f", score {float(score):.4f}"))
         print(f"voxquilt: predict with it: python predict.py ckpt_path={best} data.inputs=...")
-
-
-def _callback(name: str, node: Mapping[str, Any], plain: Mapping[str, Any]) -> Any:
-    configuration = {"configuration": plain} if node["_target_"] == "voxquilt.TensorBoardImages" else {}
-    return build(node, f"callbacks.{name}", **configuration)
-
-
-def _say(data: Any) -> None:
-    for what, cases in (("train", data.training_cases), ("validate", data.validation_cases)):
-        some = ", ".join(case.subject for case in cases[:5]) + ", ..." * (len(cases) > 5)
-        log.info("%s on %s%s", what, of_subjects(len(cases)), some and f": {some}")

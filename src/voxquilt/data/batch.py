@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,10 +20,29 @@ class SubjectRows:
     stop: int
 
     @property
-    def locations(self) -> np.ndarray:
-        """(stop - start, 6)."""
-        numbers = self.work.numbers[self.first : self.first + self.stop - self.start]
-        return np.array([self.work.grid.location(n) for n in numbers])
+    def numbers(self) -> list[int]:
+        """The patches' numbers in the subject's grid."""
+        return self.work.numbers[self.first : self.first + self.stop - self.start]
+
+
+def named_outputs(outputs: object, patches: int, source: str = "the network") -> dict[str, Tensor]:
+    """Outputs (B, C, I, J, K) by name; a single tensor has the name ''.
+
+    Args:
+        outputs: A tensor, or tensors by name.
+        patches: Patches of the batch.
+        source: What gave them, for messages.
+
+    Raises:
+        OutputError: something else, or outputs of another number of patches.
+    """
+    named = outputs if isinstance(outputs, Mapping) else {"": outputs}
+    for name, output in named.items():
+        if not isinstance(output, Tensor):
+            raise OutputError(f"{source} gave {type(output).__name__}; wanted are tensors (B, C, I, J, K).")
+        if output.ndim == 0 or len(output) != patches:
+            raise OutputError(f"output {name!r} has shape {tuple(output.shape)} for a batch of {patches} patches.")
+    return dict(named)
 
 
 class PatchBatch:
@@ -50,14 +68,7 @@ class PatchBatch:
         """
         if isinstance(outputs, Exception):
             raise outputs
-        named = outputs if isinstance(outputs, Mapping) else {"": outputs}
-        for name, output in named.items():
-            if not isinstance(output, Tensor):
-                raise OutputError(f"predict_step gave {type(output).__name__}; wanted are tensors (B, C, I, J, K).")
-            if output.ndim == 0 or len(output) != len(self.data):
-                shape, patches = tuple(output.shape), len(self.data)
-                raise OutputError(f"output {name!r} has shape {shape} for a batch of {patches} patches.")
-        return dict(named)
+        return named_outputs(outputs, len(self.data), "predict_step")
 
     def by_subject(self) -> "Iterator[PatchBatch]":
         """A batch for each of its subjects."""

@@ -68,7 +68,7 @@ class GridSampler(Dataset[Subject]):
             "halo": halo,
         }
         self.halo = halo
-        self._set_subject(to_subject(subject))
+        self._set_subject(subject if isinstance(subject, Subject) else to_subject(subject))
 
     def _set_subject(self, subject: Subject) -> None:
         self.subject = subject

@@ -1,6 +1,6 @@
 """Provides images: voxels (C, I, J, K) and an affine, read from a file when they are used."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ class Image(dict[str, Any]):
         if tensor is not None:
             affine = to_affine(tensor) if affine is None else _to_numpy(affine)
             self[DATA] = _to_four_axes(tensor)
-            self[AFFINE] = Frame(_spatial(self[DATA]), affine).affine
+            self[AFFINE] = Frame(_spatial(self[DATA].shape), affine).affine
 
     @property
     def file(self) -> ImageFile:
@@ -86,7 +86,7 @@ class Image(dict[str, Any]):
     @property
     def frame(self) -> Frame:
         """Shape and affine; reads no more than the header."""
-        return Frame(_spatial(self[DATA]), _to_numpy(self[AFFINE])) if DATA in self else self.file.frame
+        return Frame(_spatial(self[DATA].shape), _to_numpy(self[AFFINE])) if DATA in self else self.file.frame
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -199,8 +199,8 @@ def _to_four_axes(tensor: Tensor | np.ndarray) -> Tensor:
     return tensor[None] if tensor.ndim == 3 else tensor
 
 
-def _spatial(tensor: Tensor) -> Triple:
-    _, i, j, k = tensor.shape
+def _spatial(shape: Sequence[int]) -> Triple:
+    _, i, j, k = shape
     return i, j, k
 
 

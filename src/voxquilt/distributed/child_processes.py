@@ -15,7 +15,7 @@ from torch.multiprocessing.spawn import ProcessException
 from voxquilt.distributed.environment import disarm_observer
 from voxquilt.distributed.signals import Signals
 from voxquilt.errors import ConfigError, InputError, OutputError, RunError, VoxquiltError
-from voxquilt.text import forgive
+from voxquilt.text import escape_streams
 
 # Seconds in which processes have to end after the run has.
 _PATIENCE = 30
@@ -45,7 +45,7 @@ class SpawnedLogging(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """The first method that Lightning calls in such a process."""
-        forgive()
+        escape_streams()
         if not logging.getLogger().handlers:
             stream = sys.stderr if self._to_stderr else sys.stdout
             logging.basicConfig(stream=stream, level=logging.INFO, format="%(message)s")

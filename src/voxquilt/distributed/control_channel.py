@@ -36,8 +36,8 @@ class ControlChannel(Protocol):
         """End the run in all processes; the first request counts. Returns at once, also in a signal handler."""
         ...
 
-    def report(self, row: Message) -> None:
-        """Send the row of a subject, or its progress, to rank 0."""
+    def report(self, report: Any) -> None:
+        """Send what became of a subject, or how far this process is, to rank 0."""
         ...
 
     def gather(self, summary: Message) -> list[Message]:
@@ -56,18 +56,18 @@ class LocalChannel:
     """The channel of a run with one process.
 
     Args:
-        on_row: Takes reported messages.
+        on_report: Takes reports.
     """
 
-    def __init__(self, on_row: Callable[[Message], None]) -> None:
-        self._on_row = on_row
+    def __init__(self, on_report: Callable[[Any], None]) -> None:
+        self._on_report = on_report
         self.stop: Stop | None = None
 
     def ask_stop(self, stop: Stop) -> None:
         self.stop = self.stop or stop
 
-    def report(self, row: Message) -> None:
-        self._on_row(row)
+    def report(self, report: Any) -> None:
+        self._on_report(report)
 
     def gather(self, summary: Message) -> list[Message]:
         return [summary]

@@ -27,13 +27,16 @@ class Hub:
 
     Args:
         size: Number of processes.
-        on_row: Takes the messages that any rank reports; called by one thread at a time.
+        on_report: Takes the reports of all ranks; called by one thread at a time.
+        decode: Makes a report of its message.
     """
 
-    def __init__(self, size: int, on_row: Callable[[Message], None]) -> None:
+    def __init__(
+        self, size: int, on_report: Callable[[Any], None], decode: Callable[[Message], Any] = lambda message: message
+    ) -> None:
         self.stop: Stop | None = None
         self._size = size
-        self._on_row = on_row
+        self._on_report, self._decode = on_report, decode
         self._row_lock = threading.Lock()
         self._key = secrets.token_bytes(32)
         self._host = os.environ.get("MASTER_ADDR", socket.gethostname())
@@ -86,9 +89,9 @@ class Hub:
             self.stop = stop
             self._outbox.put({"stop": [stop.reason, stop.status]})
 
-    def report(self, row: Message) -> None:
+    def report(self, report: Any) -> None:
         with self._row_lock:
-            self._on_row(row)
+            self._on_report(report)
 
     def gather(self, summary: Message) -> list[Message]:
         began = monotonic()
@@ -123,9 +126,9 @@ class Hub:
                         self._changed.notify_all()
 
     def _take(self, rank: int, message: Message) -> None:
-        if "row" in message:
+        if "report" in message:
             try:
-                self.report(message["row"])
+                self.report(self._decode(message["report"]))
             except Exception as error:  # such as a full disk
                 self.ask_stop(Stop(f"a row of the manifest was lost: {error}", BROKEN))
         elif "stop" in message:
@@ -147,12 +150,16 @@ class Spoke:
     Args:
         rank: The rank.
         address: Rank 0's `Hub.address`.
+        encode: Makes a message of a report.
 
     Raises:
         RunError: rank 0 cannot be reached.
     """
 
-    def __init__(self, rank: int, address: tuple[str, int, bytes]) -> None:
+    def __init__(
+        self, rank: int, address: tuple[str, int, bytes], encode: Callable[[Any], Message] = lambda report: report
+    ) -> None:
+        self._encode = encode
         self.stop: Stop | None = None
         self._status: int | None = None
         self._settled = threading.Event()
@@ -175,8 +182,8 @@ class Spoke:
             self.stop = stop
             self._outbox.put({"stop": [stop.reason, stop.status]})
 
-    def report(self, row: Message) -> None:
-        self._outbox.put({"row": row})
+    def report(self, report: Any) -> None:
+        self._outbox.put({"report": self._encode(report)})
 
     def gather(self, summary: Message) -> list[Message]:
         self._outbox.put({"end": summary})

@@ -114,22 +114,23 @@ class Grid:
         numbers = np.arange(len(self)).reshape(self.counts)
         return np.moveaxis(numbers, axis, 0).ravel()
 
-    def find(self, location: Iterable[int]) -> Triple:
-        """The inverse of `location`: the patch's number along each axis.
+    def find(self, location: Iterable[int]) -> int:
+        """The number of the patch at a location: the inverse of `location`.
 
         Raises:
             PatchShapeError: the grid has no patch there.
         """
         location = tuple(int(v) for v in location)
         sizes = tuple(end - start for start, end in zip(location[:3], location[3:], strict=True))
-        numbers = [n.get(start) for n, start in zip(self._numbers, location[:3], strict=True)]
-        if sizes != self.patch_size or None in numbers:
+        place = [numbers.get(start) for numbers, start in zip(self._numbers, location[:3], strict=True)]
+        if sizes != self.patch_size or None in place:
             raise PatchShapeError(
                 f"no patch of the grid lies at {location}; its patches are {self.patch_size} voxels and start at "
                 f"{_some(self.starts[0])} along i, {_some(self.starts[1])} along j, {_some(self.starts[2])} along k."
             )
-        i, j, k = (n for n in numbers if n is not None)
-        return i, j, k
+        i, j, k = (n for n in place if n is not None)
+        _, nj, nk = self.counts
+        return (i * nj + j) * nk + k
 
     def downsampled(self, factor: Triple) -> "Grid":
         """The same grid on voxels that are `factor` times larger, for a network whose output is smaller than its input.

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from voxquilt.errors import ConfigError
-from voxquilt.geometry.frame import AXES, Triple
+from voxquilt.geometry.frame import AXES
 from voxquilt.geometry.grid import Grid
 
 
@@ -38,10 +38,6 @@ class Part:
     def __post_init__(self) -> None:
         if self.axis not in range(3) or not 0 <= self.first < self.stop:
             raise ConfigError(f"a part is at least one row along axis 0, 1 or 2; this one is {self}.")
-
-    def __contains__(self, place: Triple) -> bool:
-        """Whether the patch with these numbers along i, j, k is of this part."""
-        return self.first <= place[self.axis] < self.stop
 
     def patches(self, grid: Grid) -> np.ndarray:
         """(n,) numbers of the part's patches, row by row.

@@ -1,25 +1,24 @@
-"""Makes a PatchPredictor from files of weights, one function per format."""
+"""Makes a PatchPredictor from files of weights, one function per source."""
 
 from collections.abc import Mapping
 from typing import Any, Unpack
 
 from torch import nn
 
-from voxquilt.errors import ConfigError
 from voxquilt.models.predictor import Options, PatchPredictor
-from voxquilt.models.weights.detect import EXPORTED, LIGHTNING, TORCHSCRIPT, kind_of
 from voxquilt.models.weights.reading import (
     Paths,
-    listed,
+    read_by_format,
     read_exported,
     read_lightning,
     read_state_dict,
     read_torchscript,
 )
+from voxquilt.models.weights.registry import ReadOptions
 
 
 def predictor_from_file(
-    ckpt_path: Paths,
+    ckpt_path: Paths | None,
     net: nn.Module | None = None,
     *,
     prefix: str | None = None,
@@ -27,27 +26,20 @@ def predictor_from_file(
     trust_checkpoint: bool = False,
     **options: Unpack[Options],
 ) -> PatchPredictor:
-    """A predictor from weights that say what they are, or from a network and its weights.
+    """A predictor from files that say which format they have: any of `voxquilt.models.weights.registry`.
+
+    Args:
+        ckpt_path: A file; a list makes an ensemble. None leaves `net` as it is.
+        net: The network of weights that bring none.
+        prefix: Only keys that begin so are used, without it.
+        strict: Whether every key must fit.
+        trust_checkpoint: Unpickle anything that a file holds, which can run its code.
+        options: See `voxquilt.PatchPredictor`.
 
     Raises:
-        ConfigError: weights without a network, or files of several kinds.
+        ConfigError: weights without a network, or a file that cannot be read.
     """
-    if net is not None:
-        members = read_state_dict(net, ckpt_path, prefix=prefix, strict=strict, trust=trust_checkpoint)
-        return PatchPredictor(members, **options)
-    kinds = {kind_of(path) for path in listed(ckpt_path)}
-    if kinds == {TORCHSCRIPT}:
-        return predictor_from_torchscript(ckpt_path, **options)
-    if kinds == {EXPORTED}:
-        return predictor_from_exported(ckpt_path, trust_checkpoint=trust_checkpoint, **options)
-    what = (
-        "a Lightning checkpoint without settings of voxquilt" if kinds == {LIGHTNING} else "weights without a network"
-    )
-    raise ConfigError(
-        f"{listed(ckpt_path)[0]} is {what}: say which network they are for, by model.net._target_=my_package.MyNet and "
-        f"its arguments (model.prefix=net. for a LightningModule's self.net), or by model=lightning "
-        f"model.module_class=my_package.MyModule."
-    )
+    return PatchPredictor(read_by_format(ckpt_path, ReadOptions(net, prefix, strict, trust_checkpoint)), **options)
 
 
 def predictor_from_torchscript(ckpt_path: Paths, **options: Unpack[Options]) -> PatchPredictor:

@@ -1,4 +1,4 @@
-"""The LightningModule that predicts: it carries a PatchNetwork and knows nothing of subjects."""
+"""Provides the LightningModule that predicts patches; it carries a PatchNetwork and knows no subjects."""
 
 import logging
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ log = logging.getLogger("voxquilt")
 
 
 class Options(TypedDict, total=False):
-    """The options of PatchNetwork, which every source of weights shares."""
+    """The options of PatchNetwork, which all sources of weights share."""
 
     outputs: Sequence[str | None] | None
     flips: Sequence[int]
@@ -31,7 +31,11 @@ class Options(TypedDict, total=False):
 
 
 class PatchPredictor(LightningModule):
-    """Predicts patch batches.
+    """Predicts batches of patches.
+
+    >>> predictor = PatchPredictor(nn.Conv3d(1, 2, 1), flips=[0])
+    >>> predictor(torch.zeros(4, 1, 8, 8, 8))[""].shape
+    torch.Size([4, 2, 8, 8, 8])
 
     Args:
         networks: A network, or the members of an ensemble.
@@ -41,11 +45,11 @@ class PatchPredictor(LightningModule):
     def __init__(self, networks: nn.Module | Sequence[nn.Module], **options: Unpack[Options]) -> None:
         super().__init__()
         self.network = PatchNetwork([networks] if isinstance(networks, nn.Module) else networks, **options)
-        self._most: int | None = None
-        self._full = 0
+        self._memory_limit: int | None = None
+        self._full_batch = 0
 
     def setup(self, stage: str) -> None:
-        """Compile, in each process: what is compiled is not handed from one to another."""
+        """Compile, in each process, since a compiled network cannot be sent from one to another."""
         self.network.compile_members()
 
     def forward(self, patches: Any) -> Named:
@@ -53,9 +57,9 @@ class PatchPredictor(LightningModule):
         return self.network(patches)
 
     def predict_step(self, batch: PatchBatch, batch_idx: int) -> Named | Exception:
-        """Outputs by name; an error of the network is returned, so that it costs these subjects and not the run.
+        """Outputs by name; an error of the network is returned, so that these subjects fail and not the run.
 
-        Where the device has too little memory for a batch, it and those to come are predicted in smaller ones.
+        Where the device has too little memory for a batch, it and later ones are predicted in smaller batches.
         """
         try:
             patches = batch.data.to(self.dtype)
@@ -66,21 +70,23 @@ class PatchPredictor(LightningModule):
                 )
             return self._within_memory(patches)
         except StopIteration:
-            return OutputError("the network raised StopIteration.")  # raised on, it would end the run without an error
+            return OutputError(
+                "the network raised StopIteration."
+            )  # raised here, it would end the run without an error
         except Exception as error:
             return error
 
     def _within_memory(self, patches: Tensor) -> Named:
-        # What is compiled is compiled for one size of batches, so that smaller ones are filled up.
-        self._full = max(self._full, len(patches)) if self.network.compiled else len(patches)
-        size = min(self._full, self._most or self._full)
+        # A network is compiled for one size of batches, so that smaller ones are filled up.
+        self._full_batch = max(self._full_batch, len(patches)) if self.network.compiled else len(patches)
+        size = min(self._full_batch, self._memory_limit or self._full_batch)
         try:
-            return in_chunks(self, patches, most=size, least=size if self.network.compiled else None)
+            return in_chunks(self.network, patches, most=size, least=size if self.network.compiled else None)
         except torch.OutOfMemoryError:
             if size == 1:
                 raise
-            self._most = (size + 1) // 2
-            log.warning("the device's memory is full: batches of %d from here on.", self._most)
-        # Here, where the error and the network's tensors that it holds are gone.
+            self._memory_limit = (size + 1) // 2
+            log.warning("the device's memory is full: batches of %d from here on.", self._memory_limit)
+        # After the block, where the error is gone, and with it the network's tensors that it holds.
         torch.cuda.empty_cache()
         return self._within_memory(patches)

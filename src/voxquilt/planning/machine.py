@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -57,3 +58,18 @@ def _left(folder: Path, limit: str, used: str, files: str) -> int | None:
 def disk_free(folder: Path) -> int:
     """Bytes free where a folder is, or will be made."""
     return shutil.disk_usage(next(path for path in (folder, *folder.parents) if os.path.exists(path))).free
+
+
+@dataclass(frozen=True)
+class MachineResources:
+    """What a machine has.
+
+    Args:
+        memory: Bytes that the run's processes on it may still take.
+        disk: Bytes free for outputs.
+        processes: Of the run, on this machine.
+    """
+
+    memory: int
+    disk: int
+    processes: int

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from copy import copy
 from dataclasses import asdict, dataclass, replace
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +15,9 @@ from voxquilt.data.subject_size import RunSize, SubjectSize, extent
 from voxquilt.errors import VoxquiltError
 from voxquilt.geometry.frame import Triple
 from voxquilt.models.predictor import PatchPredictor
-from voxquilt.planning.machine import disk_free, memory_available
-from voxquilt.planning.resource_estimate import MIB, OutputPlan, Requirements, Settings, forms, needs
+from voxquilt.planning.machine import MachineResources, disk_free, memory_available
+from voxquilt.planning.resource_estimate import MIB, OutputPlan, Requirements, RunSettings, forms, needs
 from voxquilt.planning.shape_probe import Probe, probe
-from voxquilt.stitching.stitch import Stitch
 from voxquilt.text import of_subjects
 
 # Voxels of a batch beyond which a CPU's throughput no longer rises: its cores are busy with one patch.
@@ -28,21 +26,6 @@ MOST = 64
 """Patches of a batch that is found."""
 # What is left to the operating system and to what cannot be foreseen, when a batch size is chosen.
 _SHARE = 0.8
-
-
-@dataclass(frozen=True)
-class Room:
-    """What a machine has.
-
-    Args:
-        memory: Bytes that the run's processes on it may still take.
-        disk: Bytes free for outputs.
-        processes: Of the run, on this machine.
-    """
-
-    memory: int
-    disk: int
-    processes: int
 
 
 @dataclass(frozen=True)
@@ -61,11 +44,11 @@ class Forecast:
     """
 
     extent: RunSize
-    settings: Settings
+    settings: RunSettings
     forms: OutputPlan
     probe: Probe
     needs: Requirements
-    room: Room
+    room: MachineResources
     notes: list[str]
     refusal: str | None = None
 
@@ -89,28 +72,24 @@ class Planner:
     """Works out a process's needs.
 
     Args:
-        trainer: Of the run.
+        trainer: Trainer of the run.
         module: Its network.
-        stitch: What becomes of outputs.
-        of: The run's subjects.
-        settings: Of the run.
-        folder: Of the outputs.
+        size: The run's subjects.
+        settings: RunSettings of the run.
     """
 
-    def __init__(
-        self, trainer: Trainer, module: LightningModule, stitch: Stitch, of: RunSize, settings: Settings, folder: Path
-    ) -> None:
-        self._module, self._stitch, self._of, self._settings = module, stitch, of, settings
+    def __init__(self, trainer: Trainer, module: LightningModule, size: RunSize, settings: RunSettings) -> None:
+        self._module, self._of, self._settings = module, size, settings
         self._device = trainer.strategy.root_device
         self._autocast = _autocast(str(trainer.precision))
-        self._room = Room(memory_available(), disk_free(folder), trainer.num_devices)
+        self._room = MachineResources(memory_available(), disk_free(settings.folder), trainer.num_devices)
         self._notes: list[str] = []
         # Shared by those that are made of this one: a large network takes a while to be asked.
         self._passes: dict[tuple[int, Triple, int], Probe] = {}
         self._layout = module.network.layout if isinstance(module, PatchPredictor) else "auto"
         self._guesses: dict[tuple[int, Triple, int], str] = {}
 
-    def changed(self, of: RunSize, settings: Settings) -> "Planner":
+    def changed(self, of: RunSize, settings: RunSettings) -> "Planner":
         """The same for other subjects and settings."""
         other = copy(self)
         other._of, other._settings, other._notes = of, settings, []
@@ -132,7 +111,7 @@ class Planner:
             self._of, settings, become, passed, required, self._room, self._notes, self._refusal(settings, required)
         )
 
-    def _refusal(self, settings: Settings, required: Requirements) -> str | None:
+    def _refusal(self, settings: RunSettings, required: Requirements) -> str | None:
         over = self._over(required)
         if over is None:
             return None
@@ -167,8 +146,8 @@ class Planner:
             over, alone._advice(settings), *sizes
         )
 
-    def _advice(self, settings: Settings) -> str:
-        ways = [said for said, changed, stitch in self._ways(settings) if self._fits(changed, stitch)]
+    def _advice(self, settings: RunSettings) -> str:
+        ways = [said for said, changed in self._ways(settings) if self._fits(changed)]
         return f"It fits with {ways[0]}." if ways else "No single setting does it; use a larger machine or disk."
 
     def _over(self, required: Requirements) -> str | None:
@@ -186,39 +165,37 @@ class Planner:
             return f"the disk: it needs about {_gib(disk)}{beside}, and {_gib(room.disk)} are free."
         return None
 
-    def _ways(self, settings: Settings) -> Iterator[tuple[str, Settings, Stitch]]:
+    def _ways(self, settings: RunSettings) -> Iterator[tuple[str, RunSettings]]:
         """Changes, the least first: those that change no output, then those that do."""
-        stitch = self._stitch
         if settings.num_workers:
-            yield "data.num_workers=0", replace(settings, num_workers=0), stitch
+            yield "data.num_workers=0", replace(settings, num_workers=0)
         size = settings.batch_size
         while size > 1:
             size //= 2
-            yield f"data.batch_size={size}", replace(settings, batch_size=size), stitch
+            yield f"data.batch_size={size}", replace(settings, batch_size=size)
         for limit in (256, 0):
-            said = f"callbacks.writer.in_memory={limit}"
             if limit * MIB < settings.in_memory:
-                yield said, replace(settings, in_memory=limit * MIB), stitch
+                yield f"callbacks.writer.in_memory={limit}", replace(settings, in_memory=limit * MIB)
         least = replace(settings, num_workers=0, batch_size=1)
         if settings.num_workers and settings.batch_size > 1:
-            yield "data.num_workers=0 data.batch_size=1", least, stitch
-        yield "stitch.products=null", settings, replace(stitch, products=None)
+            yield "data.num_workers=0 data.batch_size=1", least
+        yield "stitch.products=null", replace(settings, stitch=replace(settings.stitch, products=None))
         for share in (4, 2):
             patch = [n - n * share // 8 for n in settings.patch_size]
             smaller = (patch[0] // 8 * 8 or 8, patch[1] // 8 * 8 or 8, patch[2] // 8 * 8 or 8)
             if prod(smaller) < prod(settings.patch_size):
-                said = f"data.patch_size=[{','.join(map(str, smaller))}]"
-                yield said, replace(settings, patch_size=smaller), stitch
-                yield f"{said} data.num_workers=0 data.batch_size=1", replace(least, patch_size=smaller), stitch
+                text = f"data.patch_size=[{','.join(map(str, smaller))}]"
+                yield text, replace(settings, patch_size=smaller)
+                yield f"{text} data.num_workers=0 data.batch_size=1", replace(least, patch_size=smaller)
 
-    def _fits(self, settings: Settings, stitch: Stitch) -> bool:
+    def _fits(self, settings: RunSettings) -> bool:
         with contextlib.suppress(VoxquiltError):
-            return self._over(self._needs(settings, stitch)[2]) is None
+            return self._over(self._needs(settings)[2]) is None
         return False
 
-    def _needs(self, settings: Settings, stitch: Stitch | None = None) -> tuple[Probe, OutputPlan, Requirements]:
+    def _needs(self, settings: RunSettings) -> tuple[Probe, OutputPlan, Requirements]:
         passed = self._probe(settings.patch_size, settings.batch_size)
-        stitch = stitch or self._stitch
+        stitch = settings.stitch
         if passed.guessed:  # of a guess it is not to be said that numbers and classes differ
             stitch = replace(stitch, label_values=None)
         become = forms(stitch, passed.outputs, settings.patch_size, self._layout)

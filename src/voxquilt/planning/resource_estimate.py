@@ -3,12 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 
 from voxquilt.data.subject_size import RunSize
 from voxquilt.geometry.frame import Triple
 from voxquilt.planning.shape_probe import Probe
-from voxquilt.stitching.products.spec import Moments
+from voxquilt.stitching.products.disagreement import Moments
 from voxquilt.stitching.stitch import Stitch
+from voxquilt.vocabulary import LABELS
 
 MIB = 2**20
 
@@ -19,9 +21,6 @@ _LATE, _PIECES = 70 * MIB, 60 * MIB
 _PICTURES = 25 * MIB
 # Tensors up to 32 MiB are kept by malloc when they are freed, at most so much in all.
 _KEPT = 110 * MIB
-# Typical sizes of a packed .nii.gz beside its voxels, measured on this project's images; see docs/memory.md.
-_PACKED = {"labels": 0.04, "probabilities": 0.75}
-_PACKED_OTHER = 0.9
 
 
 @dataclass(frozen=True)
@@ -57,23 +56,26 @@ class OutputPlan:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What decides how much memory a run takes, beside its subjects and its network.
+class RunSettings:
+    """What decides how much memory and disk a run takes, beside its subjects and its network.
 
     Args:
-        patch_size: Voxels.
-        batch_size: Patches.
+        stitch: How patches become volumes.
+        folder: Folder of the outputs.
+        patch_size: Voxels along i, j, k.
+        batch_size: Patches per forward pass.
         num_workers: Threads that load ahead.
         in_memory: Bytes; larger products wait on disk.
-        compress: .nii.gz.
+        compress: Whether outputs are .nii.gz.
         base: Bytes that the process holds before the run, its libraries and weights included.
-        gpu: Whether the network runs on one.
+        gpu: Whether the network runs on a GPU.
         weights: Bytes of the network's weights, as far as they are on the device at a time.
         skips: Whether patches are left out.
-        postprocess: Whether labels are changed afterwards.
-        overlay: Whether pictures are made.
+        pictures: Whether pictures are drawn.
     """
 
+    stitch: Stitch
+    folder: Path
     patch_size: Triple
     batch_size: int
     num_workers: int
@@ -83,8 +85,7 @@ class Settings:
     gpu: bool = False
     weights: int = 0
     skips: bool = False
-    postprocess: bool = False
-    overlay: bool = False
+    pictures: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,22 +123,17 @@ def forms(stitch: Stitch, outputs: Mapping[str, Sequence[int]], patch_size: Trip
     for output, shape in outputs.items():
         # Of a cropped patch the ring has as many voxels as the output.
         channels, share = shape[1], 1.0 if layout == "cropped" else prod(shape[2:]) / prod(patch_size)
-        for recipes in stitch.recipes(output, channels).values():
-            for averaged in dict.fromkeys(recipe.averaged for recipe in recipes.values()):
-                several = isinstance(averaged, Moments)
-                count = (2 * channels if averaged.each else channels + 1) if several else channels
-                wide = several and averaged.activation is not None and stitch.activation == "none"
-                sums += share * count * (8 if wide else 4)
-                blends += 1
-            for product, recipe in recipes.items():
-                number, dtype = recipe.product.form(channels)
-                kind = product.partition("_")[0]
-                name = "_".join(filter(None, (output, product)))
-                made.append(
-                    OutputFile(
-                        name, number * dtype.itemsize, _PACKED.get(kind, _PACKED_OTHER), product.startswith("labels")
-                    )
+        for _, specs in stitch.specs(output, channels):
+            for averaged in dict.fromkeys(spec.averaged for spec in specs.values()):
+                moments = averaged if isinstance(averaged, Moments) else None
+                sums += share * (
+                    moments.channels(channels) * (8 if moments.is_double else 4) if moments else channels * 4
                 )
+                blends += 1
+            for product, spec in specs.items():
+                count, dtype = spec.product.form(channels)
+                name = "_".join(filter(None, (output, product)))
+                made.append(OutputFile(name, count * dtype.itemsize, spec.packed, spec.product.kind == LABELS))
     return OutputPlan(made, sums, blends)
 
 
@@ -146,7 +142,7 @@ def voxels_of(made: Sequence[OutputFile], voxels: int, *, compress: bool) -> int
     return round(sum(one.voxel_bytes * (one.packed if compress else 1) for one in made) * voxels)
 
 
-def needs(of: RunSize, passed: Probe, become: OutputPlan, settings: Settings) -> Requirements:
+def needs(of: RunSize, passed: Probe, become: OutputPlan, settings: RunSettings) -> Requirements:
     """What a process needs at its peak, at most what its largest subjects meet in, and the disk of all subjects."""
     patch, batch = prod(settings.patch_size), settings.batch_size
     ahead = min(of.subjects, settings.num_workers + 1)
@@ -156,12 +152,12 @@ def needs(of: RunSize, passed: Probe, become: OutputPlan, settings: Settings) ->
     large = [size for size in sizes if size > settings.in_memory]
     labels = any(one.labels for one in become.made)
     sums = round(of.ring * (become.sums + 4 * become.blends * settings.skips)) + 4 * patch * become.blends
-    writing = of.largest * (32 if settings.postprocess and labels else labels)
+    writing = of.largest * (32 if settings.stitch.postprocess and labels else labels)
     network = passed.peak_bytes
     host = {
-        "process": settings.base + _LATE + _PICTURES * settings.overlay,
+        "process": settings.base + _LATE + _PICTURES * settings.pictures,
         "images": ahead * of.loaded,
-        "reading": of.reading if of.subjects > 1 or settings.overlay else max(0, of.reading - network),
+        "reading": of.reading if of.subjects > 1 or settings.pictures else max(0, of.reading - network),
         "batches": 2 * batch * of.channels * patch * 4,
         "products": held * (sum(sizes) - sum(large)),
         "writing": writing if of.subjects > 1 else max(0, writing - network),

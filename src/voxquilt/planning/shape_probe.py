@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # loaded in any case: 
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from voxquilt.errors import OutputError
+from voxquilt.data.batch import named_outputs
 from voxquilt.geometry.frame import Triple
 
 Shape = tuple[int, ...]
@@ -82,23 +82,20 @@ def probe(
             batch = torch.empty(batch_size, channels, *patch_size, dtype=dtype)
             with torch.autocast(kind, autocast, enabled=autocast is not None), counter:
                 outputs = network(batch)
-            return _described(outputs, counter.peak)
+            return _described(outputs, batch_size, counter.peak)
     finally:
         log.setLevel(level)
         for module in training:
             module.training = True
 
 
-def _described(outputs: Any, peak: int) -> Probe:
-    named = outputs if isinstance(outputs, Mapping) else {"": outputs}
-    bad = [name for name, tensor in named.items() if not isinstance(tensor, Tensor)]
-    if bad:
-        raise OutputError(f"the network gave {type(named[bad[0]]).__name__}; wanted are tensors (B, C, I, J, K).")
+def _described(outputs: Any, batch_size: int, peak: int) -> Probe:
+    named = named_outputs(outputs, batch_size)
     return Probe(
-        {str(name): tuple(tensor.shape) for name, tensor in named.items()},
+        {name: tuple(tensor.shape) for name, tensor in named.items()},
         peak,
         sum(map(_bytes, named.values())),
-        {str(name): tensor.dtype for name, tensor in named.items()},
+        {name: tensor.dtype for name, tensor in named.items()},
     )
 
 

@@ -1,4 +1,4 @@
-"""What would a run do? A table for people and plan.json for programs, and no volume is written."""
+"""Plans a run without predicting it: a table for people, and plan.json for programs."""
 
 from collections.abc import Sequence
 from math import prod
@@ -11,14 +11,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from voxquilt.data.subject_size import SubjectCost, SubjectSize, extent
-from voxquilt.errors import ConfigError
 from voxquilt.filesystem import write_json
 from voxquilt.planning.planner import Forecast
-from voxquilt.planning.preflight import settled
+from voxquilt.planning.preflight import check_before_run
 from voxquilt.planning.resource_estimate import needs, voxels_of
-from voxquilt.prediction.datamodule import GridDataModule
+from voxquilt.prediction.datamodule import GridDataModule, datamodule_of
+from voxquilt.prediction.output_files import OutputOptions
 from voxquilt.prediction.timing import Rates, measure
-from voxquilt.prediction.writer_callback import VolumeWriter
 from voxquilt.reporting.manifest import of_shard
 from voxquilt.reporting.progress import print_event
 from voxquilt.text import of_subjects, reason_of
@@ -31,26 +30,27 @@ class DryRun(Callback):
     """Takes the writer's place: plans the run, prints the plan, and has the loop find no patches.
 
     Args:
-        writer: What would have written.
+        options: What would have been written.
         timed: Also predict a few patches, to say how long the run would take.
         as_json: Print the plan as a line of JSON.
     """
 
-    def __init__(self, writer: VolumeWriter, *, timed: bool, as_json: bool = False) -> None:
-        self._writer, self._timed, self._as_json = writer, timed, as_json
+    def __init__(self, options: OutputOptions, *, timed: bool, as_json: bool = False) -> None:
+        self._options, self._timed, self._as_json = options, timed, as_json
         self._planned: Forecast | None = None
         self._problems: list[str] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Plan."""
-        data = _data(trainer)
+        data = datamodule_of(trainer, "a plan")
         data.stop_when(lambda: True)  # nothing is loaded
-        self._planned = settled(trainer, pl_module, data, self._writer, refuse=False)
+        settings = self._options.settings(data, pl_module, trainer)
+        data.batch_size, self._planned = check_before_run(trainer, pl_module, settings, data, refuse=False)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure, where that is asked for, and say it all; the network is on its device now."""
-        data = _data(trainer)
-        group, folder = data.plan.group, self._writer.output_dir
+        data = datamodule_of(trainer, "a plan")
+        group, folder = data.plan.group, self._options.folder
         rates = None
         if self._timed and self._planned is not None:
             group.first(lambda: folder.mkdir(parents=True, exist_ok=True))
@@ -70,7 +70,7 @@ class DryRun(Callback):
 
     def _say(self, data: GridDataModule, ranks: Sequence[dict[str, Any]]) -> None:
         content = _content(data, self._planned, ranks)
-        folder = self._writer.output_dir
+        folder = self._options.folder
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / of_shard("plan.json", data.shard)
         if data.shard[1] > 1:  # plan_of_<n>.json is what shards agreed on
@@ -88,22 +88,11 @@ class DryRun(Callback):
             of = data.grids.cost(task.case).outline
             if of is None or task.problem:
                 continue
-            writer = self._writer
             try:
-                pictures = writer.tensorboard or writer.form.overlay
-                return measure(
-                    trainer, data, writer.stitch, task, of.file, writer.output_dir, writer.form, pictures=pictures
-                )
+                return measure(trainer, data, self._options, task, of.file)
             except Exception as error:  # as in a run, it costs this subject; other processes wait for a word
                 self._problems.append(f"{task.case.subject} cannot be timed: {reason_of(error)}")
         return None
-
-
-def _data(trainer: Trainer) -> GridDataModule:
-    data = getattr(trainer, "datamodule", None)
-    if not isinstance(data, GridDataModule):
-        raise ConfigError(f"a plan needs a GridDataModule at predict; the trainer has {type(data).__name__}.")
-    return data
 
 
 def _content(data: GridDataModule, planned: Forecast | None, ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:

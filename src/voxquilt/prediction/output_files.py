@@ -1,58 +1,97 @@
-"""How do a subject's finished volumes become files? Named by subject and product, never over an input."""
+"""Writes finished volumes to files that are named by subject and product."""
 
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Shaped
+import psutil
+from lightning.pytorch import LightningModule, Trainer
 
 from voxquilt.data.discovery import SubjectFiles
 from voxquilt.data.formats.nifti import write
 from voxquilt.data.subject_task import SubjectWork
 from voxquilt.errors import OutputError
+from voxquilt.planning.preflight import AUTO, weights_on_device
+from voxquilt.planning.resource_estimate import RunSettings
+from voxquilt.prediction.datamodule import GridDataModule
 from voxquilt.reporting.manifest import Row
 from voxquilt.reporting.overlay import flat, overlay_png
-from voxquilt.stitching.label_values import planes_of
+from voxquilt.stitching.label_values import count_labels
+from voxquilt.stitching.output_volumes import Scratch
 from voxquilt.stitching.stitch import Stitch
+from voxquilt.vocabulary import LABELS
 
 
-class Format(NamedTuple):
-    """What is written.
+@dataclass(frozen=True)
+class OutputOptions:
+    """What is written of a run, and where.
 
     Args:
+        folder: Folder of the outputs.
+        stitch: How patches become volumes; it has the classes' names.
         suffix: '.nii.gz' or '.nii'.
-        overlay: A picture beside.
+        overlay: Whether a picture is written beside each subject's volumes.
+        tensorboard: Whether numbers and pictures are written for TensorBoard.
+        in_memory: Bytes; a larger product waits in a file until it is written.
     """
 
-    suffix: str
-    overlay: bool
+    folder: Path
+    stitch: Stitch
+    suffix: str = ".nii.gz"
+    overlay: bool = False
+    tensorboard: bool = False
+    in_memory: float = float("inf")
+
+    @property
+    def scratch(self) -> Scratch:
+        """Where products that are too large for memory go."""
+        return Scratch(self.folder, self.in_memory)
+
+    @property
+    def pictures(self) -> bool:
+        """Whether pictures are drawn of labels."""
+        return self.overlay or self.tensorboard
+
+    def settings(self, data: GridDataModule, module: LightningModule, trainer: Trainer) -> RunSettings:
+        """What decides the memory and disk of a run, as far as it is known before the first patch."""
+        return RunSettings(
+            self.stitch,
+            self.folder,
+            data.grids.patch_size,
+            1 if data.batch_size == AUTO else int(data.batch_size),
+            data.num_workers,
+            self.in_memory,
+            self.suffix.endswith(".gz"),
+            psutil.Process().memory_info().rss,
+            gpu=trainer.strategy.root_device.type == "cuda",
+            weights=weights_on_device(module),
+            skips=data.grids.skip is not None,
+            pictures=self.pictures,
+        )
 
 
-class Files:
-    """Writes the products of a run's subjects into one folder.
+class OutputFiles:
+    """Writes the products of a run's subjects into one folder, never over an input.
 
     Args:
-        folder: It exists.
-        stitch: Tells the classes' names.
-        form: What is written.
+        options: What is written; the folder exists.
         cases: Every subject, whose images are not to be overwritten.
     """
 
-    def __init__(self, folder: Path, stitch: Stitch, form: Format, cases: Iterable[SubjectFiles]) -> None:
-        self._folder, self._stitch, self._form, self._cases = folder, stitch, form, cases
+    def __init__(self, options: OutputOptions, cases: Iterable[SubjectFiles]) -> None:
+        self.options, self._cases = options, cases
         self._written: set[Path] = set()
 
-    def write(self, work: SubjectWork, volumes: Mapping[str, np.ndarray], of_labels: list[str]) -> Row:
+    def write(self, work: SubjectWork, volumes: Mapping[str, np.ndarray], kinds: Mapping[str, str]) -> Row:
         """Write a subject's products.
 
         Args:
             work: The subject.
             volumes: (C, I, J, K) by product.
-            of_labels: Which of them hold labels.
+            kinds: Their kinds: 'labels', 'map' or 'image'.
 
         Raises:
             OutputError: a file cannot be written, or is an input of the run, or another subject's.
@@ -60,22 +99,22 @@ class Files:
         subject, native = work.task.case.subject, work.space.native
         outputs = []
         for product, data in volumes.items():
-            path = self._checked(f"{subject}_{product}{self._form.suffix}")
-            names = self._names(data) if product in of_labels else None
+            path = self._checked(f"{subject}_{product}{self.options.suffix}")
+            names = self._names(len(data)) if kinds[product] == LABELS else None
             write(path, data, native, header=work.file.header, label_names=names)
             outputs.append(path.name)
-        labels = volumes[of_labels[0]] if of_labels else None
-        if labels is not None and self._form.overlay:
+        labels = next((volumes[product] for product, kind in kinds.items() if kind == LABELS), None)
+        if labels is not None and self.options.overlay:
             path = self._checked(f"{subject}_overlay.png")
-            drawn = flat(labels, self._stitch.label_values)
+            drawn = flat(labels, self.options.stitch.label_values)
             overlay_png(work.file.read()[0].numpy(), drawn, native.affine, path)
             outputs.append(path.name)
         volume, of_classes = None, dict[str, float]()
         if labels is not None:
             ml = abs(float(np.linalg.det(native.affine[:3, :3]))) / 1000  # of sheared voxels too
-            voxels, counts = _counted(labels)
+            voxels, counts = count_labels(labels)
             volume = voxels * ml
-            names = self._names(labels)
+            names = self._names(len(labels))
             # Several labels a voxel are channels, counted from 0; without names, labels have their numbers.
             of_classes = {str(names.get(n, n)): count * ml for n, count in counts.items()}
         return Row(
@@ -89,12 +128,13 @@ class Files:
             class_ml=of_classes,
         )
 
-    def _names(self, labels: np.ndarray) -> dict[int, str]:
-        """By number in the file; of several labels a voxel, by channel."""
-        return dict(enumerate(map(str, self._stitch.class_names or ()))) if len(labels) > 1 else self._stitch.names
+    def _names(self, channels: int) -> dict[int, str]:
+        """Names by number in the file; by channel where there are several labels per voxel."""
+        stitch = self.options.stitch
+        return dict(enumerate(map(str, stitch.class_names or ()))) if channels > 1 else stitch.names
 
     def _checked(self, name: str) -> Path:
-        path = self._folder / name
+        path = self.options.folder / name
         if path.exists() and _identity(path) in self._inputs:
             raise OutputError(f"{path} is an input of this run and is not overwritten; choose another output_dir.")
         if path in self._written:  # a's output x_y and a_x's output y
@@ -107,23 +147,6 @@ class Files:
         # Asked for only where a file is there already: looking at every input of a large cohort, in every process, is
         # too much for a network's file system.
         return {_identity(path) for case in self._cases for path in case.images.values()} - {None}
-
-
-def _counted(labels: Shaped[np.ndarray, "c i j k"]) -> tuple[int, dict[int, int]]:
-    """Voxels with any label, and those of each: of each value above 0, or of each channel."""
-    if len(labels) > 1:
-        return int(np.count_nonzero(labels.any(axis=0))), {n: int(np.count_nonzero(c)) for n, c in enumerate(labels)}
-    counts = Counter[int]()
-    # Plane by plane: counting makes 8 bytes of each voxel.
-    for plane in planes_of(labels):
-        if plane.dtype.itemsize <= 2:  # faster than sorting
-            found = np.bincount(plane.ravel(order="K"))
-            counts.update({int(n): int(found[n]) for n in np.flatnonzero(found)})
-        else:
-            values, numbers = np.unique(plane, return_counts=True)
-            counts.update(dict(zip(values.tolist(), numbers.tolist(), strict=True)))
-    del counts[0]
-    return counts.total(), dict(sorted(counts.items()))
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -24,7 +24,7 @@ _PACKAGES = ("voxquilt", "torch", "lightning", "hydra-core", "nibabel", "monai",
 _AGAIN = "is to be made again, and was not yet."
 
 
-class Record:
+class RunRecord:
     """The manifest and run.json of a run; on rank 0.
 
     Args:

@@ -25,7 +25,7 @@ log = logging.getLogger("voxquilt")
 PICTURES = 20
 
 
-class Events:
+class RunEvents:
     """Writes a run's event file, once there is something to say; on rank 0.
 
     Args:

@@ -18,10 +18,10 @@ from voxquilt.data.formats.nifti import write
 from voxquilt.data.subject_size import SubjectSize
 from voxquilt.data.subject_task import SubjectTask
 from voxquilt.prediction.datamodule import GridDataModule
-from voxquilt.prediction.output_files import Format
+from voxquilt.prediction.output_files import OutputOptions
 from voxquilt.reporting.overlay import flat, overlay
-from voxquilt.stitching.stitch import Stitch
 from voxquilt.stitching.subject_stitcher import SubjectStitcher
+from voxquilt.vocabulary import LABELS
 
 # Forward passes that are timed, after one that is not.
 _PASSES, _SECONDS = 5, 20.0
@@ -64,39 +64,26 @@ class Rates:
 
 
 @torch.inference_mode()
-def measure(
-    trainer: Trainer,
-    data: GridDataModule,
-    stitch: Stitch,
-    task: SubjectTask,
-    size: int,
-    folder: Path,
-    form: Format,
-    *,
-    pictures: bool,
-) -> Rates:
+def measure(trainer: Trainer, data: GridDataModule, options: OutputOptions, task: SubjectTask, size: int) -> Rates:
     """Do a subject with a few real forward passes; its volumes go to a temporary folder.
 
     Args:
-        trainer: Whose network is on its device.
+        trainer: Trainer whose network is on its device.
         data: Reads the subject.
-        stitch: Makes volumes of it.
+        options: What is written; the folder exists.
         task: The subject.
         size: Bytes of its files, unpacked.
-        folder: On the disk of the outputs; it exists.
-        form: Of its files.
-        pictures: Whether its labels are drawn.
 
     Raises:
         Exception: whatever fails for this subject.
     """
     device = trainer.strategy.root_device
     began = perf_counter()
-    loaded = data.grids.load(replace(task, team=()))
+    loaded = data.load(replace(task, team=()))
     read = perf_counter() - began
     work = loaded.work
     stream = batches([loaded], int(data.batch_size))
-    quilt = SubjectStitcher(stitch, work, work.space, skipped=work.skipped, layout=data.layout)
+    quilt = SubjectStitcher(options.stitch, work, work.space, skipped=work.skipped, layout=data.layout)
     first = next(stream)
     began = perf_counter()
     outputs = _outputs(trainer, first.to(device))
@@ -113,7 +100,7 @@ def measure(
             passes.append((perf_counter() - start) / len(batch.data))
         start = perf_counter()
         for run in batch.runs:
-            quilt.add({name: made[run.start : run.stop] for name, made in outputs.items()}, run.locations)
+            quilt.add({name: made[run.start : run.stop] for name, made in outputs.items()}, run.numbers)
         _wait(device)
         added += perf_counter() - start
         patches += len(batch.data)
@@ -124,12 +111,12 @@ def measure(
         passes.append((perf_counter() - start) / len(first.data))
     began = perf_counter()
     volumes = quilt.volumes()
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".plan-") as place:
+    with tempfile.TemporaryDirectory(dir=options.folder, prefix=".plan-") as place:
         for name, volume in volumes.items():
-            write(Path(place) / f"{name}{form.suffix}", volume, work.space.native, header=work.file.header)
-    labels = next((volume for name, volume in volumes.items() if "labels" in name), None)
-    if pictures and labels is not None:
-        overlay(work.file.read()[0].numpy(), flat(labels, stitch.label_values), work.space.native.affine)
+            write(Path(place) / f"{name}{options.suffix}", volume, work.space.native, header=work.file.header)
+    labels = next((volumes[name] for name, kind in quilt.kinds.items() if kind == LABELS), None)
+    if options.pictures and labels is not None:
+        overlay(work.file.read()[0].numpy(), flat(labels, options.stitch.label_values), work.space.native.affine)
     written = perf_counter() - began
     return Rates(
         read / size,

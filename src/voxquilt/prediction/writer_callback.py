@@ -1,8 +1,7 @@
-"""From a predict loop to files: the callback that quilts each subject's outputs and keeps the manifest."""
+"""The Lightning callback of a predict run: it feeds outputs to stitchers and has finished volumes written."""
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +9,25 @@ import psutil
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from voxquilt.distributed.control_channel import BROKEN, ControlChannel, LocalChannel, Message, Stop
+from voxquilt.data.batch import PatchBatch
+from voxquilt.distributed.control_channel import BROKEN, Stop
 from voxquilt.distributed.environment import disarm_observer
 from voxquilt.distributed.signals import Signals
-from voxquilt.distributed.tcp_channel import Hub, Spoke
-from voxquilt.errors import ConfigError, OutputError, RunError
-from voxquilt.planning.preflight import settled
-from voxquilt.prediction.datamodule import GridDataModule
+from voxquilt.errors import ConfigError, RunError
+from voxquilt.filesystem import read_json
+from voxquilt.planning.preflight import check_before_run
+from voxquilt.planning.resource_estimate import MIB
+from voxquilt.prediction.datamodule import GridDataModule, datamodule_of
 from voxquilt.prediction.open_subjects import OpenSubjects
-from voxquilt.prediction.output_files import Files, Format
-from voxquilt.prediction.run_record import Record
-from voxquilt.prediction.tensorboard import Events
-from voxquilt.reporting.manifest import Row
-from voxquilt.reporting.progress import ProgressDisplay, make_display
+from voxquilt.prediction.output_files import OutputFiles, OutputOptions
+from voxquilt.prediction.run_session import RunDisplay, RunSession, connect
+from voxquilt.prediction.subject_outcomes import SubjectOutcomes
+from voxquilt.prediction.tensorboard import RunEvents
+from voxquilt.reporting.manifest import Row, of_shard, read_rows
+from voxquilt.reporting.progress import make_display
 from voxquilt.reporting.progress_counts import RunProgress
-from voxquilt.stitching.output_volumes import Scratch
 from voxquilt.stitching.stitch import Stitch
+from voxquilt.stitching.subject_stitcher import Outputs
 from voxquilt.vocabulary import LOGS, ON_ERROR, check_name
 
 log = logging.getLogger("voxquilt")
@@ -37,8 +39,12 @@ class VolumeWriter(Callback):
     A subject that fails becomes a row of the manifest, and the run goes on. With several processes rank 0 keeps the
     manifest for all, and no process ends before all have finished: they agree on how the run ended.
 
+        writer = VolumeWriter("outputs", Stitch("hann", products=["labels", "entropy"]))
+        trainer = Trainer(callbacks=[writer], logger=False)
+        trainer.predict(PatchPredictor(network), GridDataModule("scans", patch_size=96), return_predictions=False)
+
     Args:
-        output_dir: Made if it is missing.
+        output_dir: Folder of the outputs; made if it is missing.
         stitch: Blend and products; gaussian and labels (an image for one channel) by default.
         on_error: 'skip' goes on after a failed subject, 'raise' stops at the first, in all processes.
         overlay: Also write `<subject>_overlay.png`: three planes with the labels' outlines.
@@ -67,19 +73,51 @@ class VolumeWriter(Callback):
         log: str = "auto",
         configuration: Mapping[str, Any] | None = None,
     ) -> None:
-        self.output_dir = Path(output_dir).expanduser().resolve()
-        self.stitch = stitch or Stitch()
-        self.form = Format(".nii.gz" if compress else ".nii", overlay)
-        self.in_memory = psutil.virtual_memory().available / 8 / 2**20 if in_memory is None else in_memory
-        self.tensorboard = tensorboard
-        self.rows: list[Row] = []
-        """What became of each subject of the last run; with several processes, on rank 0."""
-        self.status = 0
-        """The exit status of the last run: 0 all done, 1 some failed or it broke off, 128 + n after signal n."""
+        self.options = OutputOptions(
+            Path(output_dir).expanduser().resolve(),
+            stitch or Stitch(),
+            ".nii.gz" if compress else ".nii",
+            overlay=overlay,
+            tensorboard=tensorboard,
+            in_memory=psutil.virtual_memory().available / 8 if in_memory is None else in_memory * MIB,
+        )
         self._raise = check_name(on_error, ON_ERROR, "on_error") == "raise"
         self._log = check_name(log, LOGS, "run.log")
         self._configuration = dict(configuration or {})
-        self._run: _Run | None = None
+        self._session: RunSession | None = None
+        shard = self._configuration.get("shard") or {}
+        self._shard = shard.get("index", 0), shard.get("count", 1)
+        self._rows: list[Row] | None = None
+        self._status: int | None = None
+
+    @property
+    def output_dir(self) -> Path:
+        """Folder of the outputs."""
+        return self.options.folder
+
+    @property
+    def stitch(self) -> Stitch:
+        """Blend and products."""
+        return self.options.stitch
+
+    @property
+    def rows(self) -> list[Row]:
+        """What became of each subject of the last run; with several processes, on rank 0."""
+        if self._rows is None:  # the run was in processes that Lightning started
+            return list(read_rows([self.output_dir / of_shard("manifest.csv", self._shard)]).values())
+        return self._rows
+
+    @property
+    def status(self) -> int:
+        """The exit status of the last run: 0 all done, 1 some failed or it broke off, 128 + n after signal n."""
+        if self._status is None:
+            return self.outcome.get("exit_status") or 0
+        return self._status
+
+    @property
+    def outcome(self) -> dict[str, Any]:
+        """What run.json says of the last run."""
+        return read_json(self.output_dir / of_shard("run.json", self._shard))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot fit, open the manifest on rank 0, and connect the other processes to it.
@@ -87,48 +125,37 @@ class VolumeWriter(Callback):
         Raises:
             ConfigError: too little memory or disk; data that are not a GridDataModule's; a module without predict_step.
         """
-        data = getattr(trainer, "datamodule", None)
-        if not isinstance(data, GridDataModule):
-            raise ConfigError(f"VolumeWriter needs a GridDataModule at predict; the trainer has {type(data).__name__}.")
-        name = type(pl_module).__name__
-        if type(pl_module).predict_step is LightningModule.predict_step:
-            raise ConfigError(
-                f"{name} has no predict_step, and Lightning's own would call it with a batch that is no tensor: use "
-                f"PatchPredictor({name}(...)), or give it one that returns self(batch.data)."
-            )
-        settled(trainer, pl_module, data, self)
-        shown: list[_Shown] = []
-        if data.plan.group.rank == 0:
-            planned = {one: size.patches - 1 for one, size in zip(data.plan.everything, data.plan.sizes, strict=True)}
-            events = Events(self.output_dir, data.plan.cases, self.stitch.label_values) if self.tensorboard else None
-            shown = [_Shown(make_display(self._log), RunProgress(planned, data.plan.group.size), events)]
-        line, record = _connected(self.output_dir, data, self._configuration, shown)
-        data.stop_when(lambda: line.stop is not None)
-        self.rows = record.rows if record else []
-        files = Files(self.output_dir, self.stitch, self.form, data.plan.cases)
-        scratch, device = Scratch(self.output_dir, self.in_memory * 2**20), trainer.strategy.root_device
-        # Here, since the first subjects are loaded before on_predict_start, and what fails there has to be told.
-        cohort = OpenSubjects(data, self.stitch, files, scratch, line, raise_first=self._raise, device=device)
-        signals = Signals(lambda name, status: line.ask_stop(Stop(name, status)))
-        self._run = _Run(data.plan.group.rank, line, record, cohort, signals, shown)
-        for one in shown:
-            one.show.start(one.tally)
+        data = datamodule_of(trainer, "VolumeWriter")
+        _check_module(pl_module)
+        data.batch_size, _ = check_before_run(trainer, pl_module, self.options.settings(data, pl_module, trainer), data)
+        plan = data.plan
+        display = self._display(data) if plan.group.rank == 0 else None
+        channel, record = connect(self.output_dir, data, self._configuration, display)
+        data.stop_when(lambda: channel.stop is not None)
+        self._rows = record.rows if record else []
+        files, outcomes = OutputFiles(self.options, plan.cases), SubjectOutcomes(channel, self._raise)
+        # Here, since the first subjects are loaded before on_predict_start, and what fails there has to be reported.
+        subjects = OpenSubjects(data, files, outcomes, trainer.strategy.root_device)
+        signals = Signals(lambda name, status: channel.ask_stop(Stop(name, status)))
+        self._session = RunSession(plan.group.rank, channel, record, subjects, signals, display)
+        if display is not None:
+            display.start()
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin, once all processes are there."""
-        run = self._running()
-        if self.stitch.restore == "labels" and run.record is not None:
+        session = self._running()
+        if self.stitch.restore == "labels" and session.record is not None:
             log.info(
                 "stitch.restore=labels: labels are made in model space and brought back by nearest neighbour; at "
                 "another spacing their borders have steps as large as its voxels."
             )
         disarm_observer()
-        run.begin()
+        session.begin()
 
     def on_predict_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._running().cohort.begin_batch()
+        self._running().subjects.begin_batch()
 
     def on_predict_batch_end(
         self,
@@ -140,15 +167,15 @@ class VolumeWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Feed a batch's outputs to its subjects; hand over those that are complete."""
-        cohort = self._running().cohort
-        if isinstance(outputs, torch.OutOfMemoryError) and cohort.to_host():
+        subjects = self._running().subjects
+        if isinstance(outputs, torch.OutOfMemoryError) and subjects.to_host():
             outputs = trainer.strategy.predict_step(batch, batch_idx)
         if isinstance(outputs, Exception) and len(batch.runs) > 1:
             # Which of the subjects is it? The others must not fail with it.
             for alone in batch.by_subject():
-                cohort.take(trainer.strategy.predict_step(alone, batch_idx), alone)
+                subjects.take(_named(trainer.strategy.predict_step(alone, batch_idx), alone), alone)
         else:
-            cohort.take(outputs, batch)
+            subjects.take(_named(outputs, batch), batch)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wait until everything is written, by all processes.
@@ -156,146 +183,41 @@ class VolumeWriter(Callback):
         Raises:
             RunError: a process died, or a subject failed with on_error='raise'.
         """
-        run, self._run = self._running(), None
-        self.status = run.end()
-        if run.line.stop is not None and run.line.stop.status == BROKEN:
-            raise RunError(run.line.stop.reason)
+        session, self._session = self._running(), None
+        self._status = session.end()
+        stop = session.channel.stop
+        if stop is not None and stop.status == BROKEN:
+            raise RunError(stop.reason)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop all processes; finish what is complete. Subjects that are not have no row: they did not fail."""
-        if self._run is not None:
-            run, self._run = self._run, None
-            self.status = run.fail(exception)
+        if self._session is not None:
+            session, self._session = self._session, None
+            self._status = session.fail(exception)
 
-    def _running(self) -> "_Run":
-        assert self._run is not None, "Lightning calls setup first"
-        return self._run
+    def _running(self) -> RunSession:
+        assert self._session is not None, "Lightning calls setup first"
+        return self._session
 
-
-@dataclass(frozen=True)
-class _Run:
-    """A predict run from its first to its last moment, as one process sees it.
-
-    Args:
-        rank: Of the process.
-        line: To the others.
-        record: Of the run, on rank 0.
-        cohort: The process's subjects.
-        signals: Ask it to stop.
-        shown: What people see of it, on rank 0.
-    """
-
-    rank: int
-    line: ControlChannel
-    record: Record | None
-    cohort: OpenSubjects
-    signals: Signals
-    shown: list["_Shown"]
-
-    def begin(self) -> None:
-        """The first batch comes next."""
-        self.cohort.begin()
-        self.signals.hold()
-
-    def end(self) -> int:
-        """Finish, wait for the others, and leave the record; the exit status."""
-        try:
-            summary = self.cohort.close()
-        except BaseException as error:  # whatever ended the writer thread
-            return self._broken(error, {"rank": self.rank})
-        return self._settle(summary)
-
-    def fail(self, exception: BaseException) -> int:
-        """The same, after an error that ends the run in all processes."""
-        summary: Message = {"rank": self.rank}
-        self.line.ask_stop(self._stop(exception))
-        try:
-            summary = self.cohort.close()
-        except RunError as error:
-            log.error("%s", error)
-        except Exception:
-            log.exception("closing failed as well")
-        return self._broken(exception, summary)
-
-    def _broken(self, exception: BaseException, summary: Message) -> int:
-        self.line.ask_stop(self._stop(exception))
-        return self._settle(summary)
-
-    def _stop(self, exception: BaseException) -> Stop:
-        return Stop(f"rank {self.rank}: {type(exception).__name__}: {exception}", BROKEN)
-
-    def _settle(self, summary: Message) -> int:
-        status = BROKEN
-        try:
-            summaries = self.line.gather(summary)
-            status = self.line.settle(self._close_record(summaries))
-        except RunError as error:
-            log.error("%s", error)
-        finally:
-            for one in self.shown:
-                one.show.end(one.tally, status)
-            self.signals.release()
-        return status
-
-    def _close_record(self, summaries: list[Message]) -> int:
-        try:
-            status = self.record.close(summaries, self.line.stop) if self.record else 0
-            for one in self.shown:
-                if one.events is not None:
-                    one.events.end(self.record.outcome if self.record else {}, summaries)
-            return status
-        except OutputError as error:  # a disk that is full at the very end
-            self.line.ask_stop(Stop(str(error), BROKEN))
-            return BROKEN
+    def _display(self, data: GridDataModule) -> RunDisplay:
+        plan = data.plan
+        patches = {subject: cost.patches - 1 for subject, cost in zip(plan.everything, plan.sizes, strict=True)}
+        events = RunEvents(self.output_dir, plan.cases, self.stitch.label_values) if self.options.tensorboard else None
+        return RunDisplay(make_display(self._log), RunProgress(patches, plan.group.size), events)
 
 
-@dataclass(frozen=True)
-class _Shown:
-    """What rank 0 shows of a run."""
-
-    show: ProgressDisplay
-    tally: RunProgress
-    events: Events | None
-
-    def take(self, row: Row) -> None:
-        """A subject is done or has failed."""
-        self.tally.row(row)
-        self.show.row(row, self.tally)
-        if self.events is not None:
-            self.events.row(row)
-
-    def news(self, message: Message) -> None:
-        """A process got on."""
-        self.tally.news(message)
-        self.show.moved(self.tally)
+def _named(outputs: Any, batch: PatchBatch) -> Outputs | Exception:
+    """Outputs by name, or what is wrong with them."""
+    try:
+        return batch.named(outputs)
+    except Exception as error:
+        return error
 
 
-def _connected(
-    folder: Path, data: GridDataModule, configuration: Mapping[str, Any], shown: Sequence[_Shown]
-) -> tuple[ControlChannel, Record | None]:
-    """The line between the processes, and on rank 0 the record that it feeds."""
-    group, records = data.plan.group, list[Record]()
-    hubs: list[Hub] = []
-
-    def take(row: Message) -> None:
-        if "news" in row:
-            for one in shown:
-                one.news(row["news"])
-            return
-        made = Row(**{**row, "outputs": tuple(row["outputs"])})
-        records[0].add(made)
-        for one in shown:
-            one.take(made)
-
-    def opened() -> tuple[str, int, bytes] | None:
-        records.append(Record(folder, data.plan, data.shard, configuration))
-        hubs.extend([Hub(group.size, take)] if group.size > 1 else [])
-        return hubs[0].address if hubs else None
-
-    address = group.first(opened)
-    if address is None:
-        return LocalChannel(take), records[0]
-    if not hubs:
-        return Spoke(group.rank, address), None
-    hubs[0].accept()
-    return hubs[0], records[0]
+def _check_module(module: LightningModule) -> None:
+    if type(module).predict_step is LightningModule.predict_step:
+        name = type(module).__name__
+        raise ConfigError(
+            f"{name} has no predict_step, and Lightning's own would call it with a batch that is not a tensor: use "
+            f"PatchPredictor({name}(...)), or give it one that returns self(batch.data)."
+        )

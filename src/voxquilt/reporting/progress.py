@@ -162,13 +162,5 @@ def print_event(event: str, content: Mapping[str, Any]) -> None:
             out.flush()
 
 
-def only_json() -> None:
-    """Leave stdout to `print_event`: what is printed or logged goes to stderr from here on."""
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
-            handler.setStream(sys.stderr)
-    sys.stdout = sys.stderr
-
-
 def _clock(seconds: float | None) -> str:
     return "?" if seconds is None else str(timedelta(seconds=round(seconds)))

@@ -8,7 +8,6 @@ from time import monotonic, perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from voxquilt.reporting.manifest import Row
 
@@ -137,10 +136,10 @@ class ProcessCounts:
         """Start the clock again, so that the time until now does not count."""
         self._began = perf_counter()
 
-    def count(self, patches: Tensor, subjects: Mapping[str, int]) -> None:
-        """Count a predicted batch (B, C, I, J, K), given the number of its patches by subject."""
-        self._patches += len(patches)
-        self._voxels += patches[:, 0].numel()
+    def count(self, subjects: Mapping[str, int], voxels: int) -> None:
+        """Count the patches of a predicted batch by subject, and the voxels of all of them."""
+        self._patches += sum(subjects.values())
+        self._voxels += voxels
         for subject, count in subjects.items():
             self._of[subject] = self._of.get(subject, 0) + count
             self._touched.add(subject)

@@ -1,125 +1,215 @@
-"""Where are weighted sums kept? In planes along one axis: those of the whole volume, or a ring as long as a patch."""
+"""Accumulates weighted patches in planes along one axis: those of the whole volume, or a ring as long as a patch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import repeat
 from math import prod
 
 import torch
-from jaxtyping import Float64, Shaped
+from jaxtyping import Shaped
 from torch import Tensor
 
-from voxquilt.geometry.frame import Triple
+from voxquilt.errors import BatchError, PatchShapeError
 from voxquilt.geometry.grid import Grid
 from voxquilt.stitching.blend import Blend
 from voxquilt.stitching.buffer_pool import BufferPool
+from voxquilt.stitching.sum_type import SumType
 
 
-class Sums:
-    """Weighted sums of patches; plane p along `axis` is kept at p modulo `window`.
+class Accumulator:
+    """Blended planes of one volume; plane p along `axis` is kept at p modulo `window`.
 
     Args:
         grid: Where patches lie.
         blend: Their shares.
-        weights: The blend's `axis_weights` along i, j, k.
-        axis: Along which planes are kept.
+        axis: Axis along which planes are kept.
         window: How many planes are in memory, at least as many as a patch has; None for the whole volume.
-        channels, dtype, device: Of the sums.
+        channels: Channels of the patches.
+        types: Types of sums and of finished planes.
+        device: Where sums are kept.
         buffers: Where memory comes from and goes to.
-        blank: Start every plane from zero, also where a blend that copies writes each voxel in any case.
+        fill: Values of voxels that no patch covers, one per channel or one for all; None where every patch comes.
+
+    Raises:
+        BatchError: (a ValueError) another number of fill values than channels.
     """
 
     def __init__(
         self,
         grid: Grid,
         blend: Blend,
-        weights: list[Float64[Tensor, "_ _"]],
         axis: int,
         window: int | None,
         *,
         channels: int,
-        dtype: torch.dtype,
+        types: SumType,
         device: torch.device,
         buffers: BufferPool,
-        blank: bool = False,
+        fill: float | Sequence[float] | None = None,
     ) -> None:
-        self.channels, self.dtype, self.device = channels, dtype, device
-        self._grid, self._axis, self._buffers = grid, axis, buffers
+        if isinstance(fill, Sequence) and len(fill) != channels:
+            raise BatchError(f"fill has {len(fill)} values for patches with {channels} channels.")
+        self.channels, self.types, self.device = channels, types, device
+        self.grid, self.blend, self._axis, self._buffers = grid, blend, axis, buffers
         self._window = grid.shape[axis] if window is None else window
-        self._averages = blend.averages
-        self._blank = blank or blend.averages
-        self._weights = [w.to(device, dtype) for w in weights] if blend.averages else []
+        self._fill = fill
+        weights = [blend.axis_weights(grid, n) for n in range(3)]
+        self._weights = [w.to(device, types.sums) for w in weights] if blend.averages else []
         self._owned = [] if blend.averages else [[_owned(w) for w in along] for along in weights]
-        shape = list(grid.shape)
-        shape[axis] = self._window
-        count = channels * prod(shape)
-        self._memory = buffers.take(count, dtype, device)
+        patch = grid.patch_size if blend.averages else (0,)
         with torch.inference_mode(False):
-            flat = self._memory[:count]
-            self._patch = torch.empty(grid.patch_size if blend.averages else 0, dtype=dtype, device=device)
-            if self._blank:
-                flat.zero_()
-            if window is None or axis == 2:
-                # Patches are one piece of memory along k: so must be what they are added to, or adding takes twice as
-                # long or more.
-                self.planes = flat.view(channels, *shape)
-            else:
-                # Plane by plane, so that what is handed over is one piece of memory.
-                del shape[axis]
-                self.planes = flat.view(self._window, channels, *shape).movedim(0, axis + 1)
+            self._product = torch.empty(patch, dtype=types.sums, device=device)
+        # The weights that came have the type of the sums, so that a voxel that one patch covers is divided by the very
+        # weight it was multiplied with.
+        of_weights = types.sums if types.sums.is_floating_point else torch.float32
+        kept = [(channels, types.sums), (1, of_weights)][: 1 if fill is None else 2]
+        self._memory = [buffers.take(n * self._voxels, dtype, device) for n, dtype in kept]
+        self._planes = [self._laid_out(n, channels, ring=window is not None) for n, (channels, _) in enumerate(kept)]
+        # A blend that copies writes every voxel, unless patches are missing.
+        self._blank = [blend.averages, True][: len(kept)]
+        for planes, blank in zip(self._planes, self._blank, strict=True):
+            if blank:
+                planes.zero_()
 
-    def add(self, patch: Shaped[Tensor, "c pi pj pk"], place: Triple) -> None:
-        """Add a patch with its weights, or copy the part of it that it owns."""
-        first = [0, 0, 0]
-        sums, weights = self.planes, patch
-        if self._averages:
+    @property
+    def planes(self) -> Shaped[Tensor, "c i j k"]:
+        """The sums of all planes in memory."""
+        return self._planes[0]
+
+    @property
+    def forms(self) -> list[tuple[int, torch.dtype]]:
+        """Channels and types of what is kept: sums, and the weights that came where some patches do not come."""
+        return [(len(planes), planes.dtype) for planes in self._planes]
+
+    def check(self, shape: Sequence[int], dtype: torch.dtype) -> None:
+        """Refuse patches of another shape or other channels, or of a type that the sums cannot hold.
+
+        Raises:
+            PatchShapeError: patches that do not fit.
+            BatchError: complex numbers.
+        """
+        if tuple(shape[2:]) != self.grid.patch_size:
+            raise PatchShapeError(
+                f"patches of {tuple(shape[2:])} voxels: the shape does not match the shape of the target "
+                f"location, {self.grid.patch_size}."
+            )
+        if shape[1] != self.channels:
+            raise PatchShapeError(f"patches with {shape[1]} channels after patches with {self.channels}.")
+        types = SumType.of_patches(dtype, self.blend, self.types.wanted, self._fill)
+        kept = self.types.sums
+        if types.sums != kept and torch.promote_types(types.sums, kept) != kept:
+            raise PatchShapeError(f"patches of {dtype} after patches of {kept}, which cannot hold them.")
+
+    def add(self, patch: Shaped[Tensor, "c pi pj pk"], number: int) -> None:
+        """Add a patch with its weights, or copy the part of it that it owns.
+
+        Args:
+            patch: The patch, of any type.
+            number: Its number in the grid.
+        """
+        if patch.is_floating_point() and self.types.rounds:  # from here on means may be any numbers
+            self.types = replace(self.types, rounds=False)
+        place, first = self.grid.place(number), [0, 0, 0]
+        weights = patch
+        if self.blend.averages:
             i, j, k = (along[n] for along, n in zip(self._weights, place, strict=True))
-            weights = torch.mul(i[:, None, None], j[:, None] * k, out=self._patch)
+            weights = torch.mul(i[:, None, None], j[:, None] * k, out=self._product)
         else:
             for n, along in enumerate(self._owned):
                 first[n], count = along[place[n]]
                 patch = patch.narrow(n + 1, first[n], count)
-        for n in (n for n in range(3) if n != self._axis):
-            sums = sums.narrow(n + 1, self._grid.starts[n][place[n]] + first[n], patch.shape[n + 1])
-        dim, plane = self._axis + 1, self._grid.starts[self._axis][place[self._axis]] + first[self._axis]
+        starts = [along[n] + skip for along, n, skip in zip(self.grid.starts, place, first, strict=True)]
+        dim, plane = self._axis + 1, starts[self._axis]
+        rows = [_crossed(planes, self._axis, starts, patch) for planes in self._planes]
         for start, count, kept in self._pieces(plane, patch.shape[dim]):
-            into, values = sums.narrow(dim, kept, count), patch.narrow(dim, start - plane, count)
-            if self._averages:
-                into.addcmul_(values.to(sums), weights.narrow(self._axis, start - plane, count))
+            into, *covers = (planes.narrow(dim, kept, count) for planes in rows)
+            values = patch.narrow(dim, start - plane, count)
+            if self.blend.averages:
+                shares = weights.narrow(self._axis, start - plane, count)
+                into.addcmul_(values.to(into), shares)
+                for cover in covers:
+                    cover.add_(shares)
             else:
                 into.copy_(values)
+                for cover in covers:
+                    cover.fill_(1)
 
-    def join(self, start: int, planes: Shaped[Tensor, "c i j k"]) -> None:
-        """Add planes from `start` on that were summed elsewhere, or copy them."""
-        values = planes.to(self.device)
-        for plane, into in self.finished(start, start + planes.shape[self._axis + 1]):
-            some = values.narrow(self._axis + 1, plane - start, into.shape[self._axis + 1])
-            if self._averages:
-                into.add_(some)
-            else:
-                into.copy_(some)
-
-    def finished(self, start: int, stop: int) -> list[tuple[int, Shaped[Tensor, "c i j k"]]]:
-        """The planes `start` to `stop`, in the pieces in which they lie in memory, each with its first plane."""
+    def join(self, start: int, raw: list[Shaped[Tensor, "_ i j k"]]) -> None:
+        """Take in planes from `start` on that were accumulated elsewhere: one tensor for each of `forms`."""
         dim = self._axis + 1
-        return [(p, self.planes.narrow(dim, kept, n)) for p, n, kept in self._pieces(start, stop - start)]
+        for kept, planes in zip(self._planes, raw, strict=True):
+            values = planes.to(self.device)
+            for plane, count, place in self._pieces(start, planes.shape[dim]):
+                into, other = kept.narrow(dim, place, count), values.narrow(dim, plane - start, count)
+                if self.blend.averages:
+                    into.add_(other)
+                else:
+                    into.copy_(other)
 
-    def clear(self, planes: Shaped[Tensor, "c i j k"]) -> None:
-        """Make ready what `finished` gave for the planes to come."""
-        if self._blank:
-            planes.zero_()
+    def raw(self, start: int, stop: int) -> Iterator[tuple[int, list[Tensor]]]:
+        """The planes `start` to `stop` of each of `forms`, in the pieces in which they lie in memory, each piece with
+        its first plane."""
+        for plane, count, place in self._pieces(start, stop - start):
+            yield plane, [planes.narrow(self._axis + 1, place, count) for planes in self._planes]
+
+    def finish(self, raw: list[Tensor]) -> Shaped[Tensor, "c i j k"]:
+        """Make scores of planes that are complete, in their place (but for another type); once."""
+        planes, *covers = raw
+        for cover in covers:
+            if self.blend.averages:
+                planes.div_(cover.masked_fill(cover == 0, 1))
+        if self.types.rounds:
+            _round_if_near(planes)
+        for cover in covers:
+            empty = cover[0] == 0
+            fills = self._fill if isinstance(self._fill, Sequence) else repeat(self._fill or 0.0)
+            for channel, fill in zip(planes, fills, strict=False):
+                channel.masked_fill_(empty, fill)
+        return planes.to(self.types.output)
+
+    def clear(self, start: int, stop: int) -> None:
+        """Make ready the place of the planes `start` to `stop` for the planes to come."""
+        for _, count, place in self._pieces(start, stop - start):
+            for planes, blank in zip(self._planes, self._blank, strict=True):
+                if blank:
+                    planes.narrow(self._axis + 1, place, count).zero_()
 
     def to(self, device: torch.device) -> None:
         """Move what is kept to another device."""
         with torch.inference_mode(False):
-            memory = torch.empty_like(self._memory, device=device)
-            self._patch = torch.empty_like(self._patch, device=device)
-        memory.copy_(self._memory)
-        self.planes = memory.as_strided(self.planes.shape, self.planes.stride(), self.planes.storage_offset())
+            memory = [torch.empty_like(old, device=device) for old in self._memory]
+            self._product = torch.empty_like(self._product, device=device)
+        for new, old in zip(memory, self._memory, strict=True):
+            new.copy_(old)
+        self._planes = [
+            new.as_strided(planes.shape, planes.stride(), planes.storage_offset())
+            for new, planes in zip(memory, self._planes, strict=True)
+        ]
         self._weights = [weights.to(device) for weights in self._weights]
         self._memory, self.device = memory, device
 
     def close(self) -> None:
-        """Leave the memory to the next volume."""
-        self._buffers.give(self._memory)
+        """Leave the memory to the next volume; once, however often it is called."""
+        for memory in self._memory:
+            self._buffers.give(memory)
+        self._memory, self._planes = [], []
+
+    @property
+    def _voxels(self) -> int:
+        return prod(self.grid.shape) // self.grid.shape[self._axis] * self._window
+
+    def _laid_out(self, number: int, channels: int, *, ring: bool) -> Tensor:
+        shape = list(self.grid.shape)
+        shape[self._axis] = self._window
+        with torch.inference_mode(False):
+            flat = self._memory[number][: channels * self._voxels]
+            if not ring or self._axis == 2:
+                # Patches are one piece of memory along k: so must be what they are added to, or adding takes twice as
+                # long or more.
+                return flat.view(channels, *shape)
+            # Plane by plane, so that what is handed over is one piece of memory.
+            del shape[self._axis]
+            return flat.view(self._window, channels, *shape).movedim(0, self._axis + 1)
 
     def _pieces(self, plane: int, count: int) -> Iterator[tuple[int, int, int]]:
         """(first plane, how many, where they are kept) of planes that lie together in the ring."""
@@ -131,7 +221,27 @@ class Sums:
             plane += count
 
 
+def _crossed(planes: Tensor, axis: int, starts: list[int], patch: Tensor) -> Tensor:
+    """The part of all planes, which lie along an axis, that a patch crosses."""
+    for n in range(3):
+        if n != axis:
+            planes = planes.narrow(n + 1, starts[n], patch.shape[n + 1])
+    return planes
+
+
 def _owned(weights: Shaped[Tensor, "p"]) -> tuple[int, int]:
-    """Where a window of zeros and ones has its ones: the first and how many."""
+    """The first voxel that a window of zeros and ones owns, and how many it owns."""
     owned = weights.nonzero()
     return int(owned[0]), len(owned)
+
+
+def _round_if_near(values: Tensor) -> None:
+    """Make integers, in place, of values that differ from one by no more than sums of products may be off.
+
+    In double precision that is 1e-11 of the value at most, for some thousands of patches per voxel; a mean of different
+    integers is further away, since no blend gives a patch less than 4e-11 of a voxel beside others.
+    """
+    share = 1e-11 if values.dtype == torch.float64 else 16 * torch.finfo(values.dtype).eps
+    nearest = values.round()
+    near = (values - nearest).abs_() <= nearest.abs().clamp_(min=1).mul_(share)
+    torch.where(near, nearest, values, out=values)

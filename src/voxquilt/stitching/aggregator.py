@@ -1,4 +1,4 @@
-"""Patches in, the whole volume out: which patches have come, and what is their weighted sum?"""
+"""Quilts patches back into a volume, with the interface that TorchIO users know."""
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -10,14 +10,15 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from voxquilt.errors import BatchError, ConfigError, GridError, LedgerError, PatchShapeError
-from voxquilt.geometry.frame import AXES, Padding, to_triple
+from voxquilt.geometry.frame import AXES, Padding, Triple, to_triple
 from voxquilt.geometry.grid import Grid
 from voxquilt.geometry.slab_split import Part, whole
+from voxquilt.stitching.accumulator import Accumulator
 from voxquilt.stitching.blend import Blend, to_blend
-from voxquilt.stitching.blended import Blended
 from voxquilt.stitching.buffer_pool import BufferPool
 from voxquilt.stitching.ledger import Ledger
 from voxquilt.stitching.streaming import FinishedPlanes, SlabStream
+from voxquilt.stitching.sum_type import SumType
 
 
 @runtime_checkable
@@ -48,10 +49,10 @@ class GridAggregator:
         overlap_mode: 'crop', 'average', 'hann', 'gaussian', or a `voxquilt.stitching.blend.Blend`.
         downsampling_factor: How many times fewer voxels the patches have than the sampler's, an integer or three.
         device: Where sums are kept.
-        dtype: Of the sums; None is float32, or float64 for patches of float64 or integers. 'crop' sums nothing and
-            keeps the patches'.
-        consumer: Called with each finished FinishedPlanes, in order.
-        axis: Along which to stream; the grid's `streaming_axis` needs the least memory.
+        dtype: Type in which sums are accumulated; None is float32, or float64 for patches of float64 or integers; with
+            'crop', which sums nothing, the patches' own.
+        consumer: Called with finished planes, in order.
+        axis: Axis along which to stream; the grid's `streaming_axis` needs the least memory.
         buffers: Where memory comes from and goes to.
         skipped: Numbers of patches that never come. Where others overlap them, those are averaged alone; voxels that
             no patch has (of crop: whose owner is skipped) hold the fill.
@@ -92,10 +93,11 @@ class GridAggregator:
         self.dtype = dtype
         self._blend = to_blend(overlap_mode)
         self._axis = axis
-        self._fill = fill
+        self._fill = fill if self.ledger.skipped else None
         self._buffers = buffers or BufferPool()
-        self._stream = None if consumer is None else SlabStream(self.ledger, self.grid, self._blend, part, consumer)
-        self._blended: Blended | None = None
+        self._consumer = consumer
+        self._stream: SlabStream | None = None
+        self._sums: Accumulator | None = None
 
     def add_batch(self, batch: Shaped[Tensor, "b c pi pj pk"], locations: Int[Tensor, "b 6"] | np.ndarray) -> None:
         """Add patches.
@@ -109,47 +111,37 @@ class GridAggregator:
             PatchShapeError: (a RuntimeError) wrong shape, channels or place, or a type that the first's cannot hold.
             LedgerError: (a RuntimeError and AssertionError) a patch came before, or, while streaming, too early.
         """
-        if batch.ndim != 5:
-            raise PatchShapeError(f"a batch is (B, C, I, J, K); this one has {batch.ndim} axes: {tuple(batch.shape)}.")
-        if tuple(locations.shape[1:]) != (6,):
-            raise BatchError(f"locations are (B, 6); these are {tuple(locations.shape)}.")
-        if len(batch) != len(locations):
-            raise BatchError(f"the batch has {len(batch)} patches but there are {len(locations)} locations.")
-        if tuple(batch.shape[2:]) != self.grid.patch_size:
-            after = "" if self.factor == (1, 1, 1) else f" after downsampling by {self.factor}"
-            raise PatchShapeError(
-                f"patches of {tuple(batch.shape[2:])} voxels: the shape does not match the shape of the target "
-                f"location, {self.grid.patch_size}{after}."
-            )
-        places = [self.ledger.grid.find(location) for location in locations.tolist()]
+        _check_batch(batch, locations, self.grid.patch_size, self.factor)
+        numbers = [self.ledger.grid.find(location) for location in locations.tolist()]
         if self.finished:
-            self.ledger.enter(places)  # nothing, or an error
+            self.ledger.enter(numbers)  # nothing, or an error
             return
-        if self._stream is not None:
-            self._stream.check_order(places)
-        blended = self._room_for(batch)
-        self.ledger.enter(places)
-        # From here on the batch is taken: a refused one decides neither channels nor type.
-        self._blended = blended
         # Without their history, which would hold every activation of a network that is called without no_grad.
-        patches = zip(batch.detach(), places, strict=True)
-        if self._stream is not None:
-            self._stream.add(blended, patches)
-            if self.finished:
-                self.close()
+        batch = batch.detach()
+        sums = self._sums or self._opened(batch)
+        sums.check(batch.shape, batch.dtype)
+        stream = self._stream
+        if self._consumer is not None:
+            stream = stream or SlabStream(sums, self.ledger, self._consumer)
+            stream.check(batch.shape, batch.dtype, numbers)
+        self.ledger.enter(numbers)
+        # From here on the batch is taken: a refused one decides neither channels nor type.
+        self._sums, self._stream = sums, stream
+        if stream is not None:
+            stream.add(batch, numbers)
             return
-        for patch, place in patches:
-            blended.add(patch, place)
+        for patch, number in zip(batch, numbers, strict=True):
+            sums.add(patch, number)
         if self.finished:
-            for _, raw in blended.raw(0, self.grid.shape[self._axis]):
-                blended.finish(raw)
+            for _, raw in sums.raw(0, self.grid.shape[self._axis]):
+                sums.finish(raw)
 
     @property
     def finished(self) -> bool:
         """Whether every plane is: while streaming, handed over, and those shared with the next part too."""
-        if self._stream is not None:
-            return self._stream.finished
-        return self._blended is not None and self.ledger.missing == 0
+        if self._consumer is not None:
+            return self._stream is not None and self._stream.finished
+        return self._sums is not None and self.ledger.missing == 0
 
     def head(self) -> list[Tensor] | None:
         """What the part before this one needs, to be given to its `join`: sums of the first planes, not yet divided.
@@ -158,7 +150,9 @@ class GridAggregator:
             (C, I, J, K) on the host with only these planes along the axis, and if patches are skipped the (1, I, J, K)
             weights that came; None until they are complete; [] if no part is before this one.
         """
-        return [] if self._stream is None else self._stream.head()
+        if self._consumer is None or self.ledger.part.first == 0:
+            return []
+        return None if self._stream is None else self._stream.head()
 
     def join(self, head: list[Tensor]) -> None:
         """Take in the `head` of the part that follows this one, and hand over the last planes.
@@ -168,13 +162,12 @@ class GridAggregator:
             PatchShapeError: (a RuntimeError) the head has other shapes or types than this part's neighbour would send.
             LedgerError: (a RuntimeError and AssertionError) a patch of this part is missing, or a head came before.
         """
-        if self._stream is None or not self._stream.follows:
+        if self.ledger.part.stop == self.grid.counts[self.ledger.part.axis]:
             raise BatchError(f"no part follows {self.ledger.part}: there is no head to join.")
         self.ledger.check_complete()
-        if self.finished:
-            raise LedgerError(f"a head came twice to {self.ledger.part}.")
-        self._stream.join(self._open(), head)
-        self.close()
+        _ = self._accumulator
+        assert self._stream is not None
+        self._stream.join(head)
 
     def check_finished(self) -> None:
         """Raises LedgerError when a patch is missing, with its location, or the head of the part that follows."""
@@ -190,10 +183,10 @@ class GridAggregator:
             BatchError: the aggregator streams, so there never is a whole volume.
         """
         self.ledger.check_complete()
-        if self._stream is not None:
+        if self._consumer is not None:
             raise BatchError("a streaming aggregator hands its planes to the consumer and keeps no volume.")
-        blended = self._open()
-        return blended.planes.to(blended.output)
+        sums = self._accumulator
+        return sums.planes.to(sums.types.output)
 
     def get_output_tensor(self) -> Shaped[Tensor, "c i j k"]:
         """The finished volume, without the sampler's padding.
@@ -217,68 +210,49 @@ class GridAggregator:
     def to(self, device: torch.device) -> None:
         """Keep sums on another device from here on, also those that have come."""
         self.device = device
-        if self._blended is not None:
-            self._blended.to(device)
+        if self._sums is not None:
+            self._sums.to(device)
 
     def close(self) -> None:
         """Leave the memory to the next volume; a streaming aggregator does so itself when it is complete."""
-        if self._blended is not None:
-            self._blended.close()
-        self._blended = None
+        if self._sums is not None:
+            self._sums.close()
+        self._sums = None
 
-    def _open(self) -> Blended:
-        if self._blended is None:
+    @property
+    def _accumulator(self) -> Accumulator:
+        if self._sums is None:
             raise BatchError("every patch is skipped: an empty batch (0, C, I, J, K) tells channels and type.")
-        return self._blended
+        return self._sums
 
-    def _room_for(self, batch: Tensor) -> Blended:
-        channels, dtype, blended = batch.shape[1], self._dtype(batch.dtype), self._blended
-        if blended is None:
-            return self._opened(channels, dtype, integers=not batch.is_floating_point())
-        if channels != blended.channels:
-            raise PatchShapeError(f"patches with {channels} channels after patches with {blended.channels}.")
-        if batch.is_floating_point():
-            blended.integers = False  # from here on means may be any numbers
-        if dtype != blended.dtype and torch.promote_types(dtype, blended.dtype) != blended.dtype:
-            raise PatchShapeError(f"patches of {batch.dtype} after patches of {blended.dtype}, which cannot hold them.")
-        return blended
-
-    def _opened(self, channels: int, dtype: torch.dtype, *, integers: bool) -> Blended:
-        if self.ledger.skipped and isinstance(self._fill, Sequence) and len(self._fill) != channels:
-            raise BatchError(f"fill has {len(self._fill)} values for patches with {channels} channels.")
-        return Blended(
+    def _opened(self, batch: Tensor) -> Accumulator:
+        """An accumulator for patches such as these."""
+        return Accumulator(
             self.grid,
             self._blend,
             self._axis,
-            None if self._stream is None else self.grid.patch_size[self._axis],
-            channels=channels,
-            dtype=dtype,
+            None if self._consumer is None else self.grid.patch_size[self._axis],
+            channels=batch.shape[1],
+            types=SumType.of_patches(batch.dtype, self._blend, self.dtype, self._fill),
             device=self.device,
             buffers=self._buffers,
-            fill=self._fill if self.ledger.skipped else None,
-            integers=integers,
-            # A file of float64 is not what somebody expects of a mask.
-            output=torch.float32 if integers and self._blend.averages and self.dtype is None else None,
+            fill=self._fill,
         )
 
-    def _dtype(self, dtype: torch.dtype) -> torch.dtype:
-        if dtype.is_complex:
-            raise BatchError(f"patches are {dtype}; complex numbers cannot be quilted; give two channels.")
-        if self.dtype is not None:
-            return self.dtype
-        if not self._blend.averages:
-            fills = self._fill if isinstance(self._fill, Sequence) else [self._fill]
-            if not self.ledger.skipped or dtype.is_floating_point or all(_holds(dtype, fill) for fill in fills):
-                return dtype
-            return torch.float32 if dtype.itemsize <= 2 else torch.float64  # both hold every integer of the patches
-        # Of integers up to 2^20 and more, sums in float32 would be off by more than they are apart.
-        return torch.float64 if dtype == torch.float64 or not dtype.is_floating_point else torch.float32
 
-
-def _holds(dtype: torch.dtype, value: float) -> bool:
-    """Whether an integer or bool type has the value."""
-    limits = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
-    return float(value).is_integer() and limits[0] <= value <= limits[1]
+def _check_batch(batch: Tensor, locations: Tensor | np.ndarray, patch_size: Triple, factor: Triple) -> None:
+    if batch.ndim != 5:
+        raise PatchShapeError(f"a batch is (B, C, I, J, K); this one has {batch.ndim} axes: {tuple(batch.shape)}.")
+    if tuple(locations.shape[1:]) != (6,):
+        raise BatchError(f"locations are (B, 6); these are {tuple(locations.shape)}.")
+    if len(batch) != len(locations):
+        raise BatchError(f"the batch has {len(batch)} patches but there are {len(locations)} locations.")
+    if tuple(batch.shape[2:]) != patch_size:
+        after = "" if factor == (1, 1, 1) else f" after downsampling by {factor}"
+        raise PatchShapeError(
+            f"patches of {tuple(batch.shape[2:])} voxels: the shape does not match the shape of the target "
+            f"location, {patch_size}{after}."
+        )
 
 
 def _without_int64(output: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How do overlapping patches share a voxel? By a partition of unity along each axis.
+"""Weights by which overlapping patches share a voxel: a partition of unity along each axis.
 
 Along one axis, patch n gets the weight  u_n(x) = w(x - s_n) / sum_m w(x - s_m)  at voxel x. A grid is a Cartesian
 product and a patch's weight is the product of its three u, so over all patches the weights of a voxel sum to
@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from voxquilt.errors import ConfigError
 from voxquilt.geometry.grid import Grid
-from voxquilt.vocabulary import OVERLAP_MODES, check_name
+from voxquilt.stitching.blend_registry import BLENDS
 
 AxisWeights = Float64[Tensor, "n p"]
 
@@ -90,20 +91,20 @@ def gaussian(patch: int, sigma_scale: float = 0.125) -> Float64[Tensor, "p"]:
     return torch.exp(-0.5 * (x / (sigma_scale * patch)) ** 2)
 
 
-BLENDS: dict[str, Blend] = {
-    "crop": Crop(),
-    "average": Windowed(average),
-    "hann": Windowed(hann),
-    "gaussian": Windowed(gaussian),
-}
+CROP = Crop()
+AVERAGE = Windowed(average)
+HANN = Windowed(hann)
+GAUSSIAN = Windowed(gaussian)
 
 
 def to_blend(overlap_mode: str | Blend) -> Blend:
     """The blend of a name; a Blend is taken as it is.
 
     Raises:
-        ConfigError: (a ValueError) an unknown name.
+        ConfigError: (a ValueError) an unknown name, or an object that is not a Blend.
     """
-    if not isinstance(overlap_mode, str):
-        return overlap_mode
-    return BLENDS[check_name(overlap_mode, OVERLAP_MODES, "overlap_mode")]
+    if isinstance(overlap_mode, str):
+        return BLENDS.load(BLENDS.check(overlap_mode, "overlap_mode"))
+    if not isinstance(overlap_mode, Blend):
+        raise ConfigError(f"overlap_mode must be the name of a blend or a Blend; it is {overlap_mode!r}.")
+    return overlap_mode

@@ -1,5 +1,6 @@
 """From classes to the numbers of a label file: post-processing, and the number that each class has there."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -77,6 +78,23 @@ def planes_of(volume: Shaped[np.ndarray, "c i j k"]) -> Iterator[np.ndarray]:
     """Views of a volume, channel by channel and plane by plane, as they lie in memory."""
     for channel in volume:
         yield from np.moveaxis(channel, int(np.argmax(np.abs(channel.strides))), 0)
+
+
+def count_labels(labels: Shaped[np.ndarray, "c i j k"]) -> tuple[int, dict[int, int]]:
+    """The number of voxels with any label, and of those with each: each value above 0, or each channel."""
+    if len(labels) > 1:
+        return int(np.count_nonzero(labels.any(axis=0))), {n: int(np.count_nonzero(c)) for n, c in enumerate(labels)}
+    counts = Counter[int]()
+    # Plane by plane: counting makes 8 bytes of each voxel.
+    for plane in planes_of(labels):
+        if plane.dtype.itemsize <= 2:  # faster than sorting
+            numbers = np.bincount(plane.ravel(order="K"))
+            counts.update({int(n): int(numbers[n]) for n in np.flatnonzero(numbers)})
+        else:
+            values, numbers = np.unique(plane, return_counts=True)
+            counts.update(dict(zip(values.tolist(), numbers.tolist(), strict=True)))
+    del counts[0]
+    return counts.total(), dict(sorted(counts.items()))
 
 
 def _postprocessed(classes: np.ndarray, postprocess: Sequence[Callable[[Tensor], Tensor]]) -> np.ndarray:

@@ -1,17 +1,16 @@
-"""Which patches of a grid are in, and which are missing?"""
+"""Knows which patches of a grid have come and which are missing."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from voxquilt.errors import LedgerError
-from voxquilt.geometry.frame import Triple
 from voxquilt.geometry.grid import Grid
 from voxquilt.geometry.slab_split import Part, whole
 
 
 class Ledger:
-    """Which patches of a grid are in: one bit a patch.
+    """The patches of a grid that have come: one bit per patch.
 
     Args:
         grid: Where patches lie.
@@ -25,43 +24,49 @@ class Ledger:
     def __init__(self, grid: Grid, skipped: Iterable[int] = (), part: Part | None = None) -> None:
         self.grid = grid
         self.part = part or whole(grid, 0)
-        self.skipped = frozenset(grid.place(int(n)) for n in skipped)
+        self.skipped = frozenset(map(int, skipped))
         own = self.part.patches(grid)
         self.total = len(own)
-        self.arrived = np.ones(grid.counts, dtype=bool)
-        self.arrived.flat[own] = False
-        for place in self.skipped:
-            self.arrived[place] = True
+        self._own = np.zeros(len(grid), dtype=bool)
+        self._own[own] = True
+        self.arrived = ~self._own
+        self.arrived[list(self.skipped)] = True
         self.missing = int(np.count_nonzero(~self.arrived))
 
-    def enter(self, places: list[Triple]) -> None:
+    def enter(self, numbers: Sequence[int]) -> None:
         """Note that patches have come; either all of them are entered or, on an error, none.
+
+        Args:
+            numbers: Numbers of the patches in the grid.
 
         Raises:
             LedgerError: one has come before, or was not to come.
         """
-        again = [place for n, place in enumerate(places) if self.arrived[place] or place in places[:n]]
-        others = [place for place in again if place not in self.part]
+        wrong = [number for n, number in enumerate(numbers) if self.arrived[number] or number in numbers[:n]]
+        others = [number for number in wrong if not self._own[number]]
         if others:
-            raise LedgerError(f"a patch of another part came: {self._names(others)}. This one is {self.part}.")
-        unasked = [place for place in again if place in self.skipped]
-        if unasked:
-            raise LedgerError(f"a patch that is skipped came: {self._names(unasked)}.")
-        if again:
-            raise LedgerError(f"a patch came twice: {self._names(again)}. Each patch is added once.")
-        for place in places:
-            self.arrived[place] = True
-        self.missing -= len(places)
+            raise LedgerError(f"a patch of another part came: {self._locations(others)}. This one is {self.part}.")
+        skipped = [number for number in wrong if number in self.skipped]
+        if skipped:
+            raise LedgerError(f"a patch that is skipped came: {self._locations(skipped)}.")
+        if wrong:
+            raise LedgerError(f"a patch came twice: {self._locations(wrong)}. Each patch is added once.")
+        self.arrived[list(numbers)] = True
+        self.missing -= len(numbers)
+
+    def missing_in_rows(self, axis: int) -> list[int]:
+        """How many patches are missing of each row along an axis."""
+        rows = np.moveaxis(~self.arrived.reshape(self.grid.counts), axis, 0)
+        return rows.reshape(self.grid.counts[axis], -1).sum(1).tolist()
 
     def check_complete(self) -> None:
         """Raises LedgerError, naming the first locations, when a patch is missing."""
         if self.missing:
-            holes = [(int(i), int(j), int(k)) for i, j, k in np.argwhere(~self.arrived)[:4]]
+            holes = np.flatnonzero(~self.arrived)[:4].tolist()
             raise LedgerError(
-                f"{self.missing} of {self.total} patches are missing, among them {self._names(holes)}. "
+                f"{self.missing} of {self.total} patches are missing, among them {self._locations(holes)}. "
                 f"Add every patch of the sampler before asking for the output."
             )
 
-    def _names(self, places: list[Triple]) -> str:
-        _, nj, nk = self.grid.counts
-        return ", ".join(str(self.grid.location((i * nj + j) * nk + k)) for i, j, k in places[:4])
+    def _locations(self, numbers: Sequence[int]) -> str:
+        return ", ".join(str(self.grid.location(number)) for number in numbers[:4])

@@ -1,4 +1,4 @@
-"""What becomes of finished planes? Products, on their way to native space."""
+"""Computes products of finished planes and brings them to native space."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from voxquilt.geometry.frame import Triple
 from voxquilt.geometry.space import AxisMaps, Where
 from voxquilt.geometry.streamed_resample import Piece, Restorer
 from voxquilt.stitching.output_volumes import OutputVolumes, Scratch
-from voxquilt.stitching.products.base import Kept, Product, check_finite
+from voxquilt.stitching.products.base import Product, check_finite
 from voxquilt.stitching.products.labels import ArgMax, contenders
 from voxquilt.stitching.products.spec import ProductSpec
 from voxquilt.stitching.streaming import FinishedPlanes
@@ -21,13 +21,13 @@ _TILE = 32
 
 @dataclass(frozen=True)
 class NativeGrid:
-    """From finished planes of an output to native space.
+    """The way from finished planes of an output to native space.
 
     Args:
         maps: From native voxels into the scores.
         axis: The scores' axis along which planes come.
         shape: Voxels of the scores along i, j, k.
-        channels: Of the scores.
+        channels: Channels of the scores.
         planes: The scores' planes that are finished here; the one behind them comes, too.
         whole: Whether volumes have room for what is finished elsewhere.
         scratch: For volumes that are too large.
@@ -53,11 +53,11 @@ class NativeGrid:
         return slices[0], slices[1], slices[2]
 
     def restorer(self, *, linear: bool = True, tile: int | None = None) -> Restorer:
-        """Brings planes to native space."""
+        """A restorer of planes to native space."""
         return Restorer(self.maps, self.axis, self.shape, linear=linear, tile=tile, planes=self.planes)
 
     def volumes(self, products: Mapping[str, Product], restorer: Restorer) -> OutputVolumes:
-        """Room for what the restorer hands out."""
+        """Volumes for what the restorer hands out."""
         i, j, k = (m.size for m in self.maps)
         return OutputVolumes(
             products,
@@ -72,96 +72,125 @@ class NativeGrid:
 
 @dataclass(frozen=True)
 class ProductPath:
-    """How some products come out of finished planes.
+    """How some products are computed from finished planes.
 
     Args:
-        before: What is computed of a slab in model space, a few planes at a time.
+        before: Computes what is interpolated, a few planes at a time in model space.
         restorer: Brings that to native space.
-        after: What is made of a piece there for the volumes.
-        volumes: Where products are computed and kept.
+        after: Computes products of a piece there, one after the other, each with its name.
+        volumes: Where products are kept.
     """
 
     before: Callable[[FinishedPlanes], Iterable[tuple[int, Tensor]]]
     restorer: Restorer
-    after: Callable[[Piece], Tensor]
+    after: Callable[[Piece], Iterable[tuple[str, Tensor]]]
     volumes: OutputVolumes
 
-    def __call__(self, slab: FinishedPlanes) -> None:
-        """Take a slab."""
-        for start, planes in self.before(slab):
+    def __call__(self, finished: FinishedPlanes) -> None:
+        """Take planes."""
+        for start, planes in self.before(finished):
             for piece in self.restorer.feed(start, planes):
-                self.volumes.fill(piece.where, self.after(piece))
+                for name, voxels in self.after(piece):
+                    self.volumes.store(name, piece.where, voxels)
 
 
 class NativeProducts:
-    """What happens to finished planes of one blend: into products, and back to native space.
+    """Turns finished planes of one blend into products in native space.
+
+    Args:
+        specs: The products by name; all of them are computed from the same averages.
+        back: The way to native space.
 
     Raises:
         OutputError: (when called) scores that are NaN or infinite.
     """
 
-    def __init__(self, recipes: Mapping[str, ProductSpec], back: NativeGrid) -> None:
-        self._courses = list(_courses(recipes, back))
+    def __init__(self, specs: Mapping[str, ProductSpec], back: NativeGrid) -> None:
+        self._paths = list(_paths(specs, back))
 
-    def __call__(self, slab: FinishedPlanes) -> None:
-        for course in self._courses:
-            course(slab)
+    def __call__(self, finished: FinishedPlanes) -> None:
+        for path in self._paths:
+            path(finished)
 
     @property
     def volumes(self) -> dict[str, OutputVolumes]:
-        """By product, where it is kept."""
-        return {name: course.volumes for course in self._courses for name in course.volumes.arrays}
+        """Where each product is kept."""
+        return {name: path.volumes for path in self._paths for name in path.volumes.arrays}
 
 
-def _courses(recipes: Mapping[str, ProductSpec], back: NativeGrid) -> Iterator[ProductPath]:
-    for name, recipe in recipes.items():
-        if recipe.in_model:
-            restorer = back.restorer(linear=recipe.product.form(back.channels)[1].kind == "f")
-            volumes = back.volumes({name: Kept(recipe.product)}, restorer)
-            yield ProductPath(_Computed(recipe.product, back.read), restorer, Piece.restored, volumes)
-    of_scores = {name: recipe.product for name, recipe in recipes.items() if not recipe.in_model}
+def _paths(specs: Mapping[str, ProductSpec], back: NativeGrid) -> Iterator[ProductPath]:
+    for name, spec in specs.items():
+        if spec.in_model:
+            restorer = back.restorer(linear=spec.product.form(back.channels)[1].kind == "f")
+            volumes = back.volumes({name: spec.product}, restorer)
+            yield ProductPath(_InModel(spec.product, back.read), restorer, _Restored(name), volumes)
+    of_scores = {name: spec.product for name, spec in specs.items() if not spec.in_model}
     if not of_scores:
         return
     if back.copies or not all(isinstance(product, ArgMax) for product in of_scores.values()):
-        restorer = back.restorer()
-        yield ProductPath(_as_it_is, restorer, _scores, back.volumes(of_scores, restorer))
+        restorer, after = back.restorer(), _OfScores(of_scores)
     else:
-        restorer = back.restorer(tile=_TILE)
-        labels = {name: Kept(product) for name, product in of_scores.items()}
-        yield ProductPath(_as_it_is, restorer, _best, back.volumes(labels, restorer))
+        restorer, after = back.restorer(tile=_TILE), _Labels(list(of_scores))
+    yield ProductPath(_scores_of, restorer, after, back.volumes(of_scores, restorer))
 
 
-def _as_it_is(slab: FinishedPlanes) -> Iterable[tuple[int, Tensor]]:
-    return [(slab.start, slab.scores)]
+def _scores_of(finished: FinishedPlanes) -> Iterable[tuple[int, Tensor]]:
+    return [(finished.start, finished.scores)]
 
 
 @dataclass(frozen=True)
-class _Computed:
-    """A product of a slab in model space; what lies outside `read` is not looked at."""
+class _InModel:
+    """Computes a product in model space; what lies outside `read` is not looked at."""
 
     product: Product
     read: Where
 
-    def __call__(self, slab: FinishedPlanes) -> Iterator[tuple[int, Tensor]]:
+    def __call__(self, finished: FinishedPlanes) -> Iterator[tuple[int, Tensor]]:
         # A few planes at a time, which stay in the cache.
-        step = max(1, 2**22 * (slab.stop - slab.start) // slab.scores.numel())
-        for start in range(slab.start, slab.stop, step):
-            planes = slab.scores.narrow(slab.axis + 1, start - slab.start, min(step, slab.stop - start))
-            along, where = self.read[slab.axis], list(self.read)
-            where[slab.axis] = slice(max(along.start - start, 0), max(along.stop - start, 0))
+        axis, stop = finished.axis, finished.stop
+        step = max(1, 2**22 * (stop - finished.start) // finished.scores.numel())
+        for start in range(finished.start, stop, step):
+            planes = finished.scores.narrow(axis + 1, start - finished.start, min(step, stop - start))
+            along, where = self.read[axis], list(self.read)
+            where[axis] = slice(max(along.start - start, 0), max(along.stop - start, 0))
             check_finite(planes[:, *where])
             yield start, self.product(planes)
 
 
-def _scores(piece: Piece) -> Tensor:
-    restored = piece.restored()
-    check_finite(restored)
-    return restored
+@dataclass(frozen=True)
+class _Restored:
+    """A product that was computed in model space."""
+
+    name: str
+
+    def __call__(self, piece: Piece) -> Iterator[tuple[str, Tensor]]:
+        yield self.name, piece.restored()
 
 
-def _best(piece: Piece) -> Tensor:
-    """The labels of a piece, from those classes alone that can win in it."""
-    channels = contenders(piece.source)
-    if len(channels) == 1:
-        return channels.reshape(1, 1, 1, 1)
-    return channels[ArgMax()(piece.restored(channels)).long()]
+@dataclass(frozen=True)
+class _OfScores:
+    """Products of interpolated scores."""
+
+    products: Mapping[str, Product]
+
+    def __call__(self, piece: Piece) -> Iterator[tuple[str, Tensor]]:
+        scores = piece.restored()
+        check_finite(scores)
+        for name, product in self.products.items():
+            yield name, product(scores)
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """The arg-max of interpolated scores, from those classes alone that can win in a piece."""
+
+    names: list[str]
+
+    def __call__(self, piece: Piece) -> Iterator[tuple[str, Tensor]]:
+        channels = contenders(piece.source)
+        if len(channels) == 1:
+            labels = channels.reshape(1, 1, 1, 1)
+        else:
+            labels = channels[ArgMax()(piece.restored(channels)).long()]
+        for name in self.names:
+            yield name, labels

@@ -1,4 +1,4 @@
-"""Where are finished voxels kept until they are written? In memory, or in a file if they are too many."""
+"""Keeps finished volumes until they are written: in memory, or in a file if they are too large."""
 
 import os
 import tempfile
@@ -51,13 +51,13 @@ class Scratch:
 
 
 class OutputVolumes:
-    """Products in native space while scores come slab by slab; scores at native resolution never exist as a whole.
+    """Products in native space while they come plane by plane; scores at native resolution never exist as a whole.
 
     Args:
-        products: By name.
-        channels: Of the scores.
+        products: Products by name.
+        channels: Channels of the scores that they are computed from.
         shape: Native voxels along i, j, k.
-        axis: The native axis along which slabs come.
+        axis: The native axis along which planes come.
         scratch: For arrays that are too large; None keeps all in memory.
         planes: The native planes along the axis that are filled here; None for all.
         whole: Have room for all planes, whose rest is made elsewhere and placed here, or for these alone.
@@ -81,7 +81,7 @@ class OutputVolumes:
         kept = list(shape)
         kept[axis] = shape[axis] if whole else len(self._filled)
         self.arrays: dict[str, np.ndarray] = {}
-        """For each product (C, I, J, K), in memory laid out as NIfTI wants it, in a file as slabs come."""
+        """For each product (C, I, J, K), in memory laid out as NIfTI wants it, in a file as planes come."""
         self._holes: dict[str, np.ndarray] = {}
         for name, product in products.items():
             made, dtype = product.form(channels)
@@ -95,10 +95,13 @@ class OutputVolumes:
             self._holes[name] = np.ones(kept[axis], dtype=bool)
             self._holes[name][self._filled.start - self._first : self._filled.stop - self._first] = False
 
-    def fill(self, where: Where, slab: Shaped[Tensor, "c i j k"]) -> None:
-        """Compute every product of the native voxels `where`."""
-        for name, product in self._products.items():
-            self.arrays[name][:, *self._here(where)] = product(slab).numpy(force=True)
+    def kind(self, name: str) -> str:
+        """The kind of a product."""
+        return self._products[name].kind
+
+    def store(self, name: str, where: Where, voxels: Shaped[Tensor, "c i j k"]) -> None:
+        """Keep a product of the native voxels `where`; a single voxel stands for all of them."""
+        self.arrays[name][:, *self._here(where)] = voxels.numpy(force=True)
 
     def part(self, name: str) -> tuple[Where, np.ndarray]:
         """The planes of a product that are filled here: native slices, and a contiguous (C, I, J, K) array."""

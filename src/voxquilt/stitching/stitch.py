@@ -1,32 +1,43 @@
-"""How should patches become volumes? The choices of a user, and what they mean for an output of the network."""
+"""The choices of a user on how patches become volumes."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor
 
 from voxquilt.errors import ConfigError
 from voxquilt.stitching.blend import Blend, to_blend
+from voxquilt.stitching.products.base import Product
+from voxquilt.stitching.products.registry import PRODUCTS
 from voxquilt.stitching.products.spec import ProductSpec, make_products
-from voxquilt.vocabulary import ACTIVATIONS, APPLIED, PRODUCTS, RESTORES, check_label_values, check_name
+from voxquilt.vocabulary import ACTIVATIONS, APPLIED, RESTORES, check_label_values, check_name
+
+Products = Sequence[str | Product]
 
 
 @dataclass(frozen=True)
 class Stitch:
     """How patches become volumes.
 
+    >>> stitch = Stitch("hann", products=["labels", "probabilities"], class_names=["background", "tumour"])
+    >>> stitch.names
+    {0: 'background', 1: 'tumour'}
+
     Args:
-        overlap_mode: 'crop', 'average', 'hann', 'gaussian', or a Blend.
-        products: Names for every output, or output name -> names; None is the default of `make_products`.
+        overlap_mode: Name of a blend ('crop', 'average', 'hann', 'gaussian'), or a Blend.
+        products: Products for every output, or output name -> products; None is the default of `make_products`. Each is
+            a name or a Product of your own, with a `name` for its files.
         activation: See `make_products`.
         threshold: See `make_products`.
         compare: Overlap modes by which labels (or the image) are made as well, from the same pass, as `labels_<mode>`.
         restore: 'scores' are interpolated to native space and labels made of them there; 'labels' are made in model
             space and brought back by nearest neighbour, which is faster and coarser.
         fill: Scores where no patch was predicted; see `voxquilt.stitching.products.spec.background`.
-        class_names: Of labels 0, 1, ...; written into the header of label files.
+        class_names: Names of labels 0, 1, ...; written into the header of label files.
         label_values: The numbers that classes 0, 1, ... have in label files, which have the smallest unsigned type that
-            holds all of them; None for 0, 1, ... themselves. 0 stays what is no label.
+            holds all of them; None for 0, 1, ... themselves. 0 stays the number of what has no label.
         postprocess: Callables on a (C, I, J, K) label tensor in native space, applied in turn. MONAI's array transforms
             such as KeepLargestConnectedComponent and FillHoles are such callables. They see classes; what they give are
             classes, too, or without `label_values` any integers from 0, for which files get a type that holds them.
@@ -36,7 +47,7 @@ class Stitch:
     """
 
     overlap_mode: str | Blend = "gaussian"
-    products: Sequence[str] | Mapping[str, Sequence[str]] | None = None
+    products: Products | Mapping[str, Products] | None = None
     activation: str | None = None
     threshold: float | None = None
     compare: Sequence[str] = ()
@@ -47,18 +58,21 @@ class Stitch:
     label_values: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        to_blend(self.overlap_mode)
-        each = self.products.values() if isinstance(self.products, Mapping) else [self.products]
-        for names in each:
-            for name in names or ():
-                check_name(name, PRODUCTS, "products")
-        for mode in self.compare:
-            to_blend(mode)
+        _ = self.blends
+        every = self.products.values() if isinstance(self.products, Mapping) else [self.products]
+        for products in every:
+            for product in products or ():
+                _check_product(product)
         if len(set(self.compare)) != len(self.compare):
             raise ConfigError(f"stitch.compare names an overlap mode twice: {list(self.compare)}.")
         check_name(self.activation or "none", (*ACTIVATIONS, *APPLIED), "activation")
         check_name(self.restore, RESTORES, "restore")
         check_label_values(self.label_values, self.class_names)
+
+    @cached_property
+    def blends(self) -> dict[str, Blend]:
+        """The blends of `compare` by name, after the one of `overlap_mode`, whose name is ''."""
+        return {"": to_blend(self.overlap_mode)} | {mode: to_blend(mode) for mode in self.compare}
 
     def number_of(self, class_index: int) -> int:
         """The number of a class in label files."""
@@ -70,16 +84,32 @@ class Stitch:
         """The classes' names by their numbers in label files."""
         return {self.number_of(n): str(name) for n, name in enumerate(self.class_names or ())}
 
-    def recipes(self, output: str, channels: int) -> dict[str | Blend, dict[str, ProductSpec]]:
-        """What is made of an output with so many channels: recipes by overlap mode and product name.
+    def specs(self, output: str, channels: int) -> list[tuple[Blend, dict[str, ProductSpec]]]:
+        """What is made of an output with so many channels: for each blend its products by name.
 
         Raises:
+            ConfigError: `label_values` that are not those of the output's classes.
             OutputError: a product that such an output does not have.
         """
-        names = self.products.get(output) if isinstance(self.products, Mapping) else self.products
+        wanted = self.products.get(output) if isinstance(self.products, Mapping) else self.products
         options = channels, self.activation, self.threshold, self.restore, self.label_values
-        found: dict[str | Blend, dict[str, ProductSpec]] = {self.overlap_mode: make_products(names, *options)}
+        specs = [(self.blends[""], make_products(wanted, *options))]
         for mode in self.compare:
-            (name, recipe), *_ = make_products(None, *options).items()
-            found.setdefault(mode, {})[f"{name}_{mode}"] = recipe
-        return found
+            (name, spec), *_ = make_products(None, *options).items()
+            if mode == self.overlap_mode:  # summed once
+                specs[0][1][f"{name}_{mode}"] = spec
+            else:
+                specs.append((self.blends[mode], {f"{name}_{mode}": spec}))
+        return specs
+
+
+def _check_product(product: object) -> None:
+    if isinstance(product, str):
+        PRODUCTS.check(product, "products")
+        return
+    name = getattr(product, "name", None)
+    if not isinstance(product, Product) or not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_]+", name):
+        raise ConfigError(
+            f"products are names or Products, which have a name of letters, digits and '_' for their files, a kind, "
+            f"form(channels) and __call__(scores); this one is {product!r} with the name {name!r}."
+        )

@@ -1,19 +1,18 @@
-"""Which planes are complete while patches come row by row, and who gets them? The consumer, or the part before."""
+"""Hands over planes of a volume as soon as they are complete, while patches come row by row."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from voxquilt.errors import LedgerError, PatchShapeError
-from voxquilt.geometry.frame import AXES, Triple
+from voxquilt.errors import BatchError, LedgerError, PatchShapeError
+from voxquilt.geometry.frame import AXES
 from voxquilt.geometry.grid import Grid
 from voxquilt.geometry.slab_split import Part
+from voxquilt.stitching.accumulator import Accumulator
 from voxquilt.stitching.blend import Blend
-from voxquilt.stitching.blended import Blended
 from voxquilt.stitching.ledger import Ledger
 
 
@@ -41,63 +40,82 @@ class SlabStream:
     The first planes of a part that follows another are the other's to finish: they are kept as its `head`.
 
     Args:
-        ledger: Which patches come.
-        grid: Where they lie, downsampled.
-        blend: Their shares.
-        part: The rows that come.
-        consumer: Called with each finished FinishedPlanes, in order.
+        sums: Where patches are accumulated: a ring of planes.
+        ledger: Which patches of which part come.
+        consumer: Called with finished planes, in order.
     """
 
-    def __init__(
-        self, ledger: Ledger, grid: Grid, blend: Blend, part: Part, consumer: Callable[[FinishedPlanes], None]
-    ) -> None:
-        self._grid, self._part, self._axis, self._consumer = grid, part, part.axis, consumer
+    def __init__(self, sums: Accumulator, ledger: Ledger, consumer: Callable[[FinishedPlanes], None]) -> None:
+        self._sums, self._ledger, self._consumer = sums, ledger, consumer
+        self._grid, self._part, self._axis = sums.grid, ledger.part, ledger.part.axis
         # Patches that are missing in each row, and the first row where some are.
-        rows = np.moveaxis(~ledger.arrived, part.axis, 0).reshape(grid.counts[part.axis], -1)
-        self._waiting: list[int] = rows.sum(1).tolist()
-        self._front = part.first
-        self._begin, self._end = (boundary(grid, blend, part.axis, row) for row in (part.first, part.stop))
+        self._waiting = ledger.missing_in_rows(self._axis)
+        self._front = self._part.first
+        first, stop = self._part.first, self._part.stop
+        self._begin, self._end = (boundary(self._grid, sums.blend, self._axis, row) for row in (first, stop))
         # Up to here planes have left.
         self._plane = self._begin.low
         self._head: list[list[Tensor]] = []
 
-    def check_order(self, places: list[Triple]) -> None:
-        """Raises LedgerError, naming both rows, for a patch that comes before its turn."""
+    def check(self, shape: Sequence[int], dtype: torch.dtype, numbers: Sequence[int]) -> None:
+        """Refuse a batch that cannot be added, before anything of it is.
+
+        Args:
+            shape: Shape of the batch, (B, C, pi, pj, pk).
+            dtype: Type of the batch.
+            numbers: Numbers of its patches in the grid.
+
+        Raises:
+            PatchShapeError: patches of another shape, of other channels, or of a type that the sums cannot hold.
+            LedgerError: a patch comes before its turn; both rows are named.
+        """
+        self._sums.check(shape, dtype)
         front, waiting = self._front, self._waiting.copy()
-        for place in places:
+        for number in numbers:
             while front + 1 < self._part.stop and waiting[front] <= 0:
                 front += 1
-            if place in self._part and place[self._axis] > front:
-                where = [self._grid.starts[self._axis][n] for n in (place[self._axis], front)]
+            row = self._row(number)
+            if front < row < self._part.stop:
+                where = [self._grid.starts[self._axis][n] for n in (row, front)]
                 raise LedgerError(
                     f"a patch that starts at {where[0]} along {AXES[self._axis]} came while {waiting[front]} of those "
                     f"at {where[1]} are missing; streaming takes them start by start, see Grid.streaming_order."
                 )
-            waiting[place[self._axis]] -= 1
+            waiting[row] -= 1
 
-    def add(self, blended: Blended, patches: Iterable[tuple[Tensor, Triple]]) -> None:
-        """Add (C, pi, pj, pk) patches, each with its numbers along i, j, k, and hand over what they complete."""
+    def add(self, batch: Shaped[Tensor, "b c pi pj pk"], numbers: Sequence[int]) -> None:
+        """Add patches, each with its number in the grid, and hand over what they complete."""
         # Planes of which all patches are skipped leave first: in the ring they are where the next ones will be.
-        self._release(blended)
-        for patch, place in patches:
-            blended.add(patch, place)
-            self._waiting[place[self._axis]] -= 1
-            self._release(blended)
+        self._release()
+        for patch, number in zip(batch, numbers, strict=True):
+            self._sums.add(patch, number)
+            self._waiting[self._row(number)] -= 1
+            self._release()
+        if self.finished:
+            self.close()
 
-    def join(self, blended: Blended, head: list[Tensor]) -> None:
+    def join(self, head: list[Tensor]) -> None:
         """Take in the head of the part that follows, and hand over the planes that were waiting for it.
 
         Raises:
-            PatchShapeError: it is not what this part's neighbour would send.
+            BatchError: no part follows.
+            PatchShapeError: the head is not what this part's neighbour would send.
+            LedgerError: a patch of this part is missing, or a head came before.
         """
+        if not self.follows:
+            raise BatchError(f"no part follows {self._part}: there is no head to join.")
+        self._ledger.check_complete()
+        if self.finished:
+            raise LedgerError(f"a head came twice to {self._part}.")
         shape = list(self._grid.shape)
         shape[self._axis] = self._end.high + 1 - self._end.low
-        wanted = [((channels, *shape), dtype) for channels, dtype in blended.forms]
-        found = [(tuple(planes.shape), planes.dtype) for planes in head]
-        if found != wanted:
-            raise PatchShapeError(f"the head of the next part is {found}; wanted is {wanted}.")
-        blended.join(self._end.low, head)
-        self._hand_over(blended, self._end.high + 1)
+        wanted = [((channels, *shape), dtype) for channels, dtype in self._sums.forms]
+        came = [(tuple(planes.shape), planes.dtype) for planes in head]
+        if came != wanted:
+            raise PatchShapeError(f"the head of the next part is {came}; wanted is {wanted}.")
+        self._sums.join(self._end.low, head)
+        self._hand_over(self._end.high + 1)
+        self.close()
 
     def head(self) -> list[Tensor] | None:
         """What the part before needs of this one; see GridAggregator.head."""
@@ -119,25 +137,42 @@ class SlabStream:
         """Whether all planes have been handed over."""
         return self._plane == self._end.high + self.follows
 
-    def _release(self, blended: Blended) -> None:
+    def check_finished(self) -> None:
+        """Raises LedgerError when a patch is missing, with its location, or the head of the part that follows."""
+        self._ledger.check_complete()
+        if not self.finished:
+            raise LedgerError(f"planes of {self._part} are not finished: the head of the next part is missing.")
+
+    def to(self, device: torch.device) -> None:
+        """Keep sums on another device from here on, also those that have come."""
+        self._sums.to(device)
+
+    def close(self) -> None:
+        """Leave the memory to the next volume."""
+        self._sums.close()
+
+    def _row(self, number: int) -> int:
+        return self._grid.place(number)[self._axis]
+
+    def _release(self) -> None:
         starts = self._grid.starts[self._axis]
         while self._front < self._part.stop and self._waiting[self._front] == 0:
             self._front += 1
-            self._hand_over(blended, self._end.low if self._front == self._part.stop else starts[self._front])
+            self._hand_over(self._end.low if self._front == self._part.stop else starts[self._front])
 
-    def _hand_over(self, blended: Blended, until: int) -> None:
+    def _hand_over(self, until: int) -> None:
         dim, high = self._axis + 1, self._begin.high
         # A blend that copies begins behind the first row's start, perhaps behind the next one's.
-        for plane, raw in blended.raw(self._plane, max(self._plane, until)):
+        for plane, raw in self._sums.raw(self._plane, max(self._plane, until)):
             count = raw[0].shape[dim]
             shared = min(max(high - plane, 0), count)
             if self._part.first and plane <= high:
                 kept = min(shared + 1, count)
                 self._head.append([planes.narrow(dim, 0, kept).to("cpu", copy=True) for planes in raw])
             if shared < count:
-                own = blended.finish([planes.narrow(dim, shared, count - shared) for planes in raw])
+                own = self._sums.finish([planes.narrow(dim, shared, count - shared) for planes in raw])
                 self._consumer(FinishedPlanes(self._axis, plane + shared, plane + count, own))
-            blended.clear(raw)
+            self._sums.clear(plane, plane + count)
         self._plane = max(self._plane, until)
 
 

@@ -1,40 +1,27 @@
-"""From a subject's patches to its finished volumes: blended sums per network output, then products in native space."""
+"""Turns the outputs for one subject's patches into its finished volumes in native space."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from voxquilt.errors import BatchError, LedgerError, OutputError, PatchShapeError
-from voxquilt.geometry.output_layout import factor_of
 from voxquilt.geometry.slab_split import Part
 from voxquilt.geometry.slab_split import whole as all_rows
 from voxquilt.geometry.space import Space, Where
-from voxquilt.stitching.aggregator import GridAggregator, Placed
-from voxquilt.stitching.blend import to_blend
-from voxquilt.stitching.buffer_pool import BufferPool, choose_device
+from voxquilt.stitching.aggregator import Placed
 from voxquilt.stitching.label_values import to_labels
-from voxquilt.stitching.native_products import NativeGrid, NativeProducts
-from voxquilt.stitching.output_volumes import OutputVolumes, Scratch
-from voxquilt.stitching.products.labels import Threshold
-from voxquilt.stitching.products.spec import ProductSpec, background
+from voxquilt.stitching.ledger import Ledger
+from voxquilt.stitching.output_rings import Averaged, Memory, Ring, RingOpener
+from voxquilt.stitching.output_volumes import OutputVolumes
 from voxquilt.stitching.stitch import Stitch
-from voxquilt.stitching.streaming import planes_of
+from voxquilt.stitching.streaming import SlabStream
+from voxquilt.vocabulary import LABELS
 
 Outputs = Mapping[str, Tensor]
 """What a network gives for a batch: (B, C, ...) by output name; a network with one output names it ''."""
-
-
-@dataclass(frozen=True)
-class _Ring:
-    """One blend of what is made of one output's patches."""
-
-    averaged: Callable[[Tensor], Tensor]
-    aggregator: GridAggregator
-    finish: NativeProducts
 
 
 class SubjectStitcher:
@@ -52,9 +39,7 @@ class SubjectStitcher:
         stitch: How patches become volumes.
         placed: The subject's GridSampler, or its grid and padding.
         space: The way back to native space.
-        device: Where sums are kept; None for where the outputs are.
-        buffers: Where memory for them comes from and goes to.
-        scratch: Where products that are too large for memory go.
+        memory: Where sums and volumes are kept.
         skipped: Numbers of patches, of all parts, that are not predicted; if no others are to come, add any one patch
             nonetheless, which tells the outputs' channels and is otherwise not used.
         part: The rows whose patches come here; None for all.
@@ -71,53 +56,56 @@ class SubjectStitcher:
         placed: Placed,
         space: Space,
         *,
-        device: torch.device | str | None = None,
-        buffers: BufferPool | None = None,
-        scratch: Scratch | None = None,
+        memory: Memory | None = None,
         skipped: Iterable[int] = (),
         part: Part | None = None,
         whole: bool = True,
         layout: str = "auto",
     ) -> None:
         self.stitch = stitch
-        self.placed = placed
-        self.space = space
-        self.device = device
-        self.buffers = buffers or BufferPool()
-        self.scratch = scratch
-        self.skipped = frozenset(skipped)
         self.part = part or all_rows(placed.grid, placed.grid.streaming_axis)
         self.whole = whole
-        self._layout = layout
-        self._nothing = self.skipped.issuperset(self.part.patches(placed.grid).tolist())
-        self._rings: dict[str, list[_Ring]] = {}
+        self._ledger = Ledger(placed.grid, skipped, self.part)
+        self._opener = RingOpener(stitch, placed.padding, space, self._ledger, memory or Memory(), whole, layout)
+        self._is_empty = self._ledger.missing == 0
+        self._rings: dict[str, list[Ring]] = {}
         self._labels: dict[str, np.ndarray] = {}
 
-    def add(self, outputs: Outputs, locations: np.ndarray) -> None:
-        """Add a network's outputs for patches at locations (B, 6).
+    def add(self, outputs: Outputs, numbers: Sequence[int]) -> None:
+        """Add a network's outputs for patches with these numbers in the grid.
 
         Raises:
             PatchShapeError: an output of another shape than the grid wants, or other outputs than before.
+            BatchError: another number of patches than of numbers, or complex numbers.
             LedgerError: a patch came twice or too early.
             OutputError: outputs that are not finite, or a product that an output does not have.
         """
         if not self._rings:
-            self._check_products(outputs)
-            self._rings = {name: self._open(name, patches) for name, patches in outputs.items()}
+            self._check_names(outputs)
+            self._rings = {name: self._opener.open(name, patches) for name, patches in outputs.items()}
         if outputs.keys() != self._rings.keys():
             raise PatchShapeError(f"the network's outputs are {list(outputs)} after {list(self._rings)}.")
-        taken = 0 if self._nothing else len(locations)
         for name, patches in outputs.items():
-            made: dict[Callable[[Tensor], Tensor], Tensor] = {}
+            if len(patches) != len(numbers):
+                raise BatchError(f"output {name!r} has {len(patches)} patches for {len(numbers)} numbers.")
+        numbers = [] if self._is_empty else [int(number) for number in numbers]
+        batches: list[tuple[SlabStream, Tensor]] = []
+        for name, patches in outputs.items():
+            averages: dict[Averaged, Tensor] = {None: patches[: len(numbers)]}
             for ring in self._rings[name]:
-                if ring.averaged not in made:
-                    made[ring.averaged] = ring.averaged(patches[:taken])
-                ring.aggregator.add_batch(made[ring.averaged], locations[:taken])
+                if ring.averaged is not None and ring.averaged not in averages:
+                    averages[ring.averaged] = ring.averaged(averages[None])
+                batches.append((ring.stream, averages[ring.averaged]))
+        for stream, patches in batches:
+            stream.check(patches.shape, patches.dtype, numbers)
+        self._ledger.enter(numbers)
+        for stream, patches in batches:
+            stream.add(patches, numbers)
 
     @property
     def complete(self) -> bool:
         """Whether every patch, or every one of the part, is in."""
-        return bool(self._rings) and all(ring.aggregator.ledger.missing == 0 for ring in self._all)
+        return bool(self._rings) and self._ledger.missing == 0
 
     def head(self) -> list[Tensor] | None:
         """What the part before needs of this one, for its `join`.
@@ -127,9 +115,9 @@ class SubjectStitcher:
         """
         if self.part.first == 0:
             return []
-        heads = [ring.aggregator.head() for ring in self._all]
-        known = [head for head in heads if head is not None]
-        return [planes for head in known for planes in head] if heads and len(known) == len(heads) else None
+        heads = [ring.stream.head() for ring in self._all]
+        ready = [head for head in heads if head is not None]
+        return [planes for head in ready for planes in head] if heads and len(ready) == len(heads) else None
 
     def join(self, head: list[Tensor]) -> None:
         """Take in the `head` of the part that follows.
@@ -144,7 +132,7 @@ class SubjectStitcher:
         if rest:
             raise PatchShapeError(f"the head of the next part has {len(head)} tensors for {len(rings)} blends.")
         for n, ring in enumerate(rings):
-            ring.aggregator.join(head[n * each : (n + 1) * each])
+            ring.stream.join(head[n * each : (n + 1) * each])
 
     def parts(self) -> Iterator[tuple[str, Where, np.ndarray]]:
         """This part of every product, one after the other: its name, native slices and a contiguous (C, I, J, K) array.
@@ -184,27 +172,27 @@ class SubjectStitcher:
         for name, (product, volumes) in self._products.items():
             volumes.check_whole()
             volume = volumes.arrays[product]
-            finished[name] = self._numbered(name, volume) if product.startswith("labels") else volume
+            finished[name] = self._numbered(name, volume) if volumes.kind(product) == LABELS else volume
         return finished
 
     @property
-    def labels(self) -> list[str]:
-        """Names of those among the volumes that hold labels."""
-        return [name for name, (product, _) in self._products.items() if product.startswith("labels")]
+    def kinds(self) -> dict[str, str]:
+        """The kind of each of the volumes: 'labels', 'map' or 'image'."""
+        return {name: volumes.kind(product) for name, (product, volumes) in self._products.items()}
 
     def to(self, device: torch.device) -> None:
         """Keep sums on another device from here on, also those that have come."""
-        self.device = device
+        self._opener = replace(self._opener, memory=replace(self._opener.memory, device=device))
         for ring in self._all:
-            ring.aggregator.to(device)
+            ring.stream.to(device)
 
     def close(self) -> None:
         """Leave the memory of an unfinished subject to the next."""
         for ring in self._all:
-            ring.aggregator.close()
+            ring.stream.close()
 
     @property
-    def _all(self) -> list[_Ring]:
+    def _all(self) -> list[Ring]:
         return [ring for rings in self._rings.values() for ring in rings]
 
     @property
@@ -214,72 +202,28 @@ class SubjectStitcher:
             "_".join(filter(None, (output, product))): (product, volumes)
             for output, rings in self._rings.items()
             for ring in rings
-            for product, volumes in ring.finish.volumes.items()
+            for product, volumes in ring.products.volumes.items()
         }
 
     def _check_finished(self) -> None:
         for ring in self._opened():
-            ring.aggregator.check_finished()
+            ring.stream.check_finished()
 
-    def _opened(self) -> list[_Ring]:
+    def _opened(self) -> list[Ring]:
         if not self._rings:
             raise LedgerError(
                 "no patch has come, so there are no outputs; of a part without foreground one comes, too."
             )
         return self._all
 
-    def _check_products(self, outputs: Outputs) -> None:
+    def _check_names(self, outputs: Outputs) -> None:
         wanted = self.stitch.products
         unknown = sorted(set(wanted) - outputs.keys()) if isinstance(wanted, Mapping) else []
         if unknown:
             raise OutputError(f"stitch.products names {unknown}; the network's outputs are {list(outputs)}.")
 
-    def _open(self, name: str, patches: Tensor) -> list[_Ring]:
-        stitch, grid = self.stitch, self.placed.grid
-        factor, channels = factor_of(self._layout, name, patches.shape, grid.patch_size), patches.shape[1]
-        maps, axis = self.space.in_scores(self.placed.padding, factor), self.part.axis
-        scores = grid.downsampled(factor)
-        recipes = [
-            (mode, averaged, {product: recipe for product, recipe in some.items() if recipe.averaged == averaged})
-            for mode, some in stitch.recipes(name, channels).items()
-            for averaged in dict.fromkeys(recipe.averaged for recipe in some.values())
-        ]
-        fill = torch.tensor(background(channels, stitch.activation, stitch.fill), dtype=torch.float64)
-        if self.skipped and stitch.fill is None:
-            self._check_fill(fill, [recipe for _, _, some in recipes for recipe in some.values()])
-        fills = [averaged(fill.reshape(1, channels, 1, 1, 1)).flatten().tolist() for _, averaged, _ in recipes]
-        planes = prod(scores.shape) * grid.patch_size[axis] // grid.shape[axis]
-        size = sum(map(len, fills)) * planes * (max(4, patches.element_size()) if patches.is_floating_point() else 8)
-        rings = []
-        for (mode, averaged, some), values in zip(recipes, fills, strict=True):
-            planes = planes_of(self.part, scores, to_blend(mode))
-            back = NativeGrid(maps, axis, scores.shape, channels, planes, self.whole, self.scratch)
-            finish = NativeProducts(some, back)
-            aggregator = GridAggregator(
-                self.placed,
-                mode,
-                downsampling_factor=factor,
-                device=choose_device(patches.device, size) if self.device is None else self.device,
-                consumer=finish,
-                axis=axis,
-                buffers=self.buffers,
-                skipped=self.skipped,
-                fill=values,
-                part=self.part,
-            )
-            rings.append(_Ring(averaged, aggregator, finish))
-        return rings
-
-    def _check_fill(self, fill: Tensor, recipes: list[ProductSpec]) -> None:
-        values = fill.reshape(-1, 1, 1, 1)
-        if any(isinstance(recipe.product, Threshold) and recipe.product(values).any() for recipe in recipes):
-            raise OutputError(
-                f"patches without foreground would count as label 1, since a score of 0 is above "
-                f"stitch.threshold={self.stitch.threshold}; set stitch.fill to the background's score."
-            )
-
     def _numbered(self, name: str, classes: np.ndarray) -> np.ndarray:
-        """Labels as files hold them; made once, since it changes the classes in place."""
+        """Labels as files hold them; computed once, since the classes are changed in place."""
         if name not in self._labels:
             self._labels[name] = to_labels(classes, self.stitch.postprocess, self.stitch.label_values)
         return self._labels[name]

@@ -20,6 +20,7 @@ from voxquilt.reporting.overlay import flat, overlay
 from voxquilt.reporting.pictures import stacked
 from voxquilt.stitching.buffer_pool import BufferPool
 from voxquilt.stitching.label_values import beyond
+from voxquilt.stitching.output_rings import Memory
 from voxquilt.stitching.stitch import Stitch
 from voxquilt.stitching.subject_stitcher import Outputs, SubjectStitcher
 
@@ -85,8 +86,8 @@ class Validator:
     def _add(self, outputs: Outputs, run: SubjectRows) -> None:
         work = run.work
         if work not in self._stitchers:
-            self._stitchers[work] = SubjectStitcher(self.stitch, work, work.space, buffers=self._buffers)
-        self._stitchers[work].add(outputs, run.locations)
+            self._stitchers[work] = SubjectStitcher(self.stitch, work, work.space, memory=Memory(buffers=self._buffers))
+        self._stitchers[work].add(outputs, run.numbers)
         if self._stitchers[work].complete:
             volume = next(iter(self._stitchers.pop(work).volumes().values()))  # the first of several outputs
             channels = next(iter(outputs.values())).shape[1]

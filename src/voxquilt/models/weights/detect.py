@@ -1,19 +1,17 @@
-"""What is a file that holds no weights? Told from its first bytes, without torch, for messages."""
+"""Recognises the format of a weights file, and files that are something else, without torch."""
 
 import json
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from voxquilt.errors import ConfigError
-from voxquilt.models.weights.stored_settings import pickled
+from voxquilt.models.weights.registry import LIGHTNING, STATE_DICT, WEIGHTS
 
-TORCHSCRIPT, EXPORTED, LIGHTNING, TENSORS = "TorchScript", "torch.export", "Lightning", "tensors"
-
-_LOOKED_AT = 4096
+_START_BYTES = 4096
 _SAFETENSORS = "safetensors under another name: give it the suffix .safetensors"
-# torch.save's magic number, in files that are no zip archives.
+# torch.save's magic number, in files that are not zip archives.
 _MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")
 _STARTS = {
     b"version https://git-lfs": "a pointer of git-LFS and not the file itself: run 'git lfs pull' where it was cloned",
@@ -29,28 +27,28 @@ _STARTS = {
 def check_is_weights(path: Path) -> None:
     """Raises ConfigError of a file that is known to be something else, such as a page that was downloaded instead."""
     what = not_weights(path)
-    if what:
-        raise ConfigError(f"{path} is no file of weights: it is {what}.")
+    if what and kind_of(path) == STATE_DICT:  # another package's format may be one that ours are not
+        raise ConfigError(f"{path} is not a file of weights: it is {what}.")
 
 
 def not_weights(path: Path) -> str:
-    """What a file is instead of weights, and what to do; '' where it may be weights, or cannot be read."""
+    """What a file is if it is not weights, and what to do; '' where it may be weights, or cannot be read."""
     try:
         with open(path, "rb") as file:
-            start = file.read(_LOOKED_AT)
-        return _named(start) or _archive(path, start) or _text(start)
+            start = file.read(_START_BYTES)
+        return _by_magic(start) or _by_archive(path, start) or _by_text(start)
     except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
         return ""
 
 
-def _named(start: bytes) -> str:
+def _by_magic(start: bytes) -> str:
     if not start:
         return "empty: copying or downloading it was broken off"
     for magic, what in _STARTS.items():
         if start.startswith(magic):
             return what
     if start[:2] == b"\x1f\x8b":
-        return f"{'a NIfTI volume, ' if _is_nifti(_unpacked(start)) else ''}packed by gzip, which weights never are"
+        return f"{'a NIfTI volume, ' if _is_nifti(_unpack(start)) else ''}packed by gzip, which weights never are"
     if _is_nifti(start):
         return "a NIfTI volume"
     if start[128:132] == b"DICM":
@@ -64,7 +62,7 @@ def _named(start: bytes) -> str:
     return ""
 
 
-def _archive(path: Path, start: bytes) -> str:
+def _by_archive(path: Path, start: bytes) -> str:
     if path.suffix == ".safetensors":
         return "torch's own format: give it the suffix .pt" if start[:2] == b"PK" else ""
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**32:
@@ -81,7 +79,7 @@ def _archive(path: Path, start: bytes) -> str:
     return f"{'NumPy arrays (.npz)' if arrays else 'a zip archive, not of torch: unpack it'} ({shown})"
 
 
-def _text(start: bytes) -> str:
+def _by_text(start: bytes) -> str:
     text = start.decode("utf-8", errors="ignore").strip()
     printable = sum(letter.isprintable() or letter.isspace() for letter in text)
     if len(text.encode()) < 0.9 * len(start.strip()) or printable < len(text) or not text:
@@ -104,23 +102,54 @@ def _is_nifti(start: bytes) -> bool:
     return start[344:347] in (b"n+1", b"ni1") or start[4:7] in (b"n+2", b"ni2")
 
 
-def _unpacked(start: bytes) -> bytes:
+def _unpack(start: bytes) -> bytes:
     try:
-        return zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(start, _LOOKED_AT)
+        return zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(start, _START_BYTES)
     except zlib.error:
         return b""
 
 
-def kind_of(path: Path) -> str:
-    """TORCHSCRIPT, EXPORTED, LIGHTNING (any checkpoint of Lightning's), or TENSORS for all else."""
+def zip_names(path: Path) -> list[str]:
+    """Names in a zip archive; empty if the file is not one, or cannot be read."""
     try:
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            if any("/code/" in name or name.endswith("/constants.pkl") for name in names):
-                return TORCHSCRIPT
-            if any("/models/" in name or "serialized_exported_program" in name for name in names):
-                return EXPORTED
+            return archive.namelist()
     except (OSError, zipfile.BadZipFile):
-        return TENSORS
-    content = pickled(path)
-    return LIGHTNING if isinstance(content, Mapping) and "pytorch-lightning_version" in content else TENSORS
+        return []
+
+
+def kind_of(path: Path) -> str:
+    """The name of a file's format; that of state dicts if no format recognises the file.
+
+    Raises:
+        ConfigError: another package's format cannot be imported, or fails as it looks at the file.
+    """
+    names = [name for name in WEIGHTS if name != STATE_DICT]
+    return next((name for name in names if _recognises(name, path)), STATE_DICT)
+
+
+def check_has_network(paths: Iterable[Path]) -> None:
+    """Raises ConfigError of a file of tensors alone, for which the user must name the network."""
+    for path in paths:
+        kind = kind_of(path)
+        if WEIGHTS.load(kind)().needs_network:
+            what = (
+                "a Lightning checkpoint without settings of voxquilt"
+                if kind == LIGHTNING
+                else "weights without a network"
+            )
+            raise ConfigError(
+                f"{path} is {what}: say which network they are for, by model.net._target_=my_package.MyNet and its "
+                f"arguments (model.prefix=net. for a LightningModule's self.net), or by model=lightning "
+                f"model.module_class=my_package.MyModule."
+            )
+
+
+def _recognises(name: str, path: Path) -> bool:
+    recognises = WEIGHTS.load(name)().recognises
+    try:
+        return bool(recognises(path))
+    except Exception as error:
+        raise ConfigError(
+            f"{path}: the weights format {name!r} failed as it looked at the file: {type(error).__name__}: {error}"
+        ) from error

@@ -1,101 +1,51 @@
-"""How is an exported program a network? It takes any number of patches, on any device, and is never in training."""
+"""Reads exported programs, as `torch.export.save` writes them (.pt2).
 
-import io
+torch is imported where a program is read, so that one can be recognised before torch has loaded.
+"""
+
+import warnings
+from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Shaped
-from torch import Tensor, nn
-from torch.export import ExportedProgram
-from torch.fx import GraphModule
-
-from voxquilt.errors import OutputError
-from voxquilt.models.chunking import in_chunks
+from voxquilt.errors import ConfigError
+from voxquilt.models.weights.detect import zip_names
+from voxquilt.models.weights.registry import ReadOptions
+from voxquilt.text import first_line
 
 
-class ExportedNetwork(nn.Module):
-    """Runs an exported program on batches of any size, in chunks of the size that it was exported for.
+class Exported:
+    """The format of torch.export: a program of torch's operators, with its tensors."""
 
-    Args:
-        program: Of one input (B, C, I, J, K), or (B, C, I, J) of a 2-D network.
+    needs_network = False
 
-    Raises:
-        ValueError: it has several inputs, or none.
-    """
+    def recognises(self, path: Path) -> bool:
+        """Whether the archive holds a program."""
+        return any("/models/" in name or "serialized_exported_program" in name for name in zip_names(path))
 
-    def __init__(self, program: ExportedProgram) -> None:
-        super().__init__()
-        if len(program.graph_signature.user_inputs) != 1:
-            raise ValueError(f"its inputs are {program.graph_signature.user_inputs}; wanted is one, the patches")
-        (name,) = program.graph_signature.user_inputs
-        shape = next(node.meta["val"].shape for node in program.graph.nodes if node.name == name)
-        self._sizes = tuple(size if isinstance(size, int) else None for size in shape)
-        """Along every axis of the input; None where it may be of any."""
-        self._least, self._most = _range(program, shape[0])
-        self._program = program
-        self._module = program.module()
-
-    @property
-    def sizes(self) -> tuple[int | None, ...]:
-        """Of the input, (B, C, I, J, K); None where any will do."""
-        return self._sizes
-
-    def forward(self, patches: Shaped[Tensor, "b c *spatial"]) -> Any:
-        """The program's outputs.
+    def read(self, path: Path, options: ReadOptions) -> Any:
+        """The program as a network; with `options.trust` the file as it is, which can run its code.
 
         Raises:
-            OutputError: it was exported for patches of another size, or of other channels.
+            ConfigError: the file is not such an archive, or one that holds more than is loaded without trust.
         """
-        seen = tuple(patches.shape[1:])
-        if len(seen) != len(self._sizes) - 1 or any(
-            size not in (None, n) for size, n in zip(self._sizes[1:], seen, strict=True)
-        ):
-            wanted = " x ".join("any" if size is None else str(size) for size in self._sizes[1:])
-            raise OutputError(
-                f"the program was exported for inputs of {wanted} (channels first); these are "
-                f"{' x '.join(map(str, seen))}. Set data.patch_size, or export it with dynamic shapes."
-            )
-        return in_chunks(self._module, patches, most=self._most, least=self._least)
+        import torch
 
-    def train(self, mode: bool = True) -> "ExportedNetwork":
-        """Nothing: a program is as it was exported, and torch refuses to be asked."""
-        return self
+        from voxquilt.models.weights.exported_archive import copy_allowed
+        from voxquilt.models.weights.exported_network import ExportedNetwork
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "ExportedNetwork":
-        super()._apply(fn, recurse)
-        _move(self._module, fn(torch.empty(0)).device)
-        return self
-
-    def __reduce__(self) -> tuple[Any, tuple[bytes]]:
-        # ddp_spawn hands the network to its processes by pickling it, which torch's modules of programs refuse.
-        buffer = io.BytesIO()
-        torch.export.save(self._program, buffer)
-        return _from_bytes, (buffer.getvalue(),)
-
-
-def _from_bytes(content: bytes) -> ExportedNetwork:
-    return ExportedNetwork(torch.export.load(io.BytesIO(content)))
-
-
-def _range(program: ExportedProgram, size: Any) -> tuple[int, int]:
-    """The least and the most patches of a batch."""
-    if isinstance(size, int):
-        return size, size
-    limits = program.range_constraints.get(size.node.expr)
-    if limits is None:
-        return 1, 2**31
-    # torch notes 2 as the least where it does not know, and does not check it.
-    least = int(limits.lower)
-    return 1 if least <= 2 else least, int(limits.upper) if limits.upper.is_Integer else 2**31
-
-
-def _move(module: nn.Module, device: torch.device) -> None:
-    """Tensors that the program makes itself are made on the device where it runs, not where it was exported."""
-    for part in module.modules():
-        if not isinstance(part, GraphModule):
-            continue
-        found = [node for node in part.graph.nodes if node.kwargs.get("device") not in (None, device)]
-        for node in found:
-            node.kwargs = {**node.kwargs, "device": device}
-        if found:
-            part.recompile()
+        try:
+            content = path if options.trust else copy_allowed(path)
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
+        except ValueError as error:
+            raise ConfigError(
+                f"{path} was not loaded as an exported program, since {error}. If it is one and you know where it "
+                f"comes from, set model.trust_checkpoint=true; use model=torchscript or model=state_dict for other "
+                f"weights."
+            ) from error
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return ExportedNetwork(torch.export.load(content))
+        except Exception as error:  # torch raises of any kind where a program does not fit this version
+            raise ConfigError(f"{path} cannot be used as an exported program: {first_line(error)}.") from error

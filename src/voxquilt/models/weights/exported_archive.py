@@ -1,7 +1,9 @@
-"""What of a torch.export archive may be loaded? Numbers, and a program of allowed operators.
+"""Makes a torch.export archive safe to load: copies numbers and a program of allowed operators into a new archive.
 
-`torch.export.load` unpickles records, evaluates symbolic sizes, executes guards and loads compiled libraries. So an
-archive is not given to it as it is: what is allowed is written into a new one, and that is loaded.
+`torch.export.load` unpickles records, evaluates symbolic sizes, executes guards and loads compiled libraries, and torch
+has no switch against it. Without this module every .pt2 would need model.trust_checkpoint=true, and people would learn
+to set it for files of others. It is bound to names of torch's own records; where a later torch changes them, an archive
+is refused, and never loaded unchecked.
 """
 
 import ast
@@ -22,7 +24,7 @@ _PAYLOADS = {"data/weights/": "weight_", "data/constants/": "tensor_"}
 _CONFIGS = {"data/weights/": "model_weights_config.json", "data/constants/": "model_constants_config.json"}
 
 _ARITHMETIC = "add|sub|mul|truediv|floordiv|mod|pow|neg|eq|ne|lt|le|gt|ge|and_|or_|getitem"
-# Of torch's operators those that compute; aten.from_file would read and make files.
+# Those of torch's operators that compute; aten.from_file would read and make files.
 _TARGET = re.compile(
     r"torch\.ops\.aten\.(?!from_file)\w+\.\w+|torch\.ops\.higher_order\.wrap_with_(set_grad_enabled|autocast)"
     rf"|_operator\.({_ARITHMETIC})|math\.(ceil|floor|trunc|sqrt)|torch\.sym_\w+"
@@ -36,36 +38,36 @@ _FUNCTIONS = frozenset(_SYMPY.split())
 _TEXT = ("as_string", "torch_version")  # only ever printed as literals, or not used
 
 
-def checked(path: Path) -> io.BytesIO:
-    """An archive of one exported program, made anew of what is allowed.
+def copy_allowed(path: Path) -> io.BytesIO:
+    """A copy of an archive, made of what is allowed.
 
     Raises:
-        ValueError: what is in it that is not; or it is no such archive.
+        ValueError: the archive holds something that is not allowed, which is named; or it is not such an archive.
     """
     try:
         with zipfile.ZipFile(path) as old:
-            return _copied({name.partition("/")[2]: old.read(name) for name in old.namelist()})
+            return _copy_records({name.partition("/")[2]: old.read(name) for name in old.namelist()})
     except (zipfile.BadZipFile, KeyError, RecursionError, TypeError, AttributeError, NotImplementedError) as error:
         raise ValueError(f"not a torch.export archive of torch 2.8 or later: {error}") from error
 
 
-def _copied(records: Mapping[str, bytes]) -> io.BytesIO:
+def _copy_records(records: Mapping[str, bytes]) -> io.BytesIO:
     compiled = [name for name in records if name.startswith("data/aotinductor/")]
     if compiled:
         raise ValueError(f"it holds compiled code: {compiled[0]}")
     kept = {name: records[name] for name in _PLAIN if name in records}
-    model = _json(records[_MODEL])
-    kept[_MODEL] = _dumped(_program(model))
-    kept[_SAMPLES] = _repickled(records[_SAMPLES], _SAMPLES)
+    model = _from_json(records[_MODEL])
+    kept[_MODEL] = _to_json(_strip_program(model))
+    kept[_SAMPLES] = _repickle(records[_SAMPLES], _SAMPLES)
     for folder, prefix in _PAYLOADS.items():
-        config = _json(records[folder + _CONFIGS[folder]])
-        kept[folder + _CONFIGS[folder]] = _dumped(_walked(config))
+        config = _from_json(records[folder + _CONFIGS[folder]])
+        kept[folder + _CONFIGS[folder]] = _to_json(_check_strings(config))
         for payload in config["config"].values():
             name = payload["path_name"]
             if not name.startswith(prefix):
-                raise ValueError(f"it holds an object that is no tensor: {folder}{name}")
+                raise ValueError(f"it holds an object that is not a tensor: {folder}{name}")
             content = records[folder + name]
-            kept[folder + name] = _repickled(content, folder + name) if payload["use_pickle"] else content
+            kept[folder + name] = _repickle(content, folder + name) if payload["use_pickle"] else content
     new = io.BytesIO()
     with zipfile.ZipFile(new, "w") as file:
         for name, content in kept.items():
@@ -74,33 +76,33 @@ def _copied(records: Mapping[str, bytes]) -> io.BytesIO:
     return new
 
 
-def _program(model: Any) -> Any:
-    """Without what is executed (guards) and what only explains (metadata)."""
+def _strip_program(model: Any) -> Any:
+    """A program without what is executed (guards) and what only explains (metadata)."""
     model["guards_code"] = []
-    _without_metadata(model["graph_module"])
-    return _walked(model)
+    _drop_metadata(model["graph_module"])
+    return _check_strings(model)
 
 
-def _without_metadata(node: Any) -> None:
+def _drop_metadata(node: Any) -> None:
     if isinstance(node, dict):
         if isinstance(node.get("metadata"), dict):
             node["metadata"] = {}
         for child in node.values():
-            _without_metadata(child)
+            _drop_metadata(child)
     elif isinstance(node, list):
         for child in node:
-            _without_metadata(child)
+            _drop_metadata(child)
 
 
-def _walked(node: Any, key: str = "") -> Any:
-    """The same, once every key and string in it is of the kind that belongs there."""
+def _check_strings(node: Any, key: str = "") -> Any:
+    """The same node, once every key and string in it is of the kind that belongs there."""
     if isinstance(node, dict):
         for name, child in node.items():
             _check_name(name, key)
-            _walked(child, name)
+            _check_strings(child, name)
     elif isinstance(node, list):
         for child in node:
-            _walked(child, key)
+            _check_strings(child, key)
     elif isinstance(node, str):
         _check_string(node, key)
     return node
@@ -109,11 +111,11 @@ def _walked(node: Any, key: str = "") -> Any:
 def _check_string(text: str, key: str) -> None:
     if key in ("target", "as_operator"):
         if not _TARGET.fullmatch(text):
-            raise ValueError(f"its program calls {text!r}, which is none of the operators that are allowed")
+            raise ValueError(f"its program calls {text!r}, which is not one of the operators that are allowed")
     elif key == "expr_str":
         _check_expression(ast.parse(text, mode="eval").body, text)
     elif key in ("in_spec", "out_spec"):
-        _check_tree(_json(text.encode())[1])
+        _check_tree(_from_json(text.encode())[1])
     elif key not in _TEXT:
         _check_name(text, key)
 
@@ -149,7 +151,7 @@ def _check_tree(tree: Any) -> None:
         _check_tree(child)
 
 
-def _repickled(content: bytes, name: str) -> bytes:
+def _repickle(content: bytes, name: str) -> bytes:
     """The tensors and plain values of a pickle, pickled by this process."""
     try:
         loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -160,9 +162,9 @@ def _repickled(content: bytes, name: str) -> bytes:
     return buffer.getvalue()
 
 
-def _json(content: bytes) -> Any:
+def _from_json(content: bytes) -> Any:
     return json.loads(content.decode())
 
 
-def _dumped(node: Any) -> bytes:
+def _to_json(node: Any) -> bytes:
     return json.dumps(node).encode()

@@ -1,122 +1,42 @@
-"""Which tensors of a checkpoint are a network's? Finds its state dict, and says what of it does not fit."""
+"""Reads state dicts: .pt, .pth and .ckpt, as `torch.save` writes them, and .safetensors.
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+torch is imported where a file is read, so that one can be recognised before torch has loaded.
+"""
+
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-
-from voxquilt.errors import ConfigError
-from voxquilt.text import question
-
-WRAPPERS = ("state_dict", "model_state_dict", "model", "network_weights")
-State = dict[str, Tensor]
-# What torch.compile and DistributedDataParallel put into the names of what they wrap, wherever they wrap it.
-_WRAPPING = re.compile(r"(?:(?<=^)|(?<=\.))(?:_orig_mod|module)\.")
+from voxquilt.models.weights.registry import ReadOptions
 
 
-def state_of(path: Path, loaded: Any, wanted: Mapping[str, Tensor], prefix: str | None) -> State:
-    """The state dict in what was loaded, with the keys of a network where they differ only by a wrapping.
+class StateDict:
+    """The format of tensors by name, and of mappings that hold such tensors at any depth."""
 
-    Args:
-        path: The file, for messages.
-        loaded: A module, or a mapping that is a state dict or holds one, at any depth.
-        wanted: The network's own.
-        prefix: What the keys begin with that are used, or the key of the mapping that holds them; None finds it.
+    needs_network = True
 
-    Raises:
-        ConfigError: no state dict, several that may be meant, or none behind the prefix.
-    """
-    if isinstance(loaded, nn.Module):
-        loaded = loaded.state_dict()
-    found = dict(_states(loaded)) if isinstance(loaded, Mapping) else {}
-    if not found:
-        keys = f"; its keys are {some(loaded)}" if isinstance(loaded, Mapping) and loaded else ""
-        raise ConfigError(f"{path} holds no state dict, neither by itself nor as one of {', '.join(WRAPPERS)}{keys}.")
-    if prefix:
-        return renamed(_behind(path, found, prefix), wanted)
-    named = next((name for name in WRAPPERS if name in found), None)
-    fitting = [name for name, state in found.items() if _fits(renamed(state, wanted), wanted)]
-    if named is None and len(found) > 1 and len(fitting) != 1:
-        which = f"{len(fitting)} of them fit the network" if fitting else "none of them fits the network"
-        lines = "".join(f"\n  model.prefix={name}.  ({len(state)} tensors)" for name, state in found.items())
-        raise ConfigError(f"{path} holds several state dicts, and {which}; choose one:{lines}")
-    return renamed(found[named or (fitting[0] if len(fitting) == 1 else next(iter(found)))], wanted)
+    def recognises(self, path: Path) -> bool:
+        """Any file may be one: this is the format of files that no other recognises."""
+        return True
 
+    def read(self, path: Path, options: ReadOptions) -> Any:
+        """A copy of the network with the file's weights.
 
-def renamed(state: State, wanted: Mapping[str, Any]) -> State:
-    """The same tensors, by the network's keys where these are the same but for `module.` and `_orig_mod.`."""
-    plain = {_WRAPPING.sub("", key): key for key in wanted}
-    new = {plain.get(_WRAPPING.sub("", key), key): value for key, value in state.items()}
-    better = sum(key in wanted for key in new) > sum(key in wanted for key in state)
-    return new if better and len(new) == len(state) else state
+        A state dict may be the file itself, or stand in a mapping as 'state_dict', 'model_state_dict', 'model' or
+        'network_weights', or else as the only one, or the only one that fits. What torch.compile (`_orig_mod.`) and DDP
+        (`module.`) put into keys does not count.
 
+        `options.prefix` is 'net.' for a LightningModule's self.net, or for a mapping that holds the state dict as
+        'net'. Without `options.strict` keys may be missing or left over, but one at least must fit.
 
-def check(path: Path, wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], *, strict: bool) -> None:
-    """Raises ConfigError where keys or shapes do not fit; they are listed."""
-    missing = [key for key in wanted if key not in state]
-    unexpected = [key for key in state if key not in wanted]
-    shapes = [
-        f"{key} {tuple(state[key].shape)} for {tuple(wanted[key].shape)}"
-        for key in wanted
-        if key in state and state[key].shape != wanted[key].shape
-    ]
-    strict = strict or len(missing) == len(wanted)  # where nothing fits, nothing was loaded
-    problems = {"missing": missing * strict, "unexpected": unexpected * strict, "of another shape": shapes}
-    if not any(problems.values()):
-        return
-    lines = "".join(f"\n  {len(keys)} {what}: {some(keys)}" for what, keys in problems.items() if keys)
-    raise ConfigError(f"{path} does not fit the network:{lines}{_hint(wanted, unexpected)}")
+        Raises:
+            ConfigError: the file cannot be read safely, or keys or shapes do not fit; they are listed.
+        """
+        from voxquilt.models.weights.safe_loading import load_safely
+        from voxquilt.models.weights.state_dict_keys import check_keys, state_of
 
-
-def some(keys: Sequence[str] | Mapping[str, Any]) -> str:
-    """Eight of them, and how many there are."""
-    keys = list(map(str, keys))
-    return ", ".join(keys[:8]) + (f", ... ({len(keys)} in all)" if len(keys) > 8 else "")
-
-
-def _states(node: Mapping[Any, Any], name: str = "", depth: int = 0) -> Iterator[tuple[str, State]]:
-    """State dicts and where they are: mappings from names to tensors, beside which there may be plain values."""
-    # The state of an optimizer is by numbers.
-    if not all(isinstance(key, str) for key in node) or depth > 8:
-        return
-    inner = {key: value for key, value in node.items() if isinstance(value, Mapping)}
-    tensors = {key: value for key, value in node.items() if isinstance(value, Tensor)}
-    if tensors and (not inner or any("." in key for key in tensors)):
-        yield name, tensors
-        return
-    for key, value in inner.items():
-        if not key.startswith(("optim", "lr_sched", "scheduler", "scaler", "loops", "callbacks")):
-            yield from _states(value, f"{name}.{key}".lstrip("."), depth + 1)
-
-
-def _behind(path: Path, found: Mapping[str, State], prefix: str) -> State:
-    # Of a mapping that is the prefix itself, or of the usual one, or of another, keys that begin so.
-    whole = found.get(prefix.rstrip("."))
-    if whole is not None:
-        return whole
-    order = sorted(found, key=lambda name: WRAPPERS.index(name) if name in WRAPPERS else len(WRAPPERS))
-    for name in order:
-        for keys in (found[name], {f"{name}.{key}": value for key, value in found[name].items()}):
-            for cleaned in (keys, {_WRAPPING.sub("", key): value for key, value in keys.items()}):
-                state = {key.removeprefix(prefix): v for key, v in cleaned.items() if key.startswith(prefix)}
-                if state:
-                    return state
-    first = found[order[0]]
-    starts = {f"{key.partition('.')[0]}." for key in first if "." in key} | {f"{name}." for name in found if name}
-    raise ConfigError(
-        f"{path}: no key begins with model.prefix={prefix!r}; keys are {some(first)}.{question(prefix, starts)}"
-    )
-
-
-def _fits(state: State, wanted: Mapping[str, Tensor]) -> bool:
-    return state.keys() == wanted.keys() and all(state[key].shape == wanted[key].shape for key in wanted)
-
-
-def _hint(wanted: Mapping[str, Tensor], unexpected: Sequence[str]) -> str:
-    for key in wanted:
-        prefixes = {other.removesuffix(key) for other in unexpected if other.endswith("." + key)}
-        if prefixes:
-            return f"\n  The keys fit behind a prefix: try model.prefix={min(prefixes, key=len)}"
-    return ""
+        network = deepcopy(options.net)
+        state = state_of(path, load_safely(path, trust=options.trust), network.state_dict(), options.prefix)
+        check_keys(path, network.state_dict(), state, strict=options.strict)
+        network.load_state_dict(state, strict=options.strict)
+        return network

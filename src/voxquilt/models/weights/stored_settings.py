@@ -1,27 +1,28 @@
-"""What does a file of weights say of itself? Its kind, and the settings that it carries; read without torch.
+"""Reads the settings that a file of weights carries, without torch.
 
-Nothing that is pickled is run or imported on the way: what is no plain value becomes an inert stand-in.
+Nothing that is pickled is run or imported: what is not a plain value becomes an inert stand-in.
 """
 
 import json
 import pickle
-import struct
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from safetensors import SafetensorError, safe_open
+
 from voxquilt.errors import ConfigError
 from voxquilt.old_names import with_new_targets
 
 KEY = "voxquilt"
-"""Of the settings in a checkpoint."""
+"""The key of the settings in a checkpoint."""
 TRAINING = "voxquilt_training"
-"""Of the record of how it was trained, which predicting does not read."""
+"""The key of the record of how it was trained, which predicting does not read."""
 FORMAT = 1
 
-# What predicting needs of a training's configuration, by section. A file may carry no other keys: one of them says
-# whether the file is trusted.
+# What predicting needs of a training's configuration, by section. A file may not carry other keys, of which one would
+# say that the file is trusted.
 _SECTIONS = {
     "data": ("patch_size", "patch_overlap", "padding_mode", "divisible_by"),
     "preprocess": ("_target_", "orientation", "spacing", "intensity"),
@@ -37,36 +38,37 @@ def to_carry(plain: Mapping[str, Any], images: Sequence[str]) -> dict[str, Any]:
         plain: The training's configuration.
         images: Names of the images, in the order of the network's channels.
     """
-    found: dict[str, Any] = {"format": FORMAT, "images": list(images)}
+    settings: dict[str, Any] = {"format": FORMAT, "images": list(images)}
     for section, keys in _SECTIONS.items():
         node = plain.get(section) or {}
-        found[section] = {key: node[key] for key in keys if key in node}
-    found["data"]["patch_size"] = plain["data"].get("inference_patch_size") or plain["data"]["patch_size"]
+        settings[section] = {key: node[key] for key in keys if key in node}
+    settings["data"]["patch_size"] = plain["data"].get("inference_patch_size") or plain["data"]["patch_size"]
     # Where predict.py has it, since flips and ensembles may be averaged as probabilities.
-    found["model"]["activation"] = plain["stitch"].get("activation")
-    return found
+    settings["model"]["activation"] = plain["stitch"].get("activation")
+    return settings
 
 
 def carried(path: Path) -> dict[str, Any] | None:
     """The settings that a checkpoint carries, or None.
 
     Raises:
-        ConfigError: settings of a newer version than this, or that are none.
+        ConfigError: settings of a newer version than this, with keys that no checkpoint may bring, or with values that
+            are not plain.
     """
-    content = _of_safetensors(path) if path.suffix == ".safetensors" else pickled(path)
-    found = content.get(KEY) if isinstance(content, Mapping) else None
-    if found is None:
+    content = _safetensors_metadata(path) if path.suffix == ".safetensors" else pickled(path)
+    settings = content.get(KEY) if isinstance(content, Mapping) else None
+    if settings is None:
         return None
-    if not isinstance(found, Mapping) or not _is_plain(found):
-        raise ConfigError(f"{path}: its settings are no plain values; choose model=state_dict, and set them yourself.")
-    if found.get("format") != FORMAT:
-        raise ConfigError(f"{path}: its settings have format {found.get('format')!r}; this voxquilt reads {FORMAT}.")
+    if not isinstance(settings, Mapping) or not _is_plain(settings):
+        raise ConfigError(f"{path}: its settings are not plain values; choose model=state_dict, and set them yourself.")
+    if settings.get("format") != FORMAT:
+        raise ConfigError(f"{path}: its settings have format {settings.get('format')!r}; this voxquilt reads {FORMAT}.")
     for section, keys in _SECTIONS.items():
-        node = found.get(section, {})
+        node = settings.get(section, {})
         unknown = sorted(set(node) - set(keys)) if isinstance(node, Mapping) else [section]
         if unknown:
             raise ConfigError(f"{path}: its settings have {section}.{unknown[0]}, which no checkpoint may bring.")
-    return {section: {} for section in _SECTIONS} | with_new_targets(dict(found))
+    return {section: {} for section in _SECTIONS} | with_new_targets(dict(settings))
 
 
 def pickled(path: Path) -> Any:
@@ -78,18 +80,16 @@ def pickled(path: Path) -> Any:
                 return None
             with archive.open(name) as file:
                 return _Plain(file).load()
-    except Exception:  # whatever may be wrong with the file; whoever loads the weights says so
+    except Exception:  # whatever is wrong with the file is reported when its weights are loaded
         return None
 
 
-def _of_safetensors(path: Path) -> Any:
-    # https://github.com/huggingface/safetensors: the header's length in 8 bytes, the header as JSON, the tensors.
+def _safetensors_metadata(path: Path) -> Any:
     try:
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            text = json.loads(file.read(min(length, 100 * 2**20))).get("__metadata__", {}).get(KEY)
+        with safe_open(path, framework="np") as file:  # NumPy's, which does not import torch
+            text = (file.metadata() or {}).get(KEY)
         return {KEY: json.loads(text)} if text else None
-    except (OSError, ValueError, struct.error, AttributeError):
+    except (OSError, ValueError, SafetensorError):
         return None
 
 
@@ -134,5 +134,5 @@ def _is_plain(value: Any) -> bool:
     if type(value) is list:
         return all(map(_is_plain, value))
     if type(value) is str:
-        return "${" not in value  # what would be looked up where it is read
+        return "${" not in value  # an interpolation would read the environment of the user who predicts
     return value is None or type(value) in (bool, int, float)

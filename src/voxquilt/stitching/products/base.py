@@ -1,4 +1,4 @@
-"""What is written of a subject? Labels, probabilities, logits or an image, each computed from a slab of scores."""
+"""What every product is: a function of scores, computed voxel by voxel."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from voxquilt.errors import OutputError
+from voxquilt.vocabulary import MAP
 
 Scores = Shaped[Tensor, "c i j k"]
 Voxels = Shaped[Tensor, "d i j k"]
@@ -20,14 +21,20 @@ ACTIVATIONS: dict[str, Activation] = {
     "sigmoid": lambda scores: scores.float().sigmoid(),
     "none": lambda scores: scores.float(),
 }
-
+"""Functions of (C, I, J, K) scores by their name."""
 
 NOT_FINITE = "the network's output is NaN or infinite in places; nothing was written."
 
 
 @runtime_checkable
 class Product(Protocol):
-    """A function of scores, voxel by voxel."""
+    """A function of scores, voxel by voxel: it sees any box of voxels, and gives the same for each voxel."""
+
+    @property
+    def kind(self) -> str:
+        """What its voxels are: 'labels' (integers with names and colours), 'map' (a number per class or voxel, such as
+        a probability) or 'image' (intensities)."""
+        ...
 
     def form(self, channels: int) -> tuple[int, np.dtype]:
         """How many channels it has and of which type, given the scores' channels."""
@@ -44,13 +51,19 @@ def check_finite(scores: Scores) -> None:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """A product that was computed in model space and is now stored as it comes."""
+class Activated:
+    """Activated scores as float32: probabilities; or, with the activation 'none', logits and images.
 
-    product: Product
+    Args:
+        activation: Function of the scores.
+        kind: 'map' or 'image'.
+    """
+
+    activation: Activation
+    kind: str = MAP
 
     def form(self, channels: int) -> tuple[int, np.dtype]:
-        return self.product.form(channels)
+        return channels, np.dtype(np.float32)
 
     def __call__(self, scores: Scores) -> Voxels:
-        return scores
+        return self.activation(scores)

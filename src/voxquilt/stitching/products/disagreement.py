@@ -3,9 +3,45 @@
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from voxquilt.stitching.products.base import Scores, Voxels
+from voxquilt.stitching.products.base import ACTIVATIONS, Activation, Scores, Voxels
+from voxquilt.stitching.products.spec import NetworkOutput, ProductSpec
+from voxquilt.vocabulary import MAP
+
+
+def make_disagreement(output: NetworkOutput) -> ProductSpec:
+    """The variance over patches, summed over classes; per channel where channels are labels of their own."""
+    output.check_distribution("disagreement")
+    each = output.channels == 1 or output.is_multilabel
+    return ProductSpec(Disagreement(each), Moments(output.activate, each), in_model=True)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Turns patches of scores into what the spread of probabilities over patches is computed from.
+
+    (B, C, ...) becomes (B, C + 1, ...): the C activated scores and the sum of their squares; or with `each`, where
+    channels are labels of their own, (B, 2C, ...): the activated scores and their squares.
+    """
+
+    activation: Activation
+    each: bool
+
+    @property
+    def is_double(self) -> bool:
+        """Whether sums are double: images have values of any size, and the difference of squares cancels."""
+        return self.activation is ACTIVATIONS["none"]
+
+    def channels(self, channels: int) -> int:
+        """Channels that so many become."""
+        return 2 * channels if self.each else channels + 1
+
+    def __call__(self, patches: Tensor) -> Tensor:
+        p = self.activation(patches.movedim(1, 0))
+        p = p.double() if self.is_double else p
+        return torch.cat([p, p.square() if self.each else sum_of_squares(p)]).movedim(0, 1)
 
 
 @dataclass(frozen=True)
@@ -14,11 +50,11 @@ class Disagreement:
 
     With patches n of weights u_n that sum to 1 and probabilities p_nc, it is  sum_c (sum_n u_n p_nc^2 - m_c^2)  where
     m_c = sum_n u_n p_nc: 0 where one patch covers a voxel or all give the same, 1 - 1/C at most. With `each`, every
-    channel has the variance of its own. Computed from the averages of
-    `voxquilt.stitching.products.spec.Moments`.
+    channel has the variance of its own. Computed from the averages of Moments.
     """
 
     each: bool
+    kind = MAP
 
     def form(self, channels: int) -> tuple[int, np.dtype]:
         return channels if self.each else 1, np.dtype(np.float32)
@@ -31,7 +67,7 @@ class Disagreement:
 
 
 def sum_of_squares(p: Tensor) -> Tensor:
-    """Over the first axis, which is kept with length 1."""
+    """Sum over the first axis, which is kept with length 1."""
     # One after the other, so that equal values give equal sums whatever their layout in memory: `sum` changes its
     # order, and a voxel that one patch covers would not get exactly 0.
     total = p[:1].square()

@@ -6,6 +6,14 @@ import numpy as np
 import torch
 
 from voxquilt.stitching.products.base import Activation, Scores, Voxels
+from voxquilt.stitching.products.spec import NetworkOutput, ProductSpec
+from voxquilt.vocabulary import MAP
+
+
+def make_entropy(output: NetworkOutput) -> ProductSpec:
+    """Entropy over classes; over yes and no where channels are labels of their own."""
+    output.check_distribution("entropy")
+    return ProductSpec(Entropy(output.activate, each=output.channels == 1 or output.is_multilabel))
 
 
 @dataclass(frozen=True)
@@ -17,6 +25,7 @@ class Entropy:
 
     activation: Activation
     each: bool
+    kind = MAP
 
     def form(self, channels: int) -> tuple[int, np.dtype]:
         return channels if self.each else 1, np.dtype(np.float32)

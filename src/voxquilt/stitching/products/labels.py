@@ -1,5 +1,6 @@
 """Products that hold labels: the arg-max of scores, and thresholds of activated scores."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,8 +8,50 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from voxquilt.errors import OutputError
+from voxquilt.errors import ConfigError, OutputError
 from voxquilt.stitching.products.base import NOT_FINITE, Activation, Scores, Voxels
+from voxquilt.stitching.products.spec import NetworkOutput, ProductSpec
+from voxquilt.vocabulary import LABELS
+
+# Expected size of packed labels, as a share of their voxels; see docs/memory.md.
+_PACKED = 0.04
+
+
+def make_labels(output: NetworkOutput) -> ProductSpec:
+    """The arg-max over classes; thresholds for one channel, or where channels are labels of their own.
+
+    Raises:
+        ConfigError: another number of label values than there are classes, or some for several labels per voxel.
+        OutputError: a threshold is missing, or is given where the arg-max decides.
+    """
+    values, threshold = output.label_values, output.threshold
+    dtype = None if values is None else _type_of_labels(values, output)
+    output.check_distribution("labels")
+    in_model = output.restore == "labels"
+    if output.channels == 1 or output.is_multilabel:
+        if threshold is None and output.channels == 1:
+            raise OutputError("labels of a network with one output channel need stitch.threshold, such as 0.5.")
+        product = Threshold(output.activate, 0.5 if threshold is None else threshold, dtype)
+        return ProductSpec(product, in_model=in_model, packed=_PACKED)
+    if threshold is not None:
+        raise OutputError(
+            f"stitch.threshold={threshold} goes with one output channel or with model.activation=sigmoid (several "
+            f"labels per voxel); this output has {output.channels} channels and {output.activation}, so its labels are "
+            f"the arg-max."
+        )
+    return ProductSpec(ArgMax(dtype), in_model=in_model, packed=_PACKED)
+
+
+def _type_of_labels(label_values: Sequence[int], output: NetworkOutput) -> np.dtype:
+    """The smallest unsigned type that holds the classes' numbers, once there is one for each class."""
+    if output.channels > 1 and output.is_multilabel:
+        raise ConfigError("stitch.label_values goes with one label per voxel; with sigmoid each channel is a mask.")
+    classes = max(output.channels, 2)
+    if len(label_values) != classes:
+        raise ConfigError(
+            f"stitch.label_values has {len(label_values)} numbers; the network's output has {classes} classes."
+        )
+    return np.min_scalar_type(max(label_values))
 
 
 @dataclass(frozen=True)
@@ -16,10 +59,11 @@ class ArgMax:
     """The class with the highest score.
 
     Args:
-        dtype: Of the volume; None is the smallest unsigned type that holds all classes.
+        dtype: Type of the volume; None is the smallest unsigned type that holds all classes.
     """
 
     dtype: np.dtype | None = None
+    kind = LABELS
 
     def form(self, channels: int) -> tuple[int, np.dtype]:
         return 1, self.dtype or np.min_scalar_type(channels - 1)
@@ -61,14 +105,15 @@ class Threshold:
     """1 where an activated score is above a threshold, for each channel by itself.
 
     Args:
-        activation: Of the scores.
-        threshold: Of what it gives.
-        dtype: Of the volume; None is uint8.
+        activation: Function of the scores.
+        threshold: Activated scores above it are 1.
+        dtype: Type of the volume; None is uint8.
     """
 
     activation: Activation
     threshold: float
     dtype: np.dtype | None = None
+    kind = LABELS
 
     def form(self, channels: int) -> tuple[int, np.dtype]:
         return channels, self.dtype or np.dtype(np.uint8)

@@ -1,20 +1,32 @@
-"""Products that hold activated scores: probabilities, logits and images."""
+"""Products that are the scores themselves: probabilities, logits and images."""
 
-from dataclasses import dataclass
+from voxquilt.errors import OutputError
+from voxquilt.stitching.products.base import ACTIVATIONS, Activated
+from voxquilt.stitching.products.spec import NetworkOutput, ProductSpec
+from voxquilt.vocabulary import IMAGE
 
-import numpy as np
+# Expected size of packed probabilities, as a share of their voxels; see docs/memory.md.
+_PACKED = 0.75
 
-from voxquilt.stitching.products.base import Activation, Scores, Voxels
+
+def make_probabilities(output: NetworkOutput) -> ProductSpec:
+    """The activated scores, a channel per class."""
+    output.check_distribution("probabilities")
+    return ProductSpec(Activated(output.activate), packed=_PACKED)
 
 
-@dataclass(frozen=True)
-class Activated:
-    """Activated scores as float32: probabilities; or, activated by nothing, logits and images."""
+def make_logits(output: NetworkOutput) -> ProductSpec:
+    """The scores as the network gives them.
 
-    activation: Activation
+    Raises:
+        OutputError: they were made probabilities before they were averaged.
+    """
+    output.check_distribution("logits")
+    if output.is_applied:
+        raise OutputError("there are no logits when model.average=probabilities; ask for probabilities.")
+    return ProductSpec(Activated(ACTIVATIONS["none"]))
 
-    def form(self, channels: int) -> tuple[int, np.dtype]:
-        return channels, np.dtype(np.float32)
 
-    def __call__(self, scores: Scores) -> Voxels:
-        return self.activation(scores)
+def make_image(_: NetworkOutput) -> ProductSpec:
+    """The scores as intensities, such as those of a denoised image."""
+    return ProductSpec(Activated(ACTIVATIONS["none"], IMAGE))

@@ -1,0 +1,182 @@
+"""Checks values of a configuration.
+
+Functions without a verb in their name say what a value must be: they take the value and its full key, or make such a
+function. The others look at several values of a section. All raise ConfigError.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from voxquilt.errors import ConfigError, VoxquiltError
+from voxquilt.geometry.frame import to_triple
+from voxquilt.geometry.grid import make_grid
+from voxquilt.vocabulary import PADDING_MODES, check_label_values, check_name
+
+Check = Callable[[Any, str], object]
+
+
+def anything(value: Any, key: str) -> None:
+    """Left to the code that reads the value."""
+
+
+def word(allowed: Iterable[str]) -> Check:
+    """One of the allowed words, of which a registry may have more by the time of the check."""
+    return lambda value, key: check_name(value, allowed, key)
+
+
+def flag(value: Any, key: str) -> None:
+    """True or false."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{key} must be true or false; it is {value!r}.")
+
+
+def flag_or(words: Iterable[str] = ()) -> Check:
+    """True, false, or one of the words."""
+
+    def check(value: Any, key: str) -> None:
+        if not isinstance(value, bool):
+            check_name(value, ("true", "false", *words), key)
+
+    return check
+
+
+def integer(least: int) -> Check:
+    """An integer of at least `least`."""
+
+    def check(value: Any, key: str) -> None:
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ConfigError(f"{key} must be an integer of at least {least}; it is {value!r}.")
+
+    return check
+
+
+def number(wanted: str, is_allowed: Callable[[float], bool] = lambda _: True) -> Check:
+    """A number.
+
+    Args:
+        wanted: What the message says after the key, such as 'must be a number of mm from 0'.
+        is_allowed: Whether a number is in range.
+    """
+
+    def check(value: Any, key: str) -> None:
+        if not is_number(value) or not is_allowed(value):
+            raise ConfigError(f"{key} {wanted}; it is {value!r}.")
+
+    return check
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is an integer or a float, and neither true nor false."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def list_of(example: str, check: Check = anything) -> Check:
+    """A list or null, each of whose values passes a check."""
+
+    def check_list(value: Any, key: str) -> None:
+        if value is not None and not isinstance(value, list):
+            raise ConfigError(f"{key} is a list, such as '[{example}]'; it is {value!r}.")
+        for child in value or ():
+            check(child, key)
+
+    return check_list
+
+
+def callables(value: Any, key: str) -> None:
+    """A list of nodes with a _target_ each, or null."""
+    nodes = value or []
+    if not isinstance(nodes, list) or not all(isinstance(node, Mapping) and "_target_" in node for node in nodes):
+        raise ConfigError(f"{key} must be a list of callables, each with its _target_; it is {nodes!r}.")
+
+
+def or_null(check: Check) -> Check:
+    """Null, or what passes a check."""
+    return lambda value, key: None if value is None else check(value, key)
+
+
+def first_of(exempt: Callable[[Any], bool], check: Check) -> Check:
+    """What is exempt, or passes a check."""
+    return lambda value, key: None if exempt(value) else check(value, key)
+
+
+def by_name(check: Check, *, name_in_key: bool = False) -> Check:
+    """A value that passes a check, or a mapping from names to such values."""
+
+    def check_each(value: Any, key: str) -> None:
+        if not isinstance(value, Mapping):
+            check(value, key)
+            return
+        for name, child in value.items():
+            check(child, f"{key}.{name}" if name_in_key else key)
+
+    return check_each
+
+
+def along_axes(value: Any, key: str) -> None:
+    """A positive integer, or three along i, j, k."""
+    to_triple(value, key, minimum=1)
+
+
+def check_grid(data: Mapping[str, Any], size_key: str = "patch_size") -> None:
+    """Refuse an overlap that makes no grid of the patches."""
+    if size_key not in data:
+        return
+    patch_size, overlap = to_triple(data[size_key], f"data.{size_key}", minimum=1), data.get("patch_overlap", 0)
+    try:
+        make_grid(patch_size, patch_size, overlap)
+    except VoxquiltError as error:
+        raise ConfigError(f"data.{size_key}={list(patch_size)}, data.patch_overlap={overlap}: {error}") from error
+
+
+def padding_mode(value: Any, key: str) -> None:
+    """Null, a number, or a mode of numpy.pad."""
+    if value is not None and not is_number(value):
+        check_name(value, PADDING_MODES, f"{key} (null, a number, or a mode of numpy.pad)")
+
+
+def label_patterns(value: Any, key: str) -> None:
+    """A path with {subject}, or several by name."""
+    patterns = list(value.values()) if isinstance(value, Mapping) else [value]
+    if not all(isinstance(text, str) and "{subject}" in text for text in patterns):
+        raise ConfigError(
+            f"{key} is a path with {{subject}}, such as 'labels/{{subject}}.nii.gz', or one for each channel of the "
+            f"labels; it is {value!r}."
+        )
+
+
+def threshold_or_mask(value: Any, key: str) -> None:
+    """A number, or a path."""
+    if not is_number(value) and not isinstance(value, str):
+        raise ConfigError(f"{key} is null, a number, or a mask's path with {{subject}}; it is {value!r}.")
+
+
+def number_or_numbers(value: Any, key: str) -> None:
+    """A number, or a list of them."""
+    if not all(map(is_number, value if isinstance(value, list) else [value])):
+        raise ConfigError(f"{key} is null, a number, or a number for each channel; it is {value!r}.")
+
+
+def shard_number(value: Any, key: str) -> None:
+    """An integer from 0, or its text."""
+    if isinstance(value, bool) or not str(value).isdecimal():  # also the text of an environment variable
+        raise ConfigError(f"{key} must be an integer; it is {value!r}.")
+
+
+def check_shard(shard: Mapping[str, Any]) -> None:
+    """Refuse an index beyond the count."""
+    if not int(shard["index"]) < int(shard["count"]):
+        raise ConfigError(
+            f"shard.index={shard['index']} is not below shard.count={shard['count']}: shards are counted from 0, so a "
+            f"SLURM array of 4 is --array=0-3."
+        )
+
+
+def flag_or_time(value: Any, key: str) -> None:
+    """True, false, or time."""
+    if not isinstance(value, bool) and value != "time":
+        raise ConfigError(f"{key} must be true, false or time; it is {value!r}.")
+
+
+def check_classes(stitch: Mapping[str, Any]) -> None:
+    """Refuse numbers of labels that are not one for each class."""
+    check_label_values(stitch.get("label_values"), stitch.get("class_names"))

@@ -1,0 +1,15 @@
+"""Blends by name; imports none of them."""
+
+from voxquilt.vocabulary import Registry
+
+BLENDS = Registry(
+    "blend",
+    {
+        "crop": "voxquilt.stitching.blend:CROP",
+        "average": "voxquilt.stitching.blend:AVERAGE",
+        "hann": "voxquilt.stitching.blend:HANN",
+        "gaussian": "voxquilt.stitching.blend:GAUSSIAN",
+    },
+    "voxquilt.blends",
+)
+"""Objects with the interface of `voxquilt.stitching.blend.Blend`."""

@@ -1,0 +1,151 @@
+"""Opens the rings in which the patches of one network output are averaged, one per blend and kind of average."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from voxquilt.errors import OutputError
+from voxquilt.geometry.frame import Padding
+from voxquilt.geometry.output_layout import factor_of
+from voxquilt.geometry.space import Space
+from voxquilt.stitching.accumulator import Accumulator
+from voxquilt.stitching.blend import Blend
+from voxquilt.stitching.buffer_pool import BufferPool, choose_device
+from voxquilt.stitching.ledger import Ledger
+from voxquilt.stitching.native_products import NativeGrid, NativeProducts
+from voxquilt.stitching.output_volumes import Scratch
+from voxquilt.stitching.products.labels import Threshold
+from voxquilt.stitching.products.spec import ProductSpec, background
+from voxquilt.stitching.stitch import Stitch
+from voxquilt.stitching.streaming import SlabStream, planes_of
+from voxquilt.stitching.sum_type import SumType
+
+Averaged = Callable[[Tensor], Tensor] | None
+"""Turns (B, C, ...) patches into what is averaged; None where patches are averaged as they are."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Where a subject's sums and volumes are kept.
+
+    Args:
+        device: Device of the sums; None for where the outputs are.
+        buffers: Where memory for sums comes from and goes to.
+        scratch: Where products that are too large for memory go; None keeps all in memory.
+    """
+
+    device: torch.device | str | None = None
+    buffers: BufferPool | None = None
+    scratch: Scratch | None = None
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Patches of one output, averaged by one blend, on their way to products."""
+
+    averaged: Averaged
+    stream: SlabStream
+    products: NativeProducts
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What one ring is for: products that are computed from the same averages."""
+
+    blend: Blend
+    averaged: Averaged
+    specs: Mapping[str, ProductSpec]
+    fill: list[float]
+
+    def type_of(self, patches: Tensor) -> torch.dtype:
+        """Type of what is averaged."""
+        return patches.dtype if self.averaged is None else self.averaged(patches[:0]).dtype
+
+
+@dataclass(frozen=True)
+class RingOpener:
+    """Opens rings for a subject's outputs, once their channels are known.
+
+    Args:
+        stitch: How patches become volumes.
+        padding: Padding of the subject's grid.
+        space: The way back to native space.
+        ledger: Which patches of which part come.
+        memory: Where sums and volumes are kept.
+        whole: Whether volumes have room for what other processes finish.
+        layout: How outputs lie in patches; see `voxquilt.geometry.output_layout.factor_of`.
+    """
+
+    stitch: Stitch
+    padding: Padding
+    space: Space
+    ledger: Ledger
+    memory: Memory
+    whole: bool
+    layout: str
+
+    def open(self, name: str, patches: Tensor) -> list[Ring]:
+        """The rings of an output.
+
+        Args:
+            name: Name of the output.
+            patches: Its first batch, (B, C, pi, pj, pk).
+
+        Raises:
+            PatchShapeError: patches of another shape than the grid wants.
+            OutputError: a product that the output does not have.
+        """
+        grid, part, channels = self.ledger.grid, self.ledger.part, patches.shape[1]
+        factor = factor_of(self.layout, name, patches.shape, grid.patch_size)
+        scores, maps = grid.downsampled(factor), self.space.in_scores(self.padding, factor)
+        plans = self._plans(name, channels)
+        values = sum(len(plan.fill) for plan in plans) * prod(scores.shape)
+        planes = grid.patch_size[part.axis] / grid.shape[part.axis]
+        width = max(4, patches.element_size()) if patches.is_floating_point() else 8
+        device = self.memory.device
+        if device is None:
+            device = choose_device(patches.device, int(values * planes) * width)
+        buffers = self.memory.buffers or BufferPool()
+        rings = []
+        for plan in plans:
+            fill = plan.fill if self.ledger.skipped else None
+            finished = planes_of(part, scores, plan.blend)
+            back = NativeGrid(maps, part.axis, scores.shape, channels, finished, self.whole, self.memory.scratch)
+            products = NativeProducts(plan.specs, back)
+            sums = Accumulator(
+                scores,
+                plan.blend,
+                part.axis,
+                scores.patch_size[part.axis],
+                channels=len(plan.fill),
+                types=SumType.of_patches(plan.type_of(patches), plan.blend, None, fill),
+                device=torch.device(device),
+                buffers=buffers,
+                fill=fill,
+            )
+            rings.append(Ring(plan.averaged, SlabStream(sums, self.ledger, products), products))
+        return rings
+
+    def _plans(self, name: str, channels: int) -> list[_Plan]:
+        stitch = self.stitch
+        fill = torch.tensor(background(channels, stitch.activation, stitch.fill), dtype=torch.float64)
+        plans = []
+        for blend, specs in stitch.specs(name, channels):
+            if self.ledger.skipped and stitch.fill is None:
+                self._check_fill(fill, specs.values())
+            for averaged in dict.fromkeys(spec.averaged for spec in specs.values()):
+                alike = {product: spec for product, spec in specs.items() if spec.averaged == averaged}
+                values = fill if averaged is None else averaged(fill.reshape(1, channels, 1, 1, 1)).flatten()
+                plans.append(_Plan(blend, averaged, alike, values.tolist()))
+        return plans
+
+    def _check_fill(self, fill: Tensor, specs: Iterable[ProductSpec]) -> None:
+        values = fill.reshape(-1, 1, 1, 1)
+        if any(isinstance(spec.product, Threshold) and spec.product(values).any() for spec in specs):
+            raise OutputError(
+                f"patches without foreground would count as label 1, since a score of 0 is above "
+                f"stitch.threshold={self.stitch.threshold}; set stitch.fill to the background's score."
+            )

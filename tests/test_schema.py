@@ -1,0 +1,105 @@
+"""Laws of the tables of keys: they list what conf/ has and what the classes take, so that no key stands alone."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from voxquilt.cli.main import conf_dir
+from voxquilt.cli.resolvers import register_resolvers
+from voxquilt.cli.schema import HINTS, PREDICT, TOP, TRAIN
+from voxquilt.cli.sections import Section, check_sections
+from voxquilt.cli.suggestions import arguments_of
+from voxquilt.errors import ConfigError
+
+SECTIONS = [("predict", PREDICT, name) for name in PREDICT] + [("train", TRAIN, name) for name in TRAIN]
+# What the code of a run adds to the arguments that a configuration has.
+GIVEN = {
+    "preprocess",
+    "nonfinite",
+    "shard",
+    "distribute",
+    "resume",
+    "stitch",
+    "configuration",
+    "output_dir",
+    "label_values",
+}
+
+
+def composed(script: str) -> dict[str, Any]:
+    """The configuration of a script as it is in conf/, unresolved."""
+    register_resolvers()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        plain = OmegaConf.to_container(compose(script), resolve=False)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def node_of(plain: Mapping[str, Any], name: str) -> dict[str, Any]:
+    for key in name.split("."):
+        plain = plain[key]
+    return dict(plain)
+
+
+@pytest.mark.parametrize(("script", "sections", "name"), SECTIONS)
+def test_the_table_of_a_section_has_the_keys_of_its_file(
+    script: str, sections: Mapping[str, Section], name: str
+) -> None:
+    """Neither a key that has no check, nor a check of a key that is gone. Of models, the keys that all of them have."""
+    written = node_of(composed(script), name).keys() - {"_target_"}
+    if name == "model":
+        written = OmegaConf.load(conf_dir() / "model/_options.yaml").keys()
+    assert sections[name].keys.keys() == set(map(str, written))
+
+
+@pytest.mark.parametrize(("script", "sections", "name"), SECTIONS)
+def test_a_key_is_an_argument_of_its_class(script: str, sections: Mapping[str, Section], name: str) -> None:
+    """And every argument is a key, but for those that a run adds."""
+    target = node_of(composed(script), name).get("_target_")
+    if target is None or name == "model":
+        return
+    arguments = set(arguments_of(target))
+    assert sections[name].keys.keys() - {"augment", "output_dir", "task"} <= arguments
+    assert arguments - sections[name].keys.keys() <= GIVEN
+
+
+def test_every_key_of_the_top_is_known() -> None:
+    """Of both scripts, with the groups that add no key of their own."""
+    keys = {key for script in ("predict", "train") for key in composed(script)}
+    assert keys | {"experiment", "task"} == TOP
+    assert all(key.partition(".")[0] in TOP for key in HINTS)
+
+
+@pytest.mark.parametrize(("sections", "name", "key"), [
+    (sections, name, key)
+    for sections in (PREDICT, TRAIN)
+    for name, section in sections.items()
+    for key in section.keys
+    if not section.is_open
+])  # fmt: skip
+def test_a_slip_in_any_key_is_answered_with_the_key(sections: Mapping[str, Section], name: str, key: str) -> None:
+    """A letter too many, in every section whose keys are known."""
+    plain = {section: {} for section in sections if "." not in section} | {"callbacks": {"writer": {}}}
+    plain[name] = dict.fromkeys(sections[name].keys) | {f"{key}x": 1}
+    with pytest.raises(ConfigError, match=rf"^there is no key {name}\.{key}x\. Did you mean {name}\.{key}\?$"):
+        check_sections(plain, {name: sections[name]}, TOP)
+
+
+def test_a_key_that_a_run_needs_cannot_be_taken_out() -> None:
+    """Where no class has a default for it."""
+    run = {key: None for key in PREDICT["run"].keys if key != "resume"}
+    with pytest.raises(ConfigError, match=r"^run\.resume is needed; the command line took it out with ~run\.resume\.$"):
+        check_sections({"run": run}, {"run": PREDICT["run"]}, TOP)
+
+
+def test_the_users_own_class_has_keys_of_its_own() -> None:
+    """Its own are let pass; those that it shares with ours are checked."""
+    section = {"data": PREDICT["data"]}
+    check_sections({"data": {"_target_": "mine.Data", "volumes": 3}}, section, TOP)
+    with pytest.raises(ConfigError, match=r"data\.num_workers must be an integer of at least 0; it is -1"):
+        check_sections({"data": {"_target_": "mine.Data", "num_workers": -1}}, section, TOP)
