@@ -149,6 +149,7 @@ def test_planes_of_all_parts_are_those_of_one_process(
 NAMES = ["labels", "logits", "probabilities", "entropy", "disagreement"]
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=40)
 @given(
     st.tuples(AXES, AXES, AXES),

@@ -133,6 +133,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: unpacked(path) for path in folder.glob("*.nii.gz")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["crop", "average", "hann", "gaussian"])
 @pytest.mark.parametrize("spacing", [None, 1.7])
 @pytest.mark.parametrize("orientation", ["RAS", "PIL", None])

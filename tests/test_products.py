@@ -654,6 +654,7 @@ def test_the_winner_between_voxels_is_among_the_contenders(
     assert set(scores.flatten(1).max(0).indices.tolist()) <= set(kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("orientation", ["RAS", "SPL"])
 @pytest.mark.parametrize("spacing", [0.6, 1.4, (0.8, 2.3, 1.1)])
 @pytest.mark.parametrize("whole", [False, True])

@@ -43,6 +43,7 @@ class Bright(nn.Module):
         return torch.cat([50 - x, x - 50], 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["crop", "gaussian"])
 def test_the_loop_labels_every_voxel_of_the_head_as_the_model_does(mode: str) -> None:
     """Labels quilted by crop, or the arg-max of blended logits: either is the model's answer for the whole head."""

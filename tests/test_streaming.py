@@ -265,6 +265,7 @@ def test_streamed_labels_are_those_of_the_whole_score_volume(
     assert sure.float().mean() > 0.99
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(
     st.tuples(AXES, AXES, AXES),
