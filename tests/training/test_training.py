@@ -53,7 +53,7 @@ from voxquilt.training.splits import make_split
 from voxquilt.training.validation import Validated, mean_metrics, metrics_of
 from voxquilt.training.volume_cache import CachedVolumes, LabelledVolume
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NET = (
     "model.net.channels=[4,8]", "model.net.strides=[2]", "model.net.num_res_units=0",
 )  # fmt: skip

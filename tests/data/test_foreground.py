@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from grids import Placed, in_starts, to_grid
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_streaming import Placed, in_starts, to_grid
 from torch import Tensor
 
 from voxquilt import predict_volume

@@ -17,7 +17,7 @@ from voxquilt.predict import predict_volume
 from voxquilt.reporting.metrics import class_dice
 from voxquilt.stitching.stitch import Stitch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def network(seed: int) -> torch.nn.Module:

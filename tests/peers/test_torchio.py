@@ -13,11 +13,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from grids import axis_sizes, bare
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.fabric.utilities import move_data_to_device
 from synthetic import noise, save
-from test_grid import axis_sizes, bare
 
 import voxquilt
 from voxquilt.errors import VoxquiltError

@@ -13,8 +13,8 @@ import safetensors.torch
 import torch
 from forks import Server, checked
 from monai.networks.nets import UNet
+from odd_files import Bomb
 from synthetic import noise, read, save
-from test_weights import Bomb
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch.jit and torch.export, which saves weights here

@@ -2,7 +2,6 @@
 
 import gzip
 import io
-import os
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from odd_files import Bomb
 from torch import Tensor, nn
 
 from voxquilt.cli.instantiate import build
@@ -59,16 +59,6 @@ class Lit(pl.LightningModule):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x) + self.offset
-
-
-class Bomb:
-    """What pickle runs when it is loaded: a file appears."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return os.mkdir, (str(self.marker),)
 
 
 def net(seed: int = 0, width: int = 3) -> Net:

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from forks import Server, checked
+from odd_files import BAD_HEADERS, BAD_VOXELS, save_raw
 from synthetic import noise, read, save
-from test_nifti import BAD_HEADERS, BAD_VOXELS, save_raw
 
 from voxquilt.data.preprocess import Preprocess
 from voxquilt.errors import InputError

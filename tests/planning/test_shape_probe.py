@@ -95,7 +95,7 @@ _MEASURE = """
 import ctypes, sys
 ctypes.CDLL(None).mallopt(-3, 2**20)  # what is freed goes back at once, so that the peak is what is live
 import torch
-from test_probe import NETWORKS, hwm, resident
+from test_shape_probe import NETWORKS, hwm, resident
 from voxquilt.planning.shape_probe import probe
 torch.set_num_threads(2)
 name, size, batch = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
@@ -143,7 +143,7 @@ def test_a_real_pass_on_the_host_takes_what_was_predicted(name: str, size: int, 
     """Within 15 % and 30 MiB, oneDNN's own copies included; in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-c", _MEASURE, name, str(size), str(batch)], capture_output=True, text=True, check=True,
-        cwd=__file__.rsplit("/", 1)[0], timeout=300,
+        cwd=Path(__file__).parent, timeout=300,
     )  # fmt: skip
     predicted, measured = map(int, done.stdout.split())
     assert abs(predicted - measured) <= 0.15 * measured + 30 * MIB

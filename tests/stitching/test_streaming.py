@@ -2,22 +2,21 @@
 
 import gc
 import weakref
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
+from grids import Placed, in_starts, to_grid
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from voxquilt.data.grid_sampler import GridSampler, Padding
+from voxquilt.data.grid_sampler import GridSampler
 from voxquilt.data.preprocess import Preprocess
 from voxquilt.data.subject import ScalarImage, Subject
 from voxquilt.errors import BatchError, LedgerError
 from voxquilt.geometry.frame import Frame
 from voxquilt.geometry.grid import Grid, make_grid
-from voxquilt.geometry.padding import NO_PADDING
 from voxquilt.geometry.resample import resample
 from voxquilt.geometry.space import AxisMap
 from voxquilt.geometry.streamed_resample import Restorer
@@ -31,30 +30,8 @@ from voxquilt.stitching.stitch import Stitch
 from voxquilt.stitching.streaming import FinishedPlanes
 from voxquilt.stitching.subject_stitcher import SubjectStitcher
 
-
-@dataclass(frozen=True)
-class Placed:
-    """A grid without a sampler."""
-
-    grid: Grid
-    padding: Padding = NO_PADDING
-
-
 # Per axis: patch size, overlap as a share of what there can be, voxels beside the first patch.
 AXES = st.tuples(st.integers(1, 7), st.integers(0, 3), st.integers(0, 12))
-
-
-def to_grid(axes: tuple[tuple[int, int, int], ...]) -> Grid:
-    """A small grid with any kind of overlap."""
-    patch = [p for p, _, _ in axes]
-    overlap = [2 * min(half, (p - 1) // 2) for p, half, _ in axes]
-    return make_grid([p + more for p, _, more in axes], patch, overlap)
-
-
-def in_starts(grid: Grid, axis: int, rng: np.random.Generator) -> list[int]:
-    """Patch numbers start by start along the axis, shuffled within each start."""
-    numbers = np.moveaxis(np.arange(len(grid)).reshape(grid.counts), axis, 0).reshape(grid.counts[axis], -1)
-    return [int(n) for row in numbers for n in rng.permutation(row)]
 
 
 def streamed(

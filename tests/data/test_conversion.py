@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from grids import bare
 from monai.data.meta_tensor import MetaTensor
 from synthetic import noise, save
-from test_grid import bare
 from torch import Tensor
 
 from voxquilt import GridSampler, LabelMap, ScalarImage, Stitch, Subject, predict_volume

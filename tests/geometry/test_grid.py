@@ -1,28 +1,16 @@
 """Laws of the grid: where patches lie, that they cover everything, and which sizes make no grid."""
 
-import inspect
-from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pytest
+from grids import axis_sizes, bare
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from voxquilt.errors import GridError, PatchShapeError
 from voxquilt.geometry.frame import AXES, to_triple
 from voxquilt.geometry.grid import axis_starts, make_grid
-
-
-def bare(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function without the checks of its annotations, as users call it: what it refuses, it must refuse by itself."""
-    return inspect.unwrap(function)
-
-
-def axis_sizes(largest: int = 12) -> st.SearchStrategy[tuple[int, int, int]]:
-    """(voxels, patch, overlap) of one axis that make a grid; all of them are as likely, so that many overlap."""
-    return st.sampled_from([(n, p, o) for n in range(1, largest + 1) for p in range(1, n + 1) for o in range(0, p, 2)])
 
 
 @st.composite

@@ -6,9 +6,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from grids import Placed, in_starts, to_grid
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_streaming import Placed, in_starts, to_grid
 
 from voxquilt.data.foreground import to_predict
 from voxquilt.data.grid_sampler import GridSampler

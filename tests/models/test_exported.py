@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_weights import Bomb
+from odd_files import Bomb
 from torch import Tensor, nn
 
 from voxquilt.errors import ConfigError, OutputError

@@ -168,7 +168,7 @@ def test_every_trainer_of_a_prediction_keeps_none(name: str, place: Path) -> Non
 
 def test_the_oldest_packages_that_are_taken_are_past_their_advisories_and_the_document_says_which() -> None:
     """Each row of docs/trust.md is the floor of pyproject.toml, with a reason beside it."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     dependencies = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
     floors = {name: rest.partition(",")[0] for name, _, rest in (text.partition(">=") for text in dependencies)}
     assert {"torch": floors["torch"], "monai": floors["monai"]} == {"torch": "2.10", "monai": "1.6"}

@@ -7,9 +7,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from grids import axis_sizes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_grid import axis_sizes
 from torch.utils.data import DataLoader
 
 from voxquilt.data.formats.nifti import NiftiFile

@@ -11,7 +11,7 @@ from torch import Tensor
 from voxquilt import GridAggregator, GridSampler
 from voxquilt.stitching.blend import Blend, Windowed, gaussian
 
-SAID = (Path(__file__).parents[1] / "docs/from-monai.md").read_text("utf-8")
+SAID = (Path(__file__).parents[2] / "docs/from-monai.md").read_text("utf-8")
 FLOORED = Windowed(lambda patch: gaussian(patch).clamp(min=0.03))
 
 

@@ -17,7 +17,7 @@ from voxquilt.errors import ConfigError
 from voxquilt.text import question
 from voxquilt.vocabulary import check_name
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(

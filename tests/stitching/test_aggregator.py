@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from grids import axis_sizes, bare
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_grid import axis_sizes, bare
 from torch import Tensor
 
 from voxquilt.data.grid_sampler import GridSampler
