@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from voxquilt.data.discovery import SubjectFiles
 from voxquilt.data.subject_size import SubjectCost
 from voxquilt.data.subject_task import SubjectTask
-from voxquilt.distributed.assignment import distributed, shares
+from voxquilt.distributed.assignment import assign_tasks, find_shared
 from voxquilt.distributed.load_balancing import deal
 from voxquilt.vocabulary import DISTRIBUTE
 
@@ -40,7 +40,7 @@ def test_every_subject_is_done_once_whole_or_by_each_of_its_team(
     """Nothing of it is lost or changed on the way."""
     sizes, ranks = cohort
     given_ = tasks(len(sizes))
-    dealt = distributed(given_, sizes, ranks, mode)
+    dealt = assign_tasks(given_, sizes, ranks, mode)
     assert len(dealt) == ranks
     doers: dict[int, list[int]] = {task.number: [] for task in given_}
     for rank, mine in enumerate(dealt):
@@ -61,7 +61,7 @@ def test_every_subject_is_done_once_whole_or_by_each_of_its_team(
 def test_shared_subjects_come_first_and_in_one_order_for_all(cohort: tuple[list[SubjectCost], int], mode: str) -> None:
     """Otherwise processes would wait for each other in a ring. Whole ones come in their order too."""
     sizes, ranks = cohort
-    for mine in distributed(tasks(len(sizes)), sizes, ranks, mode):
+    for mine in assign_tasks(tasks(len(sizes)), sizes, ranks, mode):
         shared = [bool(task.team) for task in mine]
         assert shared == sorted(shared, reverse=True)
         for kind in (True, False):
@@ -74,9 +74,9 @@ def test_which_subjects_are_shared(cohort: tuple[list[SubjectCost], int]) -> Non
     """'subject' none, 'slab' all that can be divided, 'auto' those of few or that outweigh an even share."""
     sizes, ranks = cohort
     divisible = [n for n, size in enumerate(sizes) if size.parts > 1]
-    assert shares(sizes, ranks, "subject") == []
-    assert shares(sizes, ranks, "slab") == (divisible if ranks > 1 else [])
-    auto = shares(sizes, ranks, "auto")
+    assert find_shared(sizes, ranks, "subject") == []
+    assert find_shared(sizes, ranks, "slab") == (divisible if ranks > 1 else [])
+    auto = find_shared(sizes, ranks, "auto")
     if ranks == 1:
         assert auto == []
     elif len(sizes) < ranks:
@@ -88,17 +88,17 @@ def test_which_subjects_are_shared(cohort: tuple[list[SubjectCost], int]) -> Non
 
 def test_auto_shares_what_would_keep_the_others_waiting() -> None:
     """Extreme examples: few subjects, one giant, an even cohort, and what cannot be divided."""
-    assert shares([SubjectCost(10, 3)] * 2, 3, "auto") == [0, 1]
-    assert shares([SubjectCost(100, 2), SubjectCost(1, 2), SubjectCost(1, 1)], 2, "auto") == [0]
-    assert shares([SubjectCost(10, 2)] * 2, 2, "auto") == []
-    assert shares([SubjectCost(100, 1), SubjectCost(1, 2)], 2, "auto") == []
-    assert shares([], 3, "auto") == []
+    assert find_shared([SubjectCost(10, 3)] * 2, 3, "auto") == [0, 1]
+    assert find_shared([SubjectCost(100, 2), SubjectCost(1, 2), SubjectCost(1, 1)], 2, "auto") == [0]
+    assert find_shared([SubjectCost(10, 2)] * 2, 2, "auto") == []
+    assert find_shared([SubjectCost(100, 1), SubjectCost(1, 2)], 2, "auto") == []
+    assert find_shared([], 3, "auto") == []
 
 
 def test_the_process_that_collects_changes() -> None:
     """It also writes; with as many volumes as processes each collects one."""
     sizes = [SubjectCost(9, 3)] * 6
-    dealt = distributed(tasks(6), sizes, 3, "slab")
+    dealt = assign_tasks(tasks(6), sizes, 3, "slab")
     assert Counter(task.team[0] for task in dealt[0]) == {0: 2, 1: 2, 2: 2}
     assert [task.team for task in dealt[1]] == [(0, 1, 2), (1, 2, 0), (2, 0, 1)] * 2
 
@@ -107,9 +107,9 @@ def test_the_process_that_collects_changes() -> None:
 def test_no_process_has_much_more_than_its_share(cohort: tuple[list[SubjectCost], int], mode: str) -> None:
     """At most an even share and the largest piece more: the rule of dealing to whoever has least."""
     sizes, ranks = cohort
-    shared = {*shares(sizes, ranks, mode)}
+    shared = {*find_shared(sizes, ranks, mode)}
     whole = [size.patches for n, size in enumerate(sizes) if n not in shared]
-    dealt = distributed(tasks(len(sizes)), sizes, ranks, mode)
+    dealt = assign_tasks(tasks(len(sizes)), sizes, ranks, mode)
     after, before = loads(dealt, sizes), loads([[task for task in mine if task.team] for mine in dealt], sizes)
     assert abs(sum(after) - sum(size.patches for size in sizes)) < 1e-6
     assert max(after) <= max(*before, 0, sum(after) / ranks + max(whole, default=0)) + 1e-6
@@ -117,7 +117,7 @@ def test_no_process_has_much_more_than_its_share(cohort: tuple[list[SubjectCost]
 
 def test_whole_subjects_fill_up_where_slabs_are_few() -> None:
     """A volume of two parts among four processes: the other two get the rest."""
-    dealt = distributed(tasks(3), [SubjectCost(20, 2), SubjectCost(10), SubjectCost(10)], 4, "slab")
+    dealt = assign_tasks(tasks(3), [SubjectCost(20, 2), SubjectCost(10), SubjectCost(10)], 4, "slab")
     assert [[task.number for task in mine] for mine in dealt] == [[0], [0], [1], [2]]
 
 
