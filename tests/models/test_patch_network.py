@@ -134,7 +134,7 @@ def test_a_tuples_outputs_are_numbered_or_named() -> None:
 
 
 def test_a_mappings_outputs_keep_their_names_or_are_chosen() -> None:
-    """model.outputs chooses; others, even ones that are no tensors, are left out."""
+    """model.outputs chooses; others, even ones that are not tensors, are left out."""
     net = Returning(lambda x: {"seg": x, "edge": -x, "epoch": 3, 5: x})
     got = PatchNetwork([net], outputs=["edge"])(PATCHES)
     assert list(got) == ["edge"]
@@ -209,8 +209,8 @@ def test_wrong_options_are_refused_when_it_is_built(options: dict[str, Any], mes
         (lambda x: None, None, "the network gave NoneType"),
         (lambda x: 3.0, None, "the network gave float"),
         (lambda x: (x, x), ["seg"], "model.outputs has 1 names and the network 2 outputs"),
-        (lambda x: (x, 3), None, r"outputs \['out1'\] are no tensors"),
-        (lambda x: {"seg": x, "epoch": 3}, None, r"outputs \['epoch'\] are no tensors"),
+        (lambda x: (x, 3), None, r"outputs \['out1'\] are not tensors"),
+        (lambda x: {"seg": x, "epoch": 3}, None, r"outputs \['epoch'\] are not tensors"),
         (lambda x: {"seg": x}, ["sge"], r"names \['sge'\]; the network gives \['seg'\]"),
         (lambda x: {}, None, "no tensors"),
         (lambda x: x[0], None, r"has shape \(3, 5, 4, 6\); wanted is \(B, C, I, J, K\)"),
@@ -250,7 +250,7 @@ def test_deep_supervision_is_told_how_to_keep_its_first_output(n: int, kind: typ
 def test_nested_and_stacked_deep_supervision_is_answered_too() -> None:
     """A list inside a tuple, and all in one tensor; outputs of one size, or of other channels, are several outputs."""
     with pytest.raises(
-        OutputError, match=r"are no tensors; choose by model\.outputs, such as model\.outputs=\[seg,null\]"
+        OutputError, match=r"are not tensors; choose others by model\.outputs, such as model\.outputs=\[seg,null\]"
     ):
         PatchNetwork([Returning(lambda x: (x, coarser(x, 3)))])(PATCHES)
     assert list(PatchNetwork([Returning(lambda x: (x, coarser(x, 3)))], outputs=["seg", None])(PATCHES)) == ["seg"]

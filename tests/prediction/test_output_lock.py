@@ -246,7 +246,7 @@ def test_a_lock_file_that_its_holder_removed_meanwhile_is_made_anew(
     shard: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A lock on a file that nobody can find any more would keep nobody out."""
-    locks, calls = voxquilt.prediction.output_lock._locks, []
+    locks, calls = voxquilt.prediction.output_lock._try_lock, []
 
     def late(descriptor: int, kind: int) -> bool:
         calls.append(kind)
@@ -254,7 +254,7 @@ def test_a_lock_file_that_its_holder_removed_meanwhile_is_made_anew(
             (tmp_path / LOCK).unlink()
         return locks(descriptor, kind)
 
-    monkeypatch.setattr(voxquilt.prediction.output_lock, "_locks", late)
+    monkeypatch.setattr(voxquilt.prediction.output_lock, "_try_lock", late)
     with locked(tmp_path, shard):
         assert LOCK in hidden(tmp_path)
     assert hidden(tmp_path) == set()

@@ -95,7 +95,7 @@ def test_what_is_no_label_fails_the_subject(transform: object, named: str, numbe
 def test_post_processing_that_gives_no_class_is_said() -> None:
     """With label_values it gives classes; without them numbers."""
     with pytest.raises(
-        OutputError, match=r"gave 7, which is no class: stitch\.label_values has numbers for classes 0 to 2"
+        OutputError, match=r"gave 7, which is not a class: stitch\.label_values has numbers for classes 0 to 2"
     ):
         labels_of(Stitch(postprocess=[lambda c: c * 0 + 7], label_values=[0, 5, 9]), np.zeros((4, 4, 4), np.int64))
 
