@@ -1,4 +1,4 @@
-"""A weights format of another package works through the real command, as docs/extending.md has it."""
+"""Tests that a weights format of another package works with the real command, as docs/extending.md shows."""
 
 import re
 import tomllib
@@ -20,7 +20,7 @@ NET = ("model.net._target_=synthetic.Over50",)
 
 
 def documented() -> tuple[str, str]:
-    """The file and the lines of pyproject.toml in the section of the document."""
+    """The file and the lines of pyproject.toml from the section of the document."""
     section = (
         (ROOT / "docs/extending.md").read_text("utf-8").partition("## A weights format\n")[2].partition("\n## ")[0]
     )
@@ -33,7 +33,7 @@ def documented() -> tuple[str, str]:
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A package in a folder, as an installer leaves it; a volume, and weights of the format."""
+    """A package in a folder, as an installer leaves it, a volume, and weights in the format."""
     code, lines = documented()
     (tmp_path / "package/npz_weights-1.0.dist-info").mkdir(parents=True)
     (tmp_path / "package/npz_weights.py").write_text(code)
@@ -49,7 +49,7 @@ def place(tmp_path: Path) -> Path:
 
 
 def test_the_documented_format_predicts_from_outside_the_package(place: Path) -> None:
-    """One file and one line: the command reads the weights that it refused before."""
+    """With one file and one line the command reads the weights that it refused before."""
     arguments = (*JOB, *NET, "ckpt_path=weights.npz")
     done = run("predict.py", *arguments, cwd=place)
     assert done.returncode == 2
@@ -59,8 +59,8 @@ def test_the_documented_format_predicts_from_outside_the_package(place: Path) ->
     np.testing.assert_array_equal(read(place / "outputs/a_labels.nii"), noise((9, 8, 10)) > 50)
 
 
-def test_a_format_without_a_network_is_answered_as_our_own(place: Path) -> None:
-    """Before torch has loaded: in the check of the configuration."""
+def test_a_missing_network_is_reported_as_for_built_in_formats(place: Path) -> None:
+    """By the check of the configuration, before torch is loaded."""
     (place / "stub/torch").mkdir(parents=True)
     (place / "stub/torch/__init__.py").write_text("raise ImportError('torch was imported for a light error')\n")
     path = f"{place / 'package'}:{place / 'stub'}"
@@ -70,7 +70,7 @@ def test_a_format_without_a_network_is_answered_as_our_own(place: Path) -> None:
 
 
 class Broken:
-    """A format that fails as it looks at a file."""
+    """A format that raises while it inspects a file."""
 
     needs_network = False
 
@@ -79,7 +79,7 @@ class Broken:
 
 
 class NoNetwork:
-    """A format that gives something else than a network."""
+    """A format that does not return a network."""
 
     needs_network = False
 
@@ -101,7 +101,7 @@ def installed(folder: Path, monkeypatch: pytest.MonkeyPatch, **points: str) -> N
 
 @pytest.fixture(autouse=True)
 def _forget() -> Iterator[None]:
-    """Entry points are read once for each process: before a test none have been, and after it none are left."""
+    """Entry points are read once per process: clear them before and after a test."""
     WEIGHTS.__dict__.pop("_added", None)
     yield
     WEIGHTS.__dict__.pop("_added", None)
@@ -109,7 +109,7 @@ def _forget() -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, which saves a program here
 def test_a_format_that_fails_or_gives_no_network_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One message each; files that our own formats recognise are not its concern."""
+    """One message each; files that built-in formats recognise are not affected."""
     name = __name__
     installed(tmp_path / "own", monkeypatch, none=f"{name}:NoNetwork", broken=f"{name}:Broken", gone="nowhere:Format")
     (tmp_path / "a.none").write_bytes(b"some text")
