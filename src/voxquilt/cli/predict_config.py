@@ -17,6 +17,7 @@ from voxquilt.data.discovery import SubjectFiles, find_cases, label_files
 from voxquilt.distributed.environment import is_external, is_first
 from voxquilt.errors import ConfigError
 from voxquilt.models.weights.detect import check_has_network
+from voxquilt.stitching.products.registry import PRODUCTS
 
 
 def check_predict(cfg: DictConfig) -> dict[str, Any]:
@@ -72,7 +73,8 @@ def _check_inputs(plain: Mapping[str, Any]) -> None:
 def _check_labels(labels: Any, products: Any, cases: list[SubjectFiles]) -> None:
     lists = products.values() if isinstance(products, Mapping) else [products]
     names = [name for names in lists for name in names or ()]
-    if names and "labels" not in names:
+    # Products of others may be labels too.
+    if names and "labels" not in names and all(name in PRODUCTS.own for name in names):
         raise ConfigError(f"data.labels={labels} is compared with labels; add them to stitch.products={products}.")
     files = (path for case in cases for path in label_files(case, labels).values())
     if not any(map(os.path.isfile, files)):
