@@ -65,7 +65,7 @@ def _check_inputs(plain: Mapping[str, Any]) -> None:
     check_image_names(plain["preprocess"].get("intensity"), cases)
     mask = data.get("skip")
     if isinstance(mask, str) and not any(os.path.isfile(mask.replace("{subject}", case.subject)) for case in cases):
-        raise ConfigError(f"data.skip={mask}: no subject has such a mask (looked from {Path.cwd()}).")
+        raise ConfigError(f"data.skip={mask}: no subject has such a mask (relative to {Path.cwd()}).")
     if data.get("labels") is not None:
         _check_labels(data["labels"], plain["stitch"].get("products"), cases)
 
@@ -78,7 +78,7 @@ def _check_labels(labels: Any, products: Any, cases: list[SubjectFiles]) -> None
         raise ConfigError(f"data.labels={labels} is compared with labels; add them to stitch.products={products}.")
     files = (path for case in cases for path in label_files(case, labels).values())
     if not any(map(os.path.isfile, files)):
-        raise ConfigError(f"data.labels={labels}: no subject has such a file (looked from {Path.cwd()}).")
+        raise ConfigError(f"data.labels={labels}: no subject has such a file (relative to {Path.cwd()}).")
 
 
 def _check_targets(node: Any, allowed: Any, key: str = "") -> None:
