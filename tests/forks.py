@@ -37,9 +37,7 @@ class Run:
     began: float = field(default_factory=time.monotonic)
 
     def wait(self, timeout: float = 60) -> list[int]:
-        """Wait for the exit statuses, negative for a signal; a process that does not end in time is killed and
-        fails the test.
-        """
+        """Wait for the exit statuses, negative for a signal; a process that exceeds the time is killed."""
         statuses = [self.server.ask({"wait": pid, "timeout": timeout})["status"] for pid in self.pids]
         self.seconds = time.monotonic() - self.began
         assert None not in statuses, f"still running after {timeout} s: {self.text}"

@@ -1,11 +1,13 @@
 """Tests the structure of the code: imports point one way, the core knows no framework, and startup loads little."""
 
 import ast
+import re
 import subprocess
 import sys
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -152,3 +154,29 @@ def test_a_module_has_at_most_300_lines_and_a_docstring(module: str) -> None:
     text = MODULES[module].read_text("utf-8")
     assert len(text.splitlines()) <= 300
     assert ast.get_docstring(ast.parse(text))
+
+
+def test_modules_and_classes_are_small() -> None:
+    """Half of the modules have at most 130 lines; no class has more than 200, no constructor more than 12 arguments."""
+    assert median(len(path.read_text("utf-8").splitlines()) for path in MODULES.values()) <= 130
+    large: list[str] = []
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.ClassDef) and (node.end_lineno or 0) - node.lineno >= 200:
+                large.append(f"{module}.{node.name}")
+            if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+                given = node.args
+                count = len(given.args) - 1 + len(given.kwonlyargs) + bool(given.vararg) + bool(given.kwarg)
+                large += [f"{module}: a constructor with {count} arguments"] if count > 12 else []
+    assert large == []
+
+
+def test_every_target_in_conf_is_a_public_name() -> None:
+    """So that moving a module breaks no configuration and no checkpoint."""
+    targets = {
+        target
+        for path in (Path(__file__).parents[1] / "conf").rglob("*.yaml")
+        for target in re.findall(r"_target_[:=]\s*(voxquilt[\w.]*)", path.read_text("utf-8"))
+    }
+    assert len(targets) > 10
+    assert {target.removeprefix("voxquilt.") for target in targets} <= set(voxquilt.__all__)

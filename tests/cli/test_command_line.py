@@ -104,9 +104,9 @@ def light(place: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
         ("data.nonfinite=ignore", "data.nonfinite must be one of error, zero"),
         ("data.skip=true", "data.skip is null, a number, or a mask's path with {subject}; it is True"),
         ("data.skip=[1,2]", "data.skip is null, a number, or a mask's path"),
-        ("data.skip=masks/{subject}.nii", "data.skip=masks/{subject}.nii: no subject has such a mask (looked from"),
+        ("data.skip=masks/{subject}.nii", "data.skip=masks/{subject}.nii: no subject has such a mask (relative to"),
         ("data.labels=truth.nii", "data.labels is a path with {subject}, such as 'labels/{subject}.nii.gz', or one"),
-        ("data.labels=truth/{subject}.nii", "data.labels=truth/{subject}.nii: no subject has such a file (looked from"),
+        ("data.labels=truth/{subject}.nii", "data.labels=truth/{subject}.nii: no subject has such a file (relative to"),
         ("run.surface_tolerance=-1", "run.surface_tolerance must be a number of mm from 0; it is -1"),
         # model space, network and products
         ("preprocess.orientation=RAX", "one letter of each pair L/R, A/P, S/I"),
@@ -382,9 +382,7 @@ def test_a_table_of_several_images_predicts_with_a_lightning_state_dict(forks: S
 
 
 def test_shards_share_the_subjects_and_the_folder(forks: Server, tmp_path: Path) -> None:
-    """Each subject once, by patches counted from headers; a shard without subjects ends well; run.status lists what
-    is missing.
-    """
+    """Each subject once, by patches from headers; a shard may have none; run.status lists what is missing."""
     sizes = {"a": 40, "b": 8, "c": 12, "d": 24, "e": 16}
     volumes = {name: save(tmp_path / f"scans/{name}.nii.gz", noise((9, 9, n), n)) for name, n in sizes.items()}
     (tmp_path / "scans/f.nii.gz").write_bytes(b"no image")

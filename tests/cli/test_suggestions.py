@@ -49,7 +49,7 @@ ROOT = Path(__file__).parents[2]
         ("train", "model.flips=[0]", "there is no key model.flips in train.py: it is one of predict.py's."),
         ("predict", "src", "src: a setting is written with =, without blanks around it, such as data.inputs=src."),
         ("predict", "data.inputs", "such as data.inputs=value."),
-        ("predict", "ckpt_path=nowhere.ckpt", "ckpt_path: there is no file nowhere.ckpt (looked from "),
+        ("predict", "ckpt_path=nowhere.ckpt", "ckpt_path: there is no file nowhere.ckpt (relative to "),
         ("predict", "--multirun --cfg job", "Only one of --run, --multirun, --cfg, "),
         (
             "train", "experiment=brain_extraction",

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from packages import install_documented
 from synthetic import ROOT, noise, read, run, save
 from torch import Tensor
 
@@ -26,23 +27,11 @@ AFFINE = np.array([[-2.0, 0, 0, 5], [0, 1.5, 0, -7], [0, 0, 1, 3], [0, 0, 0, 1]]
 @pytest.fixture
 def installed(tmp_path: Path) -> Path:
     """A folder of installed packages with the one from docs/extending.md."""
-    text = (ROOT / "docs/extending.md").read_text("utf-8")
-    module = re.search(r"```python file=npz_format\.py\n(.*?)```", text, re.DOTALL)
-    entry_points = re.search(r'```text\n\[project\.entry-points\."(voxquilt\.formats)"\]\n(.*?)```', text, re.DOTALL)
-    assert module
-    assert entry_points
-    info = tmp_path / "site/npz_format-1.0.dist-info"
-    info.mkdir(parents=True)
-    (tmp_path / "site/npz_format.py").write_text(module[1])
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: npz-format\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[{entry_points[1]}]\n{entry_points[2].replace(chr(34), '')}")
-    return tmp_path / "site"
+    return install_documented("npz_format.py", tmp_path / "site")
 
 
 def test_a_package_adds_a_file_format_by_one_file_and_one_line(installed: Path, tmp_path: Path) -> None:
-    """The real command reads its files beside NIfTI; labels equal those of the same voxels as NIfTI, on the same
-    grid.
-    """
+    """The real command reads its files beside NIfTI; labels and grid equal those of the same voxels as NIfTI."""
     volume = noise(SHAPE)
     save(tmp_path / "in/nifti.nii.gz", volume, AFFINE)
     np.savez(tmp_path / "in/own.npz", voxels=volume, affine=AFFINE)

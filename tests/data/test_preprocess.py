@@ -128,9 +128,7 @@ def test_a_transform_may_add_channels_but_not_change_the_grid() -> None:
 
 
 def changes_nothing(subject: Subject, name: str = "t1") -> None:
-    """Prepare with transforms that work in place, for every case in which voxels may or may not have been copied
-    before.
-    """
+    """Prepare with transforms that work in place, in all cases in which voxels may or may not be copies."""
     kept = subject[name].data.clone()
     for orientation in (None, "RAS", "LPS", "SAR"):
         for spacing in (None, 2.0):

@@ -55,8 +55,9 @@ def options(mode: str) -> tuple[str, ...]:
 
 
 def assert_same(ours: Path, theirs: Path, mode: str) -> None:
-    """Labels, and for crop the scores, are equal to the bit; the rest up to rounding, since torch's soft-max rounds
-    by a voxel's position in the slab.
+    r"""Labels, and for crop the scores, are equal to the bit; the rest up to rounding.
+
+    The soft-max of torch rounds by a voxel's position in the slab.
     """
     assert outputs(ours) == outputs(theirs)
     for name in outputs(theirs):

@@ -192,9 +192,7 @@ def test_a_downsampled_grid_is_the_grid_divided_by_the_factor(
 def test_a_grid_that_the_factor_does_not_divide_cannot_be_downsampled(
     axis: int, shape: int, patch: int, overlap: int, what: str
 ) -> None:
-    """Volume, patch size and starts must be multiples, or output patches would not line up; the error names the
-    axis.
-    """
+    """Volume, patch size and starts must be multiples, so that output patches line up; the error names the axis."""
     sizes = np.array([[40] * 3, [20] * 3, [8] * 3])
     sizes[:, axis] = shape, patch, overlap
     with pytest.raises(GridError) as error:

@@ -86,9 +86,7 @@ def test_cropped_patch_outputs_join_to_the_output_of_the_whole_volume(
     batch_size: int,
     seed: int,
 ) -> None:
-    """For valid convolutions with any kernel, even sizes included, and any patch; the volume is surrounded by
-    padding.
-    """
+    """For valid convolutions with any kernel, even sizes included, and any patch; padding surrounds the volume."""
     random = np.random.default_rng(seed)
     weight = torch.from_numpy(random.normal(size=(2, 1, *kernel))).float()
     volume = torch.from_numpy(random.normal(size=(1, *shape))).float()
@@ -230,9 +228,7 @@ def test_the_command_predicts_with_valid_convolutions(folder: Path, forks: Serve
 def test_the_command_refuses_valid_convolutions_without_model_output_cropped(
     folder: Path, forks: Server, option: str
 ) -> None:
-    """One message, status 2, nothing started. A step from 8 to 4 is not read as half the resolution unless
-    configured.
-    """
+    """One message, status 2, nothing started. From 8 to 4 voxels is not half the resolution unless configured."""
     size = 8 if option.endswith("auto") else 9
     job = (*JOB[:-1], f"{JOB[-1]}ValidOver50", option, f"data.patch_size={size}", "output_dir=refused")
     run = forks.start(*job, cwd=folder)

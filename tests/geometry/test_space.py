@@ -28,9 +28,7 @@ SHAPES = st.tuples(*[st.integers(1, 7)] * 3)
 
 @st.composite
 def affines(draw: st.DrawFn, *, oblique: float = 40.0, shear: float = 0.05) -> np.ndarray:
-    """Axes permuted and flipped, then rotated by at most `oblique` degrees, with a spacing per axis and a little
-    shear.
-    """
+    """Axes permuted and flipped, rotated by at most `oblique` degrees, with spacings and a little shear."""
     axes = draw(st.sampled_from(SIGNED_PERMUTATIONS))
     random = np.random.default_rng(draw(SEEDS))
     vector = random.normal(size=3)
@@ -144,9 +142,7 @@ def test_an_invalid_spacing_is_a_config_error(value: object) -> None:
 def test_every_voxel_keeps_its_world_position(
     affine: np.ndarray, shape: tuple[int, int, int], orientation: str | None, spacing: object
 ) -> None:
-    """The model affine at a voxel's model coordinates equals the native affine at the voxel, and the inverse holds
-    too.
-    """
+    """The model affine at a voxel's model coordinates equals the native affine at the voxel, and conversely."""
     space = make_space(Frame(shape, affine), orientation, spacing)
     native = voxels_of(shape)
     model = mapped(space.maps, native)

@@ -1,14 +1,13 @@
 """Tests that a weights format of another package works with the real command, as docs/extending.md shows."""
 
-import re
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from synthetic import ROOT, Over50, noise, read, run, save
+from packages import install_documented
+from synthetic import Over50, noise, read, run, save
 
 from voxquilt.errors import ConfigError
 from voxquilt.models.weights.detect import check_is_weights, kind_of
@@ -19,30 +18,10 @@ JOB = ("data.inputs=in", "data.patch_size=8", "callbacks.writer.tensorboard=fals
 NET = ("model.net._target_=synthetic.Over50",)
 
 
-def documented() -> tuple[str, str]:
-    """The file and the lines of pyproject.toml from the section of the document."""
-    section = (
-        (ROOT / "docs/extending.md").read_text("utf-8").partition("## A weights format\n")[2].partition("\n## ")[0]
-    )
-    code = re.search(r"```python file=npz_weights\.py\n(.*?)```", section, re.DOTALL)
-    lines = re.search(r"```text\n(\[project\.entry-points.*?)```", section, re.DOTALL)
-    assert code
-    assert lines
-    return code[1], lines[1]
-
-
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     """A package in a folder, as an installer leaves it, a volume, and weights in the format."""
-    code, lines = documented()
-    (tmp_path / "package/npz_weights-1.0.dist-info").mkdir(parents=True)
-    (tmp_path / "package/npz_weights.py").write_text(code)
-    points = tomllib.loads(lines)["project"]["entry-points"]
-    text = "".join(
-        f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in table.items()) for group, table in points.items()
-    )
-    (tmp_path / "package/npz_weights-1.0.dist-info/entry_points.txt").write_text(text)
-    (tmp_path / "package/npz_weights-1.0.dist-info/METADATA").write_text("Name: npz_weights\nVersion: 1.0\n")
+    install_documented("npz_weights.py", tmp_path / "package")
     save(tmp_path / "in/a.nii", noise((9, 8, 10)))
     np.savez(tmp_path / "weights.npz", **{name: value.numpy() for name, value in Over50().state_dict().items()})
     return tmp_path

@@ -130,9 +130,7 @@ def test_padding_never_changes_a_native_voxel(
 def test_a_volume_of_one_class_is_labelled_up_to_its_border(
     size: int, mm: float, spacing: float, patch: int, factor: int
 ) -> None:
-    """Also for a network with a smaller output, whose voxels at the border average padding too, as long as the
-    volume fills at least one of them.
-    """
+    """Also if the border voxels of a smaller output average padding, while the volume fills one of them."""
     network: Callable[[Tensor], Tensor] = lambda x: avg_pool3d(torch.cat([0.9 - x, x - 0.9], 1), factor)  # noqa: E731
     subject = Subject(t1=ScalarImage(tensor=torch.ones(1, *[size] * 3), affine=np.diag([mm, mm, mm, 1])))
     made = predict_volume(network, subject, patch, divisible_by=patch, preprocess=Preprocess(spacing=spacing))

@@ -150,7 +150,7 @@ def test_a_missing_reference_label_is_reported_but_not_a_failure(tmp_path: Path,
     assert [row["error"] for row in metrics(tmp_path / "outputs")] == ["", "there is no label file truth/b.nii"]
     none = forks.start("data.inputs=in", "data.labels=nowhere/{subject}.nii", "output_dir=none", *JOB, cwd=tmp_path)
     assert checked(none.wait()) == 2
-    assert "voxquilt: data.labels=nowhere/{subject}.nii: no subject has such a file (looked from" in none.text
+    assert "voxquilt: data.labels=nowhere/{subject}.nii: no subject has such a file (relative to" in none.text
     assert not (tmp_path / "none").exists()
 
 

@@ -53,9 +53,7 @@ def skip(grid: Grid, parts: Sequence[Part], which: str, rng: np.random.Generator
 def play(
     team: Sequence[GridAggregator | SubjectStitcher], steps: list[list[Callable[[], None]]], rng: np.random.Generator
 ) -> None:
-    """Run the steps of each process in turn, then join the head of the next process. Processes interleave in any
-    order.
-    """
+    """Run the steps of the processes in any interleaving; each joins the next one's head after its own steps."""
     waiting = set(range(len(team) - 1))
     favour = rng.permutation(len(team)) if rng.random() < 0.5 else None
     while waiting or any(steps):
