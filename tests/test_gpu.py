@@ -9,11 +9,11 @@ import torch
 from lightning.pytorch import Trainer
 from synthetic import Over50, noise, read, save
 
-from voxquilt.data.foreground import to_predict
+from voxquilt.data.foreground import patches_to_predict
 from voxquilt.data.grid_sampler import GridSampler
 from voxquilt.data.preprocess import Preprocess
 from voxquilt.data.subject import ScalarImage, Subject
-from voxquilt.geometry.slab_split import Part, split
+from voxquilt.geometry.slab_split import Part, split_rows
 from voxquilt.models.predictor import PatchPredictor
 from voxquilt.prediction.datamodule import GridDataModule
 from voxquilt.prediction.writer_callback import VolumeWriter
@@ -88,11 +88,11 @@ def test_parts_on_the_device_and_on_the_host_equal_one_process(mode: str, skippe
 
     def quilted(device: str, part: Part, *, whole: bool) -> SubjectStitcher:
         quilt = SubjectStitcher(stitch, sampler, space, skipped=skipped, part=part, whole=whole)
-        for n in to_predict(sampler, skipped, part):
+        for n in patches_to_predict(sampler, skipped, part):
             quilt.add({"": patches[n : n + 1].to(device)}, [n])
         return quilt
 
-    parts = split(sampler.grid, 3)
+    parts = split_rows(sampler.grid, 3)
     expected = quilted("cpu", Part(parts[0].axis, 0, parts[-1].stop), whole=True).volumes()
     for devices in (("cuda", "cpu", "cuda"), ("cpu", "cuda", "cuda")):
         team = [quilted(d, part, whole=n == 0) for n, (d, part) in enumerate(zip(devices, parts, strict=True))]

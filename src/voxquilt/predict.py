@@ -8,7 +8,7 @@ from torch import Tensor
 
 from voxquilt.data.batch import named_outputs
 from voxquilt.data.conversion import SubjectLike, to_mask, to_subject
-from voxquilt.data.foreground import patches_to_skip, to_predict
+from voxquilt.data.foreground import patches_to_predict, patches_to_skip
 from voxquilt.data.grid_sampler import GridSampler
 from voxquilt.data.preprocess import Preprocess
 from voxquilt.data.subject import Subject
@@ -75,7 +75,7 @@ def predict_volume(
         model_subject, patch_size, patch_overlap, padding_mode, fit=True, divisible_by=divisible_by, halo=halo
     )
     skipped = patches_to_skip(skip, sampler, subject, space)
-    numbers = to_predict(sampler, skipped)
+    numbers = patches_to_predict(sampler, skipped)
     stitcher = SubjectStitcher(stitch, sampler, space, skipped=skipped, layout=output)
     batch = torch.empty(batch_size, sampler.channels, *sampler.patch_size)
     for start in range(0, len(numbers), batch_size):

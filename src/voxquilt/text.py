@@ -89,6 +89,19 @@ def gib(count: float, digits: int = 2) -> str:
     return f"{count / 2**30:.{digits}f} GiB"
 
 
+def byte_size(count: float) -> str:
+    """A number of bytes in the unit that suits it.
+
+    >>> byte_size(1536), byte_size(2**31)
+    ('2 KiB', '2.00 GiB')
+    """
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return gib(count * 2**30)
+
+
 def digest(text: str, digits: int) -> str:
     """Hexadecimal digits that tell texts apart: the first of the text's sha256."""
     return hashlib.sha256(text.encode()).hexdigest()[:digits]

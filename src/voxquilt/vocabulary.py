@@ -29,6 +29,9 @@ PADDING_MODES = (
     "constant", "edge", "linear_ramp", "maximum", "mean", "median", "minimum", "reflect", "symmetric", "wrap", "empty",
 )  # fmt: skip
 
+# Settings with a number for each axis, or one for all three.
+_ALONG_AXES = ("data.patch_size", "data.patch_overlap", "data.divisible_by", "preprocess.spacing")
+
 
 def check_name(value: object, allowed: Iterable[str], key: str) -> str:
     """One of the allowed words.
@@ -67,6 +70,45 @@ def check_label_values(values: object, class_names: Sequence[str] | None = None)
             f"of classes 0, 1, ..."
         )
     return numbers
+
+
+def flattened(node: object, key: str, *, numbered: bool = False) -> dict[str, Any]:
+    """Settings by their full keys.
+
+    >>> flattened({"spacing": 1.5, "intensity": [{"scale": 2}]}, "preprocess", numbered=True)
+    {'preprocess.spacing': 1.5, 'preprocess.intensity.0.scale': 2}
+
+    Args:
+        node: The settings below a key, or the value that it has.
+        key: The key.
+        numbered: Whether lists of mappings, such as several transforms, are divided too, with numbers as keys.
+    """
+    if numbered and isinstance(node, list) and any(isinstance(child, Mapping) for child in node):
+        node = {str(n): child for n, child in enumerate(node)}
+    if not isinstance(node, Mapping):
+        return {key: node}
+    parts = [flattened(child, f"{key}.{name}", numbered=numbered) for name, child in node.items()]
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def normalised(key: str, value: object, names: Mapping[str, str]) -> Any:
+    """One notation for values that mean the same: [8, 8, 8] and 8 along three axes, 1 and 1.0, two names of a class.
+
+    >>> normalised("data.patch_size", [8.0, 8, 8], {})
+    8
+
+    Args:
+        key: The full key of the setting.
+        value: Its value.
+        names: What replaces strings that are names of classes.
+    """
+    if isinstance(value, list):
+        values = [normalised(key, entry, names) for entry in value]
+        same = key in _ALONG_AXES and len(values) == 3 and values[0] == values[1] == values[2]
+        return values[0] if same else values
+    if isinstance(value, str):
+        return names.get(value, value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class Registry:

@@ -28,7 +28,7 @@ from voxquilt.errors import ConfigError
 from voxquilt.models.patch_network import PatchNetwork
 from voxquilt.models.weights.detect import kind_of
 from voxquilt.models.weights.stored_settings import FORMAT, KEY, carried, to_carry
-from voxquilt.planning.network_check import check_fits
+from voxquilt.planning.network_check import check_network
 
 NET = {
     "_target_": "monai.networks.nets.UNet", "spatial_dims": 3, "in_channels": 1, "out_channels": 2, "channels": [4, 8],
@@ -362,8 +362,8 @@ def test_data_that_do_not_fit_the_network_are_refused_before_the_run(
 ) -> None:
     """Channels, patch size and classes, each with what would fit."""
     with pytest.raises(ConfigError, match=message):
-        check_fits(PatchNetwork([unet(**options)]), images, channels, patch, names)
-    assert check_fits(PatchNetwork([unet()]), ["t1"], 1, (16, 16, 16), ["a", "b"]) is not None
+        check_network(PatchNetwork([unet(**options)]), images, channels, patch, names)
+    assert check_network(PatchNetwork([unet()]), ["t1"], 1, (16, 16, 16), ["a", "b"]) is not None
 
 
 def test_a_network_that_depends_on_values_is_not_checked() -> None:
@@ -373,7 +373,7 @@ def test_a_network_that_depends_on_values_is_not_checked() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x * 2 if float(x.sum()) > 0 else x
 
-    assert check_fits(PatchNetwork([Looks()]), ["t1"], 1, (4, 4, 4), None) is None
+    assert check_network(PatchNetwork([Looks()]), ["t1"], 1, (4, 4, 4), None) is None
 
 
 def test_a_patch_that_the_strides_do_not_divide_is_refused_before_the_run(forks: Server, place: Path) -> None:

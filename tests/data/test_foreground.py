@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from voxquilt import predict_volume
-from voxquilt.data.foreground import empty_patches, inside, to_predict
+from voxquilt.data.foreground import empty_patches, mask_foreground, patches_to_predict
 from voxquilt.data.grid_sampler import GridSampler
 from voxquilt.data.preprocess import Preprocess
 from voxquilt.data.subject import LabelMap, ScalarImage, Subject
@@ -136,7 +136,7 @@ def test_a_patch_is_skipped_if_none_of_its_voxels_is_foreground(
     empty = [n for n, (a, b, c, d, e, f) in enumerate(sampler.locations.tolist()) if not around[a:d, b:e, c:f].any()]
     skipped = empty_patches(sampler, foreground)
     assert skipped == empty
-    kept = to_predict(sampler, skipped)
+    kept = patches_to_predict(sampler, skipped)
     order = sampler.grid.streaming_order.tolist()
     assert kept == ([n for n in order if n not in empty] or order[:1])
 
@@ -157,7 +157,7 @@ def test_no_voxel_of_a_mask_is_lost_in_model_space(
     mask = torch.from_numpy(rng.random((1, *shape)) < 0.1)
     subject = Subject(t1=ScalarImage(torch.zeros(1, *shape), affine=affine))
     space = Preprocess(orientation, spacing).space(subject)  # type: ignore[arg-type]
-    found = inside(LabelMap(mask.byte(), affine=affine), subject, space)
+    found = mask_foreground(LabelMap(mask.byte(), affine=affine), subject, space)
     model = np.stack(np.meshgrid(*map(np.arange, space.model.shape), indexing="ij"), -1).reshape(-1, 3)
     in_world = model @ space.model.affine[:3, :3].T + space.model.affine[:3, 3]
     # Half a voxel along each axis, and half as much again where the field of view is not a multiple of the spacing.

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from voxquilt.data.discovery import SubjectFiles
 from voxquilt.data.subject_size import SubjectCost
 from voxquilt.data.subject_task import SubjectTask
-from voxquilt.distributed.assignment import distributed, shares
+from voxquilt.distributed.assignment import assign_tasks, find_shared
 from voxquilt.distributed.load_balancing import deal
 from voxquilt.vocabulary import DISTRIBUTE
 
@@ -40,7 +40,7 @@ def test_every_subject_goes_to_one_process_or_to_each_of_its_team(
     """Exactly once, with its files and fingerprint unchanged."""
     sizes, ranks = cohort
     given_ = tasks(len(sizes))
-    dealt = distributed(given_, sizes, ranks, mode)
+    dealt = assign_tasks(given_, sizes, ranks, mode)
     assert len(dealt) == ranks
     doers: dict[int, list[int]] = {task.number: [] for task in given_}
     for rank, mine in enumerate(dealt):
@@ -61,7 +61,7 @@ def test_every_subject_goes_to_one_process_or_to_each_of_its_team(
 def test_shared_subjects_come_first_and_in_one_order_for_all(cohort: tuple[list[SubjectCost], int], mode: str) -> None:
     """Otherwise processes would wait for each other in a ring. Unshared subjects keep their order too."""
     sizes, ranks = cohort
-    for mine in distributed(tasks(len(sizes)), sizes, ranks, mode):
+    for mine in assign_tasks(tasks(len(sizes)), sizes, ranks, mode):
         shared = [bool(task.team) for task in mine]
         assert shared == sorted(shared, reverse=True)
         for kind in (True, False):
@@ -74,9 +74,9 @@ def test_the_mode_decides_which_subjects_are_shared(cohort: tuple[list[SubjectCo
     """'subject' none, 'slab' all that can be divided, 'auto' those of small cohorts or larger than an even share."""
     sizes, ranks = cohort
     divisible = [n for n, size in enumerate(sizes) if size.parts > 1]
-    assert shares(sizes, ranks, "subject") == []
-    assert shares(sizes, ranks, "slab") == (divisible if ranks > 1 else [])
-    auto = shares(sizes, ranks, "auto")
+    assert find_shared(sizes, ranks, "subject") == []
+    assert find_shared(sizes, ranks, "slab") == (divisible if ranks > 1 else [])
+    auto = find_shared(sizes, ranks, "auto")
     if ranks == 1:
         assert auto == []
     elif len(sizes) < ranks:
@@ -88,17 +88,17 @@ def test_the_mode_decides_which_subjects_are_shared(cohort: tuple[list[SubjectCo
 
 def test_auto_shares_subjects_that_would_keep_others_waiting() -> None:
     """Few subjects, one giant, an even cohort, indivisible subjects, and none."""
-    assert shares([SubjectCost(10, 3)] * 2, 3, "auto") == [0, 1]
-    assert shares([SubjectCost(100, 2), SubjectCost(1, 2), SubjectCost(1, 1)], 2, "auto") == [0]
-    assert shares([SubjectCost(10, 2)] * 2, 2, "auto") == []
-    assert shares([SubjectCost(100, 1), SubjectCost(1, 2)], 2, "auto") == []
-    assert shares([], 3, "auto") == []
+    assert find_shared([SubjectCost(10, 3)] * 2, 3, "auto") == [0, 1]
+    assert find_shared([SubjectCost(100, 2), SubjectCost(1, 2), SubjectCost(1, 1)], 2, "auto") == [0]
+    assert find_shared([SubjectCost(10, 2)] * 2, 2, "auto") == []
+    assert find_shared([SubjectCost(100, 1), SubjectCost(1, 2)], 2, "auto") == []
+    assert find_shared([], 3, "auto") == []
 
 
 def test_processes_take_turns_in_collecting_shared_volumes() -> None:
     """The first of a team also writes; with as many volumes as processes each collects one."""
     sizes = [SubjectCost(9, 3)] * 6
-    dealt = distributed(tasks(6), sizes, 3, "slab")
+    dealt = assign_tasks(tasks(6), sizes, 3, "slab")
     assert Counter(task.team[0] for task in dealt[0]) == {0: 2, 1: 2, 2: 2}
     assert [task.team for task in dealt[1]] == [(0, 1, 2), (1, 2, 0), (2, 0, 1)] * 2
 
@@ -107,9 +107,9 @@ def test_processes_take_turns_in_collecting_shared_volumes() -> None:
 def test_no_process_has_much_more_than_its_share(cohort: tuple[list[SubjectCost], int], mode: str) -> None:
     """At most an even share plus the largest subject, the bound of giving each to the least loaded process."""
     sizes, ranks = cohort
-    shared = {*shares(sizes, ranks, mode)}
+    shared = {*find_shared(sizes, ranks, mode)}
     whole = [size.patches for n, size in enumerate(sizes) if n not in shared]
-    dealt = distributed(tasks(len(sizes)), sizes, ranks, mode)
+    dealt = assign_tasks(tasks(len(sizes)), sizes, ranks, mode)
     after, before = loads(dealt, sizes), loads([[task for task in mine if task.team] for mine in dealt], sizes)
     assert abs(sum(after) - sum(size.patches for size in sizes)) < 1e-6
     assert max(after) <= max(*before, 0, sum(after) / ranks + max(whole, default=0)) + 1e-6
@@ -117,7 +117,7 @@ def test_no_process_has_much_more_than_its_share(cohort: tuple[list[SubjectCost]
 
 def test_unshared_subjects_go_to_processes_without_slabs() -> None:
     """A volume of two parts among four processes: the other two get the rest."""
-    dealt = distributed(tasks(3), [SubjectCost(20, 2), SubjectCost(10), SubjectCost(10)], 4, "slab")
+    dealt = assign_tasks(tasks(3), [SubjectCost(20, 2), SubjectCost(10), SubjectCost(10)], 4, "slab")
     assert [[task.number for task in mine] for mine in dealt] == [[0], [0], [1], [2]]
 
 

@@ -66,7 +66,7 @@ def test_one_shard_reads_the_headers_for_all(tmp_path: Path, monkeypatch: pytest
         read.clear()
         shards = [GridDataModule(str(tmp_path / "scans"), patch, shard=(n, 3), resume=resume) for n in range(3)]
         planners = [RunPlanner(Group(None), data.grids, data.shard, "subject", resume) for data in shards]
-        dealt = [planner.of_shard(data.cases) for planner, data in zip(planners, shards, strict=True)]
+        dealt = [planner.select_shard(data.cases) for planner, data in zip(planners, shards, strict=True)]
         return sorted(case.subject for cases in dealt for case in cases)
 
     every = [str(n) for n in range(7)]

@@ -20,7 +20,7 @@ from voxquilt.data.subject import ScalarImage, Subject
 from voxquilt.errors import ConfigError, GridError, PatchShapeError
 from voxquilt.geometry.output_layout import factor_of, halo_of
 from voxquilt.models.patch_network import PatchNetwork
-from voxquilt.planning.network_check import check_fits, find_halo
+from voxquilt.planning.network_check import check_network, find_halo
 from voxquilt.stitching.stitch import Stitch
 
 MODES = ["crop", "average", "hann", "gaussian"]
@@ -172,9 +172,9 @@ def test_valid_convolutions_are_not_mistaken_for_a_lower_resolution(patch: int) 
     """A step from 8 to 4 voxels could be either; a larger patch decides, and the message says what to set."""
     network = PatchNetwork([Valid()])
     with pytest.raises(ConfigError, match=r"model\.output=cropped"):
-        check_fits(network, ["t1"], 1, (patch,) * 3, None)
+        check_network(network, ["t1"], 1, (patch,) * 3, None)
     half = PatchNetwork([nn.AvgPool3d(2)])
-    assert check_fits(half, ["t1"], 1, (8, 8, 8), None) is not None
+    assert check_network(half, ["t1"], 1, (8, 8, 8), None) is not None
 
 
 def test_voxels_that_pooling_drops_are_not_a_halo(one: list[SubjectFiles]) -> None:
@@ -183,8 +183,8 @@ def test_voxels_that_pooling_drops_are_not_a_halo(one: list[SubjectFiles]) -> No
     with pytest.raises(ConfigError, match=r"Set data.patch_size=\[16, 16, 16\]"):
         find_halo(network, one, (14, 14, 14))
     assert find_halo(network, one, (16, 16, 16)) == ((0, 0),) * 3
-    with pytest.raises(ConfigError, match=r"multiple of 4 .*\n?.*data.patch_size=\[16, 16, 16\] would do"):
-        check_fits(PatchNetwork([Pooling()]), ["t1"], 1, (14, 14, 14), None)
+    with pytest.raises(ConfigError, match=r"multiple of 4 .*\n?.*data.patch_size=\[16, 16, 16\] would work"):
+        check_network(PatchNetwork([Pooling()]), ["t1"], 1, (14, 14, 14), None)
 
 
 def test_a_network_that_depends_on_values_is_probed_with_a_forward_pass(one: list[SubjectFiles]) -> None:

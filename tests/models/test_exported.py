@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from voxquilt.errors import ConfigError, OutputError
 from voxquilt.models.factory import predictor_from_exported, predictor_from_file
 from voxquilt.models.weights.reading import read_exported
-from voxquilt.planning.network_check import check_fits
+from voxquilt.planning.network_check import check_network
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.export's own
 
@@ -117,8 +117,8 @@ def test_a_program_with_dynamic_axes_takes_any_patch_size(tmp_path: Path) -> Non
 def test_a_patch_size_that_the_program_lacks_is_refused(archive: Path) -> None:
     """Before a run and when such a patch comes; both messages say what is wanted."""
     with pytest.raises(ConfigError, match=r"exported for inputs of 1 x 6 x 6 x 6 .*Set data\.patch_size"):
-        check_fits(predictor_from_exported(archive), ["image"], 1, (8, 8, 8), None)
-    assert check_fits(predictor_from_exported(archive), ["image"], 1, (6, 6, 6), None) is not None
+        check_network(predictor_from_exported(archive), ["image"], 1, (8, 8, 8), None)
+    assert check_network(predictor_from_exported(archive), ["image"], 1, (6, 6, 6), None) is not None
     (loaded,) = read_exported(archive)
     with pytest.raises(OutputError, match=r"exported for inputs of 1 x 6 x 6 x 6 .*these are 1 x 8 x 8 x 8"):
         loaded(patches(2, 8))

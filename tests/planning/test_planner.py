@@ -16,12 +16,12 @@ from synthetic import ROOT, Over50, count_headers, noise, read, save
 from torch import nn
 
 from voxquilt.data.preprocess import Preprocess
-from voxquilt.data.subject_size import RunSize, SubjectSize, extent, together
+from voxquilt.data.subject_size import RunSize, SubjectSize, combined, run_size
 from voxquilt.models.predictor import PatchPredictor
 from voxquilt.planning.machine import disk_free, memory_available
 from voxquilt.planning.planner import MachineResources, Planner
 from voxquilt.planning.preflight import weights_on_device
-from voxquilt.planning.resource_estimate import MIB, RunSettings, forms, needs, voxels_of
+from voxquilt.planning.resource_estimate import MIB, RunSettings, bytes_on_disk, estimate, plan_outputs
 from voxquilt.planning.shape_probe import Probe
 from voxquilt.prediction.datamodule import GridDataModule
 from voxquilt.prediction.timing import Rates
@@ -169,8 +169,8 @@ def test_each_header_is_read_once_before_a_run(place: Path, monkeypatch: pytest.
     data = GridDataModule(str(place / "in"), 8, 4)
     data.setup("predict")
     assert sorted(read) == [f"s{n}" for n in range(5)]
-    assert data.plan.extent.patches == sum(size.patches - 1 for size in data.plan.sizes)
-    assert data.plan.loads == [sum(size.patches for size in data.plan.sizes)]
+    assert data.plan.size.patches == sum(size.patches - 1 for size in data.plan.costs)
+    assert data.plan.loads == [sum(size.patches for size in data.plan.costs)]
 
 
 def test_planning_takes_at_most_20_ms_per_small_subject(place: Path, tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_planning_takes_at_most_20_ms_per_small_subject(place: Path, tmp_path: P
     began = perf_counter()
     data.setup("predict")
     assert perf_counter() - began < 2000 * 0.02
-    assert data.plan.extent.subjects == 2000
+    assert data.plan.size.subjects == 2000
 
 
 # Requirements
@@ -215,35 +215,35 @@ def passed(channels: int) -> Probe:
 def test_estimated_bytes_of_products_and_sums_equal_those_of_stitching(
     stitch: Stitch, channels: int, made: dict[str, int], sums: float
 ) -> None:
-    """Bytes per voxel, for each product and for the ring."""
-    become = forms(stitch, {"": (2, channels, 8, 8, 8)}, (8, 8, 8))
-    assert {one.name: one.voxel_bytes for one in become.made} == made
-    assert become.sums == sums
+    """Bytes of a voxel, for each product and of the ring."""
+    outputs = plan_outputs(stitch, {"": (2, channels, 8, 8, 8)}, (8, 8, 8))
+    assert {one.name: one.voxel_bytes for one in outputs.files} == made
+    assert outputs.sums == sums
 
 
 def test_an_output_of_half_size_takes_an_eighth_of_the_sums() -> None:
     """Half along each axis."""
-    assert forms(Stitch(), {"": (2, 4, 4, 4, 4)}, (8, 8, 8)).sums == 4 * 4 / 8
+    assert plan_outputs(Stitch(), {"": (2, 4, 4, 4, 4)}, (8, 8, 8)).sums == 4 * 4 / 8
 
 
 def test_large_products_are_counted_on_disk_instead_of_memory() -> None:
     """Beside the outputs, which need room too."""
-    become = forms(Stitch(products=["probabilities"]), passed(3).outputs, (8, 8, 8))
-    small, large = (needs(ONE, passed(3), become, replace(SETTINGS, in_memory=limit))
+    outputs = plan_outputs(Stitch(products=["probabilities"]), passed(3).outputs, (8, 8, 8))
+    small, large = (estimate(ONE, passed(3), outputs, replace(SETTINGS, in_memory=limit))
                     for limit in (2**40, 0))  # fmt: skip
     assert small.host["products"] - large.host["products"] == 12 * 10**6
     assert (small.scratch, large.scratch) == (0, 12 * 10**6)
     assert large.bound == 12 * 10**6
-    assert voxels_of(become.made, 10**6, compress=False) == 12 * 10**6
+    assert bytes_on_disk(outputs.files, 10**6, compress=False) == 12 * 10**6
     assert large.disk < large.bound
 
 
 def test_memory_grows_with_workers_and_batch_size_by_what_each_holds() -> None:
     """Loaded images per worker, patches per batch; the sums stay the same."""
-    of, become = together([ONE, ONE, ONE]), forms(Stitch(), passed(3).outputs, (8, 8, 8))
+    size, outputs = combined([ONE, ONE, ONE]), plan_outputs(Stitch(), passed(3).outputs, (8, 8, 8))
 
     def host(**changes: int) -> dict[str, int]:
-        return dict(needs(of, passed(3), become, replace(SETTINGS, **changes)).host)
+        return dict(estimate(size, passed(3), outputs, replace(SETTINGS, **changes)).host)
 
     assert host(num_workers=2)["images"] - host(num_workers=0)["images"] == 2 * ONE.loaded
     assert host(num_workers=9)["images"] == 3 * ONE.loaded  # there are only three
@@ -253,8 +253,8 @@ def test_memory_grows_with_workers_and_batch_size_by_what_each_holds() -> None:
 
 def test_with_a_gpu_network_and_sums_are_counted_on_the_device() -> None:
     """The host keeps only the outputs that come back."""
-    become = forms(Stitch(), passed(3).outputs, (8, 8, 8))
-    found = needs(ONE, passed(3), become, replace(SETTINGS, gpu=True, weights=5))
+    outputs = plan_outputs(Stitch(), passed(3).outputs, (8, 8, 8))
+    found = estimate(ONE, passed(3), outputs, replace(SETTINGS, gpu=True, weights=5))
     assert found.device["weights"] == 5
     assert found.device["network"] == 10**6
     assert found.device["sums"] == ONE.ring * 12 + 512 * 4
@@ -264,14 +264,14 @@ def test_with_a_gpu_network_and_sums_are_counted_on_the_device() -> None:
 def test_the_size_of_a_run_adds_voxels_and_keeps_the_largest_subject(place: Path) -> None:
     """Computed at once or by rank; unreadable files are counted."""
     data = GridDataModule(str(place / "in"), 8, 4, preprocess=Preprocess(spacing=2.0))
-    outlines = [data.grids.cost(case).outline for case in data.cases]
-    whole = extent([*outlines, None])
-    assert whole == together([extent(outlines[:2]), extent([None]), extent(outlines[2:])])
-    assert (whole.subjects, whole.unread) == (6, 1)
-    assert whole.voxels == sum((12 + 5 * n) * 17 * 14 for n in range(5))
-    assert whole.largest == 32 * 17 * 14
-    assert whole.file == 2 * whole.voxels
-    last = outlines[-1]
+    sizes = [data.grids.cost(case).size for case in data.cases]
+    total = run_size([*sizes, None])
+    assert total == combined([run_size(sizes[:2]), run_size([None]), run_size(sizes[2:])])
+    assert (total.subjects, total.unread) == (6, 1)
+    assert total.voxels == sum((12 + 5 * n) * 17 * 14 for n in range(5))
+    assert total.largest == 32 * 17 * 14
+    assert total.file == 2 * total.voxels
+    last = sizes[-1]
     assert last is not None
     # float32 in model space, since it is resampled, and a copy that is padded to a patch where it is smaller.
     assert last.model == (16, 11, 6)
@@ -287,10 +287,10 @@ def refusal(tmp_path: Path, memory: int, disk: int, **changes: object) -> str | 
         batch_size=8,
         **changes,
     )
-    of = RunSize(3, 27, 3 * 10**8, 6 * 10**8, 10**8, 1, 10**7, 2 * 10**8)
+    size = RunSize(3, 27, 3 * 10**8, 6 * 10**8, 10**8, 1, 10**7, 2 * 10**8)
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
-    planner = Planner(trainer, PatchPredictor(Over50()), of, settings)
-    planner._room = MachineResources(memory, disk, 1)
+    planner = Planner(trainer, PatchPredictor(Over50()), size, settings)
+    planner._machine = MachineResources(memory, disk, 1)
     return planner.plan().refusal
 
 

@@ -18,7 +18,7 @@ from synthetic import noise, read, save
 
 from voxquilt.data.preprocess import Preprocess
 from voxquilt.errors import InputError
-from voxquilt.planning.network_check import ChannelsError, check_fits
+from voxquilt.planning.network_check import ChannelsError, check_network
 from voxquilt.prediction.datamodule import GridDataModule
 from voxquilt.training.datamodule import TrainingDataModule
 
@@ -224,7 +224,7 @@ def test_a_run_is_refused_if_no_subject_fits_the_machine(tmp_path: Path, forks: 
 def test_the_error_on_channels_carries_the_number_wanted(wanted: int, given: int) -> None:
     """The subjects that will fail are identified by it."""
     with pytest.raises(ChannelsError, match=f"takes {wanted} channel") as error:
-        check_fits(torch.nn.Conv3d(wanted, 2, 3, padding=1), ["t1"], given, (8, 8, 8), None)
+        check_network(torch.nn.Conv3d(wanted, 2, 3, padding=1), ["t1"], given, (8, 8, 8), None)
     assert error.value.wanted == wanted
 
 
@@ -234,7 +234,7 @@ def test_a_subject_that_will_fail_is_never_read(tmp_path: Path) -> None:
     data = GridDataModule(str(tmp_path / "in"), 8, preprocess=Preprocess(spacing=1.0))
     data.setup("predict")
     (task,) = data.plan.tasks
-    assert data.plan.sizes[0].patches == 1
+    assert data.plan.costs[0].patches == 1
     (tmp_path / "in/far.nii.gz").unlink()
     with pytest.raises(InputError, match=r"far\.nii\.gz: the file has 12 x 9 x 10 voxels of 1e\+09 x 1e\+09 x 1e\+09"):
         data.load(task)

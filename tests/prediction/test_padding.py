@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn.functional import avg_pool3d
 
 from voxquilt import predict_volume
-from voxquilt.data.foreground import to_predict
+from voxquilt.data.foreground import patches_to_predict
 from voxquilt.data.grid_sampler import GridSampler
 from voxquilt.data.preprocess import Preprocess
 from voxquilt.data.subject import ScalarImage, Subject
 from voxquilt.geometry.resample import resample
-from voxquilt.geometry.slab_split import split
+from voxquilt.geometry.slab_split import split_rows
 from voxquilt.geometry.space import make_space
 from voxquilt.stitching.products.spec import make_products
 from voxquilt.stitching.stitch import Stitch
@@ -58,10 +58,10 @@ def certain(subject: Subject, preprocess: Preprocess, restore: str) -> np.ndarra
 def in_slabs(subject: Subject, preprocess: Preprocess, sampler: GridSampler, stitch: Stitch, ranks: int) -> dict:
     """The volumes of several processes, run one after the other."""
     space = preprocess.space(subject)
-    parts = split(sampler.grid, ranks)
+    parts = split_rows(sampler.grid, ranks)
     quilts = [SubjectStitcher(stitch, sampler, space, part=part, whole=n == 0) for n, part in enumerate(parts)]
     for part, quilt in zip(parts, quilts, strict=True):
-        for number in to_predict(sampler, [], part):
+        for number in patches_to_predict(sampler, [], part):
             quilt.add({"": pointwise(sampler.cut("t1", number)[None].float())}, [number])
     for quilt, following in reversed(list(pairwise(quilts))):
         quilt.join(following.head() or [])

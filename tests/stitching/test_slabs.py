@@ -10,13 +10,13 @@ from grids import Placed, in_starts, to_grid
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from voxquilt.data.foreground import to_predict
+from voxquilt.data.foreground import patches_to_predict
 from voxquilt.data.grid_sampler import GridSampler
 from voxquilt.data.preprocess import Preprocess
 from voxquilt.data.subject import ScalarImage, Subject
 from voxquilt.errors import BatchError, ConfigError, LedgerError, PatchShapeError
 from voxquilt.geometry.grid import Grid, make_grid
-from voxquilt.geometry.slab_split import Part, split
+from voxquilt.geometry.slab_split import Part, split_rows
 from voxquilt.stitching.aggregator import GridAggregator
 from voxquilt.stitching.blend import to_blend
 from voxquilt.stitching.blend_registry import BLENDS
@@ -36,7 +36,7 @@ CUTS = st.lists(st.integers(0, 99), max_size=3)
 
 
 def cut(grid: Grid, axis: int, cuts: Sequence[int]) -> list[Part]:
-    """Parts that begin at any rows, not only where `split` would begin them."""
+    """Parts that begin at any rows, not only where `split_rows` would begin them."""
     rows = grid.counts[axis]
     edges = sorted({0, rows, *(n % rows for n in cuts)})
     return [Part(axis, first, stop) for first, stop in pairwise(edges)]
@@ -181,7 +181,7 @@ def test_volumes_of_all_parts_equal_those_of_one_process(
     model_subject, space = Preprocess(*model)(subject)
     sampler = GridSampler(model_subject, doubled.patch_size, overlap, fit=True, divisible_by=2)
     grid = sampler.grid
-    parts = split(grid, team) if isinstance(team, int) else cut(grid, *team)
+    parts = split_rows(grid, team) if isinstance(team, int) else cut(grid, *team)
     skipped = skip(grid, parts, which, rng)
     # At each voxel one class leads by at least 2 in every mean of patches.
     outputs = {}
@@ -200,7 +200,7 @@ def test_volumes_of_all_parts_equal_those_of_one_process(
 
     def alone(stitch: Stitch) -> dict[str, np.ndarray]:
         quilt = SubjectStitcher(stitch, sampler, space, skipped=skipped)
-        for step in steps(quilt, to_predict(sampler, skipped), 5):
+        for step in steps(quilt, patches_to_predict(sampler, skipped), 5):
             step()
         assert quilt.complete
         return quilt.volumes()
@@ -213,7 +213,7 @@ def test_volumes_of_all_parts_equal_those_of_one_process(
     play(
         quilts,
         [
-            steps(quilt, to_predict(sampler, skipped, part), int(rng.integers(1, 6)))
+            steps(quilt, patches_to_predict(sampler, skipped, part), int(rng.integers(1, 6)))
             for quilt, part in zip(quilts, parts, strict=True)
         ],
         rng,
@@ -250,7 +250,7 @@ def test_volumes_of_all_parts_equal_those_of_one_process(
 def test_split_assigns_every_row_once_and_evenly(axes: tuple[tuple[int, int, int], ...], ranks: int) -> None:
     """Shares are contiguous, along one axis and not empty; along no other axis would the largest be smaller."""
     grid = to_grid(axes)
-    parts = split(grid, ranks)
+    parts = split_rows(grid, ranks)
     axis = parts[0].axis
     assert {part.axis for part in parts} == {axis}
     assert [part.first for part in parts] == [0, *(part.stop for part in parts[:-1])]
@@ -271,9 +271,9 @@ def test_split_assigns_every_row_once_and_evenly(axes: tuple[tuple[int, int, int
 
 def test_split_chooses_the_axis_with_the_smallest_largest_share() -> None:
     """Three rows along i would leave one process two thirds; four along k leave it a half."""
-    assert split(make_grid((30, 10, 40), 10), 2) == [Part(2, 0, 2), Part(2, 2, 4)]
-    assert split(make_grid((30, 10, 40), 10), 3) == [Part(0, 0, 1), Part(0, 1, 2), Part(0, 2, 3)]
-    assert split(make_grid((10, 10, 10), 10), 4) == [Part(0, 0, 1)]
+    assert split_rows(make_grid((30, 10, 40), 10), 2) == [Part(2, 0, 2), Part(2, 2, 4)]
+    assert split_rows(make_grid((30, 10, 40), 10), 3) == [Part(0, 0, 1), Part(0, 1, 2), Part(0, 2, 3)]
+    assert split_rows(make_grid((10, 10, 10), 10), 4) == [Part(0, 0, 1)]
 
 
 @settings(deadline=None, max_examples=100)
@@ -301,11 +301,11 @@ def test_every_part_predicts_at_least_one_patch(
     sampler = GridSampler(
         Subject(t1=ScalarImage(torch.zeros(1, *grid.shape))), grid.patch_size, grid.patch_overlap, None
     )
-    parts = split(grid, ranks)
+    parts = split_rows(grid, ranks)
     skipped = skip(grid, parts, which, np.random.default_rng(seed))
     for part in parts:
         own = part.patches(grid).tolist()
-        assert to_predict(sampler, skipped, part) == ([n for n in own if n not in skipped] or own[:1])
+        assert patches_to_predict(sampler, skipped, part) == ([n for n in own if n not in skipped] or own[:1])
 
 
 # When heads are ready.

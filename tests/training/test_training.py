@@ -37,7 +37,7 @@ from voxquilt.data.subject import ScalarImage, Subject
 from voxquilt.errors import ConfigError, InputError
 from voxquilt.models.patch_network import PatchNetwork
 from voxquilt.models.weights.stored_settings import carried
-from voxquilt.planning.network_check import check_fits
+from voxquilt.planning.network_check import check_network
 from voxquilt.predict import predict_volume
 from voxquilt.reporting.metrics import class_dice
 from voxquilt.reporting.overlay import PALETTE, overlay
@@ -1045,7 +1045,7 @@ def test_worker_processes_without_a_cache_cut_the_patches_of_the_main_process(
 def test_the_output_of_each_configured_network_has_the_size_of_the_patch(net: str, size: int) -> None:
     """For a patch size that its file in conf/ allows."""
     node = OmegaConf.to_container(OmegaConf.load(ROOT / f"conf/model/net/{net}.yaml"))
-    found = check_fits(PatchNetwork([build(node, "net")]), ["image"], 1, (size,) * 3, ["a", "b"])  # type: ignore[arg-type]
+    found = check_network(PatchNetwork([build(node, "net")]), ["image"], 1, (size,) * 3, ["a", "b"])  # type: ignore[arg-type]
     assert found is not None
     assert found.outputs == {"": (1, 2, size, size, size)}
 

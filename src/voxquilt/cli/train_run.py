@@ -19,7 +19,7 @@ from voxquilt.distributed.environment import is_first
 from voxquilt.errors import ConfigError, InputError, RunError, VoxquiltError
 from voxquilt.geometry.frame import to_triple
 from voxquilt.models.weights.stored_settings import to_carry
-from voxquilt.planning.network_check import check_fits
+from voxquilt.planning.network_check import check_network
 from voxquilt.text import of_subjects
 
 log = logging.getLogger("voxquilt")
@@ -98,7 +98,7 @@ def _check_network(plain: Mapping[str, Any], data: Any, model: Any) -> None:
     inference_size = to_triple(plain["data"]["inference_patch_size"], "data.inference_patch_size")
     probe = None
     for size in (data.patch_size, inference_size):
-        probe = check_fits(model.network, list(case.images), channels, size, names, layout="equal")
+        probe = check_network(model.network, list(case.images), channels, size, names, layout="equal")
     if probe is not None:
         data.classes = next(iter(probe.outputs.values()))[1]
 

@@ -1,4 +1,4 @@
-"""A batch of patches, which may come from several subjects, and whose they are."""
+"""Cuts subjects into batches of patches, which know the subjects that they come from."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from voxquilt.errors import OutputError
 
 @dataclass(frozen=True)
 class SubjectRows:
-    """Patches `first`, `first + 1`, ... of those that one subject has, at rows [start, stop) of a batch."""
+    """Patches `first`, `first + 1`, ... of a subject's work, at rows [start, stop) of a batch."""
 
     work: SubjectWork
     first: int
@@ -30,11 +30,11 @@ def named_outputs(outputs: object, patches: int, source: str = "the network") ->
 
     Args:
         outputs: A tensor, or tensors by name.
-        patches: Patches of the batch.
+        patches: Number of patches in the batch.
         source: What gave them, for messages.
 
     Raises:
-        OutputError: something else, or outputs of another number of patches.
+        OutputError: outputs that are not tensors, or have another number of patches.
     """
     named = outputs if isinstance(outputs, Mapping) else {"": outputs}
     for name, output in named.items():
@@ -46,56 +46,55 @@ def named_outputs(outputs: object, patches: int, source: str = "the network") ->
 
 
 class PatchBatch:
-    """A (B, C, I, J, K) float32 tensor and the runs of subjects in it.
+    """A (B, C, I, J, K) float32 tensor, and which rows of it belong to which subject.
 
-    A plain class: Lightning rebuilds dataclasses and converts the floats in them, here it only calls `to`.
+    A plain class: Lightning rebuilds dataclasses and converts the floats in them, but here it only calls `to`.
     """
 
-    def __init__(self, data: Tensor, runs: list[SubjectRows]) -> None:
+    def __init__(self, data: Tensor, rows: list[SubjectRows]) -> None:
         self.data = data
-        self.runs = runs
+        self.rows = rows
 
     def to(self, device: torch.device) -> "PatchBatch":
         """The batch on another device."""
-        return PatchBatch(self.data.to(device), self.runs)
+        return PatchBatch(self.data.to(device), self.rows)
 
     def named(self, outputs: object) -> dict[str, Tensor]:
-        """What predict_step gave for the batch, by name; a single tensor has the name ''.
+        """The outputs of predict_step by name; a single tensor has the name ''.
 
         Raises:
-            Exception: the network's, where predict_step gave one.
-            OutputError: it is not of the batch.
+            Exception: the network's error, where predict_step returned one.
+            OutputError: the outputs do not belong to the batch.
         """
         if isinstance(outputs, Exception):
             raise outputs
         return named_outputs(outputs, len(self.data), "predict_step")
 
     def by_subject(self) -> "Iterator[PatchBatch]":
-        """A batch for each of its subjects."""
-        for run in self.runs:
-            yield PatchBatch(
-                self.data[run.start : run.stop], [SubjectRows(run.work, run.first, 0, run.stop - run.start)]
-            )
+        """Split into one batch per subject."""
+        for rows in self.rows:
+            count = rows.stop - rows.start
+            yield PatchBatch(self.data[rows.start : rows.stop], [SubjectRows(rows.work, rows.first, 0, count)])
 
     def pin_memory(self) -> "PatchBatch":
         """The batch in pinned memory."""
-        return PatchBatch(self.data.pin_memory(), self.runs)
+        return PatchBatch(self.data.pin_memory(), self.rows)
 
 
-def batches(subjects: Iterable[LoadedSubject], batch_size: int) -> Iterator[PatchBatch]:
-    """Cut subjects into batches that are full but for the last, and where the number of channels changes.
+def cut_batches(subjects: Iterable[LoadedSubject], batch_size: int) -> Iterator[PatchBatch]:
+    """Cut subjects into batches; all are full but the last, and those before the number of channels changes.
 
-    Two buffers take turns, since first use of memory is dear: a batch is valid until the next but one is asked for.
+    Two buffers take turns, since first use of memory is slow: a batch is valid until the next but one is requested.
     """
     buffers: list[Tensor] = []
-    runs: list[SubjectRows] = []
+    rows: list[SubjectRows] = []
     filled = count = 0
     for loaded in subjects:
         work, sampler = loaded.work, loaded.sampler
         shape = (batch_size, sampler.channels, *sampler.patch_size)
         if filled and buffers[0].shape != shape:
-            yield PatchBatch(buffers[count % 2][:filled], runs)
-            runs, filled, count = [], 0, count + 1
+            yield PatchBatch(buffers[count % 2][:filled], rows)
+            rows, filled, count = [], 0, count + 1
         if not buffers or buffers[0].shape != shape:
             buffers = [torch.empty(shape), torch.empty(shape)]
         first, total = 0, len(work.numbers)
@@ -103,11 +102,11 @@ def batches(subjects: Iterable[LoadedSubject], batch_size: int) -> Iterator[Patc
             take = min(batch_size - filled, total - first)
             for n in range(take):
                 sampler.fill(buffers[count % 2][filled + n], work.numbers[first + n])
-            runs.append(SubjectRows(work, first, filled, filled + take))
+            rows.append(SubjectRows(work, first, filled, filled + take))
             first, filled = first + take, filled + take
             if filled == batch_size:
-                yield PatchBatch(buffers[count % 2], runs)
-                runs, filled, count = [], 0, count + 1
-        del loaded, sampler  # the volume goes before the next one is waited for
+                yield PatchBatch(buffers[count % 2], rows)
+                rows, filled, count = [], 0, count + 1
+        del loaded, sampler  # frees the volume before waiting for the next one
     if filled:
-        yield PatchBatch(buffers[count % 2][:filled], runs)
+        yield PatchBatch(buffers[count % 2][:filled], rows)

@@ -18,7 +18,7 @@ def empty_patches(sampler: GridSampler, foreground: Bool[Tensor, "i j k"]) -> li
 
     Args:
         sampler: Cuts the patches.
-        foreground: The foreground of its subject, without padding, which never is foreground.
+        foreground: The foreground of its subject, without padding; padding is never foreground.
     """
     around = [voxels for pair in reversed(sampler.padding) for voxels in pair]
     present = torch.nn.functional.pad(foreground, around)
@@ -28,12 +28,12 @@ def empty_patches(sampler: GridSampler, foreground: Bool[Tensor, "i j k"]) -> li
     return (~present.flatten()).nonzero().flatten().tolist()
 
 
-def above(threshold: float, model_subject: Subject) -> Bool[Tensor, "i j k"]:
+def threshold_foreground(threshold: float, model_subject: Subject) -> Bool[Tensor, "i j k"]:
     """Where the first image of a subject in model space is above a threshold."""
     return (next(iter(model_subject.images.values())).data > threshold).any(0)
 
 
-def inside(mask: LabelMap, subject: Subject, space: Space) -> Bool[Tensor, "i j k"]:
+def mask_foreground(mask: LabelMap, subject: Subject, space: Space) -> Bool[Tensor, "i j k"]:
     """Where a mask of the subject is above 0, in model space.
 
     These are the model voxels that are nearest to a voxel of the mask, and those whose nearest voxel is in the mask: no
@@ -66,14 +66,14 @@ def patches_to_skip(skip: float | LabelMap | None, sampler: GridSampler, subject
     if skip is None:
         return []
     if isinstance(skip, LabelMap):
-        return empty_patches(sampler, inside(skip, subject, space))
-    return empty_patches(sampler, above(skip, sampler.subject))
+        return empty_patches(sampler, mask_foreground(skip, subject, space))
+    return empty_patches(sampler, threshold_foreground(skip, sampler.subject))
 
 
-def to_predict(sampler: GridSampler, skipped: Iterable[int], part: Part | None = None) -> list[int]:
+def patches_to_predict(sampler: GridSampler, skipped: Iterable[int], part: Part | None = None) -> list[int]:
     """Numbers of the patches to predict, of the grid or of a part of it, in streaming order.
 
-    Without any foreground one patch is predicted nonetheless, since it shows which outputs the network has.
+    If there is no foreground, one patch is predicted nonetheless, since it shows which outputs the network has.
     """
     order = (sampler.grid.streaming_order if part is None else part.patches(sampler.grid)).tolist()
     left_out = frozenset(skipped)

@@ -1,24 +1,24 @@
-"""Reads subjects and lays their grids of patches, for predicting and for validating alike."""
+"""Reads subjects and lays their grids of patches, for prediction and validation."""
 
 from dataclasses import dataclass
 from math import prod
 from time import perf_counter
 
 from voxquilt.data.discovery import SubjectFiles, check_id
-from voxquilt.data.foreground import patches_to_skip, to_predict
+from voxquilt.data.foreground import patches_to_predict, patches_to_skip
 from voxquilt.data.grid_sampler import GridSampler
 from voxquilt.data.preprocess import Preprocess
 from voxquilt.data.subject import LabelMap, ScalarImage, Subject
-from voxquilt.data.subject_size import SubjectCost, outline
+from voxquilt.data.subject_size import SubjectCost, measure_subject
 from voxquilt.data.subject_task import LoadedSubject, SubjectTask, SubjectWork
 from voxquilt.errors import InputError
 from voxquilt.geometry.frame import Padding, Triple, described
 from voxquilt.geometry.padding import NO_PADDING, lay_grid
-from voxquilt.geometry.slab_split import split
+from voxquilt.geometry.slab_split import split_rows
 from voxquilt.geometry.space import Space
 from voxquilt.text import reason_of
 
-# Voxels of model space that no machine has memory for, and along an axis: their patches could not even be counted.
+# Limits of model space, in all and along an axis: no machine has memory for more, and patches could not be counted.
 _MOST_VOXELS, _MOST_ALONG = 2**40, 2**20
 
 
@@ -29,11 +29,11 @@ class GridLoader:
     Args:
         patch_size: Voxels in model space along i, j, k.
         patch_overlap: Voxels that neighbours share along i, j, k.
-        preprocess: To model space.
+        preprocess: Takes subjects to model space.
         padding_mode: See GridSampler.
         divisible_by: Model space is padded to a multiple of so many voxels along i, j, k.
         skip: See `voxquilt.data.foreground`: a number, a pattern of mask files with `{subject}`, or None.
-        halo: Voxels before and after along i, j, k that the network's outputs lack of a patch.
+        halo: Voxels before and after along i, j, k by which the network's outputs are smaller than a patch.
     """
 
     patch_size: Triple
@@ -45,13 +45,13 @@ class GridLoader:
     halo: Padding = NO_PADDING
 
     def cost(self, files: SubjectFiles, ranks: int = 1) -> SubjectCost:
-        """What a subject takes, in patches, from its headers alone; reading and writing count as one.
+        """The cost of a subject, from its headers alone.
 
-        What is wrong with its files costs this subject only, whatever it is.
+        An error in its files, of any kind, becomes the problem of this subject only.
 
         Args:
             files: The subject.
-            ranks: Among how many processes its grid might be divided.
+            ranks: The number of processes among which its grid may be divided.
         """
         try:
             check_id(files)
@@ -68,9 +68,9 @@ class GridLoader:
                 halo=self.halo,
             )
             transformed = bool(self.preprocess.intensity)
-            size = outline(subject, space, grid, padding, transformed=transformed, halo=self.halo)
-            return SubjectCost(len(grid) + 1, len(split(grid, ranks)), size)
-        except Exception as error:  # numbers that are too large may be of many kinds
+            size = measure_subject(subject, space, grid, padding, transformed=transformed, halo=self.halo)
+            return SubjectCost(len(grid) + 1, len(split_rows(grid, ranks)), size)
+        except Exception as error:  # too large numbers raise many kinds of errors
             return SubjectCost(1, problem=_with_files(reason_of(error), files))
 
     def load(self, task: SubjectTask, rank: int = 0) -> LoadedSubject:
@@ -78,10 +78,10 @@ class GridLoader:
 
         Args:
             task: The subject.
-            rank: This process, of which only the part of the grid is predicted where several share it.
+            rank: The rank of this process, which predicts only its part of a grid that several share.
 
         Raises:
-            VoxquiltError: of the kind that says what is wrong with the subject.
+            VoxquiltError: the subject cannot be read or preprocessed.
         """
         if task.problem:
             raise InputError(task.problem)
@@ -104,24 +104,24 @@ class GridLoader:
         if isinstance(mask, str):
             mask = LabelMap(mask.replace("{subject}", task.case.subject))
         skipped = patches_to_skip(mask, sampler, subject, space)
-        part = split(sampler.grid, len(task.team))[task.team.index(rank)] if task.team else None
-        numbers = to_predict(sampler, skipped, part)
+        part = split_rows(sampler.grid, len(task.team))[task.team.index(rank)] if task.team else None
+        numbers = patches_to_predict(sampler, skipped, part)
         seconds = perf_counter() - started
         work = SubjectWork(task, file, sampler.grid, sampler.padding, space, numbers, skipped, part, seconds)
         return LoadedSubject(work, sampler)
 
 
 def check_model_space(space: Space) -> None:
-    """Refuse a model space of more voxels than a machine can hold, before anything is made as long as it, or of none.
+    """Refuse a model space of more voxels than a machine can hold, or of none, before memory is allocated for it.
 
     Raises:
-        InputError: the file's voxel size is another than somebody meant.
+        InputError: the model space is too large or too small, as a wrong voxel size in the file makes it.
     """
     native, model = space.native, space.model
     view = max(n * mm for n, mm in zip(native.shape, native.spacing, strict=True))
     if max(model.shape) > _MOST_ALONG or prod(model.shape) > _MOST_VOXELS or view < min(model.spacing) / 2:
         raise InputError(
-            f"the file has {described(native)}, and model space would have {described(model)}. Is that right?"
+            f"the file has {described(native)}, and model space would have {described(model)}. Is the voxel size right?"
         )
 
 

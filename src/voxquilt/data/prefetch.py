@@ -1,4 +1,4 @@
-"""In which order do patches come? Subject by subject, while threads load those to come."""
+"""Streams the batches of a run subject by subject, while threads load the next subjects."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from time import perf_counter
 
-from voxquilt.data.batch import PatchBatch, batches
+from voxquilt.data.batch import PatchBatch, cut_batches
 from voxquilt.data.subject_task import LoadedSubject, SubjectTask
 from voxquilt.errors import VoxquiltError
 
@@ -24,16 +24,16 @@ class LoadFailure:
 class PatchStream:
     """The batches of a run.
 
-    An iterable without a length: Lightning would rebuild and re-sample a DataLoader, and silently drop what comes after
-    an announced length.
+    An iterable without a length: Lightning would rebuild and re-sample a DataLoader, and silently drop batches
+    beyond an announced length.
 
     Args:
         tasks: The subjects, in order.
-        load: Reads one.
-        batch_size: Patches a batch.
+        load: Reads a subject.
+        batch_size: Patches per batch.
         num_workers: Threads that load subjects ahead, each one subject; 0 loads in the main thread.
-        failed: Called, in any thread, with what cannot be loaded.
-        stopped: Whether to end before the next batch.
+        failed: Called with each subject that cannot be loaded, in any thread.
+        stopped: Tells whether to end before the next batch.
     """
 
     tasks: Sequence[SubjectTask]
@@ -44,7 +44,7 @@ class PatchStream:
     stopped: Callable[[], bool]
 
     def __iter__(self) -> Iterator[PatchBatch]:
-        for batch in batches(self._subjects(), self.batch_size):
+        for batch in cut_batches(self._subjects(), self.batch_size):
             if self.stopped():
                 return
             yield batch
@@ -59,7 +59,7 @@ class PatchStream:
                 for task in self.tasks:
                     ahead.append(pool.submit(self._load, task))
                     if len(ahead) > self.num_workers:
-                        # No name holds the subject here: its volume is free once it is cut.
+                        # No variable holds the subject here, so its volume is freed once it is cut.
                         yield from filter(None, [ahead.popleft().result()])
                 while ahead:
                     yield from filter(None, [ahead.popleft().result()])

@@ -40,7 +40,7 @@ class SubjectSize(NamedTuple):
     file: int
 
 
-def outline(
+def measure_subject(
     subject: Subject, space: Space, grid: Grid, padding: Padding, *, transformed: bool, halo: Padding = NO_PADDING
 ) -> SubjectSize:
     """The sizes of a subject, computed from headers.
@@ -83,7 +83,7 @@ class RunSize:
         largest: Native voxels of the largest subject.
         channels, ring, loaded, reading: Maxima; see SubjectSize.
         unread: Subjects that are known to fail.
-        of_channels: Number of subjects by number of channels.
+        channel_counts: Number of subjects by number of channels.
     """
 
     subjects: int = 0
@@ -96,12 +96,12 @@ class RunSize:
     loaded: int = 0
     reading: int = 0
     unread: int = 0
-    of_channels: Mapping[int, int] = field(default_factory=dict)
+    channel_counts: Mapping[int, int] = field(default_factory=dict)
 
 
-def extent(outlines: Iterable[SubjectSize | None]) -> RunSize:
+def run_size(subjects: Iterable[SubjectSize | None]) -> RunSize:
     """The size of a run with these subjects; None stands for a subject that will fail."""
-    subjects = list(outlines)
+    subjects = list(subjects)
     sizes = [size for size in subjects if size is not None]
 
     def most(key: str) -> int:
@@ -115,14 +115,14 @@ def extent(outlines: Iterable[SubjectSize | None]) -> RunSize:
         file=sum(size.file for size in sizes),
         largest=max(voxels, default=0),
         unread=len(subjects) - len(sizes),
-        of_channels=Counter(size.channels for size in sizes),
+        channel_counts=Counter(size.channels for size in sizes),
         **{key: most(key) for key in ("channels", "ring", "loaded", "reading")},
     )
 
 
-def together(extents: Iterable[RunSize]) -> RunSize:
+def combined(runs: Iterable[RunSize]) -> RunSize:
     """The size of several runs together."""
-    sizes = list(extents)
+    sizes = list(runs)
 
     def total(key: str) -> int:
         return sum(getattr(size, key) for size in sizes)
@@ -131,9 +131,9 @@ def together(extents: Iterable[RunSize]) -> RunSize:
         return max((getattr(size, key) for size in sizes), default=0)
 
     sums = {key: total(key) for key in ("subjects", "patches", "voxels", "file", "unread")}
-    of_channels = sum((Counter(size.of_channels) for size in sizes), Counter[int]())
+    channel_counts = sum((Counter(size.channel_counts) for size in sizes), Counter[int]())
     return RunSize(
-        of_channels=of_channels,
+        channel_counts=channel_counts,
         **sums,
         **{key: most(key) for key in ("largest", "channels", "ring", "loaded", "reading")},
     )
@@ -146,11 +146,11 @@ class SubjectCost:
     Args:
         patches: Number of patches, plus one for reading and writing.
         parts: Number of slabs into which the grid can be divided for the ranks of a run.
-        outline: The sizes; None where headers cannot be used, and where sizes were not computed.
+        size: Its sizes; None where headers cannot be used, and where sizes were not computed.
         problem: Why the subject will fail, where its headers show that.
     """
 
     patches: int
     parts: int = 1
-    outline: SubjectSize | None = None
+    size: SubjectSize | None = None
     problem: str = ""

@@ -1,4 +1,4 @@
-"""A subject on its way through a run: what is to be done, and what is in memory."""
+"""Provides what a run knows of a subject: its task, its work and its volumes in memory."""
 
 from dataclasses import dataclass
 
@@ -17,10 +17,10 @@ class SubjectTask:
     Args:
         case: Its id and files.
         fingerprint: See `voxquilt.reporting.manifest.Row`.
-        number: Among the subjects of the run.
+        number: Its number among the subjects of the run.
         team: The ranks that share its grid, in the order of their parts; the first collects and writes. Empty for a
-            subject that one process does by itself.
-        problem: Why it fails, where that is known beforehand.
+            subject that one process predicts by itself.
+        problem: Why it will fail, where that is known beforehand.
     """
 
     case: SubjectFiles
@@ -35,15 +35,15 @@ class SubjectWork:
     """A subject on its way through a run; compared and hashed by identity.
 
     Args:
-        task: The subject's id and files, and who does it.
-        file: The first image's file, whose header outputs take over.
+        task: The subject's id and files, and the processes that predict it.
+        file: The first image's file, whose header is copied to outputs.
         grid, padding: Where its patches lie.
-        space: The way back to native space.
+        space: The mapping back to native space.
         numbers: The patches to predict, in streaming order.
-        skipped: The patches that hold nothing to predict.
-        part: Of the grid, where several processes share it; `numbers` are of that part.
-        seconds: What it took so far: loading, its share of forward passes, adding its patches; not waiting.
-        failed: Set once; what is left of the subject is then skipped.
+        skipped: The patches without foreground.
+        part: This process's part of the grid, where several share it; `numbers` are the patches of that part.
+        seconds: Time spent so far on loading, its share of forward passes, and adding its patches; without waiting.
+        failed: Set once; the rest of the subject is then skipped.
     """
 
     task: SubjectTask

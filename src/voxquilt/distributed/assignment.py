@@ -1,4 +1,4 @@
-"""Which process does what? Subjects whole to one process each, or a volume's grid in slabs to several."""
+"""Assigns subjects to processes: each to one process, or its grid in slabs to several."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,40 +8,40 @@ from voxquilt.data.subject_task import SubjectTask
 from voxquilt.distributed.load_balancing import deal
 
 
-def shares(sizes: Sequence[SubjectCost], ranks: int, distribute: str) -> list[int]:
+def find_shared(costs: Sequence[SubjectCost], ranks: int, distribute: str) -> list[int]:
     """Numbers of the subjects that several processes share.
 
     Args:
-        sizes: Of every subject.
-        ranks: How many processes there are.
-        distribute: 'subject' for none, 'slab' for all, 'auto' for all if there are fewer subjects than processes, and
-            else for those that outweigh an even share, so that one process would keep the others waiting.
+        costs: The cost of each subject.
+        ranks: Number of processes.
+        distribute: 'subject' for none, 'slab' for all, 'auto' for all if there are fewer subjects than processes,
+            otherwise for those that cost more than an even share, which would keep the other processes waiting.
     """
     if ranks == 1 or distribute == "subject":
         return []
-    even = sum(size.patches for size in sizes) / ranks
-    every = distribute == "slab" or len(sizes) < ranks
-    return [n for n, size in enumerate(sizes) if size.parts > 1 and (every or size.patches > even)]
+    even = sum(cost.patches for cost in costs) / ranks
+    share_all = distribute == "slab" or len(costs) < ranks
+    return [n for n, cost in enumerate(costs) if cost.parts > 1 and (share_all or cost.patches > even)]
 
 
-def distributed(
-    tasks: Sequence[SubjectTask], sizes: Sequence[SubjectCost], ranks: int, distribute: str
+def assign_tasks(
+    tasks: Sequence[SubjectTask], costs: Sequence[SubjectCost], ranks: int, distribute: str
 ) -> list[list[SubjectTask]]:
-    """For each rank its tasks: first those that are shared, in one order for all; then its own.
+    """The tasks of each rank: first those that are shared, in one order for all ranks; then its own.
 
-    Whole subjects are dealt on top of what the shares weigh, so that they fill up where slabs are unequal.
+    Subjects of one process are dealt on top of the loads of the shared ones, so that they even out unequal slabs.
     """
-    shared = shares(sizes, ranks, distribute)
+    shared = find_shared(costs, ranks, distribute)
     dealt: list[list[SubjectTask]] = [[] for _ in range(ranks)]
     loads = [0.0] * ranks
     for place, n in enumerate(shared):
-        # The collecting rank changes, since it also writes.
-        team = tuple((place + member) % ranks for member in range(sizes[n].parts))
+        # The rank that collects differs from subject to subject, since it also writes.
+        team = tuple((place + member) % ranks for member in range(costs[n].parts))
         task = replace(tasks[n], team=team)
         for rank in team:
             dealt[rank].append(task)
-            loads[rank] += sizes[n].patches / len(team)
-    whole = sorted(set(range(len(tasks))) - set(shared))
-    for mine, numbers in zip(dealt, deal([sizes[n].patches for n in whole], ranks, loads), strict=True):
-        mine.extend(tasks[whole[n]] for n in numbers)
+            loads[rank] += costs[n].patches / len(team)
+    unshared = sorted(set(range(len(tasks))) - set(shared))
+    for mine, numbers in zip(dealt, deal([costs[n].patches for n in unshared], ranks, loads), strict=True):
+        mine.extend(tasks[unshared[n]] for n in numbers)
     return dealt

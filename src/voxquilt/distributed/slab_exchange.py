@@ -1,4 +1,4 @@
-"""What do the processes that share a volume send each other? Sums where their slabs overlap, then finished planes."""
+"""Exchanges sums and finished planes between the processes that share a volume."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,15 +18,15 @@ Parts = Sequence[tuple[str, Where, np.ndarray]]
 
 
 class ElsewhereError(OutputError):
-    """Another process of the team could not do its part."""
+    """Another process that shares the volume could not do its part."""
 
 
 @dataclass(frozen=True)
 class SlabExchange:
     """One process's place among those that share a volume.
 
-    Whatever fails, each member sends each of its messages once, with the data or with the reason why there are none:
-    nobody waits for what does not come. Members take their subjects in one order, so nobody waits in a circle either.
+    Whatever fails, each member sends each of its messages once, with the data or with the reason why there are none, so
+    that no process waits forever. Members take their subjects in the same order, so they cannot deadlock.
 
     Args:
         group: The processes of the run.
@@ -38,7 +38,7 @@ class SlabExchange:
 
     @property
     def place(self) -> int:
-        """Which part of the grid is this process's."""
+        """The number of this process's part of the grid."""
         return self.task.team.index(self.group.rank)
 
     @property
@@ -52,55 +52,56 @@ class SlabExchange:
         return self.place == len(self.task.team) - 1
 
     def send_head(self, sums: Sequence[Tensor], error: str = "") -> None:
-        """To the process with the part before: this one's sums of the planes that both have patches in."""
+        """Send the sums of the planes that this part shares with the one before to that part's process."""
         self.group.send(self.task.team[self.place - 1], self._tag(0), {"error": error}, sums)
 
     def receive_head(self) -> list[Tensor]:
-        """From the process with the part behind.
+        """Receive the sums of the planes that this part shares with the next one from that part's process.
 
         Raises:
             ElsewhereError: it could not do its part.
         """
         header, sums = self.group.receive(self.task.team[self.place + 1], self._tag(0))
-        return sums if not header["error"] else _raise(header["error"])
+        if header["error"]:
+            raise ElsewhereError(header["error"])
+        return sums
 
     def send_planes(self, parts: Parts, error: str = "") -> None:
-        """To the process that collects: this one's native planes of every product."""
+        """Send this process's native planes of every product to the process that collects them."""
         where = {name: [[s.start, s.stop] for s in slices] for name, slices, _ in parts}
         arrays = [torch.from_numpy(array) for _, _, array in parts]
         self.group.send(self.task.team[0], self._tag(1), {"error": error, "where": where}, arrays)
 
-    def receive_planes(self, quilt: SubjectStitcher | None) -> None:
-        """From all others, into the quilt of the process that collects; or to nowhere.
+    def receive_planes(self, stitcher: SubjectStitcher | None) -> None:
+        """Receive the native planes of all other processes.
+
+        Args:
+            stitcher: Where planes are placed; None discards them.
 
         Raises:
-            ElsewhereError: one of them could not do its part; the messages of all have been taken.
+            ElsewhereError: another process could not do its part; the messages of all have been received.
         """
         errors = []
         for rank in self.task.team[1:]:
             header, arrays = self.group.receive(rank, self._tag(1))
             errors += [header["error"]] if header["error"] else []
             for (name, where), array in zip(header["where"].items(), arrays, strict=True):
-                if quilt is not None:
+                if stitcher is not None:
                     i, j, k = (slice(*ends) for ends in where)
-                    quilt.place(name, (i, j, k), array.numpy())
+                    stitcher.place(name, (i, j, k), array.numpy())
         if errors:
-            _raise(errors[0])
+            raise ElsewhereError(errors[0])
 
     def _tag(self, kind: int) -> int:
         return 2 * self.task.number + kind
 
 
-def _raise(reason: str) -> list[Tensor]:
-    raise ElsewhereError(reason)
-
-
 def first_error(error: Exception | None, action: Callable[[], object]) -> Exception | None:
-    """The first error: the one that was there, or the action's; a process that died is not a subject's error."""
+    """The given error, or else the action's; the error of a process that died is raised, since it ends the run."""
     try:
         action()
     except RunError:
         raise
-    except Exception as own:
-        return error or own
+    except Exception as error_of_action:
+        return error or error_of_action
     return error

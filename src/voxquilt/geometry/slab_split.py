@@ -1,7 +1,7 @@
-"""Which rows of a grid does each of several processes predict, and which planes do neighbours exchange?
+"""Splits a grid into rows for several processes, whose neighbours exchange the planes that they share.
 
 A row is all patches of one start along an axis. Where patches are averaged, the planes that the last row before a
-boundary and the first row after it share are summed by both processes, and the one before the boundary finishes them:
+boundary and the first row after it share are summed by both processes; the process before the boundary finishes them:
 
     rows of one part      |=================|
                                 |=================|
@@ -11,7 +11,7 @@ boundary and the first row after it share are summed by both processes, and the 
     by the next                                   |-----------|
     summed by both                    [low    high)
 
-Plane `high`, too, is handed back: voxels of native space that lie between two planes need both.
+Plane `high` is also sent back: voxels of native space that lie between two planes need both.
 """
 
 from dataclasses import dataclass
@@ -51,16 +51,16 @@ class Part:
         return grid.order_along(self.axis).reshape(rows, -1)[self.first : self.stop].ravel()
 
 
-def whole(grid: Grid, axis: int) -> Part:
+def all_rows(grid: Grid, axis: int) -> Part:
     """All rows along an axis."""
     return Part(axis, 0, grid.counts[axis])
 
 
-def split(grid: Grid, ranks: int) -> list[Part]:
-    """Parts for so many processes, fewer if there are not as many rows.
+def split_rows(grid: Grid, ranks: int) -> list[Part]:
+    """One part per process, or fewer if the grid has fewer rows.
 
     They lie along the axis that leaves the largest part smallest; of several such axes, along the one that needs the
-    least memory. Rows are dealt as evenly as they can be.
+    least memory. Rows are divided as evenly as possible.
     """
 
     def cost(axis: int) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""How much room has this machine? Memory that a process may still take, its cgroup's limit included, and disk."""
+"""Measures what a machine has free: memory, including the limits of cgroups, and disk."""
 
 import os
 import shutil
@@ -11,21 +11,21 @@ _UNLIMITED = 2**60
 
 
 def memory_available(root: Path = Path("/")) -> int:
-    """Bytes that can be taken before the machine, or the process's cgroup (a container's, SLURM's), is full.
+    """Bytes that can be allocated before the machine, or the process's cgroup (a container's, SLURM's), is full.
 
     Args:
         root: Where /proc and /sys are.
     """
-    return max(0, min([psutil.virtual_memory().available, *_cgroups(root)]))
+    return max(0, min([psutil.virtual_memory().available, *_cgroups_available(root)]))
 
 
-def _cgroups(root: Path) -> list[int]:
-    """What each limit above this process leaves; of cgroups' versions 1 and 2."""
+def _cgroups_available(root: Path) -> list[int]:
+    """Bytes that each cgroup above this process leaves, for versions 1 and 2 of cgroups."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:  # not Linux
         return []
-    left = []
+    available = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
@@ -39,35 +39,36 @@ def _cgroups(root: Path) -> list[int]:
         # A container sees itself at the top, whatever its path outside is.
         for folder in (group, *group.parents):
             if folder == top or top in folder.parents:
-                found = _left(folder, limit, used, files)
-                left += [] if found is None else [found]
-    return left
+                remaining = _read_remaining(folder, limit, used, files)
+                available += [] if remaining is None else [remaining]
+    return available
 
 
-def _left(folder: Path, limit: str, used: str, files: str) -> int | None:
+def _read_remaining(folder: Path, limit: str, used: str, files: str) -> int | None:
+    """Bytes that a cgroup leaves; None where it has no limit."""
     try:
-        most = int((folder / limit).read_text())  # 'max' is none
+        most = int((folder / limit).read_text())  # 'max', which is no limit, is a ValueError
         taken = int((folder / used).read_text())
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         return None
-    # Files that were read stay in memory until somebody needs it.
+    # Files that were read stay in memory until it is needed for something else.
     return most - taken + int(stat.get(files, 0)) if most < _UNLIMITED else None
 
 
 def disk_free(folder: Path) -> int:
-    """Bytes free where a folder is, or will be made."""
+    """Bytes free on the disk where a folder is, or will be made."""
     return shutil.disk_usage(next(path for path in (folder, *folder.parents) if os.path.exists(path))).free
 
 
 @dataclass(frozen=True)
 class MachineResources:
-    """What a machine has.
+    """What a machine has free for a run.
 
     Args:
-        memory: Bytes that the run's processes on it may still take.
+        memory: Bytes that the run's processes on it may still allocate.
         disk: Bytes free for outputs.
-        processes: Of the run, on this machine.
+        processes: Number of the run's processes on this machine.
     """
 
     memory: int

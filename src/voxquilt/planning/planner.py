@@ -1,4 +1,4 @@
-"""Will it fit? What a run needs beside what the machine has, and what to change if that is too little."""
+"""Compares what a run needs with what the machine has, and finds settings that fit if that is too little."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,20 +11,20 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from voxquilt.data.subject_size import RunSize, SubjectSize, extent
+from voxquilt.data.subject_size import RunSize, SubjectSize, run_size
 from voxquilt.errors import VoxquiltError
 from voxquilt.geometry.frame import Triple
 from voxquilt.models.predictor import PatchPredictor
 from voxquilt.planning.machine import MachineResources, disk_free, memory_available
-from voxquilt.planning.resource_estimate import MIB, OutputPlan, Requirements, RunSettings, forms, needs
+from voxquilt.planning.resource_estimate import MIB, OutputPlan, Requirements, RunSettings, estimate, plan_outputs
 from voxquilt.planning.shape_probe import Probe, probe
-from voxquilt.text import of_subjects
+from voxquilt.text import byte_size, of_subjects
 
 # Voxels of a batch beyond which a CPU's throughput no longer rises: its cores are busy with one patch.
 _CPU_VOXELS = 2**20
-MOST = 64
-"""Patches of a batch that is found."""
-# What is left to the operating system and to what cannot be foreseen, when a batch size is chosen.
+MAX_BATCH = 64
+"""The largest batch size that is chosen."""
+# The share of memory that a chosen batch size may use; the rest is left to the operating system and the unforeseen.
 _SHARE = 0.8
 
 
@@ -33,140 +33,157 @@ class Forecast:
     """What a process will need.
 
     Args:
-        extent: Of the run's subjects.
-        settings: As they will be used, the batch size in numbers.
-        forms: What is made of the network's outputs.
-        probe: Of a forward pass with that batch size.
-        needs: In bytes.
-        room: On this process's machine.
+        size: The size of the run.
+        settings: The settings that will be used, with the batch size as a number.
+        outputs: What the network's outputs become.
+        probe: A forward pass with that batch size.
+        requirements: Memory and disk of the process, in bytes.
+        machine: What this process's machine has free.
         notes: What a reader of the numbers should know.
         refusal: Why the run cannot fit, and what would; None if it can.
     """
 
-    extent: RunSize
+    size: RunSize
     settings: RunSettings
-    forms: OutputPlan
+    outputs: OutputPlan
     probe: Probe
-    needs: Requirements
-    room: MachineResources
+    requirements: Requirements
+    machine: MachineResources
     notes: list[str]
     refusal: str | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """For plan.json; bytes."""
-        outputs = {name: list(shape) for name, shape in self.probe.outputs.items()}
+        """The forecast as in plan.json, in bytes."""
+        required = self.requirements
         return {
             "batch_size": self.settings.batch_size,
-            "outputs": outputs,
-            "products": [asdict(one) for one in self.forms.made],
-            "memory": {"host": dict(self.needs.host), "host_total": self.needs.memory}
-            | {"device": dict(self.needs.device), "device_total": sum(self.needs.device.values())},
-            "sums_on": "device, if it has twice their room free" if self.needs.device else "host",
-            "disk": {"expected": self.needs.disk, "at_most": self.needs.bound, "scratch": self.needs.scratch},
-            "room": asdict(self.room),
+            "outputs": {name: list(shape) for name, shape in self.probe.outputs.items()},
+            "products": [asdict(file) for file in self.outputs.files],
+            "memory": {"host": dict(required.host), "host_total": required.memory}
+            | {"device": dict(required.device), "device_total": sum(required.device.values())},
+            "sums_on": "device, if it has twice their room free" if required.device else "host",
+            "disk": {"expected": required.disk, "at_most": required.bound, "scratch": required.scratch},
+            "room": asdict(self.machine),
             "notes": self.notes,
         }
 
 
 class Planner:
-    """Works out a process's needs.
+    """Forecasts what a process of a run needs.
 
     Args:
-        trainer: Trainer of the run.
-        module: Its network.
-        size: The run's subjects.
-        settings: RunSettings of the run.
+        trainer: The trainer of the run.
+        module: The network.
+        size: The size of the run.
+        settings: The settings of the run.
     """
 
     def __init__(self, trainer: Trainer, module: LightningModule, size: RunSize, settings: RunSettings) -> None:
-        self._module, self._of, self._settings = module, size, settings
+        self._module, self._size, self._settings = module, size, settings
         self._device = trainer.strategy.root_device
         self._autocast = _autocast(str(trainer.precision))
-        self._room = MachineResources(memory_available(), disk_free(settings.folder), trainer.num_devices)
+        self._machine = MachineResources(memory_available(), disk_free(settings.folder), trainer.num_devices)
         self._notes: list[str] = []
-        # Shared by those that are made of this one: a large network takes a while to be asked.
-        self._passes: dict[tuple[int, Triple, int], Probe] = {}
+        # Shared with the planners that are derived from this one: probing a large network takes a while.
+        self._probes: dict[tuple[int, Triple, int], Probe] = {}
         self._layout = module.network.layout if isinstance(module, PatchPredictor) else "auto"
         self._guesses: dict[tuple[int, Triple, int], str] = {}
 
-    def changed(self, of: RunSize, settings: RunSettings) -> "Planner":
-        """The same for other subjects and settings."""
+    def with_changes(self, size: RunSize, settings: RunSettings) -> "Planner":
+        """A planner for other subjects and settings."""
         other = copy(self)
-        other._of, other._settings, other._notes = of, settings, []
+        other._size, other._settings, other._notes = size, settings, []
         return other
 
     def plan(self) -> Forecast:
-        """What the settings need.
+        """Forecast what the run needs with these settings.
 
         Raises:
             OutputError: a product that the network's output does not have.
         """
         settings = self._settings
-        passed, become, required = self._needs(settings)
+        probe, outputs, required = self._estimate(settings)
         if isinstance(self._module, PatchPredictor) and self._module.network.compiled:
             self._notes.append("torch.compile takes memory and time of its own, which are not counted.")
-        if self._of.unread:
-            self._notes.append(f"{of_subjects(self._of.unread)} cannot be predicted, and will fail.")
+        if self._size.unread:
+            self._notes.append(f"{of_subjects(self._size.unread)} cannot be predicted, and will fail.")
         return Forecast(
-            self._of, settings, become, passed, required, self._room, self._notes, self._refusal(settings, required)
+            self._size,
+            settings,
+            outputs,
+            probe,
+            required,
+            self._machine,
+            self._notes,
+            self._refusal(settings, required),
         )
 
     def _refusal(self, settings: RunSettings, required: Requirements) -> str | None:
-        over = self._over(required)
-        if over is None:
+        shortage = self._shortage(required)
+        if shortage is None:
             return None
         advice = self._advice(settings)
         return (
-            f"the run does not fit {over} {advice} (run.dry_run=true shows what takes how much. Nothing was started.)"
+            f"the run does not fit {shortage} {advice} (run.dry_run=true shows what takes how much. Nothing was "
+            f"started.)"
         )
 
     @property
-    def smallest(self) -> SubjectSize:
-        """The outline of a subject of a single patch: where not even this fits, it is no subject's fault."""
-        patch, channels = self._settings.patch_size, min(self._of.of_channels, default=self._of.channels)
+    def smallest_subject(self) -> SubjectSize:
+        """The size of a subject of a single patch: where not even this fits, the subjects are not to blame."""
+        patch, channels = self._settings.patch_size, min(self._size.channel_counts, default=self._size.channels)
         loaded = 4 * channels * prod(patch)
         return SubjectSize(patch, patch, (1.0, 1.0, 1.0), channels, 1, prod(patch), loaded, loaded, loaded)
 
-    def of_one(self, one: SubjectSize) -> str | None:
+    def explain_misfit(self, subject: SubjectSize) -> str | None:
         """Why a subject cannot be predicted even by itself, and what would help; None if it can.
 
         Args:
-            one: The subject.
+            subject: The size of the subject.
 
         Raises:
             OutputError: a product that the network's output does not have.
         """
         settings = self._settings
-        alone = self.changed(extent([one]), settings)
-        over = alone._over(alone._needs(settings)[2])
-        if over is None:
+        alone = self.with_changes(run_size([subject]), settings)
+        shortage = alone._shortage(alone._estimate(settings)[2])
+        if shortage is None:
             return None
-        sizes = (" x ".join(f"{n:.5g}" for n in numbers) for numbers in (one.native, one.spacing, one.model))
+        sizes = (
+            " x ".join(f"{n:.5g}" for n in numbers) for numbers in (subject.native, subject.spacing, subject.model)
+        )
         return "it does not fit {} {} The file has {} voxels of {} mm, model space {}.".format(
-            over, alone._advice(settings), *sizes
+            shortage, alone._advice(settings), *sizes
         )
 
     def _advice(self, settings: RunSettings) -> str:
-        ways = [said for said, changed in self._ways(settings) if self._fits(changed)]
+        ways = [words for words, changed in self._alternatives(settings) if self._fits(changed)]
         return f"It fits with {ways[0]}." if ways else "No single setting does it; use a larger machine or disk."
 
-    def _over(self, required: Requirements) -> str | None:
-        room, new = self._room, required.memory - self._settings.base
-        if new * room.processes > room.memory:
+    def _shortage(self, required: Requirements) -> str | None:
+        """What the machine has too little of, in words; None if the run fits."""
+        machine, new = self._machine, required.memory - self._settings.base
+        if new * machine.processes > machine.memory:
             most = max((size, what) for what, size in required.host.items() if what != "process")
-            several = f" for each of {room.processes} processes" if room.processes > 1 else ""
+            several = f" for each of {machine.processes} processes" if machine.processes > 1 else ""
             return (
-                f"the host's memory: it needs {_gib(new)} more{several}, of which {_gib(most[0])} "
-                f"for {most[1]}, and {_gib(room.memory)} are available (limits of cgroups included)."
+                f"the host's memory: it needs {byte_size(new)} more{several}, of which {byte_size(most[0])} "
+                f"for {most[1]}, and {byte_size(machine.memory)} are available (limits of cgroups included)."
             )
-        disk = required.disk + required.scratch * room.processes
-        if disk > room.disk:
-            beside = f", of which {_gib(required.scratch * room.processes)} for a while" if required.scratch else ""
-            return f"the disk: it needs about {_gib(disk)}{beside}, and {_gib(room.disk)} are free."
+        disk = required.disk + required.scratch * machine.processes
+        if disk > machine.disk:
+            beside = (
+                f", of which {byte_size(required.scratch * machine.processes)} for a while" if required.scratch else ""
+            )
+            return f"the disk: it needs about {byte_size(disk)}{beside}, and {byte_size(machine.disk)} are free."
         return None
 
-    def _ways(self, settings: RunSettings) -> Iterator[tuple[str, RunSettings]]:
-        """Changes, the least first: those that change no output, then those that do."""
+    def _alternatives(self, settings: RunSettings) -> Iterator[tuple[str, RunSettings]]:
+        """Settings that take less, the smallest changes first: those that change no output, then those that do.
+
+        Yields:
+            Words for the command line, and the settings.
+        """
         if settings.num_workers:
             yield "data.num_workers=0", replace(settings, num_workers=0)
         size = settings.batch_size
@@ -190,34 +207,34 @@ class Planner:
 
     def _fits(self, settings: RunSettings) -> bool:
         with contextlib.suppress(VoxquiltError):
-            return self._over(self._needs(settings)[2]) is None
+            return self._shortage(self._estimate(settings)[2]) is None
         return False
 
-    def _needs(self, settings: RunSettings) -> tuple[Probe, OutputPlan, Requirements]:
-        passed = self._probe(settings.patch_size, settings.batch_size)
+    def _estimate(self, settings: RunSettings) -> tuple[Probe, OutputPlan, Requirements]:
+        probe = self._probe(settings.patch_size, settings.batch_size)
         stitch = settings.stitch
-        if passed.guessed:  # of a guess it is not to be said that numbers and classes differ
+        if probe.guessed:  # guessed channels must not be reported as differing from the number of labels
             stitch = replace(stitch, label_values=None)
-        become = forms(stitch, passed.outputs, settings.patch_size, self._layout)
-        # A ring is as many planes as a patch has.
-        ring = self._of.ring * max(settings.patch_size) // max(self._settings.patch_size)
-        return passed, become, needs(replace(self._of, ring=ring), passed, become, settings)
+        outputs = plan_outputs(stitch, probe.outputs, settings.patch_size, self._layout)
+        # A ring has as many planes as a patch.
+        ring = self._size.ring * max(settings.patch_size) // max(self._settings.patch_size)
+        return probe, outputs, estimate(replace(self._size, ring=ring), probe, outputs, settings)
 
     def _probe(self, patch_size: Triple, batch_size: int) -> Probe:
-        key = self._of.channels, patch_size, batch_size
-        if key not in self._passes:
-            self._passes[key] = self._probed(*key)
+        key = self._size.channels, patch_size, batch_size
+        if key not in self._probes:
+            self._probes[key] = self._probe_or_guess(*key)
         if key in self._guesses:
             self._note(self._guesses[key])
-        return self._passes[key]
+        return self._probes[key]
 
-    def _probed(self, channels: int, patch_size: Triple, batch_size: int) -> Probe:
+    def _probe_or_guess(self, channels: int, patch_size: Triple, batch_size: int) -> Probe:
         problem = "it is not voxquilt's PatchPredictor"
         if isinstance(self._module, PatchPredictor):
             try:
                 network: nn.Module = self._module.network
                 return probe(network, channels, patch_size, batch_size, device=self._device, autocast=self._autocast)
-            except Exception as error:
+            except Exception as error:  # a network's own code may raise anything
                 problem = f"{type(error).__name__}: {error}".split("\n")[0]
         self._guesses[channels, patch_size, batch_size] = (
             "the network cannot be run without voxels, so its memory is a guess, 64 channels of a patch, and so are "
@@ -232,23 +249,19 @@ class Planner:
         if text not in self._notes:
             self._notes.append(text)
 
-    def largest(self) -> int:
-        """Patches of a batch that fit the host, doubled from one on."""
+    def largest_batch(self) -> int:
+        """The largest batch size that fits the host, a power of 2."""
 
         def fits(size: int) -> bool:
-            required = self._needs(replace(self._settings, batch_size=size))[2]
-            new = (required.memory - self._settings.base) * self._room.processes
-            return new <= _SHARE * self._room.memory
+            required = self._estimate(replace(self._settings, batch_size=size))[2]
+            new = (required.memory - self._settings.base) * self._machine.processes
+            return new <= _SHARE * self._machine.memory
 
         size, voxels = 1, prod(self._settings.patch_size)
-        while 2 * size <= MOST and 2 * size * voxels <= _CPU_VOXELS and fits(2 * size):
+        while 2 * size <= MAX_BATCH and 2 * size * voxels <= _CPU_VOXELS and fits(2 * size):
             size *= 2
         return size
 
 
 def _autocast(precision: str) -> torch.dtype | None:
     return {"16": torch.float16, "bf16": torch.bfloat16}.get(precision.partition("-")[0])
-
-
-def _gib(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / MIB:.1f} MiB"

@@ -15,8 +15,8 @@ from voxquilt.geometry.frame import Triple
 from voxquilt.geometry.output_layout import described
 from voxquilt.models.ensemble import size_of
 from voxquilt.models.predictor import PatchPredictor
-from voxquilt.planning.network_check import ChannelsError, check_fits
-from voxquilt.planning.planner import MOST, Forecast, Planner
+from voxquilt.planning.network_check import ChannelsError, check_network
+from voxquilt.planning.planner import MAX_BATCH, Forecast, Planner
 from voxquilt.planning.resource_estimate import RunSettings
 
 log = logging.getLogger("voxquilt")
@@ -24,12 +24,12 @@ log = logging.getLogger("voxquilt")
 T = TypeVar("T")
 
 AUTO = "auto"
-"""The batch size that is chosen here."""
+"""The batch size that stands for one chosen here."""
 
 
 @runtime_checkable
 class PlannedSubjects(Protocol):
-    """The subjects of a run, as far as it has to be known whether they fit."""
+    """What preflight checks need to know of the subjects of a run."""
 
     batch_size: int | str
 
@@ -40,7 +40,7 @@ class PlannedSubjects(Protocol):
 
     @property
     def run_size(self) -> RunSize:
-        """What the subjects that can be predicted take."""
+        """The size of the run: of the subjects that can be predicted."""
         ...
 
     @property
@@ -55,62 +55,62 @@ class PlannedSubjects(Protocol):
 
     @property
     def has_others(self) -> bool:
-        """Whether there are subjects beside these: some that are done, or of another shard. If none of these can be
-        predicted, it may then be no fault of the configuration."""
+        """Whether there are subjects besides these: some that are done, or of another shard. If none of these can be
+        predicted, the configuration may then be right nonetheless."""
         ...
 
     def set_apart(self, problem: Callable[[SubjectSize], str | None]) -> None:
-        """Have subjects fail that have a problem, unless all have it; called by all processes."""
+        """Have subjects with a problem fail, unless all have one; called by all processes."""
         ...
 
 
 def check_before_run(
     trainer: Trainer, module: LightningModule, settings: RunSettings, subjects: PlannedSubjects, *, refuse: bool = True
 ) -> tuple[int, Forecast | None]:
-    """Work out the plan, agree on the batch size, and refuse what does not fit, alike in all processes.
+    """Forecast what the run needs, agree on the batch size, and refuse what does not fit; the same in all processes.
 
-    A subject that alone cannot be predicted, for its channels or its size, is set apart to fail by itself.
+    A subject that cannot be predicted because of its channels or its size is set apart, to fail by itself.
 
     Args:
         trainer, module: Trainer and network of the run.
         settings: Settings of the run; the batch size is chosen if that of the subjects is 'auto'.
         subjects: The subjects of the run.
-        refuse: False leaves the refusal in the plan.
+        refuse: False leaves the refusal in the forecast.
 
     Returns:
-        The batch size, and the plan: None if there is nothing to predict, no header can be used, or an output does not
-        have a product, by which every subject fails.
+        The batch size, and the forecast: None if there is nothing to predict, if no header can be used, or if a product
+        cannot be made of an output, so that every subject fails.
 
     Raises:
-        ConfigError: the run cannot fit, or network and patches do not fit each other; what would fit is said.
+        ConfigError: the run cannot fit, or network and patches do not fit each other; the message names what would.
     """
     group = subjects.group
-    first = Planner(trainer, module, subjects.run_size, settings)
+    base = Planner(trainer, module, subjects.run_size, settings)
     _set_other_channels_apart(module, settings.patch_size, subjects)
-    _set_misfits_apart(first, subjects, settings)
-    channels = subjects.run_size.channels if subjects.run_size.of_channels else 0
+    _set_misfits_apart(base, subjects, settings)
+    channels = subjects.run_size.channels if subjects.run_size.channel_counts else 0
     if subjects.batch_size == AUTO:
-        settings = replace(settings, batch_size=_batch_size(trainer, module, first, settings, subjects))
-    planner = first.changed(subjects.run_size, settings)
+        settings = replace(settings, batch_size=_batch_size(trainer, module, base, settings, subjects))
+    planner = base.with_changes(subjects.run_size, settings)
     forecast = _unless_a_product_is_missing(planner.plan) if channels else None
     if forecast is not None and isinstance(module, PatchPredictor):
         known = None if forecast.probe.guessed else forecast.probe
         names = settings.stitch.class_names
         try:
-            passed = check_fits(module.network, subjects.images, channels, settings.patch_size, names, known)
+            probe = check_network(module.network, subjects.images, channels, settings.patch_size, names, known)
         except ChannelsError as error:
             if not subjects.has_others:
                 raise
-            takes = {channels: error.wanted}
-            subjects.set_apart(lambda size: _channels_problem(size, takes))
+            expected = {channels: error.wanted}
+            subjects.set_apart(lambda size: _channels_problem(size, expected))
             return settings.batch_size, None
-        lines = described(module.network.layout, passed.outputs, settings.patch_size) if passed else []
+        lines = described(module.network.layout, probe.outputs, settings.patch_size) if probe else []
         forecast.notes.extend(lines)
         if group.rank == 0 and refuse:
             for line in lines:
                 log.info("%s", line)
     if forecast is not None and subjects.are_shared:
-        forecast.notes.append("each process is counted as if it did the volumes that several share by itself.")
+        forecast.notes.append("each process is counted as if it predicted shared volumes by itself.")
     reasons = list(filter(None, group.gather(forecast.refusal if forecast else None)))
     if reasons and refuse:
         raise ConfigError(reasons[0])
@@ -127,61 +127,68 @@ def weights_on_device(module: LightningModule) -> int:
 
 
 def _batch_size(
-    trainer: Trainer, module: LightningModule, first: Planner, settings: RunSettings, subjects: PlannedSubjects
+    trainer: Trainer, module: LightningModule, base: Planner, settings: RunSettings, subjects: PlannedSubjects
 ) -> int:
-    """Patches that fit; one number for all processes, which the smallest device decides."""
+    """The batch size that fits every process; the smallest device decides."""
     size = subjects.run_size
-    if not size.of_channels:
+    if not size.channel_counts:
         return min(subjects.group.gather(1))
 
     def largest() -> int:
         device = trainer.strategy.root_device
         if device.type == "cuda":
             return _largest_by_trial(module, size.channels, settings.patch_size, device)
-        return first.changed(size, settings).largest()
+        return base.with_changes(size, settings).largest_batch()
 
     return min(subjects.group.gather(_unless_a_product_is_missing(largest) or 1))
 
 
 def _set_other_channels_apart(module: LightningModule, patch_size: Triple, subjects: PlannedSubjects) -> None:
-    """Where subjects differ in their number of channels, those fail that the network cannot take."""
-    counts = sorted(subjects.run_size.of_channels)
+    """Where subjects differ in their number of channels, have those fail that the network cannot take."""
+    counts = sorted(subjects.run_size.channel_counts)
     if len(counts) < 2 or not isinstance(module, PatchPredictor):
         return
-    takes: dict[int, int] = {}
+    expected: dict[int, int] = {}
     for count in counts:
         try:
-            check_fits(module.network, [], count, patch_size, None)
+            check_network(module.network, [], count, patch_size, None)
         except ChannelsError as error:
-            takes[count] = error.wanted
+            expected[count] = error.wanted
         except ConfigError:  # for the patch size, say, which concerns all subjects
             return
-    if len(takes) < len(counts) or subjects.has_others:
-        subjects.set_apart(lambda size: _channels_problem(size, takes))
+    if len(expected) < len(counts) or subjects.has_others:
+        subjects.set_apart(lambda size: _channels_problem(size, expected))
 
 
-def _channels_problem(size: SubjectSize, takes: Mapping[int, int]) -> str | None:
-    """What is wrong with a subject's channels, if they are not what the network takes."""
-    count, wanted = size.channels, takes.get(size.channels)
+def _channels_problem(size: SubjectSize, expected: Mapping[int, int]) -> str | None:
+    """Why the network cannot take a subject's channels; None if it can.
+
+    Args:
+        size: The size of the subject.
+        expected: The number of channels that the network takes, by the numbers that it does not take.
+    """
+    count, wanted = size.channels, expected.get(size.channels)
     return None if wanted is None else f"it has {count} channel{'s' * (count != 1)}, and the network takes {wanted}."
 
 
-def _set_misfits_apart(first: Planner, subjects: PlannedSubjects, settings: RunSettings) -> None:
-    """Where the run does not fit, but would with small subjects, those fail that would not fit by themselves."""
+def _set_misfits_apart(base: Planner, subjects: PlannedSubjects, settings: RunSettings) -> None:
+    """Where the run does not fit, but would with small subjects, have those fail that would not fit by themselves."""
     gather = subjects.group.gather
 
     def planner() -> Planner:
-        return first.changed(subjects.run_size, settings)
+        return base.with_changes(subjects.run_size, settings)
 
-    refusal = _unless_a_product_is_missing(lambda: planner().plan().refusal) if subjects.run_size.of_channels else None
+    refusal = (
+        _unless_a_product_is_missing(lambda: planner().plan().refusal) if subjects.run_size.channel_counts else None
+    )
     if any(gather(refusal is not None)):
         alone = planner()
-        if all(gather(alone.of_one(alone.smallest) is None)):
-            subjects.set_apart(alone.of_one)
+        if all(gather(alone.explain_misfit(alone.smallest_subject) is None)):
+            subjects.set_apart(alone.explain_misfit)
 
 
 def _unless_a_product_is_missing(action: Callable[[], T]) -> T | None:
-    """None where an output does not have a product: each subject fails by that, and its row says so."""
+    """The action's result; None where a product cannot be made of an output, which each subject's row will report."""
     try:
         return action()
     except ConfigError:
@@ -192,11 +199,11 @@ def _unless_a_product_is_missing(action: Callable[[], T]) -> T | None:
 
 
 def _largest_by_trial(module: LightningModule, channels: int, patch: Triple, device: torch.device) -> int:
-    """Patches that a device takes in a real forward pass, with room for as many as were tried and a fifth."""
+    """The largest batch that a device takes in a real forward pass, with memory for a quarter more."""
     forward: Callable[[torch.Tensor], object] = module.to(device).eval()
     size = 1
     with torch.inference_mode():
-        while size <= MOST:
+        while size <= MAX_BATCH:
             try:
                 forward(torch.zeros(size * 5 // 4 + 1, channels, *patch, device=device, dtype=torch.float32))
             except torch.OutOfMemoryError:

@@ -1,4 +1,4 @@
-"""What will a run need? Memory of each process and disk, from its extent, the network's outputs and the settings."""
+"""Estimates the memory of each process and the disk that a run needs, before it begins."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,11 +25,11 @@ _KEPT = 110 * MIB
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A volume that is written of each subject.
+    """A volume that is written for each subject.
 
     Args:
         name: '<product>' or '<output>_<product>'.
-        voxel_bytes: Of all of its channels.
+        voxel_bytes: Bytes of a voxel, over all channels.
         packed: Its expected size as .nii.gz, as a share of its voxels.
         labels: Whether it holds labels.
     """
@@ -42,35 +42,35 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class OutputPlan:
-    """What a network's outputs become.
+    """The files and sums that a network's outputs outputs.
 
     Args:
-        made: Volumes of each subject.
-        sums: Bytes of sums for each voxel of the ring, of all outputs and blends.
-        blends: How many sums there are.
+        files: Volumes that are written for each subject.
+        sums: Bytes of sums per voxel of the ring, over all outputs and blends.
+        blends: Number of separate sums.
     """
 
-    made: list[OutputFile]
+    files: list[OutputFile]
     sums: float
     blends: int
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What decides how much memory and disk a run takes, beside its subjects and its network.
+    """The settings that determine how much memory and disk a run takes, besides its subjects and its network.
 
     Args:
         stitch: How patches become volumes.
         folder: Folder of the outputs.
         patch_size: Voxels along i, j, k.
         batch_size: Patches per forward pass.
-        num_workers: Threads that load ahead.
+        num_workers: Threads that load subjects ahead.
         in_memory: Bytes; larger products wait on disk.
         compress: Whether outputs are .nii.gz.
-        base: Bytes that the process holds before the run, its libraries and weights included.
+        base: Bytes that the process holds before the run, including its libraries and weights.
         gpu: Whether the network runs on a GPU.
-        weights: Bytes of the network's weights, as far as they are on the device at a time.
-        skips: Whether patches are left out.
+        weights: Bytes of the network's weights that are on the device at a time.
+        skips: Whether patches without foreground are skipped.
         pictures: Whether pictures are drawn.
     """
 
@@ -90,14 +90,14 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class Requirements:
-    """Bytes.
+    """The memory and disk that a run needs, in bytes.
 
     Args:
-        host: Of a process at its peak, by what takes them.
-        device: Of its GPU, likewise; empty without one.
-        disk: Of outputs, as they are expected.
-        bound: The most that outputs can take: unpacked.
-        scratch: Of unnamed files beside, while the run goes on, in one process.
+        host: Memory of a process at its peak, by what it is used for.
+        device: Memory of its GPU, likewise; empty without one.
+        disk: Expected size of the outputs.
+        bound: Largest possible size of the outputs: unpacked.
+        scratch: Size of the unnamed files of one process during the run.
     """
 
     host: Mapping[str, int]
@@ -108,20 +108,27 @@ class Requirements:
 
     @property
     def memory(self) -> int:
-        """Of the host, in all."""
+        """Total memory on the host."""
         return sum(self.host.values())
 
 
-def forms(stitch: Stitch, outputs: Mapping[str, Sequence[int]], patch_size: Triple, layout: str = "auto") -> OutputPlan:
-    """What becomes of outputs (B, C, I, J, K) by name, which lie in patches as `voxquilt.geometry.output_layout` has
-    it.
+def plan_outputs(
+    stitch: Stitch, outputs: Mapping[str, Sequence[int]], patch_size: Triple, layout: str = "auto"
+) -> OutputPlan:
+    """The files and sums that a network's outputs outputs.
+
+    Args:
+        stitch: How patches become volumes.
+        outputs: Shapes (B, C, I, J, K) by name.
+        patch_size: Voxels along i, j, k.
+        layout: How outputs lie in patches; see `voxquilt.geometry.output_layout`.
 
     Raises:
         OutputError: a product that an output does not have.
     """
-    made, sums, blends = [], 0.0, 0
+    files, sums, blends = [], 0.0, 0
     for output, shape in outputs.items():
-        # Of a cropped patch the ring has as many voxels as the output.
+        # The ring of a cropped output has the output's voxels, not the patch's.
         channels, share = shape[1], 1.0 if layout == "cropped" else prod(shape[2:]) / prod(patch_size)
         for _, specs in stitch.specs(output, channels):
             for averaged in dict.fromkeys(spec.averaged for spec in specs.values()):
@@ -133,46 +140,53 @@ def forms(stitch: Stitch, outputs: Mapping[str, Sequence[int]], patch_size: Trip
             for product, spec in specs.items():
                 count, dtype = spec.product.form(channels)
                 name = "_".join(filter(None, (output, product)))
-                made.append(OutputFile(name, count * dtype.itemsize, spec.packed, spec.product.kind == LABELS))
-    return OutputPlan(made, sums, blends)
+                files.append(OutputFile(name, count * dtype.itemsize, spec.packed, spec.product.kind == LABELS))
+    return OutputPlan(files, sums, blends)
 
 
-def voxels_of(made: Sequence[OutputFile], voxels: int, *, compress: bool) -> int:
-    """Expected bytes on disk of what is made of so many native voxels."""
-    return round(sum(one.voxel_bytes * (one.packed if compress else 1) for one in made) * voxels)
+def bytes_on_disk(files: Sequence[OutputFile], voxels: int, *, compress: bool) -> int:
+    """Expected bytes on disk of the output files of so many native voxels."""
+    return round(sum(file.voxel_bytes * (file.packed if compress else 1) for file in files) * voxels)
 
 
-def needs(of: RunSize, passed: Probe, become: OutputPlan, settings: RunSettings) -> Requirements:
-    """What a process needs at its peak, at most what its largest subjects meet in, and the disk of all subjects."""
+def estimate(size: RunSize, probe: Probe, outputs: OutputPlan, settings: RunSettings) -> Requirements:
+    """The memory of a process at its peak, if its largest subjects are held at a time, and the disk of all subjects.
+
+    Args:
+        size: The run's subjects.
+        probe: The network's forward pass.
+        outputs: What its outputs outputs.
+        settings: The settings of the run.
+    """
     patch, batch = prod(settings.patch_size), settings.batch_size
-    ahead = min(of.subjects, settings.num_workers + 1)
-    # One is filled while one is written; a third waits only where writing takes longer than predicting.
-    held = min(of.subjects, 2)
-    sizes = [one.voxel_bytes * of.largest for one in become.made]
-    large = [size for size in sizes if size > settings.in_memory]
-    labels = any(one.labels for one in become.made)
-    sums = round(of.ring * (become.sums + 4 * become.blends * settings.skips)) + 4 * patch * become.blends
-    writing = of.largest * (32 if settings.stitch.postprocess and labels else labels)
-    network = passed.peak_bytes
+    ahead = min(size.subjects, settings.num_workers + 1)
+    # One subject is predicted while another is written; a third waits only where writing takes longer than predicting.
+    held = min(size.subjects, 2)
+    volumes = [file.voxel_bytes * size.largest for file in outputs.files]
+    large = [volume for volume in volumes if volume > settings.in_memory]
+    labels = any(file.labels for file in outputs.files)
+    sums = round(size.ring * (outputs.sums + 4 * outputs.blends * settings.skips)) + 4 * patch * outputs.blends
+    writing = size.largest * (32 if settings.stitch.postprocess and labels else labels)
+    network = probe.peak_bytes
     host = {
         "process": settings.base + _LATE + _PICTURES * settings.pictures,
-        "images": ahead * of.loaded,
-        "reading": of.reading if of.subjects > 1 or settings.pictures else max(0, of.reading - network),
-        "batches": 2 * batch * of.channels * patch * 4,
-        "products": held * (sum(sizes) - sum(large)),
-        "writing": writing if of.subjects > 1 else max(0, writing - network),
+        "images": ahead * size.loaded,
+        "reading": size.reading if size.subjects > 1 or settings.pictures else max(0, size.reading - network),
+        "batches": 2 * batch * size.channels * patch * 4,
+        "products": held * (sum(volumes) - sum(large)),
+        "writing": writing if size.subjects > 1 else max(0, writing - network),
     }
     if settings.gpu:
-        host |= {"network": passed.output_bytes, "sums": 0}
+        host |= {"network": probe.output_bytes, "sums": 0}
         device = {
             "weights": settings.weights,
             "network": network,
-            "batches": batch * of.channels * patch * 4,
+            "batches": batch * size.channels * patch * 4,
             "sums": sums,
         }
     else:
-        host |= {"network": max(network + min(network // 2, _KEPT), passed.output_bytes + _PIECES), "sums": sums}
+        host |= {"network": max(network + min(network // 2, _KEPT), probe.output_bytes + _PIECES), "sums": sums}
         device = {}
-    disk = voxels_of(become.made, of.voxels, compress=settings.compress)
-    bound = voxels_of(become.made, of.voxels, compress=False)
+    disk = bytes_on_disk(outputs.files, size.voxels, compress=settings.compress)
+    bound = bytes_on_disk(outputs.files, size.voxels, compress=False)
     return Requirements(host, device, disk, bound, held * sum(large))

@@ -1,6 +1,6 @@
-"""What does a network make of a batch, and how much memory does it take? Found without computing a voxel.
+"""Measures the outputs and the memory of a network's forward pass without computing a voxel.
 
-The forward pass runs on tensors that have shapes and no data, while the bytes of those that are alive are counted.
+The forward pass runs on tensors that have shapes but no data, while the bytes of those that are alive are counted.
 """
 
 import logging
@@ -23,20 +23,20 @@ Shape = tuple[int, ...]
 
 # Channels that oneDNN, which computes convolutions on a CPU, keeps beside each other.
 _BLOCK = 16
-# The product of channels and two axes up to which torch convolves a single patch by itself.
+# The product of channels and two axes up to which torch convolves a single patch without oneDNN.
 _SMALL = 20480
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A forward pass that was not made.
+    """What a forward pass makes and takes.
 
     Args:
-        outputs: (B, C, I, J, K) by output name; '' for the only output of a network.
-        peak_bytes: The most memory at any time beside the weights and the batch, outputs included.
-        output_bytes: Of the outputs.
-        types: Of each output, such as torch.float32.
-        guessed: Whether it is no more than a guess, of a network that cannot be asked.
+        outputs: Shapes (B, C, I, J, K) by output name; '' for the only output of a network.
+        peak_bytes: The most memory at any time besides the weights and the batch, including outputs.
+        output_bytes: Bytes of the outputs.
+        types: Type of each output, such as torch.float32.
+        guessed: Whether this is only a guess, for a network that cannot be probed.
     """
 
     outputs: dict[str, Shape]
@@ -58,23 +58,23 @@ def probe(
     """Run a network on a batch without data.
 
     Args:
-        network: A PatchNetwork, or any that maps (B, C, I, J, K) to a tensor or to tensors by name.
-        channels: Of the batch.
+        network: A PatchNetwork, or a module that maps (B, C, I, J, K) to a tensor or to tensors by name.
+        channels: Channels of the batch.
         patch_size: Voxels along i, j, k.
-        batch_size: Patches.
-        device: Where it is to run, for the memory that its kernels use; nothing is allocated there.
-        autocast: The type of trainer.precision='16-mixed' or 'bf16-mixed'.
+        batch_size: Patches of the batch.
+        device: Where it will run, for the memory that its kernels use; nothing is allocated there.
+        autocast: The type that trainer.precision='16-mixed' or 'bf16-mixed' uses.
 
     Raises:
         Exception: whatever the network raises for such a batch, such as another number of channels; and what torch
-            raises for a network that looks at values (one that branches by them) and cannot run without data.
+            raises for a network that branches on values and so cannot run without data.
     """
     kind = torch.device(device).type
     dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
     training = [module for module in network.modules() if module.training]
     network.eval()
     counter = _Counter(blocked=kind == "cpu")
-    log = logging.getLogger("torch._subclasses.fake_tensor")  # which prints a traceback of what is raised
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # which prints a traceback of every error
     level = log.level
     log.setLevel(logging.CRITICAL)
     try:
@@ -82,14 +82,14 @@ def probe(
             batch = torch.empty(batch_size, channels, *patch_size, dtype=dtype)
             with torch.autocast(kind, autocast, enabled=autocast is not None), counter:
                 outputs = network(batch)
-            return _described(outputs, batch_size, counter.peak)
+            return _to_probe(outputs, batch_size, counter.peak)
     finally:
         log.setLevel(level)
         for module in training:
             module.training = True
 
 
-def _described(outputs: Any, batch_size: int, peak: int) -> Probe:
+def _to_probe(outputs: Any, batch_size: int, peak: int) -> Probe:
     named = named_outputs(outputs, batch_size)
     return Probe(
         {name: tuple(tensor.shape) for name, tensor in named.items()},
@@ -100,10 +100,10 @@ def _described(outputs: Any, batch_size: int, peak: int) -> Probe:
 
 
 class _Counter(TorchDispatchMode):
-    """Counts the bytes of storages that operations make, while they live.
+    """Counts the bytes of the storages that operations allocate, while these are alive.
 
     Args:
-        blocked: Add what a CPU's convolutions use for themselves.
+        blocked: Whether to add the workspace of a CPU's convolutions.
     """
 
     def __init__(self, *, blocked: bool) -> None:
@@ -116,41 +116,41 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        made = func(*args, **(kwargs or {}))
-        # What is given is not made here: parameters, the batch, and tensors that an operation returns a view of.
+        result = func(*args, **(kwargs or {}))
+        # Not allocated here: parameters, the batch, and tensors that an operation returns a view of.
         given = {_key(tensor) for tensor in _tensors((args, kwargs))}
-        for tensor in _tensors(made):
+        for tensor in _tensors(result):
             if _key(tensor) not in given | self._known:
                 self._add(tensor)
-        self.peak = max(self.peak, self._live + self._workspace(func, args, made))
-        return made
+        self.peak = max(self.peak, self._live + self._workspace(func, args, result))
+        return result
 
     def _add(self, tensor: Tensor) -> None:
         storage, key = tensor.untyped_storage(), _key(tensor)
         size = storage.nbytes()
         self._known.add(key)
         self._live += size
-        weakref.finalize(storage, self._gone, key, size)
+        weakref.finalize(storage, self._remove, key, size)
 
-    def _gone(self, key: int, size: int) -> None:
+    def _remove(self, key: int, size: int) -> None:
         self._known.discard(key)
         self._live -= size
 
-    def _workspace(self, func: Any, args: tuple[Any, ...], made: Any) -> int:
-        """Bytes beside its output that a convolution on a CPU uses while it runs: measured, with AVX-512."""
-        if not self._blocked or "conv" not in str(func) or not isinstance(made, Tensor):
+    def _workspace(self, func: Any, args: tuple[Any, ...], output: Any) -> int:
+        """Bytes besides its output that a convolution on a CPU uses while it runs: measured, with AVX-512."""
+        if not self._blocked or "conv" not in str(func) or not isinstance(output, Tensor):
             return 0
-        batch, weight, out = args[0], args[1], _bytes(made)
+        batch, weight, out = args[0], args[1], _bytes(output)
         transposed = "transpose" in str(func) or (len(args) > 6 and args[6] is True)
         groups = not transposed and weight.shape[1] != batch.shape[1]
-        if transposed or groups:  # what comes out is copied twice
+        if transposed or groups:  # the output is copied twice
             return max(_bytes(batch), 2 * out)
         if len(batch) == 1 and max(weight.shape[2:]) <= 3 and prod(batch.shape[1:4]) <= _SMALL:
-            # Too small for oneDNN in torch's eyes: a row of voxels for each place of the kernel.
+            # torch does not use oneDNN for so few voxels: it copies a row of voxels for each place of the kernel.
             each = prod(weight.shape[1:])
-            return 0 if prod(weight.shape[2:]) == 1 else each * out // made.shape[1]
-        # Copies of what comes in and of what goes out; the output itself is touched when the first of them is gone.
-        return _blocked(made) + max(_blocked(batch) if batch.shape[1] >= _BLOCK else 0, out) - out
+            return 0 if prod(weight.shape[2:]) == 1 else each * out // output.shape[1]
+        # Copies of the input and of the output; the output itself is written when the input's copy is freed.
+        return _blocked(output) + max(_blocked(batch) if batch.shape[1] >= _BLOCK else 0, out) - out
 
 
 def _tensors(tree: Any) -> list[Tensor]:

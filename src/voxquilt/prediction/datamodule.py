@@ -60,25 +60,25 @@ class GridDataModule(LightningDataModule):
     Args:
         inputs, images: See `voxquilt.data.discovery.find_cases`.
         patch_size: Voxels in model space, an integer or three.
-        patch_overlap: Voxels that neighbours share, even, an integer or three.
+        patch_overlap: Voxels that neighbours share, an even integer or three.
         padding_mode: See GridSampler; volumes smaller than a patch are padded in any case.
-        divisible_by: Pad model space to a multiple of so many voxels.
-        batch_size: Patches per forward pass; VolumeWriter chooses as many as fit for 'auto'.
-        num_workers: Threads that load subjects ahead, each one subject; 0 loads in the main thread.
-        skip: Patches without foreground are not predicted and count as background. Foreground is what is above a
-            number in the first image, in model space and as the network sees it; or above 0 in a mask file on that
-            image's grid, given by a pattern with `{subject}`.
-        labels: For `voxquilt.reporting.evaluation`: where true labels are, a path with `{subject}`, or one for each
-            channel. By default those of a table's column `label`, which is not an image.
-        preprocess: To model space; RAS with the file's spacing by default.
+        divisible_by: Pad model space to a multiple of this many voxels.
+        batch_size: Patches per forward pass; with 'auto' VolumeWriter chooses as many as fit.
+        num_workers: Threads that load subjects ahead, one subject each; 0 loads in the main thread.
+        skip: Patches without foreground are not predicted and count as background. Foreground is where the
+            first image, as the network sees it, is above a number; or where a mask file on that image's grid, given by
+            a pattern with `{subject}`, is above 0.
+        labels: Where `voxquilt.reporting.evaluation` finds true labels: a path with `{subject}`, or one per channel. By
+            default the column `label` of a table, which is not an image.
+        preprocess: Takes subjects to model space; by default RAS with the file's spacing.
         nonfinite: What to do with NaN and infinite voxels: 'error' (the default) or 'zero'.
-        shard: (index, count): predict one of `count` parts of the subjects, of about as many patches each. Every part
-            deals alike, from headers; with `resume` one of them reads these for all.
+        shard: (index, count): predict one of `count` parts of the subjects, which have about equally many patches. All
+            parts are computed from the same headers; with `resume` one run reads them for all.
         distribute: With several processes, 'subject' (the default) gives each subject to one of them, 'slab' divides
-            every volume's grid between all, 'auto' does so where there are fewer subjects than processes or one
-            outweighs its share.
-        resume: Finds what is done already; None predicts everything.
-        output_dir: Where the run writes, since what lies there is never an input; by default the folder of `resume`.
+            every volume's grid between all, 'auto' does so if there are fewer subjects than processes, or for a subject
+            that has more than an even share of the patches.
+        resume: Finds the subjects that are done already; None predicts all.
+        output_dir: Where the run writes; files there are never inputs. By default the folder of `resume`.
 
     Raises:
         ConfigError, GridError: one of these is wrong.
@@ -105,7 +105,7 @@ class GridDataModule(LightningDataModule):
         check_name(run.distribute, DISTRIBUTE, "run.distribute")
         self._inputs = inputs, images, (), run.resume.folder if run.resume else run.output_dir
         if is_first() and not is_external():
-            _ = self.cases  # what is wrong with them is said at once, or when all processes can hear it
+            _ = self.cases  # errors are raised at once, or in `setup` where all processes take part
         to_padding(0 if padding_mode is None else padding_mode)
         self.grids = GridLoader(
             to_triple(patch_size, "data.patch_size", minimum=1),
@@ -115,7 +115,7 @@ class GridDataModule(LightningDataModule):
             to_triple(divisible_by, "data.divisible_by", minimum=1),
             skip,
         )
-        """How subjects are read and cut; the halo of the network's outputs is known from `setup` on."""
+        """How subjects are read and cut; the halo of the network's outputs is known after `setup`."""
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.labels = labels
@@ -126,13 +126,13 @@ class GridDataModule(LightningDataModule):
         self._stopped: Callable[[], bool] = bool
         self._failed: Callable[[LoadFailure], None] = _log_failure
         self.layout: str = "auto"
-        """How outputs lie in patches (`voxquilt.geometry.output_layout`), which `setup` asks the network."""
+        """How outputs lie in patches (`voxquilt.geometry.output_layout`); `setup` takes it from the network."""
         self.detailed = False
-        """Whether `plan.sizes` is to have what headers say of each subject; set before `setup`."""
+        """Whether `plan.costs` has the sizes of each subject; set before `setup`."""
 
     @cached_property
     def cases(self) -> list[SubjectFiles]:
-        """Every subject, in the order of their ids; with several processes only rank 0 looks for them."""
+        """Every subject, in the order of their ids; with several processes only rank 0 searches for them."""
         return find_cases(*self._inputs)
 
     @property
@@ -142,16 +142,16 @@ class GridDataModule(LightningDataModule):
         return self._plan
 
     def setup(self, stage: str) -> None:
-        """Decide what is to be done and by which process, alike in all of them.
+        """Decide which process predicts which subjects; the same in all processes.
 
         Raises:
             ConfigError: the processes do not belong together; or outputs were made with other settings.
         """
         check_world(self.trainer, self.shard)
         group = Group(self.trainer)
-        # Rank 0 looks into folders, which may be changing; each header is read by one process.
+        # Only rank 0 lists folders, since their contents may be changing; each header is read by one process.
         cases = group.first(lambda: self.cases)
-        self._look_at_outputs(cases)
+        self._find_halo(cases)
         self._planner = RunPlanner(group, self.grids, self.shard, self._run.distribute, self._run.resume)
         self._plan = self._planner.plan(cases, detailed=self.detailed)
 
@@ -162,8 +162,8 @@ class GridDataModule(LightningDataModule):
 
     @property
     def run_size(self) -> RunSize:
-        """What the subjects that can be predicted take."""
-        return self.plan.extent
+        """The size of the run: of the subjects that can be predicted."""
+        return self.plan.size
 
     @property
     def images(self) -> list[str]:
@@ -177,22 +177,22 @@ class GridDataModule(LightningDataModule):
 
     @property
     def has_others(self) -> bool:
-        """Whether there are subjects beside those of the plan: some that are done, or of another shard."""
+        """Whether there are subjects besides those of the plan: some that are done, or of another shard."""
         return bool(self.plan.done) or self.shard[1] > 1
 
     def set_apart(self, problem: Callable[[SubjectSize], str | None]) -> None:
-        """Have subjects fail that have a problem, and plan for the others alone; called by all processes.
+        """Have subjects with a problem fail, and plan for the others alone; called by all processes.
 
-        If all have it, and there are no others, it is a problem of the run, and nothing is set apart.
+        If all subjects have a problem, and there are no others, it is a problem of the run, and none is set apart.
 
         Args:
-            problem: What is wrong with a subject, or None.
+            problem: Gives the problem of a subject, or None.
         """
         assert self._planner is not None, "Lightning calls setup first"
         self._plan = self._planner.set_apart(self.plan, problem, has_others=self.has_others)
 
-    def _look_at_outputs(self, cases: list[SubjectFiles]) -> None:
-        """Find out how the network's outputs lie in patches, where the model says that they lack a border."""
+    def _find_halo(self, cases: list[SubjectFiles]) -> None:
+        """Take the layout of outputs from the network, and the halo of patches if outputs lack a border."""
         module = self.trainer.lightning_module if self.trainer is not None else None
         if not isinstance(module, PatchPredictor):
             return
@@ -204,7 +204,7 @@ class GridDataModule(LightningDataModule):
             self.grids = replace(grids, halo=halo)
 
     def stop_when(self, stopped: Callable[[], bool]) -> None:
-        """End the stream of batches before the next one as soon as `stopped` says so."""
+        """End the stream of batches before the next one as soon as `stopped` returns True."""
         self._stopped = stopped
 
     def report_failures_to(self, failed: Callable[[LoadFailure], None]) -> None:
@@ -225,7 +225,7 @@ def datamodule_of(trainer: Trainer, user: str) -> GridDataModule:
     """The GridDataModule of a predict run.
 
     Raises:
-        ConfigError: the trainer has other data, of which `user` knows nothing.
+        ConfigError: the trainer has other data, which `user` cannot work with.
     """
     data = getattr(trainer, "datamodule", None)
     if not isinstance(data, GridDataModule):

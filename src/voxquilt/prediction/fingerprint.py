@@ -1,6 +1,5 @@
-"""What decides a subject's outputs? Its input files, the weights, and every setting that changes voxels."""
+"""Computes fingerprints of subjects from all that determines their outputs: files, weights and settings."""
 
-import hashlib
 import json
 import os
 import re
@@ -12,17 +11,19 @@ from typing import Any
 from voxquilt.data.discovery import SubjectFiles
 from voxquilt.filesystem import checksum
 from voxquilt.old_names import OLD
+from voxquilt.text import digest as digest_text
+from voxquilt.vocabulary import flattened, normalised
 
 FORMAT = 2
-"""Counted up when a new version of voxquilt makes other voxels of the same inputs, weights and settings."""
+"""Raised when a new version of voxquilt makes other voxels of the same inputs, weights and settings."""
 
-# Every setting counts, those of later versions and of users' own classes too, but these, which say where, when and how
-# fast. A key stands for all that is below it.
+# All settings count, including those of later versions and of users' own classes, except these, which only decide
+# where, when and how fast. A key stands for all keys below it.
 NO_VOXELS = frozenset(
     {
         "output_dir", "shard", "logger",
-        "ckpt_path", "model.ckpt_path",  # told by what is in the files
-        "data.inputs", "data.images",  # told by `inputs`, and by the names of the images
+        "ckpt_path", "model.ckpt_path",  # the files' checksums count
+        "data.inputs", "data.images",  # the files count, see `inputs`, and the images' names
         "data.batch_size", "data.num_workers", "data.labels",
         "model.trust_checkpoint", "model.offload", "model.compile", "model.channels_last",
         "callbacks.writer.output_dir", "callbacks.writer.on_error", "callbacks.writer.log",
@@ -43,101 +44,82 @@ NO_VOXELS = frozenset(
     }
 )  # fmt: skip
 
-# Other keys at the top are the user's, for interpolations: they count where they lead.
+# Other keys at the top are the user's own, for interpolations: they count in the settings that refer to them.
 _SECTIONS = ("data", "preprocess", "model", "stitch", "callbacks", "trainer", "run")
-
-_ALONG_AXES = ("data.patch_size", "data.patch_overlap", "data.divisible_by", "preprocess.spacing")
 
 
 def settings(plain: Mapping[str, Any], *, content: bool = False) -> dict[str, Any]:
-    """The settings that change outputs, by their full keys, and the weights' checksums; none that are null.
+    """The settings that change outputs, by their full keys, and the weights' checksums; without those that are null.
 
     Args:
         plain: The configuration.
-        content: Whether `inputs` tells files by what is in them.
+        content: Whether `inputs` compares files by their contents.
     """
-    found: dict[str, Any] = {}
+    counted: dict[str, Any] = {}
     for section in _SECTIONS:
-        found |= _flat(_counted(plain.get(section) or {}, section), section)
+        counted |= flattened(_select_counted(plain.get(section) or {}, section), section)
     images = (plain.get("data") or {}).get("images") or {}
     if len(images) > 1:
-        found["data.images"] = list(images)  # the order of channels; which files they are is told by `inputs`
-    if content and isinstance(found.get("data.skip"), str):
-        found["data.skip"] = "a mask"  # wherever it lies
+        counted["data.images"] = list(images)  # the order of channels; the files count in `inputs`
+    if content and isinstance(counted.get("data.skip"), str):
+        counted["data.skip"] = "a mask"  # wherever the file is
     paths = (plain.get("model") or {}).get("ckpt_path") or plain.get("ckpt_path")
     for n, path in enumerate(paths if isinstance(paths, list) else [paths] if paths else []):
-        found[f"weights.{n}"] = checksum(Path(os.path.expanduser(str(path))))
-    found |= {"format": FORMAT, "run.content_hash": content}
-    # Without nulls a setting that a later version adds, and that is null there, leaves what was made before as it is.
-    return {key: _alike(key, value) for key, value in found.items() if value is not None}
+        counted[f"weights.{n}"] = checksum(Path(os.path.expanduser(str(path))))
+    counted |= {"format": FORMAT, "run.content_hash": content}
+    # Without nulls, since a setting that a later version adds as null must not change fingerprints.
+    return {key: normalised(key, value, OLD) for key, value in counted.items() if value is not None}
 
 
-def _counted(node: Mapping[str, Any], section: str) -> dict[str, Any]:
-    if section == "callbacks":  # of others than the writer, only their code could change outputs
-        return {"writer": _counted(node.get("writer") or {}, "callbacks.writer")}
+def _select_counted(node: Mapping[str, Any], section: str) -> dict[str, Any]:
+    if section == "callbacks":  # other callbacks than the writer change no outputs by their settings
+        return {"writer": _select_counted(node.get("writer") or {}, "callbacks.writer")}
     counted = {key: value for key, value in node.items() if f"{section}.{key}" not in NO_VOXELS}
     if section == "trainer" and isinstance(node.get("plugins"), list):
-        # The cluster that a run is on; others compute.
-        counted["plugins"] = [one for one in node["plugins"] if ".environments." not in str(one)] or None
+        # The cluster that a run is on changes no voxels; other plugins may.
+        counted["plugins"] = [plugin for plugin in node["plugins"] if ".environments." not in str(plugin)] or None
     return counted
 
 
-def _alike(key: str, value: Any) -> Any:
-    """One way of writing what means the same: 1.0 and 1, along three axes [8, 8, 8] and 8, a class's first name."""
-    if isinstance(value, list):
-        values = [_alike(key, one) for one in value]
-        same = key in _ALONG_AXES and len(values) == 3 and values[0] == values[1] == values[2]
-        return values[0] if same else values
-    if isinstance(value, str):
-        return OLD.get(value, value)
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
 def digest(parts: Any) -> str:
-    """16 hexadecimal digits that tell plain values apart."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    """A digest of plain values, of 16 hexadecimal digits."""
+    return digest_text(json.dumps(parts, sort_keys=True, default=str), 16)
 
 
 def inputs(cases: Iterable[SubjectFiles], mask: Any = None, *, content: bool = False) -> list[str]:
-    """For each case a digest of its files: path, size and time of change; or, with `content`, of what is in them.
+    """A digest of each subject's files: of their paths, sizes and times of change, or with `content` of their contents.
 
-    Of several images their names and order count too: preprocessing may go by the name, channels go by the order.
-    A file that cannot be looked at is told by its path: the run finds out what is wrong with it.
+    The names and the order of several images count too, since preprocessing may depend on the names and channels on the
+    order. A file that cannot be read counts by its path: its error is reported during the run.
 
     Args:
         cases: The subjects.
-        mask: data.skip; a path with {subject} is one of a subject's files.
-        content: Read the files, which takes longer, and disregard where they are and when they were written.
+        mask: Value of data.skip; a path with {subject} is one of a subject's files.
+        content: Read the files, which takes longer, and ignore their paths and times.
     """
     pattern = mask if isinstance(mask, str) else None
 
-    def of(case: SubjectFiles) -> str:
+    def digest_files(case: SubjectFiles) -> str:
         paths = [*case.images.values(), *([Path(pattern.replace("{subject}", case.subject))] if pattern else [])]
         names = list(case.images) if len(case.images) > 1 else []
         return digest([names, [_identity(file, content) for path in paths for file in _files(path)]])
 
-    # Each look at a network's file system takes a millisecond, and most of it is waiting.
+    # Each access to a network file system takes about a millisecond, most of it waiting.
     with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(of, cases))
+        return list(pool.map(digest_files, cases))
 
 
 def _files(path: Path) -> list[Path]:
-    """The path, and the .img of a .hdr or the other way round: they are one volume."""
+    """The path, and the .img of a .hdr or the other way round, since they are one volume."""
     other = re.sub(r"\.(hdr|img)(?=(\.gz)?$)", lambda match: {"hdr": ".img", "img": ".hdr"}[match[1]], str(path))
     return [path, Path(other)] if other != str(path) else [path]
 
 
 def _identity(path: Path, content: bool) -> list[Any]:
     try:
-        if content and os.path.isfile(path):  # a pipe would be waited for
+        if content and os.path.isfile(path):  # reading a pipe would block
             return [checksum(path)]
-        found = os.stat(path)
-        return [os.path.abspath(path), found.st_size, found.st_mtime_ns]
+        stat = os.stat(path)
+        return [os.path.abspath(path), stat.st_size, stat.st_mtime_ns]
     except OSError:
         return [os.path.abspath(path)]
-
-
-def _flat(node: Any, key: str) -> dict[str, Any]:
-    if isinstance(node, Mapping):
-        return {k: v for name, child in node.items() for k, v in _flat(child, f"{key}.{name}").items()}
-    return {key: node}

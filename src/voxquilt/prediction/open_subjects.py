@@ -64,10 +64,10 @@ class OpenSubjects:
         """Feed a batch's outputs to its subjects, hand over those that are complete; an error fails them."""
         self._note_failures()
         self._thread.check()
-        patches = {rows.work.task.case.subject: rows.stop - rows.start for rows in batch.runs}
+        patches = {rows.work.task.case.subject: rows.stop - rows.start for rows in batch.rows}
         self._counts.count(patches, voxels=batch.data[:, 0].numel())
         forward = (perf_counter() - self._since) / len(batch.data)
-        for rows in batch.runs:
+        for rows in batch.rows:
             if not rows.work.failed:
                 rows.work.seconds += (rows.stop - rows.start) * forward
                 try:

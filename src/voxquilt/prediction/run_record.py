@@ -47,18 +47,18 @@ class RunRecord:
         self._began = perf_counter()
         self._path = folder / of_shard("run.json", shard)
         path = folder / of_shard("manifest.csv", shard)
-        ours = {*plan.everything, *(row.subject for row in plan.done)}
+        ours = {*plan.subjects, *(row.subject for row in plan.done)}
         # What became of other subjects stays known, so that a run of one subject forgets no others.
         whole, others = finished(folder, [path]), read_rows([path])
         others = [row for name, row in others.items() if name not in ours and (row.status == "failed" or name in whole)]
         # A run that ends before it has made a subject again must not leave it to another manifest to call it done: the
         # latest row counts.
         done = finished(folder, {*folder.glob("manifest*.csv")} - {path}).keys()
-        again = [Row(subject, "failed", error=_AGAIN) for subject in plan.everything if subject in done]
+        again = [Row(subject, "failed", error=_AGAIN) for subject in plan.subjects if subject in done]
         # Nor forget which files it had.
         earlier = read_rows(folder.glob("manifest*.csv"))
         before = {name: list(row.outputs) for name, row in earlier.items()} | read_json(self._path).get("replaces", {})
-        self._before: dict[str, list[str]] = {name: before[name] for name in plan.everything if before.get(name)}
+        self._before: dict[str, list[str]] = {name: before[name] for name in plan.subjects if before.get(name)}
         self._content: dict[str, Any] = {
             "status": "running",
             "exit_status": None,
@@ -108,7 +108,7 @@ class RunRecord:
         if stop is None:
             # As after trainer.limit_predict_batches: a subject without a row would seem to be no part of the run.
             known = {row.subject for row in self.rows}
-            for subject in [subject for subject in self._plan.everything if subject not in known]:
+            for subject in [subject for subject in self._plan.subjects if subject not in known]:
                 self.add(Row(subject, "failed", error="the run ended before all of its patches had come."))
         self._manifest.close()
         rows = self.rows

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
-from voxquilt.data.batch import batches
+from voxquilt.data.batch import cut_batches
 from voxquilt.data.formats.nifti import write
 from voxquilt.data.subject_size import SubjectSize
 from voxquilt.data.subject_task import SubjectTask
@@ -82,7 +82,7 @@ def measure(trainer: Trainer, data: GridDataModule, options: OutputOptions, task
     loaded = data.load(replace(task, team=()))
     read = perf_counter() - began
     work = loaded.work
-    stream = batches([loaded], int(data.batch_size))
+    stream = cut_batches([loaded], int(data.batch_size))
     quilt = SubjectStitcher(options.stitch, work, work.space, skipped=work.skipped, layout=data.layout)
     first = next(stream)
     began = perf_counter()
@@ -99,7 +99,7 @@ def measure(trainer: Trainer, data: GridDataModule, options: OutputOptions, task
             outputs = _outputs(trainer, batch.to(device))
             passes.append((perf_counter() - start) / len(batch.data))
         start = perf_counter()
-        for run in batch.runs:
+        for run in batch.rows:
             quilt.add({name: made[run.start : run.stop] for name, made in outputs.items()}, run.numbers)
         _wait(device)
         added += perf_counter() - start

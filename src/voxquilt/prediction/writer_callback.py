@@ -172,7 +172,7 @@ class VolumeWriter(Callback):
         subjects = self._running().subjects
         if isinstance(outputs, torch.OutOfMemoryError) and subjects.to_host():
             outputs = trainer.strategy.predict_step(batch, batch_idx)
-        if isinstance(outputs, Exception) and len(batch.runs) > 1:
+        if isinstance(outputs, Exception) and len(batch.rows) > 1:
             # Which of the subjects is it? The others must not fail with it.
             for alone in batch.by_subject():
                 subjects.take(_named(trainer.strategy.predict_step(alone, batch_idx), alone), alone)
@@ -203,7 +203,7 @@ class VolumeWriter(Callback):
 
     def _display(self, data: GridDataModule) -> RunDisplay:
         plan = data.plan
-        patches = {subject: cost.patches - 1 for subject, cost in zip(plan.everything, plan.sizes, strict=True)}
+        patches = {subject: cost.patches - 1 for subject, cost in zip(plan.subjects, plan.costs, strict=True)}
         events = RunEvents(self.output_dir, plan.cases, self.stitch.label_values) if self.options.tensorboard else None
         return RunDisplay(make_display(self._log), RunProgress(patches, plan.group.size), events)
 

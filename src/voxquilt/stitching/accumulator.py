@@ -1,4 +1,4 @@
-"""Accumulates weighted patches in planes along one axis: those of the whole volume, or a ring as long as a patch."""
+"""Accumulates weighted patches in planes along one axis: all planes of a volume, or a ring as long as a patch."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -17,18 +17,18 @@ from voxquilt.stitching.sum_type import SumType
 
 
 class Accumulator:
-    """Blended planes of one volume; plane p along `axis` is kept at p modulo `window`.
+    """Blends patches in planes of one volume; plane p along `axis` is kept at p modulo `window`.
 
     Args:
         grid: Where patches lie.
-        blend: Their shares.
+        blend: The weights of patches.
         axis: Axis along which planes are kept.
-        window: How many planes are in memory, at least as many as a patch has; None for the whole volume.
+        window: Number of planes in memory, at least as many as a patch has; None for the whole volume.
         channels: Channels of the patches.
         types: Types of sums and of finished planes.
         device: Where sums are kept.
-        buffers: Where memory comes from and goes to.
-        fill: Values of voxels that no patch covers, one per channel or one for all; None where every patch comes.
+        buffers: Memory that volumes reuse one after the other.
+        fill: Values of voxels that no patch covers, one per channel or one for all; None if every patch comes.
 
     Raises:
         BatchError: (a ValueError) another number of fill values than channels.
@@ -55,16 +55,16 @@ class Accumulator:
         self._fill = fill
         weights = [blend.axis_weights(grid, n) for n in range(3)]
         self._weights = [w.to(device, types.sums) for w in weights] if blend.averages else []
-        self._owned = [] if blend.averages else [[_owned(w) for w in along] for along in weights]
+        self._owned = [] if blend.averages else [[_owned_interval(w) for w in along] for along in weights]
         patch = grid.patch_size if blend.averages else (0,)
         with torch.inference_mode(False):
             self._product = torch.empty(patch, dtype=types.sums, device=device)
-        # The weights that came have the type of the sums, so that a voxel that one patch covers is divided by the very
-        # weight it was multiplied with.
+        # Sums of weights have the type of the sums, so that a voxel that one patch covers is divided by exactly the
+        # weight that it was multiplied with.
         of_weights = types.sums if types.sums.is_floating_point else torch.float32
         kept = [(channels, types.sums), (1, of_weights)][: 1 if fill is None else 2]
         self._memory = [buffers.take(n * self._voxels, dtype, device) for n, dtype in kept]
-        self._planes = [self._laid_out(n, channels, ring=window is not None) for n, (channels, _) in enumerate(kept)]
+        self._planes = [self._view_planes(n, channels, ring=window is not None) for n, (channels, _) in enumerate(kept)]
         # A blend that copies writes every voxel, unless patches are missing.
         self._blank = [blend.averages, True][: len(kept)]
         for planes, blank in zip(self._planes, self._blank, strict=True):
@@ -77,15 +77,15 @@ class Accumulator:
         return self._planes[0]
 
     @property
-    def forms(self) -> list[tuple[int, torch.dtype]]:
-        """Channels and types of what is kept: sums, and the weights that came where some patches do not come."""
+    def layouts(self) -> list[tuple[int, torch.dtype]]:
+        """Channels and types of what is kept: sums, and if patches are skipped also sums of weights."""
         return [(len(planes), planes.dtype) for planes in self._planes]
 
     def check(self, shape: Sequence[int], dtype: torch.dtype) -> None:
         """Refuse patches of another shape or other channels, or of a type that the sums cannot hold.
 
         Raises:
-            PatchShapeError: patches that do not fit.
+            PatchShapeError: the shape, the channels or the type is wrong.
             BatchError: complex numbers.
         """
         if tuple(shape[2:]) != self.grid.patch_size:
@@ -101,13 +101,13 @@ class Accumulator:
             raise PatchShapeError(f"patches of {dtype} after patches of {kept}, which cannot hold them.")
 
     def add(self, patch: Shaped[Tensor, "c pi pj pk"], number: int) -> None:
-        """Add a patch with its weights, or copy the part of it that it owns.
+        """Add a patch with its weights, or copy the voxels that it owns.
 
         Args:
             patch: The patch, of any type.
             number: Its number in the grid.
         """
-        if patch.is_floating_point() and self.types.rounds:  # from here on means may be any numbers
+        if patch.is_floating_point() and self.types.rounds:  # means of floating-point patches are not rounded
             self.types = replace(self.types, rounds=False)
         place, first = self.grid.place(number), [0, 0, 0]
         weights = patch
@@ -120,9 +120,9 @@ class Accumulator:
                 patch = patch.narrow(n + 1, first[n], count)
         starts = [along[n] + skip for along, n, skip in zip(self.grid.starts, place, first, strict=True)]
         dim, plane = self._axis + 1, starts[self._axis]
-        rows = [_crossed(planes, self._axis, starts, patch) for planes in self._planes]
+        columns = [_select_patch(planes, self._axis, starts, patch) for planes in self._planes]
         for start, count, kept in self._pieces(plane, patch.shape[dim]):
-            into, *covers = (planes.narrow(dim, kept, count) for planes in rows)
+            into, *covers = (planes.narrow(dim, kept, count) for planes in columns)
             values = patch.narrow(dim, start - plane, count)
             if self.blend.averages:
                 shares = weights.narrow(self._axis, start - plane, count)
@@ -135,7 +135,7 @@ class Accumulator:
                     cover.fill_(1)
 
     def join(self, start: int, raw: list[Shaped[Tensor, "_ i j k"]]) -> None:
-        """Take in planes from `start` on that were accumulated elsewhere: one tensor for each of `forms`."""
+        """Add planes from `start` on that were accumulated by another process: one tensor for each of `layouts`."""
         dim = self._axis + 1
         for kept, planes in zip(self._planes, raw, strict=True):
             values = planes.to(self.device)
@@ -147,13 +147,16 @@ class Accumulator:
                     into.copy_(other)
 
     def raw(self, start: int, stop: int) -> Iterator[tuple[int, list[Tensor]]]:
-        """The planes `start` to `stop` of each of `forms`, in the pieces in which they lie in memory, each piece with
-        its first plane."""
+        """The planes `start` to `stop` of each of `layouts`, in the pieces in which they lie in memory.
+
+        Yields:
+            The first plane of a piece, and its tensors.
+        """
         for plane, count, place in self._pieces(start, stop - start):
             yield plane, [planes.narrow(self._axis + 1, place, count) for planes in self._planes]
 
     def finish(self, raw: list[Tensor]) -> Shaped[Tensor, "c i j k"]:
-        """Make scores of planes that are complete, in their place (but for another type); once."""
+        """Turn complete planes into scores; in place, unless the type of scores is another. Call it once per plane."""
         planes, *covers = raw
         for cover in covers:
             if self.blend.averages:
@@ -168,14 +171,14 @@ class Accumulator:
         return planes.to(self.types.output)
 
     def clear(self, start: int, stop: int) -> None:
-        """Make ready the place of the planes `start` to `stop` for the planes to come."""
+        """Clear the memory of the planes `start` to `stop` for the planes that follow."""
         for _, count, place in self._pieces(start, stop - start):
             for planes, blank in zip(self._planes, self._blank, strict=True):
                 if blank:
                     planes.narrow(self._axis + 1, place, count).zero_()
 
     def to(self, device: torch.device) -> None:
-        """Move what is kept to another device."""
+        """Move the sums to another device."""
         with torch.inference_mode(False):
             memory = [torch.empty_like(old, device=device) for old in self._memory]
             self._product = torch.empty_like(self._product, device=device)
@@ -189,7 +192,7 @@ class Accumulator:
         self._memory, self.device = memory, device
 
     def close(self) -> None:
-        """Leave the memory to the next volume; once, however often it is called."""
+        """Release the memory for the next volume; further calls do nothing."""
         for memory in self._memory:
             self._buffers.give(memory)
         self._memory, self._planes = [], []
@@ -198,21 +201,20 @@ class Accumulator:
     def _voxels(self) -> int:
         return prod(self.grid.shape) // self.grid.shape[self._axis] * self._window
 
-    def _laid_out(self, number: int, channels: int, *, ring: bool) -> Tensor:
+    def _view_planes(self, number: int, channels: int, *, ring: bool) -> Tensor:
         shape = list(self.grid.shape)
         shape[self._axis] = self._window
         with torch.inference_mode(False):
             flat = self._memory[number][: channels * self._voxels]
             if not ring or self._axis == 2:
-                # Patches are one piece of memory along k: so must be what they are added to, or adding takes twice as
-                # long or more.
+                # Patches are contiguous along k: the sums must be so too, or adding takes at least twice as long.
                 return flat.view(channels, *shape)
-            # Plane by plane, so that what is handed over is one piece of memory.
+            # Plane by plane, so that finished planes are contiguous.
             del shape[self._axis]
             return flat.view(self._window, channels, *shape).movedim(0, self._axis + 1)
 
     def _pieces(self, plane: int, count: int) -> Iterator[tuple[int, int, int]]:
-        """(first plane, how many, where they are kept) of planes that lie together in the ring."""
+        """(first plane, number of planes, index in the ring) of planes that are adjacent in the ring."""
         stop = plane + count
         while plane < stop:
             kept = plane % self._window
@@ -221,25 +223,25 @@ class Accumulator:
             plane += count
 
 
-def _crossed(planes: Tensor, axis: int, starts: list[int], patch: Tensor) -> Tensor:
-    """The part of all planes, which lie along an axis, that a patch crosses."""
+def _select_patch(planes: Tensor, axis: int, starts: list[int], patch: Tensor) -> Tensor:
+    """The voxels of all planes along an axis that a patch covers within them."""
     for n in range(3):
         if n != axis:
             planes = planes.narrow(n + 1, starts[n], patch.shape[n + 1])
     return planes
 
 
-def _owned(weights: Shaped[Tensor, "p"]) -> tuple[int, int]:
+def _owned_interval(weights: Shaped[Tensor, "p"]) -> tuple[int, int]:
     """The first voxel that a window of zeros and ones owns, and how many it owns."""
     owned = weights.nonzero()
     return int(owned[0]), len(owned)
 
 
 def _round_if_near(values: Tensor) -> None:
-    """Make integers, in place, of values that differ from one by no more than sums of products may be off.
+    """Round, in place, values that differ from an integer by no more than the rounding error of their sum.
 
-    In double precision that is 1e-11 of the value at most, for some thousands of patches per voxel; a mean of different
-    integers is further away, since no blend gives a patch less than 4e-11 of a voxel beside others.
+    In double precision that error is at most 1e-11 of the value, for some thousands of patches per voxel; a mean of
+    different integers is further from an integer, since every blend gives a patch at least 4e-11 of a shared voxel.
     """
     share = 1e-11 if values.dtype == torch.float64 else 16 * torch.finfo(values.dtype).eps
     nearest = values.round()

@@ -12,7 +12,7 @@ from torch import Tensor
 from voxquilt.errors import BatchError, ConfigError, GridError, LedgerError, PatchShapeError
 from voxquilt.geometry.frame import AXES, Padding, Triple, to_triple
 from voxquilt.geometry.grid import Grid
-from voxquilt.geometry.slab_split import Part, whole
+from voxquilt.geometry.slab_split import Part, all_rows
 from voxquilt.stitching.accumulator import Accumulator
 from voxquilt.stitching.blend import Blend, to_blend
 from voxquilt.stitching.buffer_pool import BufferPool
@@ -23,7 +23,7 @@ from voxquilt.stitching.sum_type import SumType
 
 @runtime_checkable
 class Placed(Protocol):
-    """Where patches lie: what a GridAggregator needs to know of a GridSampler."""
+    """Where patches lie: the part of a GridSampler that a GridAggregator needs."""
 
     @property
     def grid(self) -> Grid: ...
@@ -37,28 +37,37 @@ class GridAggregator:
     The interface is TorchIO 1.x's and so are the results, with these differences: patches may come in any order, sums
     are float32 (float64 for float64 patches and integers) whatever the patches are, a missing or repeated patch is an
     error, and memory is one volume, since weights are normalised beforehand (see `voxquilt.stitching.blend`). Where
-    integer patches agree on a voxel, a mean of them is exactly what they say.
+    integer patches agree on a voxel, their mean is exactly that integer.
+
+    >>> import voxquilt
+    >>> sampler = voxquilt.GridSampler(voxquilt.Subject(t1=voxquilt.ScalarImage(tensor=torch.rand(1, 20, 18, 16))), 8, 4)
+    >>> aggregator = GridAggregator(sampler, "hann")
+    >>> for patch in sampler:
+    ...     outputs = patch["t1"]["data"][None] + 1  # a network's outputs for a batch of one patch
+    ...     aggregator.add_batch(outputs, patch["location"][None])
+    >>> aggregator.get_output_tensor().shape
+    torch.Size([1, 20, 18, 16])
 
     With a consumer it streams: patches come start by start along `axis` (in any order within a start), and planes are
-    handed over as soon as no later patch touches them. Then memory is a ring of as many planes as a patch has, however
+    handed over as soon as no later patch covers them. Then memory is a ring of as many planes as a patch has, however
     long the volume is (see `voxquilt.stitching.streaming`). Several processes may share a volume: each aggregates a
     `part` of it.
 
     Args:
-        sampler: The sampler that cut the patches, or anything else that has its grid and padding.
+        sampler: The sampler that cut the patches, or another object with its grid and padding.
         overlap_mode: 'crop', 'average', 'hann', 'gaussian', or a `voxquilt.stitching.blend.Blend`.
         downsampling_factor: How many times fewer voxels the patches have than the sampler's, an integer or three.
         device: Where sums are kept.
-        dtype: Type in which sums are accumulated; None is float32, or float64 for patches of float64 or integers; with
-            'crop', which sums nothing, the patches' own.
+        dtype: Type in which sums are accumulated; None is float32, or float64 for patches of float64 or integers; for
+            'crop', which only copies, the patches' own type.
         consumer: Called with finished planes, in order.
         axis: Axis along which to stream; the grid's `streaming_axis` needs the least memory.
-        buffers: Where memory comes from and goes to.
-        skipped: Numbers of patches that never come. Where others overlap them, those are averaged alone; voxels that
-            no patch has (of crop: whose owner is skipped) hold the fill.
-        fill: A value for all channels, or one for each.
-        part: The rows along `axis` whose patches come, while streaming; the others come to aggregators elsewhere. What
-            neighbours owe each other goes from `head` to `join`. `skipped` names patches of all parts.
+        buffers: Memory that volumes reuse one after the other.
+        skipped: Numbers of patches that never come. Where other patches overlap them, those are averaged alone; voxels
+            that no patch covers (for 'crop': whose owner is skipped) have the fill.
+        fill: A value for all channels, or one per channel.
+        part: The rows along `axis` whose patches come, while streaming; the others come to other aggregators.
+            Neighbours exchange sums: `head` of one is given to `join` of the other. `skipped` has patches of all parts.
 
     Raises:
         ConfigError: (a ValueError) an unknown overlap_mode, or a part without a consumer or along another axis.
@@ -87,7 +96,7 @@ class GridAggregator:
         self.factor = to_triple(downsampling_factor, "downsampling_factor", minimum=1)
         self.padding = sampler.padding
         self.grid = sampler.grid.downsampled(self.factor)
-        part = part or whole(self.grid, axis)
+        part = part or all_rows(self.grid, axis)
         self.ledger = Ledger(sampler.grid, skipped, part)
         self.device = torch.device(device)
         self.dtype = dtype
@@ -104,28 +113,28 @@ class GridAggregator:
 
         Args:
             batch: (B, C, pi, pj, pk), any dtype.
-            locations: (B, 6) as the sampler gave them: i0, j0, k0, i1, j1, k1, end exclusive.
+            locations: (B, 6) as in the sampler's patches: i0, j0, k0, i1, j1, k1, end exclusive.
 
         Raises:
-            BatchError: (a ValueError) as many locations as patches are needed.
-            PatchShapeError: (a RuntimeError) wrong shape, channels or place, or a type that the first's cannot hold.
+            BatchError: (a ValueError) another number of locations than of patches.
+            PatchShapeError: (a RuntimeError) wrong shape, channels or location, or a type that the first patches' sums cannot hold.
             LedgerError: (a RuntimeError and AssertionError) a patch came before, or, while streaming, too early.
         """
         _check_batch(batch, locations, self.grid.patch_size, self.factor)
         numbers = [self.ledger.grid.find(location) for location in locations.tolist()]
         if self.finished:
-            self.ledger.enter(numbers)  # nothing, or an error
+            self.ledger.enter(numbers)  # raises an error unless the batch is empty
             return
-        # Without their history, which would hold every activation of a network that is called without no_grad.
+        # Without the graph, which would hold every activation of a network that is called without no_grad.
         batch = batch.detach()
-        sums = self._sums or self._opened(batch)
+        sums = self._sums or self._make_accumulator(batch)
         sums.check(batch.shape, batch.dtype)
         stream = self._stream
         if self._consumer is not None:
             stream = stream or SlabStream(sums, self.ledger, self._consumer)
             stream.check(batch.shape, batch.dtype, numbers)
         self.ledger.enter(numbers)
-        # From here on the batch is taken: a refused one decides neither channels nor type.
+        # The batch is accepted; one that is refused must not decide channels and type.
         self._sums, self._stream = sums, stream
         if stream is not None:
             stream.add(batch, numbers)
@@ -138,28 +147,28 @@ class GridAggregator:
 
     @property
     def finished(self) -> bool:
-        """Whether every plane is: while streaming, handed over, and those shared with the next part too."""
+        """Whether every plane is finished; while streaming, handed over, including those shared with the next part."""
         if self._consumer is not None:
             return self._stream is not None and self._stream.finished
         return self._sums is not None and self.ledger.missing == 0
 
     def head(self) -> list[Tensor] | None:
-        """What the part before this one needs, to be given to its `join`: sums of the first planes, not yet divided.
+        """The sums of the first planes, before division, which the part before this one needs for its `join`.
 
         Returns:
             (C, I, J, K) on the host with only these planes along the axis, and if patches are skipped the (1, I, J, K)
-            weights that came; None until they are complete; [] if no part is before this one.
+            sums of weights; None until they are complete; [] if no part is before this one.
         """
         if self._consumer is None or self.ledger.part.first == 0:
             return []
         return None if self._stream is None else self._stream.head()
 
     def join(self, head: list[Tensor]) -> None:
-        """Take in the `head` of the part that follows this one, and hand over the last planes.
+        """Add the `head` of the part that follows this one, and hand over the last planes.
 
         Raises:
-            BatchError: (a ValueError) no part follows, or an empty batch has to tell channels and type.
-            PatchShapeError: (a RuntimeError) the head has other shapes or types than this part's neighbour would send.
+            BatchError: (a ValueError) no part follows, or no batch has shown channels and type.
+            PatchShapeError: (a RuntimeError) the head has other shapes or types than that of the part that follows.
             LedgerError: (a RuntimeError and AssertionError) a patch of this part is missing, or a head came before.
         """
         if self.ledger.part.stop == self.grid.counts[self.ledger.part.axis]:
@@ -170,17 +179,17 @@ class GridAggregator:
         self._stream.join(head)
 
     def check_finished(self) -> None:
-        """Raises LedgerError when a patch is missing, with its location, or the head of the part that follows."""
+        """Raises LedgerError, naming what is missing: a patch's location, or the head of the part that follows."""
         self.ledger.check_complete()
         if not self.finished:
             raise LedgerError(f"planes of {self.ledger.part} are not finished: the head of the next part is missing.")
 
     def scores(self) -> Shaped[Tensor, "c i j k"]:
-        """The finished volume on the sampler's padded grid, not copied but for means of integers.
+        """The finished volume on the sampler's padded grid; not a copy, except for means of integers.
 
         Raises:
             LedgerError: a patch is missing.
-            BatchError: the aggregator streams, so there never is a whole volume.
+            BatchError: the aggregator streams, so it never holds a whole volume.
         """
         self.ledger.check_complete()
         if self._consumer is not None:
@@ -199,22 +208,22 @@ class GridAggregator:
             GridError: the padding is not a multiple of downsampling_factor.
         """
         output = self.scores()
-        keep = []
+        kept = []
         for axis, n, f, (before, after) in zip(AXES, self.grid.shape, self.factor, self.padding, strict=True):
             if before % f or after % f:
                 raise GridError(f"axis {axis}: padding {before}, {after} is not a multiple of downsampling_factor {f}.")
-            keep.append(slice(before // f, n - after // f))
-        output = output[:, keep[0], keep[1], keep[2]]
+            kept.append(slice(before // f, n - after // f))
+        output = output[:, kept[0], kept[1], kept[2]]
         return _without_int64(output) if output.dtype == torch.int64 else output.clone()
 
     def to(self, device: torch.device) -> None:
-        """Keep sums on another device from here on, also those that have come."""
+        """Move all sums to another device, and keep those to come there."""
         self.device = device
         if self._sums is not None:
             self._sums.to(device)
 
     def close(self) -> None:
-        """Leave the memory to the next volume; a streaming aggregator does so itself when it is complete."""
+        """Release the memory for the next volume; a streaming aggregator does so itself when it is finished."""
         if self._sums is not None:
             self._sums.close()
         self._sums = None
@@ -222,11 +231,13 @@ class GridAggregator:
     @property
     def _accumulator(self) -> Accumulator:
         if self._sums is None:
-            raise BatchError("every patch is skipped: an empty batch (0, C, I, J, K) tells channels and type.")
+            raise BatchError(
+                "every patch is skipped, so channels and type are unknown: add an empty batch (0, C, I, J, K)."
+            )
         return self._sums
 
-    def _opened(self, batch: Tensor) -> Accumulator:
-        """An accumulator for patches such as these."""
+    def _make_accumulator(self, batch: Tensor) -> Accumulator:
+        """An accumulator for the channels and the type of a batch."""
         return Accumulator(
             self.grid,
             self._blend,

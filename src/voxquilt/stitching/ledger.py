@@ -6,7 +6,7 @@ import numpy as np
 
 from voxquilt.errors import LedgerError
 from voxquilt.geometry.grid import Grid
-from voxquilt.geometry.slab_split import Part, whole
+from voxquilt.geometry.slab_split import Part, all_rows
 
 
 class Ledger:
@@ -23,7 +23,7 @@ class Ledger:
 
     def __init__(self, grid: Grid, skipped: Iterable[int] = (), part: Part | None = None) -> None:
         self.grid = grid
-        self.part = part or whole(grid, 0)
+        self.part = part or all_rows(grid, 0)
         self.skipped = frozenset(map(int, skipped))
         own = self.part.patches(grid)
         self.total = len(own)

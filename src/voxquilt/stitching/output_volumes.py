@@ -14,6 +14,7 @@ from voxquilt.errors import LedgerError, OutputError, PatchShapeError
 from voxquilt.geometry.frame import AXES, Triple
 from voxquilt.geometry.space import Where
 from voxquilt.stitching.products.base import Product
+from voxquilt.text import gib
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Scratch:
                     file.truncate(size)
             except OSError as error:
                 raise OutputError(
-                    f"a product of {size / 2**30:.1f} GiB is too large for memory and {self.folder} has no room for it "
+                    f"a product of {gib(size, 1)} is too large for memory and {self.folder} has no room for it "
                     f"({error.strerror}); ask for fewer products, or free some disk."
                 ) from error
             return np.memmap(file, dtype, "r+", shape=shape)

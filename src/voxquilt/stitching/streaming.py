@@ -21,7 +21,7 @@ class FinishedPlanes:
     """Planes `start` to `stop`, end exclusive, along `axis` that are complete.
 
     `scores` is (C, I, J, K) with only these planes along the axis, on the sampler's padded (and downsampled) grid. It
-    is a view of memory that is used again: what is to be kept must be copied before the consumer returns.
+    is a view of memory that is reused: the consumer must copy what it keeps before it returns.
     """
 
     axis: int
@@ -31,13 +31,13 @@ class FinishedPlanes:
 
 
 class SlabStream:
-    """Hands over planes as soon as no later patch touches them.
+    """Hands over planes as soon as no later patch covers them.
 
         patches of row n      |=================|
         patches of row n + 1            |=================|
-        complete after row n  |=========|                     handed over, and their place in the ring is free
+        complete after row n  |=========|                     handed over; their memory in the ring is free
 
-    The first planes of a part that follows another are the other's to finish: they are kept as its `head`.
+    The first planes of a part that follows another are finished by the other part: they are kept as the `head`.
 
     Args:
         sums: Where patches are accumulated: a ring of planes.
@@ -53,12 +53,12 @@ class SlabStream:
         self._front = self._part.first
         first, stop = self._part.first, self._part.stop
         self._begin, self._end = (boundary(self._grid, sums.blend, self._axis, row) for row in (first, stop))
-        # Up to here planes have left.
+        # The first plane that has not been handed over.
         self._plane = self._begin.low
         self._head: list[list[Tensor]] = []
 
     def check(self, shape: Sequence[int], dtype: torch.dtype, numbers: Sequence[int]) -> None:
-        """Refuse a batch that cannot be added, before anything of it is.
+        """Refuse a batch that cannot be added, before any of its patches is.
 
         Args:
             shape: Shape of the batch, (B, C, pi, pj, pk).
@@ -67,7 +67,7 @@ class SlabStream:
 
         Raises:
             PatchShapeError: patches of another shape, of other channels, or of a type that the sums cannot hold.
-            LedgerError: a patch comes before its turn; both rows are named.
+            LedgerError: a patch comes before those of an earlier row are complete; both rows are named.
         """
         self._sums.check(shape, dtype)
         front, waiting = self._front, self._waiting.copy()
@@ -84,8 +84,8 @@ class SlabStream:
             waiting[row] -= 1
 
     def add(self, batch: Shaped[Tensor, "b c pi pj pk"], numbers: Sequence[int]) -> None:
-        """Add patches, each with its number in the grid, and hand over what they complete."""
-        # Planes of which all patches are skipped leave first: in the ring they are where the next ones will be.
+        """Add patches, each with its number in the grid, and hand over the planes that they complete."""
+        # Planes whose patches are all skipped are handed over first: the next planes need their memory in the ring.
         self._release()
         for patch, number in zip(batch, numbers, strict=True):
             self._sums.add(patch, number)
@@ -95,60 +95,60 @@ class SlabStream:
             self.close()
 
     def join(self, head: list[Tensor]) -> None:
-        """Take in the head of the part that follows, and hand over the planes that were waiting for it.
+        """Add the head of the part that follows, and hand over the planes that were waiting for it.
 
         Raises:
             BatchError: no part follows.
-            PatchShapeError: the head is not what this part's neighbour would send.
+            PatchShapeError: the head is not that of the part that follows.
             LedgerError: a patch of this part is missing, or a head came before.
         """
-        if not self.follows:
+        if not self.has_next:
             raise BatchError(f"no part follows {self._part}: there is no head to join.")
         self._ledger.check_complete()
         if self.finished:
             raise LedgerError(f"a head came twice to {self._part}.")
         shape = list(self._grid.shape)
         shape[self._axis] = self._end.high + 1 - self._end.low
-        wanted = [((channels, *shape), dtype) for channels, dtype in self._sums.forms]
-        came = [(tuple(planes.shape), planes.dtype) for planes in head]
-        if came != wanted:
-            raise PatchShapeError(f"the head of the next part is {came}; wanted is {wanted}.")
+        wanted = [((channels, *shape), dtype) for channels, dtype in self._sums.layouts]
+        received = [(tuple(planes.shape), planes.dtype) for planes in head]
+        if received != wanted:
+            raise PatchShapeError(f"the head of the next part is {received}; wanted is {wanted}.")
         self._sums.join(self._end.low, head)
         self._hand_over(self._end.high + 1)
         self.close()
 
     def head(self) -> list[Tensor] | None:
-        """What the part before needs of this one; see GridAggregator.head."""
+        """The sums that the part before needs; see GridAggregator.head."""
         if self._part.first == 0:
             return []
         if self._plane <= self._begin.high:
             return None
-        # Not inference tensors, which could not be received into where they are sent from.
+        # Not inference tensors, which could not be sent.
         with torch.inference_mode(False):
             return [torch.cat(pieces, self._axis + 1).contiguous() for pieces in zip(*self._head, strict=True)]
 
     @property
-    def follows(self) -> bool:
-        """Whether another part follows, whose head is needed."""
+    def has_next(self) -> bool:
+        """Whether another part follows, whose head this one needs."""
         return self._part.stop < self._grid.counts[self._axis]
 
     @property
     def finished(self) -> bool:
         """Whether all planes have been handed over."""
-        return self._plane == self._end.high + self.follows
+        return self._plane == self._end.high + self.has_next
 
     def check_finished(self) -> None:
-        """Raises LedgerError when a patch is missing, with its location, or the head of the part that follows."""
+        """Raises LedgerError, naming what is missing: a patch's location, or the head of the part that follows."""
         self._ledger.check_complete()
         if not self.finished:
             raise LedgerError(f"planes of {self._part} are not finished: the head of the next part is missing.")
 
     def to(self, device: torch.device) -> None:
-        """Keep sums on another device from here on, also those that have come."""
+        """Move all sums to another device, and keep those to come there."""
         self._sums.to(device)
 
     def close(self) -> None:
-        """Leave the memory to the next volume."""
+        """Release the memory for the next volume."""
         self._sums.close()
 
     def _row(self, number: int) -> int:
@@ -162,7 +162,7 @@ class SlabStream:
 
     def _hand_over(self, until: int) -> None:
         dim, high = self._axis + 1, self._begin.high
-        # A blend that copies begins behind the first row's start, perhaps behind the next one's.
+        # With a blend that copies, planes begin behind the first row's start, and perhaps behind the next row's.
         for plane, raw in self._sums.raw(self._plane, max(self._plane, until)):
             count = raw[0].shape[dim]
             shared = min(max(high - plane, 0), count)
@@ -178,15 +178,19 @@ class SlabStream:
 
 @dataclass(frozen=True)
 class Boundary:
-    """Planes `low` to `high`, end exclusive, have contributions from rows on either side, those from `high` on of later
-    rows alone."""
+    """The planes around the boundary between two rows.
+
+    Args:
+        low, high: Planes `low` to `high`, end exclusive, have contributions of rows on both sides; planes from `high`
+            on only of later rows.
+    """
 
     low: int
     high: int
 
 
 def boundary(grid: Grid, blend: Blend, axis: int, row: int) -> Boundary:
-    """The boundary before a row; before the first and after the last it is the volume's own."""
+    """The boundary before a row; before the first row and after the last it is the volume's end."""
     starts = grid.starts[axis]
     if row == 0:
         return Boundary(0, 0)
@@ -199,5 +203,5 @@ def boundary(grid: Grid, blend: Blend, axis: int, row: int) -> Boundary:
 
 
 def planes_of(part: Part, grid: Grid, blend: Blend) -> range:
-    """The planes that a part finishes; those of all parts are all planes, each once."""
+    """The planes that a part finishes; together the parts finish every plane once."""
     return range(*(boundary(grid, blend, part.axis, row).high for row in (part.first, part.stop)))

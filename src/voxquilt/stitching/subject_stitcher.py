@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from voxquilt.errors import BatchError, LedgerError, OutputError, PatchShapeError
-from voxquilt.geometry.slab_split import Part
-from voxquilt.geometry.slab_split import whole as all_rows
+from voxquilt.geometry.slab_split import Part, all_rows
 from voxquilt.geometry.space import Space, Where
 from voxquilt.stitching.aggregator import Placed
 from voxquilt.stitching.label_values import to_labels
@@ -21,29 +20,29 @@ from voxquilt.stitching.streaming import SlabStream
 from voxquilt.vocabulary import LABELS
 
 Outputs = Mapping[str, Tensor]
-"""What a network gives for a batch: (B, C, ...) by output name; a network with one output names it ''."""
+"""A network's outputs for a batch: (B, C, ...) by name; the only output of a network has the name ''."""
 
 
 class SubjectStitcher:
-    """One subject's outputs while its patches come in, in the grid's `streaming_order`.
+    """Stitches the outputs of one subject while its patches come in the grid's `streaming_order`.
 
-    Several processes may share a subject, each with a `part` of its rows (see `voxquilt.geometry.slab_split.split`),
-    whose patches come in the part's order. Once they are in,
+    Several processes may share a subject, each with a `part` of its rows (`voxquilt.geometry.slab_split.split_rows`),
+    whose patches come in the part's order. They finish it together:
 
-        n + 1:  head()     what the part before needs, as soon as it is there, which can be long before the end
-        n:      join()     takes it in; then this part is finished
-        n:      parts()    this part of the products, to be sent to the owner,
-        owner:  place()    who puts all of them in their places; then it has volumes()
+        part n + 1:  head()     the sums that part n needs, once they are complete, often long before the end
+        part n:      join()     adds them; then this part is finished
+        part n:      parts()    this part of the products, which are sent to the owner
+        owner:       place()    puts the parts in their places; then it has volumes()
 
     Args:
         stitch: How patches become volumes.
         placed: The subject's GridSampler, or its grid and padding.
-        space: The way back to native space.
+        space: The mapping back to native space.
         memory: Where sums and volumes are kept.
-        skipped: Numbers of patches, of all parts, that are not predicted; if no others are to come, add any one patch
-            nonetheless, which tells the outputs' channels and is otherwise not used.
+        skipped: Numbers of patches, in all parts, that are not predicted. If no patches remain, add any one patch
+            nonetheless: it shows the outputs' channels and is otherwise not used.
         part: The rows whose patches come here; None for all.
-        whole: Whether this process is the owner, and has room for the whole volumes.
+        whole: Whether this process is the owner, which holds whole volumes.
         layout: How outputs lie in patches; see `voxquilt.geometry.output_layout.factor_of`.
 
     Raises:
@@ -78,7 +77,7 @@ class SubjectStitcher:
             PatchShapeError: an output of another shape than the grid wants, or other outputs than before.
             BatchError: another number of patches than of numbers, or complex numbers.
             LedgerError: a patch came twice or too early.
-            OutputError: outputs that are not finite, or a product that an output does not have.
+            OutputError: outputs that are not finite, or a product that cannot be made of an output.
         """
         if not self._rings:
             self._check_names(outputs)
@@ -104,30 +103,30 @@ class SubjectStitcher:
 
     @property
     def complete(self) -> bool:
-        """Whether every patch, or every one of the part, is in."""
+        """Whether every patch, of the part if there are several, has come."""
         return bool(self._rings) and self._ledger.missing == 0
 
     def head(self) -> list[Tensor] | None:
-        """What the part before needs of this one, for its `join`.
+        """The sums that the part before needs for its `join`.
 
         Returns:
             Tensors on the host; None until they are complete; [] if no part is before this one.
         """
         if self.part.first == 0:
             return []
-        heads = [ring.stream.head() for ring in self._all]
+        heads = [ring.stream.head() for ring in self._all_rings]
         ready = [head for head in heads if head is not None]
         return [planes for head in ready for planes in head] if heads and len(ready) == len(heads) else None
 
     def join(self, head: list[Tensor]) -> None:
-        """Take in the `head` of the part that follows.
+        """Add the `head` of the part that follows.
 
         Raises:
             BatchError: no part follows.
-            PatchShapeError: the head is not of this part's neighbour.
+            PatchShapeError: the head is not that of the part that follows.
             LedgerError: a patch of this part is missing, or a head came before.
         """
-        rings = self._opened()
+        rings = self._require_rings()
         each, rest = divmod(len(head), len(rings))
         if rest:
             raise PatchShapeError(f"the head of the next part has {len(head)} tensors for {len(rings)} blends.")
@@ -148,12 +147,14 @@ class SubjectStitcher:
         """Put another part's planes of a product in their place.
 
         Raises:
-            BatchError: this process has no room for them, or no such product.
+            BatchError: this process does not hold whole volumes, or has no such product.
             PatchShapeError: an array of another shape or type.
             LedgerError: some of the planes are here already.
         """
         if not self.whole or name not in self._products:
-            raise BatchError(f"{self.part} has no room for planes of {name!r}; it has products {list(self._products)}.")
+            raise BatchError(
+                f"{self.part} does not hold whole volumes of {name!r}; it has products {list(self._products)}."
+            )
         product, volumes = self._products[name]
         volumes.place(product, where, array)
 
@@ -161,9 +162,9 @@ class SubjectStitcher:
         """The finished products in native space, (C, I, J, K), by '<product>' or '<output>_<product>'.
 
         Raises:
-            BatchError: this process has no room for them.
-            LedgerError: a patch is missing, or what another part made.
-            OutputError: post-processing changed a volume's shape, or gave what no label file holds.
+            BatchError: this process does not hold whole volumes.
+            LedgerError: a patch is missing, or another part's planes.
+            OutputError: post-processing changed a volume's shape, or gave numbers that are not labels.
         """
         if not self.whole:
             raise BatchError(f"{self.part} keeps no whole volumes: its planes are in parts().")
@@ -172,7 +173,7 @@ class SubjectStitcher:
         for name, (product, volumes) in self._products.items():
             volumes.check_whole()
             volume = volumes.arrays[product]
-            finished[name] = self._numbered(name, volume) if volumes.kind(product) == LABELS else volume
+            finished[name] = self._label_volume(name, volume) if volumes.kind(product) == LABELS else volume
         return finished
 
     @property
@@ -181,23 +182,23 @@ class SubjectStitcher:
         return {name: volumes.kind(product) for name, (product, volumes) in self._products.items()}
 
     def to(self, device: torch.device) -> None:
-        """Keep sums on another device from here on, also those that have come."""
+        """Move all sums to another device, and keep those to come there."""
         self._opener = replace(self._opener, memory=replace(self._opener.memory, device=device))
-        for ring in self._all:
+        for ring in self._all_rings:
             ring.stream.to(device)
 
     def close(self) -> None:
-        """Leave the memory of an unfinished subject to the next."""
-        for ring in self._all:
+        """Release the memory of an unfinished subject for the next one."""
+        for ring in self._all_rings:
             ring.stream.close()
 
     @property
-    def _all(self) -> list[Ring]:
+    def _all_rings(self) -> list[Ring]:
         return [ring for rings in self._rings.values() for ring in rings]
 
     @property
     def _products(self) -> dict[str, tuple[str, OutputVolumes]]:
-        """By full name: a product's name within its output, and where it is kept."""
+        """By the full names of products: the product's name within its output, and where it is kept."""
         return {
             "_".join(filter(None, (output, product))): (product, volumes)
             for output, rings in self._rings.items()
@@ -206,15 +207,13 @@ class SubjectStitcher:
         }
 
     def _check_finished(self) -> None:
-        for ring in self._opened():
+        for ring in self._require_rings():
             ring.stream.check_finished()
 
-    def _opened(self) -> list[Ring]:
+    def _require_rings(self) -> list[Ring]:
         if not self._rings:
-            raise LedgerError(
-                "no patch has come, so there are no outputs; of a part without foreground one comes, too."
-            )
-        return self._all
+            raise LedgerError("no patch has come, so the outputs are unknown; add one patch even if all are skipped.")
+        return self._all_rings
 
     def _check_names(self, outputs: Outputs) -> None:
         wanted = self.stitch.products
@@ -222,8 +221,8 @@ class SubjectStitcher:
         if unknown:
             raise OutputError(f"stitch.products names {unknown}; the network's outputs are {list(outputs)}.")
 
-    def _numbered(self, name: str, classes: np.ndarray) -> np.ndarray:
-        """Labels as files hold them; computed once, since the classes are changed in place."""
+    def _label_volume(self, name: str, classes: np.ndarray) -> np.ndarray:
+        """Labels as files hold them; computed once, since classes are replaced in place."""
         if name not in self._labels:
             self._labels[name] = to_labels(classes, self.stitch.postprocess, self.stitch.label_values)
         return self._labels[name]

@@ -10,9 +10,11 @@ from voxquilt.data.discovery import SubjectFiles, label_files
 from voxquilt.errors import ConfigError
 from voxquilt.models.weights.detect import LIGHTNING, kind_of
 from voxquilt.models.weights.stored_settings import TRAINING, pickled
+from voxquilt.old_names import NEW
 from voxquilt.training.file_digest import digest_of
-from voxquilt.training.record_changes import changes, flattened, normalised
+from voxquilt.training.record_changes import changes
 from voxquilt.training.splits import Split
+from voxquilt.vocabulary import flattened, normalised
 
 log = logging.getLogger("voxquilt")
 
@@ -153,10 +155,11 @@ def _reached(content: Mapping[str, Any]) -> tuple[int, int]:
 def _settings(plain: Mapping[str, Any]) -> dict[str, Any]:
     settings = {}
     for section, ignored in _NOT_COMPARED.items():
-        settings |= flattened({key: value for key, value in plain[section].items() if key not in ignored}, section)
+        compared = {key: value for key, value in plain[section].items() if key not in ignored}
+        settings |= flattened(compared, section, numbered=True)
     settings["stitch.label_values"] = plain["stitch"].get("label_values")  # the numbers that labels are read by
     for name, node in plain["callbacks"].items():
         # The only kind of callback that changes weights.
         if isinstance(node, Mapping) and str(node.get("_target_")).endswith("WeightAveraging"):
-            settings |= flattened(node, f"callbacks.{name}")
-    return {key: normalised(key, value) for key, value in settings.items()}
+            settings |= flattened(node, f"callbacks.{name}", numbered=True)
+    return {key: normalised(key, value, NEW) for key, value in settings.items()}

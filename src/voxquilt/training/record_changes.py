@@ -6,8 +6,7 @@ from typing import Any
 
 from voxquilt.old_names import NEW
 from voxquilt.text import of_subjects
-
-_ALONG_AXES = ("data.patch_size", "data.divisible_by", "preprocess.spacing")
+from voxquilt.vocabulary import normalised
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -19,27 +18,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [*_changed_settings(before["settings"], now["settings"]), *_changed_data(before, now)]
 
 
-def flattened(node: Any, key: str) -> dict[str, Any]:
-    """Settings by their full keys; callables in a list by their number."""
-    if isinstance(node, list) and any(isinstance(child, Mapping) for child in node):
-        node = {str(n): child for n, child in enumerate(node)}
-    if isinstance(node, Mapping):
-        return {k: v for name, child in node.items() for k, v in flattened(child, f"{key}.{name}").items()}
-    return {key: node}
-
-
-def normalised(key: str, value: Any) -> Any:
-    """One notation for values that mean the same: [8, 8, 8] and 8 along three axes, 1 and 1.0."""
-    if isinstance(value, list):
-        values = [normalised(key, entry) for entry in value]
-        return values[0] if key in _ALONG_AXES and len(values) == 3 and len(set(map(str, values))) == 1 else values
-    if isinstance(value, str):
-        return NEW.get(value, value)
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
 def _changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    before = {key: normalised(key, value) for key, value in before.items()}
+    before = {key: normalised(key, value, NEW) for key, value in before.items()}
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     return [f"{key} was {json.dumps(before.get(key))} and is {json.dumps(now.get(key))}" for key in keys]
 

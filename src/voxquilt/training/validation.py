@@ -69,7 +69,7 @@ class Validator:
         Raises:
             VoxquiltError: a subject cannot be stitched or compared; it is named.
         """
-        for run in batch.runs:
+        for run in batch.rows:
             try:
                 self._add({name: output[run.start : run.stop] for name, output in outputs.items()}, run)
             except VoxquiltError as error:
