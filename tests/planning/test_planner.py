@@ -215,7 +215,7 @@ def passed(channels: int) -> Probe:
 def test_estimated_bytes_of_products_and_sums_equal_those_of_stitching(
     stitch: Stitch, channels: int, made: dict[str, int], sums: float
 ) -> None:
-    """Bytes of a voxel, for each product and of the ring."""
+    """Bytes per voxel, for each product and for the ring."""
     outputs = plan_outputs(stitch, {"": (2, channels, 8, 8, 8)}, (8, 8, 8))
     assert {one.name: one.voxel_bytes for one in outputs.files} == made
     assert outputs.sums == sums
