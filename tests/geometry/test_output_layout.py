@@ -38,18 +38,6 @@ class Valid(nn.Module):
         return self.layers(x / 50 - 1)
 
 
-class ValidOver50(nn.Module):
-    """Scores of the middle of each 5 x 5 x 5 neighbourhood, so that labels are exactly x > 50."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        inner = x[:, :, 2:-2, 2:-2, 2:-2]
-        return torch.cat([50 - inner, inner - 50], 1)
-
-
 class Pooling(nn.Module):
     """Pools and upsamples by 4; voxels at the end of a patch that 4 does not divide are lost."""
 
@@ -197,7 +185,7 @@ def test_a_network_that_depends_on_values_is_probed_with_a_forward_pass(one: lis
     assert find_halo(PatchNetwork([Looks()]), one, (4, 4, 4)) == ((0, 0), (0, 0), (1, 1))
 
 
-JOB = ("data.inputs=in", "model=state_dict", "ckpt_path=null", "trainer=cpu", "model.net._target_=test_output_layout.")
+JOB = ("data.inputs=in", "model=state_dict", "ckpt_path=null", "trainer=cpu", "model.net._target_=networks.")
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,9 @@ import pytest
 import safetensors.torch
 import torch
 from forks import Server, checked
-from monai.networks.nets import UNet
+from networks import Lit, unet
 from odd_files import Bomb
 from synthetic import noise, read, save
-from torch import Tensor, nn
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch.jit and torch.export, which saves weights here
 
@@ -23,25 +22,7 @@ JOB = ("data.inputs=in", "data.patch_size=16", "data.patch_overlap=8", "data.bat
 PRODUCTS = ("stitch.products=[probabilities,labels]", "callbacks.writer.compress=false")
 NET = ("model/net=unet", "model.net.out_channels=3", "model.net.channels=[4,8]", "model.net.strides=[2]")
 STATE = ("model=state_dict", *NET)
-LIT = ("model=lightning", "model.module_class=test_formats.Lit")
-
-
-def unet() -> nn.Module:
-    torch.manual_seed(0)
-    return UNet(3, 1, 3, channels=(4, 8), strides=(2,), num_res_units=1).eval()
-
-
-class Lit(pl.LightningModule):
-    """A user's module with a network and a hyperparameter."""
-
-    def __init__(self, scale: float = 1.0) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        self.net = unet()
-        self.scale = scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x) * self.scale
+LIT = ("model=lightning", "model.module_class=networks.Lit")
 
 
 def lit_checkpoint(path: Path) -> None:
