@@ -1,4 +1,4 @@
-"""Networks of tests that processes import by their name, such as `networks.Lit`."""
+"""Provides networks for tests that processes import by name, such as `networks.Lit`."""
 
 import lightning.pytorch as pl
 import torch
