@@ -209,8 +209,8 @@ def test_wrong_options_are_refused_by_the_constructor(options: dict[str, Any], m
         (lambda x: None, None, "the network gave NoneType"),
         (lambda x: 3.0, None, "the network gave float"),
         (lambda x: (x, x), ["seg"], "model.outputs has 1 names and the network 2 outputs"),
-        (lambda x: (x, 3), None, r"outputs \['out1'\] are no tensors"),
-        (lambda x: {"seg": x, "epoch": 3}, None, r"outputs \['epoch'\] are no tensors"),
+        (lambda x: (x, 3), None, r"outputs \['out1'\] are not tensors"),
+        (lambda x: {"seg": x, "epoch": 3}, None, r"outputs \['epoch'\] are not tensors"),
         (lambda x: {"seg": x}, ["sge"], r"names \['sge'\]; the network gives \['seg'\]"),
         (lambda x: {}, None, "no tensors"),
         (lambda x: x[0], None, r"has shape \(3, 5, 4, 6\); wanted is \(B, C, I, J, K\)"),
@@ -250,7 +250,7 @@ def test_the_error_on_deep_supervision_says_how_to_keep_the_first_output(n: int,
 def test_the_error_also_recognises_nested_and_stacked_deep_supervision() -> None:
     """A list in a tuple, and one stacked tensor. Outputs of equal size or other channels are several outputs."""
     with pytest.raises(
-        OutputError, match=r"are no tensors; choose by model\.outputs, such as model\.outputs=\[seg,null\]"
+        OutputError, match=r"are not tensors; choose others by model\.outputs, such as model\.outputs=\[seg,null\]"
     ):
         PatchNetwork([Returning(lambda x: (x, coarser(x, 3)))])(PATCHES)
     assert list(PatchNetwork([Returning(lambda x: (x, coarser(x, 3)))], outputs=["seg", None])(PATCHES)) == ["seg"]

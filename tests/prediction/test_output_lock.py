@@ -248,7 +248,7 @@ def test_a_lock_file_removed_by_its_holder_is_created_again(
     shard: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A lock on a file that was unlinked would exclude nobody."""
-    locks, calls = voxquilt.prediction.output_lock._locks, []
+    locks, calls = voxquilt.prediction.output_lock._try_lock, []
 
     def late(descriptor: int, kind: int) -> bool:
         calls.append(kind)
@@ -256,7 +256,7 @@ def test_a_lock_file_removed_by_its_holder_is_created_again(
             (tmp_path / LOCK).unlink()
         return locks(descriptor, kind)
 
-    monkeypatch.setattr(voxquilt.prediction.output_lock, "_locks", late)
+    monkeypatch.setattr(voxquilt.prediction.output_lock, "_try_lock", late)
     with locked(tmp_path, shard):
         assert LOCK in hidden(tmp_path)
     assert hidden(tmp_path) == set()

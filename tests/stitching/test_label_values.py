@@ -93,7 +93,7 @@ def test_an_invalid_label_fails_the_subject(transform: object, named: str, numbe
 def test_post_processing_that_leaves_the_classes_is_an_error() -> None:
     """With label_values post-processing must return classes; without, any label number."""
     with pytest.raises(
-        OutputError, match=r"gave 7, which is no class: stitch\.label_values has numbers for classes 0 to 2"
+        OutputError, match=r"gave 7, which is not a class: stitch\.label_values has numbers for classes 0 to 2"
     ):
         labels_of(Stitch(postprocess=[lambda c: c * 0 + 7], label_values=[0, 5, 9]), np.zeros((4, 4, 4), np.int64))
 

@@ -1,4 +1,4 @@
-"""Where is a voxel, in its array and in the world? Shapes, locations and frames: integers and affines."""
+"""Provides frames, which place voxels in the world, and checked sizes, orientations and spacings."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ def to_triple(value: int | Iterable[int], name: str, *, minimum: int = 0) -> Tri
     """One size for all axes, or three of them.
 
     Raises:
-        GridError: not an integer or three, or one is below `minimum`.
+        GridError: not an integer or three, or a size below `minimum`.
 
     >>> to_triple(4, "patch_overlap")
     (4, 4, 4)
@@ -38,7 +38,7 @@ def to_triple(value: int | Iterable[int], name: str, *, minimum: int = 0) -> Tri
 
 @dataclass(frozen=True)
 class Frame:
-    """A volume's geometry alone: the number of voxels along i, j, k and the affine from voxel indices to mm in RAS.
+    """The geometry of a volume: the number of voxels along i, j, k and the affine from voxel indices to mm in RAS.
 
     Raises:
         InputError: the affine is degenerate (a zero, infinite or missing voxel size, or axes in one plane).
@@ -62,7 +62,7 @@ class Frame:
         return isinstance(other, Frame) and self.shape == other.shape and np.array_equal(self.affine, other.affine)
 
     def matches(self, other: "Frame") -> bool:
-        """Equal shapes, and no corner of the volume further apart than 1 % of a voxel, plus float32 rounding."""
+        """Whether shapes are equal and no corner differs by more than 1 % of a voxel plus float32 rounding."""
         if self.shape != other.shape:
             return False
         corners = np.array(np.meshgrid(*[(0, n - 1) for n in self.shape], [1], indexing="ij")).reshape(4, -1)
@@ -100,12 +100,12 @@ def described(frame: Frame) -> str:
 def closest_axes(affine: np.ndarray) -> tuple[Triple, Triple]:
     """Which world axis each voxel axis runs along, and in which direction (1 or -1).
 
-    The affine's rotation is separated from its shears by the polar decomposition, then the permutation that keeps the
-    most of it is taken.
+    The polar decomposition separates the affine's rotation from its shears; the result is the permutation that is
+    nearest to the rotation.
     """
     u, _, vt = np.linalg.svd(affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0))
     rotation = u @ vt
-    # Rounding before comparing: at exactly 45 degrees two permutations tie, and noise must not choose between them.
+    # Rounded before comparing: at exactly 45 degrees two permutations tie, and noise must not choose between them.
     world = max(permutations(range(3)), key=lambda p: round(sum(rotation[p[n], n] ** 2 for n in range(3)), 9))
     signs = tuple(1 if rotation[world[n], n] > 0 else -1 for n in range(3))
     return (world[0], world[1], world[2]), (signs[0], signs[1], signs[2])
@@ -132,8 +132,8 @@ def to_spacing(spacing: float | Iterable[float | None] | None) -> tuple[float | 
         ConfigError: not a positive number or three.
     """
     values = tuple(spacing) if isinstance(spacing, Iterable) and not isinstance(spacing, str) else (spacing,) * 3
-    good = [v is None or (isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v < np.inf) for v in values]
-    if len(values) != 3 or not all(good):
+    valid = [v is None or (isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v < np.inf) for v in values]
+    if len(values) != 3 or not all(valid):
         raise ConfigError(f"spacing must be null, a positive number of mm, or three along i, j, k; it is {spacing!r}.")
     i, j, k = (None if v is None else float(v) for v in values)
     return i, j, k

@@ -1,12 +1,12 @@
-"""Where do patches lie? A grid is the Cartesian product of its starts along each axis.
+"""Lays grids of patches: Cartesian products of starts along each axis.
 
 Along one axis of N = 13 voxels, patches of 5 that share 2:
 
     volume   |-------------------------|
-    patches  |---------|                   a patch every 3 voxels
+    patches  |---------|                   one patch every 3 voxels
                    |---------|
                          |---------|
-                             |---------|   the last one moved back to end with the volume
+                             |---------|   the last patch is moved back to end with the volume
 """
 
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ from voxquilt.geometry.frame import AXES, Location, Triple, to_triple
 
 
 def axis_starts(size: int, patch: int, overlap: int) -> tuple[int, ...]:
-    """First voxels of the patches along one axis: every `patch - overlap` voxels, the last one clamped to the end.
+    """First voxels of the patches along one axis, `patch - overlap` apart; the last patch is moved back to the end.
 
     >>> axis_starts(13, 5, 2)
     (0, 3, 6, 8)
@@ -38,7 +38,7 @@ def make_grid(shape: Iterable[int], patch_size: int | Iterable[int], patch_overl
     Args:
         shape: Voxels of the volume along i, j, k.
         patch_size: Voxels of a patch, an integer or three.
-        patch_overlap: Voxels that neighbours share, even, an integer or three.
+        patch_overlap: Voxels that neighbours share, an even integer or three.
 
     Raises:
         GridError: a patch larger than the volume, or an overlap that is negative, odd, or not below the patch size.
@@ -79,7 +79,7 @@ class Grid:
         return prod(self.counts)
 
     def place(self, index: int) -> Triple:
-        """The patch's number along each axis; k runs fastest."""
+        """A patch's numbers along i, j and k; k runs fastest."""
         _, nj, nk = self.counts
         return index // (nj * nk), index // nk % nj, index % nk
 
@@ -96,12 +96,12 @@ class Grid:
         return np.hstack([starts, starts + np.array(self.patch_size, dtype=np.int64)])
 
     @cached_property
-    def _numbers(self) -> tuple[dict[int, int], ...]:
+    def _numbers_by_start(self) -> tuple[dict[int, int], ...]:
         return tuple({start: n for n, start in enumerate(starts)} for starts in self.starts)
 
     @property
     def streaming_axis(self) -> int:
-        """The axis along which a patch is the smallest part of the volume: what is kept while streaming is least."""
+        """The axis along which a patch is the smallest part of the volume, so that streaming takes the least memory."""
         return min(range(3), key=lambda axis: self.patch_size[axis] / self.shape[axis])
 
     @cached_property
@@ -122,11 +122,12 @@ class Grid:
         """
         location = tuple(int(v) for v in location)
         sizes = tuple(end - start for start, end in zip(location[:3], location[3:], strict=True))
-        place = [numbers.get(start) for numbers, start in zip(self._numbers, location[:3], strict=True)]
+        place = [numbers.get(start) for numbers, start in zip(self._numbers_by_start, location[:3], strict=True)]
         if sizes != self.patch_size or None in place:
             raise PatchShapeError(
                 f"no patch of the grid lies at {location}; its patches are {self.patch_size} voxels and start at "
-                f"{_some(self.starts[0])} along i, {_some(self.starts[1])} along j, {_some(self.starts[2])} along k."
+                f"{_listed(self.starts[0])} along i, {_listed(self.starts[1])} along j, {_listed(self.starts[2])} "
+                f"along k."
             )
         i, j, k = (n for n in place if n is not None)
         _, nj, nk = self.counts
@@ -153,5 +154,5 @@ class Grid:
         return Grid(shape, patch, overlap, (i, j, k))
 
 
-def _some(starts: tuple[int, ...]) -> str:
+def _listed(starts: tuple[int, ...]) -> str:
     return ", ".join(map(str, starts)) if len(starts) <= 6 else f"{starts[0]}, {starts[1]}, ... {starts[-1]}"

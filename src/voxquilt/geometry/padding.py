@@ -1,4 +1,4 @@
-"""How much a volume is padded so that patches fit, and with what."""
+"""Determines how much volumes are padded so that patches fit, and pads them."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -25,14 +25,15 @@ def lay_grid(
     divisible_by: int | Iterable[int],
     halo: Padding = NO_PADDING,
 ) -> tuple[Grid, Padding]:
-    """The grid of a volume of `shape` once it is padded, and the padding; see GridSampler.
+    """The grid of a padded volume, and the padding; see GridSampler.
 
     Args:
-        shape: Voxels along i, j, k.
-        patch_size, patch_overlap: Voxels.
-        border: Add half of the overlap on every side.
-        fit, divisible_by: Add what a patch, or a multiple, needs.
-        halo: What patches have around what lies on the grid.
+        shape: Voxels of the volume along i, j, k, without padding.
+        patch_size, patch_overlap: Voxels, an integer or three.
+        border: Whether to pad by half of the overlap on every side.
+        fit: Whether to pad to at least the patch size, and to `divisible_by`.
+        divisible_by: The padded volume is a multiple of this many voxels.
+        halo: Voxels around the grid's patches that patches include.
 
     Raises:
         GridError: (a ValueError) sizes that make no grid.
@@ -50,12 +51,12 @@ def lay_grid(
 
 
 def _without_halo(patch_size: Triple, halo: Padding) -> Triple:
-    left = [n - sum(around) for n, around in zip(patch_size, halo, strict=True)]
-    if min(left) < 1:
+    inner = [n - sum(around) for n, around in zip(patch_size, halo, strict=True)]
+    if min(inner) < 1:
         raise GridError(
             f"patches of {patch_size} voxels are all halo: {halo} before and after; use a larger patch_size."
         )
-    return left[0], left[1], left[2]
+    return inner[0], inner[1], inner[2]
 
 
 def to_padding(mode: str | float) -> Callable[[Tensor, Padding], Tensor]:
@@ -73,7 +74,7 @@ def to_padding(mode: str | float) -> Callable[[Tensor, Padding], Tensor]:
 
 def _pad_with(tensor: Tensor, padding: Padding, value: float) -> Tensor:
     if not tensor.is_floating_point() and torch.tensor(value).to(tensor.dtype).item() != value:
-        tensor = tensor.float()  # -1024 does not fit unsigned voxels, and 0.5 no integers
+        tensor = tensor.float()  # unsigned voxels cannot hold -1024, nor integers 0.5
     return _numpy_pad(tensor, padding, mode="constant", constant_values=value)
 
 
@@ -84,7 +85,7 @@ def _numpy_pad(tensor: Tensor, padding: Padding, **options: Any) -> Tensor:
 
 
 def _pad_axis(size: int, border: int, patch: int, multiple: int) -> tuple[int, int]:
-    """Voxels to add before and after, so that the axis holds a patch and is a multiple, the volume in the middle."""
+    """Voxels to add before and after an axis so that it holds a patch and is a multiple, with the volume centred."""
     wanted = max(size + 2 * border, patch)
     wanted += -wanted % multiple
     before = (wanted - size) // 2

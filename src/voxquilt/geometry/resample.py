@@ -1,4 +1,4 @@
-"""Linear and nearest-neighbour resampling along each axis by itself."""
+"""Resamples volumes by linear or nearest-neighbour interpolation, one axis at a time."""
 
 import torch
 from jaxtyping import Shaped
@@ -10,36 +10,38 @@ from voxquilt.geometry.space import AxisMaps, Neighbours
 def resample(
     source: Shaped[Tensor, "c si sj sk"], maps: AxisMaps, *, linear: bool = True
 ) -> Shaped[Tensor, "c ti tj tk"]:
-    """The source at the target's voxels.
+    """Resample a volume at the target's voxels.
 
     Where maps only permute, flip and crop, values are copied in their own type. Otherwise linear interpolation gives
-    float32, and `linear=False` takes the nearest voxel.
+    float32 (float64 for float64), and `linear=False` takes the nearest voxel.
     """
-    return _interpolated(source, maps, [m.neighbours(source.shape[m.axis + 1]) for m in maps], linear=linear)
+    return interpolate(source, maps, [m.neighbours(source.shape[m.axis + 1]) for m in maps], linear=linear)
 
 
-def _interpolated(source: Tensor, maps: AxisMaps, neighbours: list[Neighbours], *, linear: bool = True) -> Tensor:
-    # The axis that shrinks most comes first. This is asked of scales, not of sizes, so that a slab and the whole are
-    # interpolated in one order and equal each other to the bit.
-    for m, found in sorted(zip(maps, neighbours, strict=True), key=lambda pair: -abs(pair[0].scale)):
-        source = _along(source, m.axis + 1, found, linear=linear)
+def interpolate(source: Tensor, maps: AxisMaps, neighbours: list[Neighbours], *, linear: bool = True) -> Tensor:
+    """Resample a volume, given the neighbours of the target's voxels along each axis."""
+    # The axis that shrinks most comes first. It is determined by scales, not by sizes, so that a slab and the whole
+    # volume are interpolated in the same order and are equal to the bit.
+    pairs = sorted(zip(maps, neighbours, strict=True), key=lambda pair: -abs(pair[0].scale))
+    for axis_map, neighbours_along in pairs:
+        source = _interpolate_axis(source, axis_map.axis + 1, neighbours_along, linear=linear)
     i, j, k = (m.axis + 1 for m in maps)
     return source.permute(0, i, j, k)
 
 
-def _along(source: Tensor, dim: int, neighbours: Neighbours, *, linear: bool) -> Tensor:
-    below, above, share = neighbours  # on the host, where looking at them stops no GPU
+def _interpolate_axis(source: Tensor, dim: int, neighbours: Neighbours, *, linear: bool) -> Tensor:
+    below, above, share = neighbours  # on the host, so that reading them does not wait for the GPU
     if not linear:
         below, share = torch.where(share > 0.5, above, below), torch.zeros_like(share)
     if not share.any():
-        return _pick(source, dim, below)
+        return _select(source, dim, below)
     shares = share.reshape([-1 if axis == dim else 1 for axis in range(4)])
     source = source if source.dtype == torch.float64 else source.float()
-    first, second = (source.index_select(dim, index.to(source.device)) for index in (below, above))
-    return torch.lerp(first, second, shares.to(source))
+    lower, upper = (source.index_select(dim, index.to(source.device)) for index in (below, above))
+    return torch.lerp(lower, upper, shares.to(source))
 
 
-def _pick(source: Tensor, dim: int, index: Tensor) -> Tensor:
+def _select(source: Tensor, dim: int, index: Tensor) -> Tensor:
     first, count = int(index[0]), len(index)
     if torch.equal(index, torch.arange(first, first + count)):
         return source.narrow(dim, first, count)

@@ -1,10 +1,10 @@
-"""From native to model space, and back: which model coordinate does each native voxel have?
+"""Maps voxels between native and model space, axis by axis.
 
 The two frames differ by axis permutation, flips, a spacing per axis and padding. All of these act on one axis at a
-time: the mapping is three lines  x_model = scale * x_native + offset,  and interpolating is three 1-D interpolations.
+time: the mapping is x_model = scale * x_native + offset for each axis, and interpolation is three 1-D interpolations.
 
     native axis   |   0   |   1   |   2   |   3   |   4   |   5   |     0.8 mm, six voxels
-    model axis    |     0     |     1     |     2     |                 1.6 mm, three voxels on the same centre
+    model axis    |     0     |     1     |     2     |                 1.6 mm, three voxels with the same centre
 """
 
 from collections.abc import Iterable
@@ -22,14 +22,13 @@ Where = tuple[slice, slice, slice]
 
 @dataclass(frozen=True)
 class AxisMap:
-    """Target voxel x lies at `scale * x + offset` on axis `axis` of the source.
+    """Maps target voxel x to `scale * x + offset` on axis `axis` of the source.
 
     Args:
         axis: The source's axis.
         size: Voxels along the target's axis.
-        scale, offset: In source voxels.
-        within: The first source voxel that may be read and the one behind the last, where the source is padded; None
-            for all of them.
+        scale, offset: Scale and offset in source voxels.
+        within: The range of source voxels that may be read, end exclusive, where the source is padded; None for all.
     """
 
     axis: int
@@ -39,13 +38,13 @@ class AxisMap:
     within: tuple[int, int] | None = None
 
     def neighbours(self, source_size: int) -> Neighbours:
-        """For each target voxel the two source voxels around it, and the share of the second (0 on a source voxel).
+        """The two source voxels around each target voxel, and the weight of the second (0 on a source voxel).
 
-        Beyond the centres of the outermost voxels that may be read their values are repeated.
+        Beyond the centres of the outermost voxels that may be read, their values are repeated.
         """
         first, stop = self.within or (0, source_size)
         x = torch.arange(self.size, dtype=torch.float64) * self.scale + self.offset
-        # Coordinates that are whole but for rounding must copy, not interpolate.
+        # Coordinates that are integers up to rounding must copy, not interpolate.
         x = torch.where((x - x.round()).abs() < 1e-6, x.round(), x).clamp(first, stop - 1)
         below = x.floor().long()
         return below, (below + 1).clamp(max=stop - 1), (x - below).float()
@@ -56,7 +55,7 @@ AxisMaps = tuple[AxisMap, AxisMap, AxisMap]
 
 @dataclass(frozen=True)
 class Space:
-    """A native frame, the model frame beside it, and for each native axis its map into model voxels."""
+    """A native frame, its model frame, and the map of each native axis into model voxels."""
 
     native: Frame
     model: Frame
@@ -65,8 +64,8 @@ class Space:
     def in_scores(self, padding: Iterable[tuple[int, int]], factor: Triple) -> "AxisMaps":
         """The maps into a network's output: shifted by the sampler's padding, shrunk by a downsampling factor.
 
-        A voxel of the output lies in the middle of the `factor` voxels it was made of. What was predicted for the
-        padding is never read: it says nothing of the volume.
+        A voxel of the output lies in the middle of its `factor` voxels. Predictions for the padding are never read,
+        since they say nothing about the volume.
         """
         pads = [before for before, _ in padding]
         i, j, k = (
@@ -83,10 +82,10 @@ class Space:
 
 
 def make_space(native: Frame, orientation: str | None, spacing: float | Iterable[float | None] | None) -> Space:
-    """The model frame of a native frame.
+    """The space of a native frame: its model frame and the maps between the two.
 
     Axes are permuted and flipped to the nearest anatomical direction, never rotated: an oblique affine stays oblique.
-    With a spacing, the model grid has whole voxels of exactly that size on the centre of the native field of view.
+    With a spacing, the model grid has voxels of exactly that size, centred on the native field of view.
 
     Args:
         native: The file's frame.
@@ -94,7 +93,7 @@ def make_space(native: Frame, orientation: str | None, spacing: float | Iterable
         spacing: mm, one number or three along the model's axes; None keeps the file's.
 
     Raises:
-        ConfigError: an orientation or a spacing that is none.
+        ConfigError: an invalid orientation or spacing.
     """
     world, signs = closest_axes(native.affine)
     wanted, directions = (world, signs) if orientation is None else parse_axcodes(orientation)
@@ -104,7 +103,7 @@ def make_space(native: Frame, orientation: str | None, spacing: float | Iterable
     affine[:3, 3] = native.affine[:3, 3]
     for axis, (n, mm) in enumerate(zip(order, to_spacing(spacing), strict=True)):
         ratio = 1.0 if mm is None else mm / native.spacing[n]
-        # Rounding before comparing sizes: 0.9999999 mm of a float32 header is not another spacing than 1 mm.
+        # Rounded before comparing: 0.9999999 mm in a float32 header is the same spacing as 1 mm.
         ratio = 1.0 if abs(ratio - 1) < 1e-4 else ratio
         size = max(1, round(native.shape[n] / ratio))
         flip = directions[axis] * signs[n]
@@ -119,16 +118,16 @@ def make_space(native: Frame, orientation: str | None, spacing: float | Iterable
 
 
 def _unpadded(before: int, size: int, factor: int) -> tuple[int, int]:
-    """The voxels of an output, end exclusive, that were made of the volume alone, `size` voxels behind the padding.
+    """The voxels of an output, end exclusive, that lie within the volume, which has `size` voxels behind the padding.
 
-    Where the volume fills no voxel of the output, those that have a part of it.
+    If no voxel of the output lies within the volume, those that overlap it.
     """
     first, stop = -(-before // factor), (before + size) // factor
     return (first, stop) if first < stop else (before // factor, -(-(before + size) // factor))
 
 
 def inverse(maps: AxisMaps, shape: Triple) -> AxisMaps:
-    """Maps the other way, from model voxels of a volume of `shape` into native voxels."""
+    """The inverse maps, from model voxels of a volume of `shape` into native voxels."""
     back: dict[int, AxisMap] = {
         m.axis: AxisMap(axis, shape[m.axis], 1 / m.scale, -m.offset / m.scale) for axis, m in enumerate(maps)
     }

@@ -1,4 +1,4 @@
-"""Brings planes of model space back to native space as they come, a few at a time."""
+"""Resamples planes of model space to native space as they come."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from voxquilt.geometry.frame import Triple
-from voxquilt.geometry.resample import _interpolated
+from voxquilt.geometry.resample import interpolate
 from voxquilt.geometry.space import AxisMaps, Neighbours, Where
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A box of native voxels, and the scores it is interpolated from.
+    """A box of native voxels, and the scores from which it is interpolated.
 
     Args:
         where: Slices along the native axes.
-        source: (C, si, sj, sk), the scores' voxels around the box and no others.
+        source: (C, si, sj, sk), only the voxels of the scores around the box.
     """
 
     where: Where
@@ -30,27 +30,27 @@ class Piece:
 
     @property
     def copied(self) -> bool:
-        """Whether every voxel is one of the source, and nothing is interpolated."""
+        """Whether every voxel is copied from the source, and none is interpolated."""
         return not self._linear or not any(share.any() for _, _, share in self._neighbours)
 
     def restored(self, channels: Int[Tensor, " k"] | None = None) -> Shaped[Tensor, "d ti tj tk"]:
-        """The scores of the box: all channels, or some."""
+        """The scores of the box, for all channels or those given."""
         source = self.source if channels is None else self.source.index_select(0, channels)
-        return _interpolated(source, self._maps, self._neighbours, linear=self._linear)
+        return interpolate(source, self._maps, self._neighbours, linear=self._linear)
 
 
 class Restorer:
-    """Brings scores to native space while their planes come in order: a native plane needs two model planes at most.
+    """Resamples scores to native space while their planes come in order: a native plane needs at most two model planes.
 
     Args:
-        maps: From native voxels into the scores (`Space.in_scores`).
+        maps: Maps from native voxels to the scores (`Space.in_scores`).
         axis: The scores' axis along which planes come.
         shape: Voxels of the scores along i, j, k.
-        linear: Interpolate, or take the nearest voxel, as labels need it.
-        voxels: About how many values are handed out at once.
-        tile: The most native voxels of a piece along each axis; None for whole rows.
-        planes: Native planes are handed out whose lower plane of the scores is one of these. The scores' planes are fed
-            from the first of these on, up to the one behind the last. None for all.
+        linear: Whether to interpolate, or to take the nearest voxel, as labels require.
+        voxels: Approximate number of values per piece.
+        tile: The largest number of native voxels of a piece along each axis; None for whole rows.
+        planes: Only native planes whose lower plane of the scores is in this range are handed out. `feed` takes the
+            scores' planes of this range and the plane behind it. None for all planes.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Restorer:
         self._voxels, self._tile = voxels, tile
         self._neighbours = [m.neighbours(shape[m.axis]) for m in maps]
         below, above, share = self._neighbours[self.axis]
-        # Where a plane is copied, the one above it is not waited for.
+        # A plane that is copied need not wait for the plane above it.
         self._neighbours[self.axis] = below, torch.where(share > 0, above, below), share
         # Native planes in the order in which their model planes come, and how many have been handed out.
         self._ascending = maps[self.axis].scale > 0
@@ -83,14 +83,14 @@ class Restorer:
         self._last: Tensor | None = None
 
     def feed(self, start: int, planes: Shaped[Tensor, "c si sj sk"]) -> Iterator[Piece]:
-        """Take the planes from `start` on, which follow those before, and hand out native voxels that are complete."""
+        """Take planes from `start` on, which follow those of the last call; hand out complete native voxels."""
         dim = self._source_axis + 1
         stop = start + planes.shape[dim]
         below, above, _ = self._ordered()
         ready = min(int(torch.searchsorted(above, torch.tensor(stop))), self._until)
         held = int(torch.searchsorted(below, torch.tensor(start)))
         if self._done < min(held, ready):
-            # These lie between the last plane before and the first of these.
+            # These lie between the last plane of the previous call and the first of this one.
             assert self._last is not None
             yield from self._pieces(torch.cat([self._last, planes.narrow(dim, 0, 1)], dim), start - 1, min(held, ready))
         yield from self._pieces(planes, start, ready)
@@ -100,15 +100,15 @@ class Restorer:
 
     def _pieces(self, planes: Tensor, start: int, until: int) -> Iterator[Piece]:
         rows, columns = self._maps[self._across].size, self._maps[self._along].size
-        # A GPU has no cache to stay in, and each small piece costs it the start of many kernels.
+        # On a GPU small pieces have no advantage in the cache, and each takes the start of many kernels.
         larger = 8 if planes.is_cuda else 1
-        room, total = max(1, larger * self._voxels // len(planes)), self._maps[self.axis].size
-        # Memory is read best plane by plane, or, where planes run along its fastest axis, many of them row by row.
+        budget, total = max(1, larger * self._voxels // len(planes)), self._maps[self.axis].size
+        # Memory is best read plane by plane, or, if planes lie along its fastest axis, row by row for many planes.
         fastest = planes.stride(self._source_axis + 1) == 1
-        step = min(max(1, until - self._done), max(1, room // (columns if fastest else rows * columns)))
-        # A plane of many channels is large itself. In small pieces memory stays in the cache, and is not asked anew of
-        # the operating system for each: its first touch costs more than interpolating.
-        high, wide = max(1, min(rows, room // step // columns)), columns
+        step = min(max(1, until - self._done), max(1, budget // (columns if fastest else rows * columns)))
+        # A single plane of many channels is large. Memory for small pieces stays in the cache and is reused; first use
+        # of new memory from the operating system takes longer than interpolating.
+        high, wide = max(1, min(rows, budget // step // columns)), columns
         if self._tile is not None:
             step = high = wide = self._tile * (4 if planes.is_cuda else 1)
         while self._done < until:
@@ -122,14 +122,15 @@ class Restorer:
             self._done += count
 
     def _piece(self, planes: Tensor, start: int, where: Where) -> Piece:
-        found: list[Neighbours] = []
+        neighbours: list[Neighbours] = []
         for n, (m, w) in enumerate(zip(self._maps, where, strict=True)):
             below, above, share = (t[w] for t in self._neighbours[n])
             low, high = int(below.min()), int(above.max())
             planes = planes.narrow(m.axis + 1, low - (start if n == self.axis else 0), high - low + 1)
-            found.append((below - low, above - low, share))
-        return Piece(where, planes, self._maps, found, self._linear)
+            neighbours.append((below - low, above - low, share))
+        return Piece(where, planes, self._maps, neighbours, self._linear)
 
     def _ordered(self) -> Neighbours:
+        """Neighbours along the streaming axis in the order in which the scores' planes come."""
         below, above, share = self._neighbours[self.axis]
         return (below, above, share) if self._ascending else (below.flip(0), above.flip(0), share.flip(0))

@@ -1,4 +1,4 @@
-"""One network out of several: members of an ensemble, flips of the patch, named outputs, 2-D networks."""
+"""Combines the members of an ensemble, flipped patches, named outputs and 2-D networks into one network."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, combinations, pairwise
@@ -20,18 +20,18 @@ class PatchNetwork(nn.Module):
 
     Args:
         networks: The members, each (B, C, I, J, K) to a tensor, a tuple of tensors, or tensors by name.
-        outputs: Names for a tuple's outputs, None for one that is dropped; for a mapping, the ones to keep. By default
-            all are kept and a tuple's are called out0, out1, ...
+        outputs: Names for a tuple's outputs, None for an output to drop; for a mapping, the names to keep. By default
+            all are kept, and a tuple's outputs are named out0, out1, ...
         flips: Axes (0, 1, 2 of the model's i, j, k) along which patches are also predicted flipped, in every
             combination: test-time augmentation.
         average: 'logits' averages outputs as they are, 'probabilities' after the activation.
         activation: With average='probabilities': 'softmax', 'sigmoid', 'none'; None is soft-max over several channels.
-        squeeze_axis: The axis of one voxel that a 2-D network does not have: it sees (B, C, I, J) for axis 2.
+        squeeze_axis: The axis, of one voxel, that is removed for a 2-D network: with 2 it takes (B, C, I, J).
         output: How outputs lie in patches, 'auto', 'resampled' or 'cropped'; see
             `voxquilt.geometry.output_layout.factor_of`.
-        offload: Whether members wait on the host while others run; see `voxquilt.models.ensemble.Ensemble`.
-        compile: Whether `compile_members` is to compile them, which is for whoever runs it to call, in each process.
-        channels_last: Keep weights and patches channels last in memory, which some devices compute faster.
+        offload: Whether members stay on the host while others run; see `voxquilt.models.ensemble.Ensemble`.
+        compile: Whether `compile_members`, which each process must call, compiles the members.
+        channels_last: Whether weights and patches are channels last in memory, which is faster on some devices.
 
     Raises:
         ConfigError: one of these is wrong.
@@ -59,7 +59,7 @@ class PatchNetwork(nn.Module):
         if not isinstance(offload, bool):
             check_name(offload, OFFLOAD, "offload (true, false)")
         if compile and any(isinstance(network, torch.jit.ScriptModule) for network in networks):
-            raise ConfigError("compile=true does nothing for TorchScript, which is compiled; leave it out.")
+            raise ConfigError("compile=true has no effect on TorchScript, which is compiled already; leave it out.")
         self.networks = Ensemble(networks, offload)
         self.compiled = compile
         self._calls: list[Callable[[Tensor], object]] = []
@@ -74,13 +74,13 @@ class PatchNetwork(nn.Module):
         self._squeeze = None if squeeze_axis is None else squeeze_axis + 2
         check_name(activation or "none", ACTIVATIONS, "activation")
         probabilities = check_name(average, AVERAGES, "average") == "probabilities"
-        self._activate = to_activation(activation) if probabilities else _as_it_is
+        self._activate = to_activation(activation) if probabilities else _unchanged
 
     def forward(self, patches: Shaped[Tensor, "b c i j k"]) -> Named:
         """Outputs (B, C', ...) by name; the only output of a network is named ''.
 
         Raises:
-            OutputError: a network that gives no tensors, or another number of them than there are names.
+            OutputError: the network's outputs are not tensors, or their number differs from that of the names.
         """
         runs = self._runs(patches)
         total = next(runs)
@@ -94,24 +94,24 @@ class PatchNetwork(nn.Module):
         return {name: tensor / count for name, tensor in total.items()}
 
     def compile_members(self) -> None:
-        """Let torch compile every member when it first runs, if that was asked for."""
-        # Not nn.Module.compile, which leaves a network made of torch.nn's own modules alone, such as nn.Sequential.
+        """Have torch compile every member when it first runs, if `compile` is set."""
+        # Not nn.Module.compile, which does not compile networks of torch.nn's own modules, such as nn.Sequential.
         self._calls = [torch.compile(network) for network in self.networks] if self.compiled else []
 
     def _runs(self, patches: Tensor) -> Iterator[Named]:
-        alone = len(self.networks) * len(self._flips) == 1
+        is_single = len(self.networks) * len(self._flips) == 1
         for n in range(len(self.networks)):
             with self.networks.ready(n) as member:
                 network = self._calls[n] if self._calls else member
                 for axes in self._flips:
                     spatial = [axis + 2 for axis in axes]
-                    # A copy for each, since networks may work in place.
-                    seen = self._squeezed(patches if alone else patches.flip(spatial))
-                    outputs = self._named(network(_channels_last(seen) if self._channels_last else seen))
-                    unsqueezed = {name: self._unsqueezed(name, output) for name, output in outputs.items()}
-                    yield {name: self._activate(_flipped(output, spatial)) for name, output in unsqueezed.items()}
+                    # A copy for each run, since networks may work in place.
+                    inputs = self._squeeze_axis(patches if is_single else patches.flip(spatial))
+                    outputs = self._name_outputs(network(_channels_last(inputs) if self._channels_last else inputs))
+                    unsqueezed = {name: self._unsqueeze_axis(name, output) for name, output in outputs.items()}
+                    yield {name: self._activate(_flip(output, spatial)) for name, output in unsqueezed.items()}
 
-    def _squeezed(self, patches: Tensor) -> Tensor:
+    def _squeeze_axis(self, patches: Tensor) -> Tensor:
         if self._squeeze is None:
             return patches
         if patches.shape[self._squeeze] != 1:
@@ -122,17 +122,17 @@ class PatchNetwork(nn.Module):
             )
         return patches.squeeze(self._squeeze)
 
-    def _unsqueezed(self, name: str, output: Tensor) -> Tensor:
+    def _unsqueeze_axis(self, name: str, output: Tensor) -> Tensor:
         if output.ndim != (5 if self._squeeze is None else 4):
             wanted = "(B, C, I, J, K)" if self._squeeze is None else "(B, C) and two spatial axes"
             stacked = output.ndim == (6 if self._squeeze is None else 5)
-            deep = " Is it stacked for deep supervision? Build the network without." if stacked else ""
+            hint = " Is it stacked for deep supervision? Build the network without it." if stacked else ""
             raise OutputError(
-                f"the network's output {name!r} has shape {tuple(output.shape)}; wanted is {wanted}.{deep}"
+                f"the network's output {name!r} has shape {tuple(output.shape)}; wanted is {wanted}.{hint}"
             )
         return output if self._squeeze is None else output.unsqueeze(self._squeeze)
 
-    def _named(self, output: object) -> Named:
+    def _name_outputs(self, output: object) -> Named:
         if isinstance(output, Tensor):
             return {"": output}
         if isinstance(output, Mapping):
@@ -141,40 +141,43 @@ class PatchNetwork(nn.Module):
             if unknown:
                 raise OutputError(f"model.outputs names {sorted(map(str, unknown))}; the network gives {list(named)}.")
         elif isinstance(output, (tuple, list)):
-            names = self._outputs or [f"out{n}" for n in range(len(output))]
-            if len(names) != len(output):
-                raise OutputError(
-                    f"model.outputs has {len(names)} names and the network {len(output)} outputs; name each, null for "
-                    f"one to drop, such as model.outputs={_first_named(output)}."
-                )
-            if self._outputs is None and _is_pyramid(output):
-                raise OutputError(
-                    f"the network gives {len(output)} outputs of the same channels, the later ones of fewer voxels: "
-                    f"deep supervision? Set model.outputs={_first_named(output)} to keep the first, or name all that "
-                    f"are wanted."
-                )
-            named = {name: tensor for name, tensor in zip(names, output, strict=True) if name is not None}
+            named = self._name_tuple(output)
         else:
             raise OutputError(f"the network gave {type(output).__name__}; wanted are a tensor, or several of them.")
         kept = {name: tensor for name, tensor in named.items() if self._outputs is None or name in self._outputs}
-        bad = [name for name, tensor in kept.items() if not isinstance(tensor, Tensor)]
-        if bad or not kept:
-            one = f", such as model.outputs={_first_named(output)}" if isinstance(output, (tuple, list)) else ""
+        invalid = [name for name, tensor in kept.items() if not isinstance(tensor, Tensor)]
+        if invalid or not kept:
+            example = f", such as model.outputs={_first_named(output)}" if isinstance(output, (tuple, list)) else ""
             raise OutputError(
-                f"the network's outputs {bad or list(named)} are no tensors; choose by model.outputs{one}."
+                f"the network's outputs {invalid or list(named)} are not tensors; choose others by "
+                f"model.outputs{example}."
             )
         return kept
 
+    def _name_tuple(self, output: Sequence[Tensor]) -> Named:
+        names = self._outputs or [f"out{n}" for n in range(len(output))]
+        if len(names) != len(output):
+            raise OutputError(
+                f"model.outputs has {len(names)} names and the network {len(output)} outputs; name each, with null for "
+                f"those to drop, such as model.outputs={_first_named(output)}."
+            )
+        if self._outputs is None and _is_pyramid(output):
+            raise OutputError(
+                f"the network gives {len(output)} outputs of the same channels and of fewer and fewer voxels: deep "
+                f"supervision? Set model.outputs={_first_named(output)} to keep the first, or name all to keep."
+            )
+        return {name: tensor for name, tensor in zip(names, output, strict=True) if name is not None}
+
 
 def _first_named(output: Sequence[object]) -> str:
-    """model.outputs that keep the first tensor alone."""
-    first = next((n for n, one in enumerate(output) if isinstance(one, Tensor)), 0)
+    """A value of model.outputs that keeps only the first tensor."""
+    first = next((n for n, tensor in enumerate(output) if isinstance(tensor, Tensor)), 0)
     return f"[{','.join('seg' if n == first else 'null' for n in range(len(output)))}]"
 
 
 def _is_pyramid(output: Sequence[object]) -> bool:
-    """Whether all are the same scores, the later ones coarser, as deep supervision has them."""
-    shapes = [tuple(one.shape) for one in output if isinstance(one, Tensor)]
+    """Whether outputs are the same scores at coarser and coarser resolutions, as with deep supervision."""
+    shapes = [tuple(tensor.shape) for tensor in output if isinstance(tensor, Tensor)]
     if len(shapes) < max(2, len(output)) or len({shape[:2] for shape in shapes}) > 1:
         return False
     pairs = list(pairwise(shapes))
@@ -186,17 +189,17 @@ def to_activation(name: str | None) -> Callable[[Tensor], Tensor]:
     if name is None:
         return lambda batch: batch.float().softmax(1) if batch.shape[1] > 1 else batch
     functions = {"softmax": lambda batch: batch.float().softmax(1), "sigmoid": lambda batch: batch.float().sigmoid()}
-    return functions.get(name, _as_it_is)
+    return functions.get(name, _unchanged)
 
 
-def _flipped(batch: Tensor, dims: list[int]) -> Tensor:
+def _flip(batch: Tensor, dims: list[int]) -> Tensor:
     return batch.flip(dims) if dims else batch  # flipping along nothing would copy
 
 
 def _channels_last(tensor: Tensor) -> Tensor:
-    form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim, torch.preserve_format)
-    return tensor if form is torch.preserve_format else tensor.contiguous(memory_format=form)
+    memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim, torch.preserve_format)
+    return tensor if memory_format is torch.preserve_format else tensor.contiguous(memory_format=memory_format)
 
 
-def _as_it_is(batch: Tensor) -> Tensor:
+def _unchanged(batch: Tensor) -> Tensor:
     return batch

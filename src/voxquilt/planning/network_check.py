@@ -214,7 +214,7 @@ def _check_layout(network: nn.Module, channels: int, patch_size: Triple, layout:
         ):
             raise PatchShapeError(
                 f"the network's output {name!r} has {tuple(shape[2:])} voxels for patches of {patch_size}, and lacks "
-                f"as many of larger patches: it lacks a border, as the outputs of valid convolutions do. Set "
+                f"as many of larger patches: it lacks a border, as outputs of valid convolutions do. Set "
                 f"model.output=cropped (or model.output=resampled, if its voxels are larger nonetheless)."
             )
 

@@ -12,7 +12,7 @@ from voxquilt.data.subject_size import RunSize, SubjectSize
 from voxquilt.distributed.process_group import Group
 from voxquilt.errors import ConfigError, VoxquiltError
 from voxquilt.geometry.frame import Triple
-from voxquilt.geometry.output_layout import described
+from voxquilt.geometry.output_layout import describe_layouts
 from voxquilt.models.ensemble import size_of
 from voxquilt.models.predictor import PatchPredictor
 from voxquilt.planning.network_check import ChannelsError, check_network
@@ -104,7 +104,7 @@ def check_before_run(
             expected = {channels: error.wanted}
             subjects.set_apart(lambda size: _channels_problem(size, expected))
             return settings.batch_size, None
-        lines = described(module.network.layout, probe.outputs, settings.patch_size) if probe else []
+        lines = describe_layouts(module.network.layout, probe.outputs, settings.patch_size) if probe else []
         forecast.notes.extend(lines)
         if group.rank == 0 and refuse:
             for line in lines:

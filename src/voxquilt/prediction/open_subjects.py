@@ -1,4 +1,4 @@
-"""The subjects of one process whose patches are coming in."""
+"""Feeds the outputs of batches to the stitchers of a process's subjects, and hands over complete subjects."""
 
 import logging
 from dataclasses import replace
@@ -27,12 +27,12 @@ log = logging.getLogger("voxquilt")
 
 
 class OpenSubjects:
-    """Feeds outputs to stitchers, one per subject, and hands over what is complete.
+    """Feeds outputs to stitchers, one per subject, and hands over the subjects that are complete.
 
     Args:
         data: The subjects.
-        files: Where volumes go.
-        outcomes: Where results and failures are reported.
+        files: Writes volumes.
+        outcomes: Reports results and failures.
         device: Where the network is.
     """
 
@@ -47,21 +47,21 @@ class OpenSubjects:
         self._thread = WriterThread()
         shared = [task for task in plan.tasks if task.team]
         self._shared = SharedSubjects(plan.group, shared, self._thread, self._write, outcomes)
-        # Filled by the threads that load.
+        # Filled by the threads that load subjects.
         self._failures: SimpleQueue[LoadFailure] = SimpleQueue()
         data.report_failures_to(self._failures.put)
         self._since = perf_counter()
 
     def begin(self) -> None:
-        """The first batch comes next."""
+        """Prepare for the first batch."""
         self._counts.restart()
 
     def begin_batch(self) -> None:
-        """A forward pass begins; its time counts for the subjects whose patches are in it."""
+        """Note that a forward pass begins; its time counts for the subjects of its patches."""
         self._since = perf_counter()
 
     def take(self, outputs: Outputs | Exception, batch: PatchBatch) -> None:
-        """Feed a batch's outputs to its subjects, hand over those that are complete; an error fails them."""
+        """Feed a batch's outputs, or its error, to its subjects; hand over those that are complete."""
         self._note_failures()
         self._thread.check()
         patches = {rows.work.task.case.subject: rows.stop - rows.start for rows in batch.rows}
@@ -79,10 +79,10 @@ class OpenSubjects:
         news = self._counts.news()
         if news is not None:
             self._outcomes.channel.report(news)
-        self._since = perf_counter()  # where a batch that failed is predicted again subject by subject
+        self._since = perf_counter()  # for a batch that failed and is predicted again subject by subject
 
     def to_host(self) -> bool:
-        """Move all sums to the host, where the device's memory was too small; False if they were there."""
+        """Move all sums to the host, since the device's memory is too small; False if they are there already."""
         if self._memory.device is not None:
             return False
         device = torch.device("cpu")
@@ -94,10 +94,10 @@ class OpenSubjects:
         return True
 
     def close(self) -> dict[str, Any]:
-        """Finish what is complete, and drop what is not; a summary for the record.
+        """Finish complete subjects and drop the others; returns a summary for the record.
 
         Raises:
-            Exception: what ended the writer thread, if anything did.
+            Exception: the error of the writer thread, if it failed.
         """
         stop = self._outcomes.channel.stop
         for work in list(self._open):
@@ -114,7 +114,7 @@ class OpenSubjects:
         try:
             self._add(outputs, rows)
         except torch.OutOfMemoryError:
-            # Where the sums of a subject that begins find no room on the device, nothing of it is lost yet.
+            # If the device has no memory for the sums of a new subject, none of its patches are lost yet.
             stitcher = self._open.pop(rows.work, None)
             if stitcher is not None:
                 stitcher.close()

@@ -1,4 +1,4 @@
-"""Writes finished volumes to files that are named by subject and product."""
+"""Writes finished volumes to files, which are named by subject and product."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -33,9 +33,9 @@ class OutputOptions:
         folder: Folder of the outputs.
         stitch: How patches become volumes; it has the classes' names.
         suffix: '.nii.gz' or '.nii'.
-        overlay: Whether a picture is written beside each subject's volumes.
+        overlay: Whether a picture is written with each subject's volumes.
         tensorboard: Whether numbers and pictures are written for TensorBoard.
-        in_memory: Bytes; a larger product waits in a file until it is written.
+        in_memory: Bytes; larger products are kept in scratch files until they are written.
     """
 
     folder: Path
@@ -47,16 +47,16 @@ class OutputOptions:
 
     @property
     def scratch(self) -> Scratch:
-        """Where products that are too large for memory go."""
+        """Keeps products that are too large for memory."""
         return Scratch(self.folder, self.in_memory)
 
     @property
     def pictures(self) -> bool:
-        """Whether pictures are drawn of labels."""
+        """Whether pictures of labels are drawn."""
         return self.overlay or self.tensorboard
 
     def settings(self, data: GridDataModule, module: LightningModule, trainer: Trainer) -> RunSettings:
-        """What decides the memory and disk of a run, as far as it is known before the first patch."""
+        """The settings that determine the memory and disk of a run."""
         return RunSettings(
             self.stitch,
             self.folder,
@@ -78,7 +78,7 @@ class OutputFiles:
 
     Args:
         options: What is written; the folder exists.
-        cases: Every subject, whose images are not to be overwritten.
+        cases: All subjects, whose images must not be overwritten.
     """
 
     def __init__(self, options: OutputOptions, cases: Iterable[SubjectFiles]) -> None:
@@ -99,13 +99,13 @@ class OutputFiles:
         subject, native = work.task.case.subject, work.space.native
         outputs: dict[str, str] = {}
         for product, data in volumes.items():
-            path = self._checked(f"{subject}_{product}{self.options.suffix}")
+            path = self._check_path(f"{subject}_{product}{self.options.suffix}")
             names = self._names(len(data)) if kinds[product] == LABELS else None
             write(path, data, native, header=work.file.header, label_names=names)
             outputs[path.name] = kinds[product]
         labels = next((volumes[product] for product, kind in kinds.items() if kind == LABELS), None)
         if labels is not None and self.options.overlay:
-            path = self._checked(f"{subject}_overlay.png")
+            path = self._check_path(f"{subject}_overlay.png")
             drawn = flat(labels, self.options.stitch.label_values)
             overlay_png(work.file.read()[0].numpy(), drawn, native.affine, path)
             outputs[path.name] = PICTURE
@@ -115,7 +115,7 @@ class OutputFiles:
             voxels, counts = count_labels(labels)
             volume = voxels * ml
             names = self._names(len(labels))
-            # Several labels a voxel are channels, counted from 0; without names, labels have their numbers.
+            # Several labels per voxel are channels, counted from 0; labels without names have their numbers.
             of_classes = {str(names.get(n, n)): count * ml for n, count in counts.items()}
         return Row(
             subject,
@@ -130,11 +130,11 @@ class OutputFiles:
         )
 
     def _names(self, channels: int) -> dict[int, str]:
-        """Names by number in the file; by channel where there are several labels per voxel."""
+        """Names by the numbers in the file; by channel if there are several labels per voxel."""
         stitch = self.options.stitch
         return dict(enumerate(map(str, stitch.class_names or ()))) if channels > 1 else stitch.names
 
-    def _checked(self, name: str) -> Path:
+    def _check_path(self, name: str) -> Path:
         path = self.options.folder / name
         if path.exists() and _identity(path) in self._inputs:
             raise OutputError(f"{path} is an input of this run and is not overwritten; choose another output_dir.")
@@ -145,14 +145,14 @@ class OutputFiles:
 
     @cached_property
     def _inputs(self) -> set[tuple[int, int] | None]:
-        # Asked for only where a file is there already: looking at every input of a large cohort, in every process, is
-        # too much for a network's file system.
+        # Computed only if an output exists already: a stat of every input of a large cohort, in every process, is too
+        # much for a network file system.
         return {_identity(path) for case in self._cases for path in case.images.values()} - {None}
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
     try:
-        found = os.stat(path)
+        stat = os.stat(path)
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return stat.st_dev, stat.st_ino

@@ -1,4 +1,4 @@
-"""What does a run still have to do? What earlier runs in the folder did not, or not with these inputs and settings."""
+"""Determines which subjects of a run are done already: by earlier runs with the same inputs and settings."""
 
 import json
 import os
@@ -18,10 +18,10 @@ from voxquilt.text import of_subjects
 
 @dataclass(frozen=True)
 class Todo:
-    """What is done and what is not.
+    """Which subjects are done.
 
     Args:
-        fingerprints: Of every case, in their order.
+        fingerprints: Fingerprints of all subjects, in their order.
         done: Rows of the subjects that were done before, by id.
     """
 
@@ -31,15 +31,15 @@ class Todo:
 
 @dataclass(frozen=True)
 class Resume:
-    """Compares the subjects of a run with what its output folder has.
+    """Compares the subjects of a run with those that its output folder has.
 
     Args:
         folder: The output folder.
         plain: The run's configuration.
-        skip_done: Leave out what was done with the same fingerprint; False predicts everything again.
-        overwrite: Redo what was done with another fingerprint, instead of refusing.
-        content: Tell input files by what is in them.
-        claim: Called before anything is read, such as to lock the folder; what it raises ends the run.
+        skip_done: Whether to skip subjects that were done with the same fingerprint; False predicts all again.
+        overwrite: Whether to redo subjects that were done with another fingerprint, instead of refusing.
+        content: Whether to compare input files by their contents.
+        claim: Called before anything is read, for example to lock the folder; its errors end the run.
     """
 
     folder: Path
@@ -56,11 +56,11 @@ class Resume:
 
     @cached_property
     def settings_digest(self) -> str:
-        """Of the settings."""
+        """The digest of the settings."""
         return digest(self.settings)
 
     def todo(self, cases: Sequence[SubjectFiles]) -> Todo:
-        """Decide for each case; reads the manifests in the folder and looks whether the files are there.
+        """Determine which subjects are done, from the manifests in the folder and the files that exist.
 
         Raises:
             ConfigError: subjects were done with other settings or inputs, and may not be overwritten.
@@ -89,12 +89,12 @@ class Resume:
         for row, fingerprint in other:
             for change in self._changes(row.fingerprint, fingerprint):
                 lines.setdefault(change, []).append(row.subject)
-        said = "".join(
+        lines_of_changes = "".join(
             f"\n  {change} ({of_subjects(len(names))}: {', '.join(names[:3])}{', ...' * (len(names) > 3)})"
             for change, names in list(lines.items())[:20]
         )
         return (
-            f"{self.folder} has outputs of {of_subjects(len(other))} that were made otherwise:{said}\n"
+            f"{self.folder} has outputs of {of_subjects(len(other))} that were made otherwise:{lines_of_changes}\n"
             f"  Set run.overwrite=true to make these again, or choose another output_dir. Nothing was started."
         )
 
@@ -104,22 +104,22 @@ class Resume:
         changes = ["its input files changed"] if was.partition("-")[2] != now.partition("-")[2] else []
         if was.partition("-")[0] == self.settings_digest:
             return changes
-        before = self._known.get(was.partition("-")[0])
+        before = self._earlier_settings.get(was.partition("-")[0])
         if before is None:
             return [*changes, "with settings that are no longer on record"]
         keys = [key for key in {**before, **self.settings} if before.get(key) != self.settings.get(key)]
         if "run.content_hash" in keys:
             changes = []  # then the digests of files cannot be compared
-        said = [_change(key, before.get(key), self.settings.get(key)) for key in keys]
-        return [*changes, *dict.fromkeys(said)]  # several weights are one change
+        settings_changes = [_describe_change(key, before.get(key), self.settings.get(key)) for key in keys]
+        return [*changes, *dict.fromkeys(settings_changes)]  # several weights count as one change
 
     @cached_property
-    def _known(self) -> dict[str, dict[str, Any]]:
+    def _earlier_settings(self) -> dict[str, dict[str, Any]]:
         """Settings of earlier runs by their digest."""
         return known_settings(self.folder)
 
 
-def _change(key: str, before: Any, now: Any) -> str:
+def _describe_change(key: str, before: Any, now: Any) -> str:
     if key.startswith("weights."):
         return "ckpt_path has other weights"
     return f"{key} was {json.dumps(before)} and is {json.dumps(now)}"
@@ -129,25 +129,25 @@ def finished(folder: Path, manifests: Iterable[Path] | None = None) -> dict[str,
     """Rows of subjects that are done and whose files are all there, by id.
 
     Args:
-        folder: Of a run.
-        manifests: Only of these; None for all in the folder.
+        folder: Output folder of a run.
+        manifests: The manifests to read; None for all in the folder.
     """
     if not folder.is_dir():
         return {}
     with os.scandir(folder) as entries:
-        there = {entry.name for entry in entries}
+        existing = {entry.name for entry in entries}
     rows = read_rows(folder.glob("manifest*.csv") if manifests is None else manifests)
     return {
         subject: row
         for subject, row in rows.items()
-        if row.status in ("done", "skipped") and row.outputs and there.issuperset(row.outputs)
+        if row.status in ("done", "skipped") and row.outputs and existing.issuperset(row.outputs)
     }
 
 
 def known_settings(folder: Path) -> dict[str, dict[str, Any]]:
-    """What the records of runs in a folder keep: settings by their digest."""
-    found: dict[str, dict[str, Any]] = {}
+    """Settings by their digest, from the records of runs in a folder."""
+    known: dict[str, dict[str, Any]] = {}
     for path in folder.glob("run*.json"):
         settings_of_run = read_json(path).get("settings")
-        found |= settings_of_run if isinstance(settings_of_run, dict) else {}
-    return found
+        known |= settings_of_run if isinstance(settings_of_run, dict) else {}
+    return known

@@ -1,4 +1,4 @@
-"""What does a run leave for people and programs? The manifest, row by row, and run.json."""
+"""Writes the records of a run: the manifest, row by row, and run.json."""
 
 import logging
 import os
@@ -25,13 +25,13 @@ _AGAIN = "is to be made again, and was not yet."
 
 
 class RunRecord:
-    """The manifest and run.json of a run; on rank 0.
+    """Writes the manifest and run.json of a run, on rank 0.
 
     Args:
-        folder: Made if it is missing.
-        plan: What is to be done, and what is done.
+        folder: Output folder, made if it is missing.
+        plan: The plan of the run.
         shard: (index, count), for the files' names.
-        configuration: Of the run.
+        configuration: Configuration of the run.
 
     Raises:
         OutputError: they cannot be written.
@@ -40,22 +40,24 @@ class RunRecord:
     def __init__(self, folder: Path, plan: RunPlan, shard: tuple[int, int], configuration: Mapping[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.rows: list[Row] = list(plan.done)
-        """Of this run's subjects."""
+        """Rows of this run's subjects."""
         self.outcome: dict[str, Any] = {}
-        """What `close` wrote to run.json."""
+        """The content that `close` wrote to run.json."""
         self._plan = plan
         self._began = perf_counter()
         self._path = folder / of_shard("run.json", shard)
         path = folder / of_shard("manifest.csv", shard)
         ours = {*plan.subjects, *(row.subject for row in plan.done)}
-        # What became of other subjects stays known, so that a run of one subject forgets no others.
-        whole, others = finished(folder, [path]), read_rows([path])
-        others = [row for name, row in others.items() if name not in ours and (row.status == "failed" or name in whole)]
-        # A run that ends before it has made a subject again must not leave it to another manifest to call it done: the
-        # latest row counts.
+        # Rows of other subjects are kept, so that a run of one subject does not drop the others.
+        complete, others = finished(folder, [path]), read_rows([path])
+        others = [
+            row for name, row in others.items() if name not in ours and (row.status == "failed" or name in complete)
+        ]
+        # If this run ends before it has made a subject again, no row of another manifest may count it as done: the
+        # latest row decides.
         done = finished(folder, {*folder.glob("manifest*.csv")} - {path}).keys()
         again = [Row(subject, "failed", error=_AGAIN) for subject in plan.subjects if subject in done]
-        # Nor forget which files it had.
+        # The files that subjects had are kept too.
         earlier = read_rows(folder.glob("manifest*.csv"))
         before = {name: list(row.outputs) for name, row in earlier.items()} | read_json(self._path).get("replaces", {})
         self._before: dict[str, list[str]] = {name: before[name] for name in plan.subjects if before.get(name)}
@@ -76,7 +78,7 @@ class RunRecord:
         self._manifest = Manifest(path, [*others, *again, *self.rows])
 
     def add(self, row: Row) -> None:
-        """A subject is done or has failed.
+        """Add the row of a subject that is done or has failed.
 
         Raises:
             OutputError: the manifest cannot be written.
@@ -91,7 +93,7 @@ class RunRecord:
             log.info("%s: done: %d patches, %.1f s: %s", row.subject, row.patches, row.seconds, ", ".join(row.outputs))
 
     def _remove_stale(self, names: Iterable[str]) -> None:
-        """Files of a subject as it was made before, beside which those made now would be taken for of one kind."""
+        """Remove files of a subject's earlier run, which would seem to belong to those made now."""
         for path in [self._path.parent / name for name in names if name == Path(name).name]:
             # Not Path.resolve, for which a link to itself is an error.
             inputs = {os.path.realpath(image) for case in self._plan.cases for image in case.images.values()}
@@ -99,20 +101,23 @@ class RunRecord:
                 path.unlink(missing_ok=True)
 
     def close(self, summaries: Sequence[Message], stop: Stop | None) -> int:
-        """Write down how it ended; the exit status.
+        """Write how the run ended.
 
         Args:
-            summaries: Of each process that ended in order.
-            stop: Why it ended early, if it did.
+            summaries: Summaries of the processes that ended normally.
+            stop: Why the run ended early, if it did.
+
+        Returns:
+            The exit status.
         """
         if stop is None:
-            # As after trainer.limit_predict_batches: a subject without a row would seem to be no part of the run.
+            # For example after trainer.limit_predict_batches: without a row, subjects would not seem to be of this run.
             known = {row.subject for row in self.rows}
             for subject in [subject for subject in self._plan.subjects if subject not in known]:
                 self.add(Row(subject, "failed", error="the run ended before all of its patches had come."))
         self._manifest.close()
         rows = self.rows
-        made = {row.subject for row in rows if row.status == "done"}
+        done = {row.subject for row in rows if row.status == "done"}
         failed = sum(row.status == "failed" for row in rows)
         status = stop.status if stop else int(failed > 0)
         seconds = max((summary.get("seconds", 0.0) for summary in summaries), default=0.0)
@@ -132,7 +137,7 @@ class RunRecord:
             "patches_per_second": _rate(patches, seconds),
             "voxels_per_second": _rate(voxels, seconds),
             "ranks": list(summaries),
-            "replaces": {name: self._before[name] for name in self._before if name not in made},
+            "replaces": {name: self._before[name] for name in self._before if name not in done},
         }
         write_json(self._path, self.outcome)
         return status

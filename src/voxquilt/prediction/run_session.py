@@ -1,4 +1,4 @@
-"""A predict run from its first to its last moment, as one process sees it."""
+"""Runs one process's side of a predict run, from its connection to the other processes to its record."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -21,17 +21,17 @@ from voxquilt.reporting.progress_counts import RunProgress
 log = logging.getLogger("voxquilt")
 
 Report = Row | Message
-"""What processes report while a run goes on: a subject's row, or how far a process is."""
+"""A report during a run: a subject's row, or the progress of a process."""
 
 
 @dataclass(frozen=True)
 class RunDisplay:
-    """What rank 0 shows of a run.
+    """Shows a run, on rank 0.
 
     Args:
         display: Bars or lines on the terminal.
-        progress: Counts what is done.
-        events: For TensorBoard; None without it.
+        progress: Counts of what is done.
+        events: Writes for TensorBoard; None without it.
     """
 
     display: ProgressDisplay
@@ -39,28 +39,28 @@ class RunDisplay:
     events: RunEvents | None
 
     def start(self) -> None:
-        """The run begins."""
+        """Show that the run begins."""
         self.display.start(self.progress)
 
     def row(self, row: Row) -> None:
-        """A subject is done or has failed."""
+        """Show a subject that is done or has failed."""
         self.progress.row(row)
         self.display.row(row, self.progress)
         if self.events is not None:
             self.events.row(row)
 
     def news(self, message: Message) -> None:
-        """A process has got on."""
+        """Show the progress of a process."""
         self.progress.news(message)
         self.display.moved(self.progress)
 
     def close_events(self, outcome: Mapping[str, Any], summaries: Sequence[Message]) -> None:
-        """The run has ended."""
+        """Write how the run ended for TensorBoard."""
         if self.events is not None:
             self.events.end(outcome, summaries)
 
     def end(self, status: int) -> None:
-        """Nothing more is shown."""
+        """End the display."""
         self.display.end(self.progress, status)
 
 
@@ -70,11 +70,11 @@ class RunSession:
 
     Args:
         rank: Rank of the process.
-        channel: To the other processes.
-        record: Manifest and run.json, on rank 0.
+        channel: The channel to the other processes.
+        record: Writes the manifest and run.json, on rank 0.
         subjects: The process's subjects.
-        signals: Ask the run to stop.
-        display: What people see of the run, on rank 0.
+        signals: Stop the run when the process gets a signal.
+        display: Shows the run, on rank 0.
     """
 
     rank: int
@@ -85,20 +85,20 @@ class RunSession:
     display: RunDisplay | None
 
     def begin(self) -> None:
-        """The first batch comes next."""
+        """Prepare for the first batch."""
         self.subjects.begin()
         self.signals.hold()
 
     def end(self) -> int:
-        """Finish, wait for the others, and leave the record; the exit status."""
+        """Finish, wait for the other processes, and close the record; returns the exit status."""
         try:
             summary = self.subjects.close()
-        except BaseException as error:  # whatever ended the writer thread
+        except BaseException as error:  # from the writer thread
             return self._break_off(error, {"rank": self.rank})
         return self._settle(summary)
 
     def fail(self, exception: BaseException) -> int:
-        """The same, after an error that ends the run in all processes."""
+        """Finish after an error, which ends the run in all processes; returns the exit status."""
         summary: Message = {"rank": self.rank}
         self._ask_stop(exception)
         try:
@@ -145,17 +145,17 @@ class RunSession:
 def connect(
     folder: Path, data: GridDataModule, configuration: Mapping[str, Any], display: RunDisplay | None
 ) -> tuple[ControlChannel, RunRecord | None]:
-    """The channel between the processes, and on rank 0 the record that it feeds; called by all processes.
+    """Make the channel between the processes, and on rank 0 the record; called by all processes.
 
     Raises:
         OutputError: the record cannot be written.
-        RunError: some process cannot connect.
+        RunError: a process cannot connect.
     """
     group = data.plan.group
     records: list[RunRecord] = []
     hubs: list[Hub] = []
 
-    def take(report: Report) -> None:
+    def receive(report: Report) -> None:
         if not isinstance(report, Row):
             if display is not None:
                 display.news(report)
@@ -168,24 +168,24 @@ def connect(
         records.append(RunRecord(folder, data.plan, data.shard, configuration))
         if group.size == 1:
             return None
-        hubs.append(Hub(group.size, take, _decoded))
+        hubs.append(Hub(group.size, receive, _decode))
         return hubs[0].address
 
     address = group.first(open_record)
     if address is None:
-        return LocalChannel(take), records[0]
+        return LocalChannel(receive), records[0]
     if not hubs:
-        return Spoke(group.rank, address, _encoded), None
+        return Spoke(group.rank, address, _encode), None
     hubs[0].accept()
     return hubs[0], records[0]
 
 
-def _encoded(report: Report) -> Message:
-    """A report as JSON has it."""
+def _encode(report: Report) -> Message:
+    """A report as plain values for JSON."""
     return {"subject": asdict(report)} if isinstance(report, Row) else {"news": report}
 
 
-def _decoded(message: Message) -> Report:
+def _decode(message: Message) -> Report:
     if "news" in message:
         return message["news"]
     row = message["subject"]

@@ -1,4 +1,4 @@
-"""Finishes the subjects that several processes share, in the order that all of them keep."""
+"""Finishes the subjects that several processes share, in the same order in all of them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from voxquilt.stitching.subject_stitcher import SubjectStitcher
 from voxquilt.text import reason_of
 
 Write = Callable[[SubjectWork, SubjectStitcher], Row]
-"""Writes a subject's files and gives its row of the manifest."""
+"""Writes a subject's files and returns its row of the manifest."""
 
 
 @dataclass(eq=False)
@@ -31,13 +31,13 @@ class _Share:
 
 
 class SharedSubjects:
-    """One process's parts of the subjects that several share.
+    """Finishes one process's parts of the subjects that several processes share.
 
     Args:
         group: The processes of the run.
         tasks: The shared subjects, in the order in which every process finishes them.
-        thread: Where they are finished.
-        write: Writes a subject whose parts are all there.
+        thread: The thread in which they are finished.
+        write: Writes a subject whose parts are complete.
         outcomes: Where results and failures are reported.
     """
 
@@ -46,7 +46,7 @@ class SharedSubjects:
     ) -> None:
         self._group, self._thread, self._write, self._outcomes = group, thread, write, outcomes
         self._turns = list(tasks)
-        # Those that are ready before their turn, and those whose head is sent, by number.
+        # Parts that are ready before their turn, and subjects whose head is sent, by number.
         self._ready: dict[int, _Share] = {}
         self._heads: set[int] = set()
 
@@ -55,13 +55,16 @@ class SharedSubjects:
         return self._exchange(task).collects
 
     def predicted(self, work: SubjectWork, stitcher: SubjectStitcher) -> None:
-        """All patches of this process's part have come."""
+        """Take a part of which all patches have come."""
         self._hand_over(_Share(work.task, work, stitcher))
 
     def failed(self, task: SubjectTask, error: Exception) -> bool:
-        """This process cannot do its part. False if the subject's turn has passed: then it is this process's to report.
+        """Take note that this process cannot do its part.
 
-        The process that collects reports the failure, once it has heard of all parts.
+        The process that collects reports the failure, after the messages of all parts.
+
+        Returns:
+            Whether it will be reported; False if the subject's turn has passed, so that the caller has to report it.
         """
         if task not in self._turns:
             return False
@@ -69,7 +72,7 @@ class SharedSubjects:
         return True
 
     def send_head(self, task: SubjectTask, stitcher: SubjectStitcher) -> None:
-        """Send the part before this one what it needs, once that is complete; it can be long before the end."""
+        """Send the sums that the part before this one needs, once they are complete, often long before the end."""
         exchange = self._exchange(task)
         if not exchange.collects and task.number not in self._heads:
             head = stitcher.head()
@@ -78,7 +81,7 @@ class SharedSubjects:
                 exchange.send_head(head)
 
     def close(self) -> None:
-        """Give up what is not ready: the others wait for a word on each subject, also on those that were not begun."""
+        """Give up the subjects that are not ready, since other processes wait for a message on each of them."""
         for task in self._turns:
             self._ready.setdefault(task.number, _Share(task, error=ElsewhereError("the run ended early.")))
         self._submit()
@@ -93,14 +96,14 @@ class SharedSubjects:
             self._thread.submit(partial(self._finish, share))
 
     def _finish(self, share: _Share) -> None:
-        """Put this process's part beside those of the others; the one that collects writes the volume."""
+        """Send this process's part, or, in the process that collects, write the volume of all parts."""
         exchange, work, stitcher = self._exchange(share.task), share.work, share.stitcher
         rows: list[Row] = []
         try:
-            # Messages are taken also where they are of no use any more, so that every one finds its receiver.
+            # Messages are received even if they are no longer needed, so that each has a receiver.
             error = share.error if exchange.is_last else self._join(exchange, share)
             if not exchange.collects:
-                self._answer(exchange, stitcher, error)
+                self._send_part(exchange, stitcher, error)
                 return
             error = first_error(error, partial(exchange.receive_planes, None if error else stitcher))
             if error is None and work is not None and stitcher is not None:
@@ -110,12 +113,12 @@ class SharedSubjects:
                 stitcher.close()
         for row in rows:
             self._outcomes.done(row)
-        # What another process dropped because the run stops is not a failure: it is done next time.
+        # A subject that another process gave up because the run stops has not failed: the next run predicts it.
         if error is not None and not (self._outcomes.channel.stop and isinstance(error, ElsewhereError)):
             self._outcomes.failed(share.task, error, work.seconds if work else 0.0)
 
     def _join(self, exchange: SlabExchange, share: _Share) -> Exception | None:
-        """Take in the head of the part that follows; the first error of this part."""
+        """Add the head of the part that follows; returns the first error of this part."""
 
         def join() -> None:
             sums = exchange.receive_head()
@@ -124,21 +127,21 @@ class SharedSubjects:
 
         try:
             return first_error(share.error, join)
-        except RunError as died:
-            # Those who live wait for this process's word nonetheless.
+        except RunError as error:
+            # A process died; the others wait for this process's message nonetheless.
             if not exchange.collects:
-                self._answer(exchange, None, died)
+                self._send_part(exchange, None, error)
             raise
 
-    def _answer(self, exchange: SlabExchange, stitcher: SubjectStitcher | None, error: Exception | None) -> None:
-        """Send this process's part, or why there is none."""
+    def _send_part(self, exchange: SlabExchange, stitcher: SubjectStitcher | None, error: Exception | None) -> None:
+        """Send this process's part, or the reason why there is none."""
         head: list[Tensor] = []
         parts: Parts = []
         if error is None and stitcher is not None:
             try:
                 head, parts = stitcher.head() or [], list(stitcher.parts())
-            except Exception as own:
-                error = own
+            except Exception as error_of_part:
+                error = error_of_part
         reason = "" if error is None else reason_of(error)
         try:
             if exchange.task.number not in self._heads:

@@ -1,4 +1,4 @@
-"""Reports what became of each subject, and stops the run at the first failure where that is wanted."""
+"""Reports the outcome of each subject, and stops the run at the first failure if the user wants that."""
 
 from dataclasses import dataclass
 
@@ -10,10 +10,10 @@ from voxquilt.text import reason_of
 
 @dataclass(frozen=True)
 class SubjectOutcomes:
-    """What a process of a run says of its subjects; from any thread.
+    """Reports the outcomes of a process's subjects, from any thread.
 
     Args:
-        channel: To the process that keeps the manifest.
+        channel: The channel to the process that keeps the manifest.
         stops_at_failure: Whether the run ends at the first subject that fails.
     """
 
@@ -21,11 +21,11 @@ class SubjectOutcomes:
     stops_at_failure: bool
 
     def done(self, row: Row) -> None:
-        """A subject's files are written."""
+        """Report a subject whose files are written."""
         self.channel.report(row)
 
     def failed(self, task: SubjectTask, error: Exception, seconds: float) -> None:
-        """A subject has failed, after so many seconds of work on it."""
+        """Report a subject that has failed, after so many seconds of work on it."""
         subject, reason = task.case.subject, reason_of(error)
         self.channel.report(Row(subject, "failed", seconds=seconds, error=reason))
         if self.stops_at_failure:

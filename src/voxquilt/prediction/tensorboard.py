@@ -1,4 +1,4 @@
-"""What does TensorBoard show of a predict run? Each subject's numbers and, of the first ones, a picture."""
+"""Writes the numbers of subjects, and pictures of the first of them, for TensorBoard."""
 
 import logging
 import os
@@ -21,16 +21,16 @@ from voxquilt.text import escaped, reason_of
 
 log = logging.getLogger("voxquilt")
 
-# Subjects of which there are pictures: they take a few tenths of a second each, and nobody looks at thousands.
+# The number of subjects that have pictures: each takes a few tenths of a second, and nobody looks at thousands.
 PICTURES = 20
 
 
 class RunEvents:
-    """Writes a run's event file, once there is something to say; on rank 0.
+    """Writes a run's event file, on rank 0; it is made with the first subject.
 
     Args:
-        folder: Where outputs are; a folder of the run's own is made in its `tensorboard`.
-        cases: Every subject; a subject's step is its number among them.
+        folder: Output folder; the run has a folder of its own in `tensorboard` there.
+        cases: All subjects; a subject's step is its number among them.
         label_values: See `voxquilt.Stitch`.
     """
 
@@ -42,32 +42,32 @@ class RunEvents:
         self._failed = False
 
     def row(self, row: Row) -> None:
-        """A subject is done or has failed."""
+        """Write a subject that is done or has failed."""
         if row.subject in self._cases:
-            self._tried(lambda: self._add(row))
+            self._write_safely(lambda: self._add(row))
 
     def end(self, outcome: Mapping[str, Any], summaries: Sequence[Message]) -> None:
-        """The run has ended.
+        """Write how the run ended.
 
         Args:
-            outcome: What is in run.json.
-            summaries: Of its processes.
+            outcome: The content of run.json.
+            summaries: Summaries of its processes.
         """
         if (board := self._board) is not None:
-            self._tried(lambda: _finish(board, outcome, summaries))
+            self._write_safely(lambda: _finish(board, outcome, summaries))
 
-    def _tried(self, write: Callable[[], None]) -> None:
+    def _write_safely(self, write: Callable[[], None]) -> None:
         if self._failed:
             return
         try:
             write()
-        except Exception as error:  # of a full disk, say: no reason for the run to fail
+        except Exception as error:  # for example of a full disk, which is no reason for the run to fail
             log.warning("nothing more is written for TensorBoard: %s", reason_of(error))
             self._failed = True
 
     def _add(self, row: Row) -> None:
         if self._board is None:
-            # With the process's number, since shards may begin together.
+            # With the process's number, since shards may begin at the same time.
             name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{os.getpid()}"
             self._board = SummaryWriter(str(self._folder / "tensorboard" / name))
         board = self._board
@@ -91,10 +91,10 @@ class RunEvents:
         try:
             if drawn in row.outputs:
                 return np.asarray(Image.open(self._folder / drawn))
-            file, made = open_image(next(iter(case.images.values()))), open_image(self._folder / name)
-            labels = flat(made.read().numpy(), self._label_values)
+            file, label_file = open_image(next(iter(case.images.values()))), open_image(self._folder / name)
+            labels = flat(label_file.read().numpy(), self._label_values)
             return np.asarray(overlay(file.read()[0].numpy(), labels, file.frame.affine))
-        except Exception as error:  # nor is a picture
+        except Exception as error:  # a missing picture is no reason for the run to fail either
             log.debug("no picture of %s: %s", row.subject, reason_of(error))
             return None
 
@@ -103,7 +103,7 @@ def _finish(board: SummaryWriter, outcome: Mapping[str, Any], summaries: Sequenc
     for name in ("patches_per_second", "voxels_per_second", "seconds", "done", "failed"):
         if name in outcome:
             board.add_scalar(f"run/{name}", outcome[name], 0)
-    for one in summaries:
-        if "peak_memory_mib" in one:
-            board.add_scalar(f"run/peak_memory_mib/rank_{one['rank']}", one["peak_memory_mib"], 0)
+    for summary in summaries:
+        if "peak_memory_mib" in summary:
+            board.add_scalar(f"run/peak_memory_mib/rank_{summary['rank']}", summary["peak_memory_mib"], 0)
     board.close()

@@ -1,4 +1,4 @@
-"""The Lightning callback of a predict run: it feeds outputs to stitchers and has finished volumes written."""
+"""Provides the Lightning callback that stitches outputs of a predict run and writes the volumes."""
 
 import logging
 from collections.abc import Mapping
@@ -34,10 +34,10 @@ log = logging.getLogger("voxquilt")
 
 
 class VolumeWriter(Callback):
-    """Quilts each subject's outputs and writes its products as `<subject>_<product>.nii.gz`, with a manifest beside.
+    """Quilts each subject's outputs and writes its products as `<subject>_<product>.nii.gz`, with a manifest.
 
-    A subject that fails becomes a row of the manifest, and the run goes on. With several processes rank 0 keeps the
-    manifest for all, and no process ends before all have finished: they agree on how the run ended.
+    A subject that fails becomes a row of the manifest, and the run goes on. With several processes, rank 0 keeps the
+    manifest for all, and no process ends before all have finished: they agree on the exit status.
 
         writer = VolumeWriter("outputs", Stitch("hann", products=["labels", "entropy"]))
         trainer = Trainer(callbacks=[writer], logger=False)
@@ -47,14 +47,14 @@ class VolumeWriter(Callback):
         output_dir: Folder of the outputs; made if it is missing.
         stitch: Blend and products; gaussian and labels (an image for one channel) by default.
         on_error: 'skip' goes on after a failed subject, 'raise' stops at the first, in all processes.
-        overlay: Also write `<subject>_overlay.png`: three planes with the labels' outlines.
-        compress: .nii.gz, else .nii.
-        in_memory: MiB; a product that is larger waits in an unnamed file in output_dir until it is written. None is an
+        overlay: Whether to write `<subject>_overlay.png`: three planes with the labels' outlines.
+        compress: Whether to write .nii.gz, or else .nii.
+        in_memory: MiB; larger products are kept in unnamed files in output_dir until they are written. None is an
             eighth of the memory that is free when the writer is made: up to three subjects are held at a time.
-        tensorboard: Also write numbers of the subjects and pictures of the first ones, in output_dir/tensorboard.
-        log: What is shown while the run goes on: 'rich' bars, 'plain' lines, 'json' objects on stdout; 'auto' shows
-            bars on a terminal.
-        configuration: For run.json.
+        tensorboard: Whether to write numbers of subjects, and pictures of the first, in output_dir/tensorboard.
+        log: How progress is shown: 'rich' bars, 'plain' lines, 'json' objects on stdout; 'auto' shows bars on a
+            terminal.
+        configuration: Configuration of the run, for run.json.
 
     Raises:
         ConfigError: on_error or log is unknown.
@@ -102,14 +102,14 @@ class VolumeWriter(Callback):
 
     @property
     def rows(self) -> list[Row]:
-        """What became of each subject of the last run; with several processes, on rank 0."""
+        """The row of each subject of the last run; with several processes, on rank 0."""
         if self._rows is None:  # the run was in processes that Lightning started
             return list(read_rows([self.output_dir / of_shard("manifest.csv", self._shard)]).values())
         return self._rows
 
     @property
     def status(self) -> int:
-        """The exit status of the last run: 0 all done, 1 some failed or it broke off, 128 + n after signal n."""
+        """The exit status of the last run: 0 all done, 1 some failed or the run broke off, 128 + n after signal n."""
         if self._status is not None:
             return self._status
         outcome = self.outcome  # of a run in processes that Lightning started; without one there was no run
@@ -118,14 +118,15 @@ class VolumeWriter(Callback):
 
     @property
     def outcome(self) -> dict[str, Any]:
-        """What run.json says of the last run."""
+        """The content of run.json of the last run."""
         return read_json(self.output_dir / of_shard("run.json", self._shard))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot fit, open the manifest on rank 0, and connect the other processes to it.
+        """Refuse a run that cannot fit, open the manifest on rank 0, and connect the other processes to it.
 
         Raises:
-            ConfigError: too little memory or disk; data that are not a GridDataModule's; a module without predict_step.
+            ConfigError: too little memory or disk, a data module that is not a GridDataModule, or a module without
+                predict_step.
         """
         data = datamodule_of(trainer, "VolumeWriter")
         _check_module(pl_module)
@@ -136,7 +137,7 @@ class VolumeWriter(Callback):
         data.stop_when(lambda: channel.stop is not None)
         self._rows = record.rows if record else []
         files, outcomes = OutputFiles(self.options, plan.cases), SubjectOutcomes(channel, self._raise)
-        # Here, since the first subjects are loaded before on_predict_start, and what fails there has to be reported.
+        # Here, since the first subjects are loaded before on_predict_start, and their failures must be reported.
         subjects = OpenSubjects(data, files, outcomes, trainer.strategy.root_device)
         signals = Signals(lambda name, status: channel.ask_stop(Stop(name, status)))
         self._session = RunSession(plan.group.rank, channel, record, subjects, signals, display)
@@ -144,12 +145,12 @@ class VolumeWriter(Callback):
             display.start()
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin, once all processes are there."""
+        """Begin, once all processes have connected."""
         session = self._running()
         if self.stitch.restore == "labels" and session.record is not None:
             log.info(
-                "stitch.restore=labels: labels are made in model space and brought back by nearest neighbour; at "
-                "another spacing their borders have steps as large as its voxels."
+                "stitch.restore=labels: labels are made in model space and resampled by nearest neighbour; at another "
+                "spacing their borders have steps as large as its voxels."
             )
         disarm_observer()
         session.begin()
@@ -173,14 +174,14 @@ class VolumeWriter(Callback):
         if isinstance(outputs, torch.OutOfMemoryError) and subjects.to_host():
             outputs = trainer.strategy.predict_step(batch, batch_idx)
         if isinstance(outputs, Exception) and len(batch.rows) > 1:
-            # Which of the subjects is it? The others must not fail with it.
-            for alone in batch.by_subject():
-                subjects.take(_named(trainer.strategy.predict_step(alone, batch_idx), alone), alone)
+            # Predicted again subject by subject, so that only the subject with the error fails.
+            for part in batch.by_subject():
+                subjects.take(_name_outputs(trainer.strategy.predict_step(part, batch_idx), part), part)
         else:
-            subjects.take(_named(outputs, batch), batch)
+            subjects.take(_name_outputs(outputs, batch), batch)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Wait until everything is written, by all processes.
+        """Wait until all processes have written everything.
 
         Raises:
             RunError: a process died, or a subject failed with on_error='raise'.
@@ -192,7 +193,7 @@ class VolumeWriter(Callback):
             raise RunError(stop.reason)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Stop all processes; finish what is complete. Subjects that are not have no row: they did not fail."""
+        """Stop all processes and finish complete subjects. The others get no row, since they did not fail."""
         if self._session is not None:
             session, self._session = self._session, None
             self._status = session.fail(exception)
@@ -208,8 +209,8 @@ class VolumeWriter(Callback):
         return RunDisplay(make_display(self._log), RunProgress(patches, plan.group.size), events)
 
 
-def _named(outputs: Any, batch: PatchBatch) -> Outputs | Exception:
-    """Outputs by name, or what is wrong with them."""
+def _name_outputs(outputs: Any, batch: PatchBatch) -> Outputs | Exception:
+    """Outputs by name, or the error that they raise."""
     try:
         return batch.named(outputs)
     except Exception as error:

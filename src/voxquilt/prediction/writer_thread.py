@@ -1,4 +1,4 @@
-"""The thread that finishes subjects and writes their files beside the predict loop."""
+"""Provides the thread that finishes subjects and writes their files while the predict loop goes on."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -6,8 +6,8 @@ from threading import BoundedSemaphore
 
 import torch
 
-# One subject is being written and one waits; the loop waits for the thread beyond that, so that memory is bounded.
-_AT_A_TIME = 2
+# One subject is written and one waits; with more, the predict loop waits, so that memory is bounded.
+_MAX_QUEUED = 2
 
 
 class WriterThread:
@@ -15,16 +15,16 @@ class WriterThread:
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="voxquilt-writer")
-        self._places = BoundedSemaphore(_AT_A_TIME)
+        self._places = BoundedSemaphore(_MAX_QUEUED)
         self._pending: list[Future[None]] = []
 
     def submit(self, action: Callable[[], None]) -> None:
-        """Queue an action; waits while two are queued."""
+        """Queue an action; wait while two are queued."""
         self._places.acquire()
         self._pending.append(self._pool.submit(self._run, action))
 
     def check(self) -> None:
-        """Raise what ended an action."""
+        """Raise the error of an action, if one failed."""
         for future in [future for future in self._pending if future.done()]:
             self._pending.remove(future)
             future.result()
@@ -33,7 +33,7 @@ class WriterThread:
         """Wait until every action is done.
 
         Raises:
-            Exception: what ended one of them.
+            Exception: the error of an action.
         """
         self._pool.shutdown(wait=True)
         self.check()

@@ -24,7 +24,7 @@ from voxquilt.reporting.ras_planes import (
     to_ras,
     window_of_planes,
 )
-from voxquilt.stitching.label_values import planes_of
+from voxquilt.stitching.label_values import iterate_planes
 
 # Okabe and Ito's colours, which colour-blind people can distinguish, ordered by contrast on grey.
 PALETTE = np.array(
@@ -114,7 +114,7 @@ def flat(
         ranks_by_number = {number: n for n, number in enumerate((v for v in label_values if v), 1)}
         ranks = np.array([ranks_by_number.get(int(number), 0) for number in numbers], np.min_scalar_type(len(numbers)))
         drawn = np.empty_like(labels, ranks.dtype)
-        for plane, into in zip(planes_of(labels), planes_of(drawn), strict=True):
+        for plane, into in zip(iterate_planes(labels), iterate_planes(drawn), strict=True):
             places = np.searchsorted(numbers, plane).clip(max=len(numbers) - 1)
             into[...] = np.where(numbers[places] == plane, ranks[places], 0)
         return drawn[0]

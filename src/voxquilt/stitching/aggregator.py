@@ -40,10 +40,11 @@ class GridAggregator:
     integer patches agree on a voxel, their mean is exactly that integer.
 
     >>> import voxquilt
-    >>> sampler = voxquilt.GridSampler(torch.rand(1, 20, 18, 16), patch_size=8, patch_overlap=4)
+    >>> subject = voxquilt.Subject(t1=voxquilt.ScalarImage(tensor=torch.rand(1, 20, 18, 16)))
+    >>> sampler = voxquilt.GridSampler(subject, patch_size=8, patch_overlap=4)
     >>> aggregator = GridAggregator(sampler, "hann")
     >>> for patch in sampler:
-    ...     outputs = patch["image"]["data"][None] + 1  # a network's outputs for a batch of one patch
+    ...     outputs = patch["t1"]["data"][None] + 1  # a network's outputs for a batch of one patch
     ...     aggregator.add_batch(outputs, patch["location"][None])
     >>> aggregator.get_output_tensor().shape
     torch.Size([1, 20, 18, 16])
@@ -117,7 +118,8 @@ class GridAggregator:
 
         Raises:
             BatchError: (a ValueError) another number of locations than of patches.
-            PatchShapeError: (a RuntimeError) wrong shape, channels or location, or a type that the sums cannot hold.
+            PatchShapeError: (a RuntimeError) a wrong shape or location, other channels than before, or a type that the
+                sums cannot hold.
             LedgerError: (a RuntimeError and AssertionError) a patch came before, or, while streaming, too early.
         """
         _check_batch(batch, locations, self.grid.patch_size, self.factor)

@@ -2,7 +2,7 @@
 
 Along one axis, patch n gets the weight  u_n(x) = w(x - s_n) / sum_m w(x - s_m)  at voxel x. A grid is a Cartesian
 product and a patch's weight is the product of its three u, so over all patches the weights of a voxel sum to
-(sum_a u_a)(sum_b u_b)(sum_c u_c) = 1. Nothing has to be counted, and nothing divided at the end.
+(sum_a u_a)(sum_b u_b)(sum_c u_c) = 1. Patches need not be counted, and sums need not be divided at the end.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ AxisWeights = Float64[Tensor, "n p"]
 
 @runtime_checkable
 class Blend(Protocol):
-    """The share that each patch has in each voxel."""
+    """Gives the weight of each patch in each voxel."""
 
     @property
     def averages(self) -> bool:
@@ -36,10 +36,10 @@ class Blend(Protocol):
 
 @dataclass(frozen=True)
 class Crop:
-    """Each voxel belongs to one patch: half of the overlap to either neighbour.
+    """Assigns each voxel to one patch: half of the overlap to either neighbour.
 
-    Patch n owns from `s_n + overlap // 2` (from 0 for the first) up to where patch n + 1 begins to own (to the end for
-    the last): what TorchIO 1.x's ordered overwriting gives, whatever the order of arrival.
+    Patch n owns voxels from `s_n + overlap // 2` (from 0 for the first) up to those of patch n + 1 (to the end for the
+    last). The result is that of TorchIO 1.x's ordered overwriting, in any order of arrival.
     """
 
     averages = False
@@ -54,7 +54,7 @@ class Crop:
 
 @dataclass(frozen=True)
 class Windowed:
-    """A weighted mean; the window is a function of the patch size, positive everywhere."""
+    """Averages patches with a window, which is a function of the patch size and positive everywhere."""
 
     window: Callable[[int], Float64[Tensor, "p"]]
     averages = True
@@ -69,7 +69,7 @@ class Windowed:
 
 
 def average(patch: int) -> Float64[Tensor, "p"]:
-    """Every patch counts the same."""
+    """The same weight everywhere."""
     return torch.ones(patch, dtype=torch.float64)
 
 
@@ -98,7 +98,7 @@ GAUSSIAN = Windowed(gaussian)
 
 
 def to_blend(overlap_mode: str | Blend) -> Blend:
-    """The blend of a name; a Blend is taken as it is.
+    """The blend with a name; a Blend is returned as it is.
 
     Raises:
         ConfigError: (a ValueError) an unknown name, or an object that is not a Blend.

@@ -1,4 +1,4 @@
-"""Blends by name; imports none of them."""
+"""Lists blends by name, without importing them."""
 
 from voxquilt.vocabulary import Registry
 

@@ -1,4 +1,4 @@
-"""Where does memory for sums come from? From the volume before, if it was large enough."""
+"""Provides memory for sums, which is reused from volume to volume."""
 
 import torch
 from jaxtyping import Shaped
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def choose_device(device: torch.device, size: int) -> torch.device:
-    """Where `size` bytes of sums are kept: on the device, or on the host if a GPU would have too little left."""
+    """The device that keeps `size` bytes of sums: the given one, or the host if a GPU would have too little left."""
     if device.type != "cuda":
         return device
     free, _ = torch.cuda.mem_get_info(device)
@@ -15,24 +15,24 @@ def choose_device(device: torch.device, size: int) -> torch.device:
 
 
 class BufferPool:
-    """Memory that finished volumes leave to the next: the first touch of fresh memory costs more than the sums."""
+    """Keeps the memory of finished volumes for the next: first use of new memory takes longer than summing."""
 
     def __init__(self) -> None:
         self._free: list[Tensor] = []
 
     def take(self, count: int, dtype: torch.dtype, device: torch.device) -> Shaped[Tensor, " n"]:
-        """Room for at least `count` values, of unknown content."""
-        fitting = [t for t in self._free if len(t) >= count and t.dtype == dtype and t.device == device]
-        if fitting:
-            best = min(fitting, key=len)
+        """Memory for at least `count` values, of unknown content."""
+        large_enough = [t for t in self._free if len(t) >= count and t.dtype == dtype and t.device == device]
+        if large_enough:
+            best = min(large_enough, key=len)
             self._free = [t for t in self._free if t is not best]
             return best
-        # What is too small now would stay so: sizes differ little within a cohort, and memory must not add up.
+        # Memory that is too small now is released: sizes differ little within a cohort, and it must not accumulate.
         self._free = [t for t in self._free if t.dtype != dtype or t.device != device]
-        # Not an inference tensor, since those can be changed neither outside inference mode nor in another thread.
+        # Not an inference tensor, which cannot be modified outside inference mode or in another thread.
         with torch.inference_mode(False):
             return torch.empty(count, dtype=dtype, device=device)
 
     def give(self, memory: Shaped[Tensor, " n"]) -> None:
-        """Leave what `take` gave to the next that asks."""
+        """Return memory that `take` gave, for the next call."""
         self._free.append(memory)

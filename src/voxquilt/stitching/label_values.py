@@ -1,4 +1,4 @@
-"""From classes to the numbers of a label file: post-processing, and the number that each class has there."""
+"""Turns classes into the numbers of a label file, by post-processing and the number of each class, and counts them."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -16,38 +16,38 @@ def to_labels(
     postprocess: Sequence[Callable[[Tensor], Tensor]] = (),
     label_values: Sequence[int] | None = None,
 ) -> Shaped[np.ndarray, "c i j k"]:
-    """What a label file holds of a volume of classes.
+    """The numbers of a label file for a volume of classes.
 
     Args:
-        classes: Class indices, or a mask for each channel, in an unsigned type that also holds `label_values`. Changed
-            in place, without post-processing.
+        classes: Class indices, or a mask per channel, in an unsigned type that also holds `label_values`. Without
+            post-processing they are replaced in place.
         postprocess: Callables on a (C, I, J, K) int64 tensor, applied in turn.
         label_values: The number of each class; None for the classes themselves.
 
     Raises:
-        OutputError: post-processing changed the shape, or gave numbers that are no labels (negative, fractional, not
-            finite), or with `label_values` no classes.
+        OutputError: post-processing changed the shape, or gave numbers that are not labels (negative, fractional, not
+            finite) or, with `label_values`, not classes.
     """
     if not postprocess and label_values is None:
         return classes
-    made = _postprocessed(classes, postprocess) if postprocess else classes
+    processed = _postprocess(classes, postprocess) if postprocess else classes
     if label_values is None:
-        # Post-processing may give any numbers: of MapLabelValue, say.
-        return made.astype(np.promote_types(classes.dtype, np.min_scalar_type(made.max())), copy=False)
-    if made.max() >= len(label_values):
+        # Post-processing such as MapLabelValue may give larger numbers.
+        return processed.astype(np.promote_types(classes.dtype, np.min_scalar_type(processed.max())), copy=False)
+    if processed.max() >= len(label_values):
         raise OutputError(
-            f"post-processing gave {made.max()}, which is no class: stitch.label_values has numbers for classes 0 to "
-            f"{len(label_values) - 1}. Leave it out where post-processing itself gives the numbers of the file."
+            f"post-processing gave {processed.max()}, which is not a class: stitch.label_values has numbers for "
+            f"classes 0 to {len(label_values) - 1}. Leave it out where post-processing itself gives the numbers of the file."
         )
     numbers = np.array(label_values, classes.dtype)
-    labels = classes if made is classes else made.astype(classes.dtype)
-    for plane in planes_of(labels):
+    labels = classes if processed is classes else processed.astype(classes.dtype)
+    for plane in iterate_planes(labels):
         plane[...] = numbers[plane]
     return labels
 
 
 def to_classes(labels: Integer[Tensor, "*volume"], label_values: Sequence[int]) -> Int64[Tensor, "*volume"]:
-    """The classes of numbers as label files have them.
+    """The classes of the numbers in a label file.
 
     Args:
         labels: Numbers of a label file.
@@ -67,26 +67,26 @@ def to_classes(labels: Integer[Tensor, "*volume"], label_values: Sequence[int]) 
 
 
 def beyond(highest: int, classes: int) -> str:
-    """What to say of a label with a class that the network does not have."""
+    """The message about a label with a class that the network does not have."""
     return (
         f"its label has class {highest}; the network gives {classes}, 0 to {classes - 1}. Set model.net.out_channels "
-        f"and stitch.class_names, or change the label: a value such as 255 for voxels that do not count is a class too."
+        f"and stitch.class_names, or change the label: a value such as 255 for voxels to ignore is a class too."
     )
 
 
-def planes_of(volume: Shaped[np.ndarray, "c i j k"]) -> Iterator[np.ndarray]:
+def iterate_planes(volume: Shaped[np.ndarray, "c i j k"]) -> Iterator[np.ndarray]:
     """Views of a volume, channel by channel and plane by plane, as they lie in memory."""
     for channel in volume:
         yield from np.moveaxis(channel, int(np.argmax(np.abs(channel.strides))), 0)
 
 
 def count_labels(labels: Shaped[np.ndarray, "c i j k"]) -> tuple[int, dict[int, int]]:
-    """The number of voxels with any label, and of those with each: each value above 0, or each channel."""
+    """The number of voxels with any label, and the number with each label: each value above 0, or each channel."""
     if len(labels) > 1:
         return int(np.count_nonzero(labels.any(axis=0))), {n: int(np.count_nonzero(c)) for n, c in enumerate(labels)}
     counts = Counter[int]()
-    # Plane by plane: counting makes 8 bytes of each voxel.
-    for plane in planes_of(labels):
+    # Plane by plane, since counting takes 8 bytes per voxel.
+    for plane in iterate_planes(labels):
         if plane.dtype.itemsize <= 2:  # faster than sorting
             numbers = np.bincount(plane.ravel(order="K"))
             counts.update({int(n): int(numbers[n]) for n in np.flatnonzero(numbers)})
@@ -97,14 +97,14 @@ def count_labels(labels: Shaped[np.ndarray, "c i j k"]) -> tuple[int, dict[int, 
     return counts.total(), dict(sorted(counts.items()))
 
 
-def _postprocessed(classes: np.ndarray, postprocess: Sequence[Callable[[Tensor], Tensor]]) -> np.ndarray:
+def _postprocess(classes: np.ndarray, postprocess: Sequence[Callable[[Tensor], Tensor]]) -> np.ndarray:
     data = torch.from_numpy(classes.astype(np.int64))
     for transform in postprocess:
         data = torch.as_tensor(transform(data)).as_subclass(Tensor)
         if tuple(data.shape) != classes.shape:
             raise OutputError(f"post-processing {transform!r} turned {classes.shape} into {tuple(data.shape)}.")
     if data.is_complex():
-        raise OutputError(f"post-processing gave {data.dtype}, which is no type of labels.")
+        raise OutputError(f"post-processing gave {data.dtype}, which is not a type of labels.")
     fractions = data.is_floating_point()
     bad = data[~(data.isfinite() & (data == data.round()) & (data >= 0))] if fractions else data[data < 0]
     if len(bad):

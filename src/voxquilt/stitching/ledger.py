@@ -1,4 +1,4 @@
-"""Knows which patches of a grid have come and which are missing."""
+"""Records which patches of a grid have come and which are missing."""
 
 from collections.abc import Iterable, Sequence
 
@@ -10,11 +10,11 @@ from voxquilt.geometry.slab_split import Part, all_rows
 
 
 class Ledger:
-    """The patches of a grid that have come: one bit per patch.
+    """Records the patches of a grid that have come, one bit per patch.
 
     Args:
         grid: Where patches lie.
-        skipped: Numbers of patches that will not come and are not missed.
+        skipped: Numbers of patches that will not come and do not count as missing.
         part: The rows whose patches come; None for all.
 
     Raises:
@@ -40,7 +40,7 @@ class Ledger:
             numbers: Numbers of the patches in the grid.
 
         Raises:
-            LedgerError: one has come before, or was not to come.
+            LedgerError: a patch has come before, is skipped, or belongs to another part.
         """
         wrong = [number for n, number in enumerate(numbers) if self.arrived[number] or number in numbers[:n]]
         others = [number for number in wrong if not self._own[number]]
@@ -55,7 +55,7 @@ class Ledger:
         self.missing -= len(numbers)
 
     def missing_in_rows(self, axis: int) -> list[int]:
-        """How many patches are missing of each row along an axis."""
+        """The number of missing patches in each row along an axis."""
         rows = np.moveaxis(~self.arrived.reshape(self.grid.counts), axis, 0)
         return rows.reshape(self.grid.counts[axis], -1).sum(1).tolist()
 

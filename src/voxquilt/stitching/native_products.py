@@ -14,23 +14,23 @@ from voxquilt.stitching.products.labels import ArgMax, contenders
 from voxquilt.stitching.products.spec import ProductSpec
 from voxquilt.stitching.streaming import FinishedPlanes
 
-# Voxels along an edge of the boxes in which labels are made of interpolated scores: small, so that few classes compete
-# in most of them, and large enough that there are few boxes.
+# Voxels along an edge of the boxes in which labels are made of interpolated scores: small enough that most boxes have
+# few competing classes, and large enough that there are few boxes.
 _TILE = 32
 
 
 @dataclass(frozen=True)
 class NativeGrid:
-    """The way from finished planes of an output to native space.
+    """The mapping from finished planes of an output to native space.
 
     Args:
-        maps: From native voxels into the scores.
+        maps: Maps from native voxels to the scores.
         axis: The scores' axis along which planes come.
         shape: Voxels of the scores along i, j, k.
         channels: Channels of the scores.
-        planes: The scores' planes that are finished here; the one behind them comes, too.
-        whole: Whether volumes have room for what is finished elsewhere.
-        scratch: For volumes that are too large.
+        planes: The scores' planes that are finished here; the plane behind them comes too.
+        whole: Whether volumes are whole, with room for the planes of other processes.
+        scratch: Where volumes that are too large for memory are kept.
     """
 
     maps: AxisMaps
@@ -48,16 +48,16 @@ class NativeGrid:
 
     @property
     def read(self) -> Where:
-        """The voxels of the scores that are read: not those of the padding."""
+        """The voxels of the scores that are read: those outside the padding."""
         slices = {m.axis: slice(*(m.within or (0, self.shape[m.axis]))) for m in self.maps}
         return slices[0], slices[1], slices[2]
 
-    def restorer(self, *, linear: bool = True, tile: int | None = None) -> Restorer:
+    def make_restorer(self, *, linear: bool = True, tile: int | None = None) -> Restorer:
         """A restorer of planes to native space."""
         return Restorer(self.maps, self.axis, self.shape, linear=linear, tile=tile, planes=self.planes)
 
-    def volumes(self, products: Mapping[str, Product], restorer: Restorer) -> OutputVolumes:
-        """Volumes for what the restorer hands out."""
+    def make_volumes(self, products: Mapping[str, Product], restorer: Restorer) -> OutputVolumes:
+        """Volumes for products of the voxels that a restorer hands out."""
         i, j, k = (m.size for m in self.maps)
         return OutputVolumes(
             products,
@@ -75,9 +75,9 @@ class ProductPath:
     """How some products are computed from finished planes.
 
     Args:
-        before: Computes what is interpolated, a few planes at a time in model space.
-        restorer: Brings that to native space.
-        after: Computes products of a piece there, one after the other, each with its name.
+        before: Computes the values to interpolate from finished planes, in model space.
+        restorer: Interpolates them to native space.
+        after: Computes products of a piece in native space, each with its name.
         volumes: Where products are kept.
     """
 
@@ -87,7 +87,7 @@ class ProductPath:
     volumes: OutputVolumes
 
     def __call__(self, finished: FinishedPlanes) -> None:
-        """Take planes."""
+        """Compute the products of finished planes."""
         for start, planes in self.before(finished):
             for piece in self.restorer.feed(start, planes):
                 for name, voxels in self.after(piece):
@@ -98,15 +98,15 @@ class NativeProducts:
     """Turns finished planes of one blend into products in native space.
 
     Args:
-        specs: The products by name; all of them are computed from the same averages.
-        back: The way to native space.
+        specs: The products by name, which are all computed from the same averages.
+        grid: The mapping to native space.
 
     Raises:
         OutputError: (when called) scores that are NaN or infinite.
     """
 
-    def __init__(self, specs: Mapping[str, ProductSpec], back: NativeGrid) -> None:
-        self._paths = list(_paths(specs, back))
+    def __init__(self, specs: Mapping[str, ProductSpec], grid: NativeGrid) -> None:
+        self._paths = list(_paths(specs, grid))
 
     def __call__(self, finished: FinishedPlanes) -> None:
         for path in self._paths:
@@ -118,20 +118,20 @@ class NativeProducts:
         return {name: path.volumes for path in self._paths for name in path.volumes.arrays}
 
 
-def _paths(specs: Mapping[str, ProductSpec], back: NativeGrid) -> Iterator[ProductPath]:
+def _paths(specs: Mapping[str, ProductSpec], grid: NativeGrid) -> Iterator[ProductPath]:
     for name, spec in specs.items():
         if spec.in_model:
-            restorer = back.restorer(linear=spec.product.form(back.channels)[1].kind == "f")
-            volumes = back.volumes({name: spec.product}, restorer)
-            yield ProductPath(_InModel(spec.product, back.read), restorer, _Restored(name), volumes)
+            restorer = grid.make_restorer(linear=spec.product.form(grid.channels)[1].kind == "f")
+            volumes = grid.make_volumes({name: spec.product}, restorer)
+            yield ProductPath(_InModel(spec.product, grid.read), restorer, _OfModelProduct(name), volumes)
     of_scores = {name: spec.product for name, spec in specs.items() if not spec.in_model}
     if not of_scores:
         return
-    if back.copies or not all(isinstance(product, ArgMax) for product in of_scores.values()):
-        restorer, after = back.restorer(), _OfScores(of_scores)
+    if grid.copies or not all(isinstance(product, ArgMax) for product in of_scores.values()):
+        restorer, after = grid.make_restorer(), _OfScores(of_scores)
     else:
-        restorer, after = back.restorer(tile=_TILE), _Labels(list(of_scores))
-    yield ProductPath(_scores_of, restorer, after, back.volumes(of_scores, restorer))
+        restorer, after = grid.make_restorer(tile=_TILE), _Labels(list(of_scores))
+    yield ProductPath(_scores_of, restorer, after, grid.make_volumes(of_scores, restorer))
 
 
 def _scores_of(finished: FinishedPlanes) -> Iterable[tuple[int, Tensor]]:
@@ -140,7 +140,7 @@ def _scores_of(finished: FinishedPlanes) -> Iterable[tuple[int, Tensor]]:
 
 @dataclass(frozen=True)
 class _InModel:
-    """Computes a product in model space; what lies outside `read` is not looked at."""
+    """Computes a product in model space; scores outside `read` are not checked."""
 
     product: Product
     read: Where
@@ -158,8 +158,8 @@ class _InModel:
 
 
 @dataclass(frozen=True)
-class _Restored:
-    """A product that was computed in model space."""
+class _OfModelProduct:
+    """Interpolates a product that was computed in model space."""
 
     name: str
 
@@ -169,7 +169,7 @@ class _Restored:
 
 @dataclass(frozen=True)
 class _OfScores:
-    """Products of interpolated scores."""
+    """Computes products of interpolated scores."""
 
     products: Mapping[str, Product]
 
@@ -182,7 +182,7 @@ class _OfScores:
 
 @dataclass(frozen=True)
 class _Labels:
-    """The arg-max of interpolated scores, from those classes alone that can win in a piece."""
+    """Computes the arg-max of interpolated scores, of only those classes that can have the highest in a piece."""
 
     names: list[str]
 

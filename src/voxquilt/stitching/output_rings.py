@@ -24,7 +24,7 @@ from voxquilt.stitching.streaming import SlabStream, planes_of
 from voxquilt.stitching.sum_type import SumType
 
 Averaged = Callable[[Tensor], Tensor] | None
-"""Turns (B, C, ...) patches into what is averaged; None where patches are averaged as they are."""
+"""Turns (B, C, ...) patches into the values that are averaged; None if patches are averaged as they are."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Memory:
 
     Args:
         device: Device of the sums; None for where the outputs are.
-        buffers: Where memory for sums comes from and goes to.
+        buffers: Memory for sums, reused from subject to subject.
         scratch: Where products that are too large for memory go; None keeps all in memory.
     """
 
@@ -44,7 +44,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Ring:
-    """Patches of one output, averaged by one blend, on their way to products."""
+    """Averages patches of one output by one blend, and computes products of the averages."""
 
     averaged: Averaged
     stream: SlabStream
@@ -53,7 +53,7 @@ class Ring:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What one ring is for: products that are computed from the same averages."""
+    """The products that are computed from the same averages, for which a ring is opened."""
 
     blend: Blend
     averaged: Averaged
@@ -61,7 +61,7 @@ class _Plan:
     fill: list[float]
 
     def type_of(self, patches: Tensor) -> torch.dtype:
-        """Type of what is averaged."""
+        """Type of the values that are averaged."""
         return patches.dtype if self.averaged is None else self.averaged(patches[:0]).dtype
 
 
@@ -72,10 +72,10 @@ class RingOpener:
     Args:
         stitch: How patches become volumes.
         padding: Padding of the subject's grid.
-        space: The way back to native space.
-        ledger: Which patches of which part come.
+        space: The mapping back to native space.
+        ledger: Records the patches that come.
         memory: Where sums and volumes are kept.
-        whole: Whether volumes have room for what other processes finish.
+        whole: Whether volumes are whole, with room for the planes of other processes.
         layout: How outputs lie in patches; see `voxquilt.geometry.output_layout.factor_of`.
     """
 
@@ -88,15 +88,15 @@ class RingOpener:
     layout: str
 
     def open(self, name: str, patches: Tensor) -> list[Ring]:
-        """The rings of an output.
+        """Open the rings of an output.
 
         Args:
             name: Name of the output.
             patches: Its first batch, (B, C, pi, pj, pk).
 
         Raises:
-            PatchShapeError: patches of another shape than the grid wants.
-            OutputError: a product that the output does not have.
+            PatchShapeError: patches of a shape that does not suit the grid.
+            OutputError: a product that cannot be made of the output.
         """
         grid, part, channels = self.ledger.grid, self.ledger.part, patches.shape[1]
         factor = factor_of(self.layout, name, patches.shape, grid.patch_size)
@@ -113,8 +113,8 @@ class RingOpener:
         for plan in plans:
             fill = plan.fill if self.ledger.skipped else None
             finished = planes_of(part, scores, plan.blend)
-            back = NativeGrid(maps, part.axis, scores.shape, channels, finished, self.whole, self.memory.scratch)
-            products = NativeProducts(plan.specs, back)
+            native = NativeGrid(maps, part.axis, scores.shape, channels, finished, self.whole, self.memory.scratch)
+            products = NativeProducts(plan.specs, native)
             sums = Accumulator(
                 scores,
                 plan.blend,
@@ -137,9 +137,9 @@ class RingOpener:
             if self.ledger.skipped and stitch.fill is None:
                 self._check_fill(fill, specs.values())
             for averaged in dict.fromkeys(spec.averaged for spec in specs.values()):
-                alike = {product: spec for product, spec in specs.items() if spec.averaged == averaged}
+                same_average = {product: spec for product, spec in specs.items() if spec.averaged == averaged}
                 values = fill if averaged is None else averaged(fill.reshape(1, channels, 1, 1, 1)).flatten()
-                plans.append(_Plan(blend, averaged, alike, values.tolist()))
+                plans.append(_Plan(blend, averaged, same_average, values.tolist()))
         return plans
 
     def _check_fill(self, fill: Tensor, specs: Iterable[ProductSpec]) -> None:

@@ -1,6 +1,7 @@
-"""Keeps finished volumes until they are written: in memory, or in a file if they are too large."""
+"""Keeps finished volumes until they are written, in memory or, if they are too large, in files."""
 
 import os
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,11 +20,11 @@ from voxquilt.text import gib
 
 @dataclass(frozen=True)
 class Scratch:
-    """Where arrays that are too large for memory go: files without a name, which vanish with their process.
+    """Keeps arrays that are too large for memory in files without a name, which vanish with their process.
 
     Args:
-        folder: On a disk with room for them.
-        limit: Bytes; a larger array goes to a file.
+        folder: A folder on a disk with room for the files.
+        limit: Bytes; larger arrays are kept in files.
     """
 
     folder: Path
@@ -38,10 +39,10 @@ class Scratch:
         size = int(np.prod(shape)) * dtype.itemsize
         with tempfile.TemporaryFile(dir=self.folder) as file:
             try:
-                # All of it now: a mapped file that outgrows its disk later kills the process.
-                if hasattr(os, "posix_fallocate"):
+                # Allocated now, since a mapped file that outgrows its disk later kills the process.
+                if sys.platform == "linux":
                     os.posix_fallocate(file.fileno(), 0, size)
-                else:  # macOS and Windows, where a file is only made as long
+                else:  # macOS and Windows have no such function: the file only gets its length
                     file.truncate(size)
             except OSError as error:
                 raise OutputError(
@@ -52,16 +53,16 @@ class Scratch:
 
 
 class OutputVolumes:
-    """Products in native space while they come plane by plane; scores at native resolution never exist as a whole.
+    """Collects products in native space plane by plane, so that scores at native resolution never exist as a whole.
 
     Args:
         products: Products by name.
         channels: Channels of the scores that they are computed from.
         shape: Native voxels along i, j, k.
         axis: The native axis along which planes come.
-        scratch: For arrays that are too large; None keeps all in memory.
-        planes: The native planes along the axis that are filled here; None for all.
-        whole: Have room for all planes, whose rest is made elsewhere and placed here, or for these alone.
+        scratch: Keeps arrays that are too large for memory; None keeps all in memory.
+        planes: The native planes along the axis that are stored here; None for all.
+        whole: Whether there is room for all planes, of which others are placed here, or only for these.
     """
 
     def __init__(
@@ -82,17 +83,21 @@ class OutputVolumes:
         kept = list(shape)
         kept[axis] = shape[axis] if whole else len(self._filled)
         self.arrays: dict[str, np.ndarray] = {}
-        """For each product (C, I, J, K), in memory laid out as NIfTI wants it, in a file as planes come."""
+        """(C, I, J, K) by product: in memory in the order of NIfTI files, in scratch files in the order of planes."""
         self._holes: dict[str, np.ndarray] = {}
         for name, product in products.items():
-            made, dtype = product.form(channels)
-            large = scratch is not None and made * int(np.prod(kept)) * dtype.itemsize > scratch.limit
+            count, dtype = product.form(channels)
+            large = scratch is not None and count * int(np.prod(kept)) * dtype.itemsize > scratch.limit
             # Axes of the array from the slowest to the fastest.
             order = [0, *(n + 1 for n in sorted((2, 1, 0), key=lambda n: n != axis))] if large else [0, 3, 2, 1]
-            laid = tuple((made, *kept)[n] for n in order)
-            array = scratch.empty(laid, dtype) if scratch is not None and large else np.empty(laid, dtype)
+            shape_in_memory = tuple((count, *kept)[n] for n in order)
+            array = (
+                scratch.empty(shape_in_memory, dtype)
+                if scratch is not None and large
+                else np.empty(shape_in_memory, dtype)
+            )
             self.arrays[name] = array.transpose(np.argsort(order))
-            # Planes that have yet to be placed.
+            # Planes that are still missing.
             self._holes[name] = np.ones(kept[axis], dtype=bool)
             self._holes[name][self._filled.start - self._first : self._filled.stop - self._first] = False
 
@@ -101,22 +106,22 @@ class OutputVolumes:
         return self._products[name].kind
 
     def store(self, name: str, where: Where, voxels: Shaped[Tensor, "c i j k"]) -> None:
-        """Keep a product of the native voxels `where`; a single voxel stands for all of them."""
-        self.arrays[name][:, *self._here(where)] = voxels.numpy(force=True)
+        """Store a product of the native voxels `where`; a single voxel stands for all of them."""
+        self.arrays[name][:, *self._shifted(where)] = voxels.numpy(force=True)
 
     def part(self, name: str) -> tuple[Where, np.ndarray]:
-        """The planes of a product that are filled here: native slices, and a contiguous (C, I, J, K) array."""
+        """The planes of a product that are stored here: native slices, and a contiguous (C, I, J, K) array."""
         where = [slice(0, n) for n in self.arrays[name].shape[1:]]
         where[self._axis] = slice(self._filled.start, self._filled.stop)
         i, j, k = where
-        return (i, j, k), np.ascontiguousarray(self.arrays[name][:, *self._here((i, j, k))])
+        return (i, j, k), np.ascontiguousarray(self.arrays[name][:, *self._shifted((i, j, k))])
 
     def place(self, name: str, where: Where, array: np.ndarray) -> None:
-        """Take in planes of a product that were filled elsewhere, where there is room for all.
+        """Copy planes of a product that another process made; there must be room for all planes.
 
         Raises:
             PatchShapeError: (a RuntimeError) an array of another shape or type.
-            LedgerError: (a RuntimeError and AssertionError) some of the planes are here already.
+            LedgerError: (a RuntimeError and AssertionError) some of the planes have come before.
         """
         into, planes = self.arrays[name][:, *where], self._holes[name][where[self._axis]]
         if into.shape != array.shape or into.dtype != array.dtype:
@@ -129,7 +134,7 @@ class OutputVolumes:
         planes[...] = False
 
     def check_whole(self) -> None:
-        """Raises LedgerError, naming a product and where it begins, when planes are missing."""
+        """Raises LedgerError, naming a product and its first missing plane, when planes are missing."""
         for name, holes in self._holes.items():
             if holes.any():
                 raise LedgerError(
@@ -137,7 +142,8 @@ class OutputVolumes:
                     f"{AXES[self._axis]}: place() what the other parts made."
                 )
 
-    def _here(self, where: Where) -> Where:
+    def _shifted(self, where: Where) -> Where:
+        """Native slices as slices of the arrays, which may begin with a later plane."""
         moved = list(where)
         along = where[self._axis]
         moved[self._axis] = slice(along.start - self._first, along.stop - self._first)

@@ -1,4 +1,4 @@
-"""The choices of a user on how patches become volumes."""
+"""Holds the user's choices of how patches become volumes."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -31,16 +31,17 @@ class Stitch:
             a name or a Product of your own, with a `name` for its files.
         activation: See `make_products`.
         threshold: See `make_products`.
-        compare: Overlap modes by which labels (or the image) are made as well, from the same pass, as `labels_<mode>`.
-        restore: 'scores' are interpolated to native space and labels made of them there; 'labels' are made in model
-            space and brought back by nearest neighbour, which is faster and coarser.
+        compare: Overlap modes by which labels (or the image) are also made, from the same forward passes, as
+            `labels_<mode>`.
+        restore: 'scores' interpolates scores to native space and makes labels of them there; 'labels' makes labels in
+            model space and resamples them by nearest neighbour, which is faster and coarser.
         fill: Scores where no patch was predicted; see `voxquilt.stitching.products.spec.background`.
         class_names: Names of labels 0, 1, ...; written into the header of label files.
         label_values: The numbers that classes 0, 1, ... have in label files, which have the smallest unsigned type that
-            holds all of them; None for 0, 1, ... themselves. 0 stays the number of what has no label.
+            holds all of them; None for 0, 1, ... themselves. 0 remains the number of voxels without a label.
         postprocess: Callables on a (C, I, J, K) label tensor in native space, applied in turn. MONAI's array transforms
-            such as KeepLargestConnectedComponent and FillHoles are such callables. They see classes; what they give are
-            classes, too, or without `label_values` any integers from 0, for which files get a type that holds them.
+            such as KeepLargestConnectedComponent and FillHoles are such callables. They take and give classes; without
+            `label_values` they may give any integers from 0, for which files have a type that holds them.
 
     Raises:
         ConfigError: one of these is wrong.
@@ -59,8 +60,8 @@ class Stitch:
 
     def __post_init__(self) -> None:
         _ = self.blends
-        every = self.products.values() if isinstance(self.products, Mapping) else [self.products]
-        for products in every:
+        product_lists = self.products.values() if isinstance(self.products, Mapping) else [self.products]
+        for products in product_lists:
             for product in products or ():
                 _check_product(product)
         if len(set(self.compare)) != len(self.compare):
@@ -85,18 +86,22 @@ class Stitch:
         return {self.number_of(n): str(name) for n, name in enumerate(self.class_names or ())}
 
     def specs(self, output: str, channels: int) -> list[tuple[Blend, dict[str, ProductSpec]]]:
-        """What is made of an output with so many channels: for each blend its products by name.
+        """The products of an output by name, for each blend.
+
+        Args:
+            output: Name of the output.
+            channels: Channels of the output.
 
         Raises:
-            ConfigError: `label_values` that are not those of the output's classes.
-            OutputError: a product that such an output does not have.
+            ConfigError: `label_values` do not fit the output's classes.
+            OutputError: a product that cannot be made of such an output.
         """
         wanted = self.products.get(output) if isinstance(self.products, Mapping) else self.products
         options = channels, self.activation, self.threshold, self.restore, self.label_values
         specs = [(self.blends[""], make_products(wanted, *options))]
         for mode in self.compare:
             (name, spec), *_ = make_products(None, *options).items()
-            if mode == self.overlap_mode:  # summed once
+            if mode == self.overlap_mode:  # averaged once
                 specs[0][1][f"{name}_{mode}"] = spec
             else:
                 specs.append((self.blends[mode], {f"{name}_{mode}": spec}))

@@ -123,7 +123,7 @@ class SlabStream:
             return []
         if self._plane <= self._begin.high:
             return None
-        # Not inference tensors, which could not be sent.
+        # Not inference tensors, which cannot be modified outside of inference mode.
         with torch.inference_mode(False):
             return [torch.cat(pieces, self._axis + 1).contiguous() for pieces in zip(*self._head, strict=True)]
 

@@ -152,9 +152,7 @@ class SubjectStitcher:
             LedgerError: some of the planes are here already.
         """
         if not self.whole or name not in self._products:
-            raise BatchError(
-                f"{self.part} does not hold whole volumes of {name!r}; it has products {list(self._products)}."
-            )
+            raise BatchError(f"{self.part} has no room for planes of {name!r}; it has products {list(self._products)}.")
         product, volumes = self._products[name]
         volumes.place(product, where, array)
 

@@ -1,4 +1,4 @@
-"""What every product is: a function of scores, computed voxel by voxel."""
+"""Defines products: functions of scores, computed voxel by voxel."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,16 +28,16 @@ NOT_FINITE = "the network's output is NaN or infinite in places; nothing was wri
 
 @runtime_checkable
 class Product(Protocol):
-    """A function of scores, voxel by voxel: it sees any box of voxels, and gives the same for each voxel."""
+    """A function of scores, voxel by voxel: it is called on boxes of any size, on which its result must not depend."""
 
     @property
     def kind(self) -> str:
-        """What its voxels are: 'labels' (integers with names and colours), 'map' (a number per class or voxel, such as
-        a probability) or 'image' (intensities)."""
+        """The kind of its voxels: 'labels' (integers with names and colours), 'map' (a number per class or voxel, such
+        as a probability) or 'image' (intensities)."""
         ...
 
     def form(self, channels: int) -> tuple[int, np.dtype]:
-        """How many channels it has and of which type, given the scores' channels."""
+        """Its number of channels and its type, given the scores' channels."""
         ...
 
     def __call__(self, scores: Scores) -> Voxels: ...
@@ -45,14 +45,14 @@ class Product(Protocol):
 
 def check_finite(scores: Scores) -> None:
     """Raises OutputError for scores that are NaN or infinite."""
-    # The sum is finite if all are, and cheap while they are in the cache; if it is not, look closer: sums can overflow.
+    # The sum is finite only if all scores are, and cheap while they are in the cache; but it can overflow.
     if not scores.sum(dtype=torch.float32).isfinite() and not scores.isfinite().all():
         raise OutputError(NOT_FINITE)
 
 
 @dataclass(frozen=True)
 class Activated:
-    """Activated scores as float32: probabilities; or, with the activation 'none', logits and images.
+    """Gives activated scores as float32: probabilities; or, with the activation 'none', logits and images.
 
     Args:
         activation: Function of the scores.

@@ -1,4 +1,4 @@
-"""How much overlapping patches disagree in each voxel."""
+"""Provides the product that shows how much overlapping patches disagree in each voxel."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ def make_disagreement(output: NetworkOutput) -> ProductSpec:
 
 @dataclass(frozen=True)
 class Moments:
-    """Turns patches of scores into what the spread of probabilities over patches is computed from.
+    """Turns patches of scores into the moments from which the variance of probabilities over patches is computed.
 
     (B, C, ...) becomes (B, C + 1, ...): the C activated scores and the sum of their squares; or with `each`, where
     channels are labels of their own, (B, 2C, ...): the activated scores and their squares.
@@ -35,7 +35,7 @@ class Moments:
         return self.activation is ACTIVATIONS["none"]
 
     def channels(self, channels: int) -> int:
-        """Channels that so many become."""
+        """The number of channels that this many channels become."""
         return 2 * channels if self.each else channels + 1
 
     def __call__(self, patches: Tensor) -> Tensor:
@@ -46,11 +46,11 @@ class Moments:
 
 @dataclass(frozen=True)
 class Disagreement:
-    """How much the patches that cover a voxel disagree: the blend-weighted variance of their probabilities.
+    """Computes the blend-weighted variance of the probabilities of the patches that cover a voxel.
 
     With patches n of weights u_n that sum to 1 and probabilities p_nc, it is  sum_c (sum_n u_n p_nc^2 - m_c^2)  where
     m_c = sum_n u_n p_nc: 0 where one patch covers a voxel or all give the same, 1 - 1/C at most. With `each`, every
-    channel has the variance of its own. Computed from the averages of Moments.
+    channel has its own variance. It is computed from the averages of Moments.
     """
 
     each: bool
@@ -68,8 +68,8 @@ class Disagreement:
 
 def sum_of_squares(p: Tensor) -> Tensor:
     """Sum over the first axis, which is kept with length 1."""
-    # One after the other, so that equal values give equal sums whatever their layout in memory: `sum` changes its
-    # order, and a voxel that one patch covers would not get exactly 0.
+    # Channel by channel, so that equal values give equal sums in any memory layout. The order of `sum` depends on the
+    # layout, so that a voxel that one patch covers would not get exactly 0.
     total = p[:1].square()
     for channel in p[1:]:
         total += channel.square()

@@ -1,4 +1,4 @@
-"""The entropy of the predicted distribution in each voxel."""
+"""Provides the product with the entropy of the predicted distribution in each voxel."""
 
 from dataclasses import dataclass
 
@@ -18,9 +18,9 @@ def make_entropy(output: NetworkOutput) -> ProductSpec:
 
 @dataclass(frozen=True)
 class Entropy:
-    """Shannon's entropy of the predicted distribution in nats: 0 where the network is certain, ln(classes) at most.
+    """Computes Shannon's entropy in nats: 0 where the network is certain, at most ln(classes).
 
-    With `each`, channels are labels of their own, and each has the entropy of its yes or no, ln(2) at most.
+    With `each`, channels are labels of their own, and each has the entropy of its yes or no, at most ln(2).
     """
 
     activation: Activation
@@ -31,5 +31,5 @@ class Entropy:
         return channels if self.each else 1, np.dtype(np.float32)
 
     def __call__(self, scores: Scores) -> Voxels:
-        p = self.activation(scores).clamp(0, 1)  # rounding may lead beyond, where there is no logarithm
+        p = self.activation(scores).clamp(0, 1)  # rounding may lead outside, where there is no logarithm
         return torch.special.entr(p) + torch.special.entr(1 - p) if self.each else torch.special.entr(p).sum(0)[None]

@@ -1,4 +1,4 @@
-"""Products that hold labels: the arg-max of scores, and thresholds of activated scores."""
+"""Provides the products that hold labels: the arg-max of scores, and thresholds of activated scores."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ def make_labels(output: NetworkOutput) -> ProductSpec:
 
     Raises:
         ConfigError: another number of label values than there are classes, or some for several labels per voxel.
-        OutputError: a threshold is missing, or is given where the arg-max decides.
+        OutputError: a threshold is missing, or is given although labels are the arg-max.
     """
     values, threshold = output.label_values, output.threshold
     dtype = None if values is None else _type_of_labels(values, output)
@@ -43,7 +43,7 @@ def make_labels(output: NetworkOutput) -> ProductSpec:
 
 
 def _type_of_labels(label_values: Sequence[int], output: NetworkOutput) -> np.dtype:
-    """The smallest unsigned type that holds the classes' numbers, once there is one for each class."""
+    """The smallest unsigned type that holds the classes' numbers, of which there must be one per class."""
     if output.channels > 1 and output.is_multilabel:
         raise ConfigError("stitch.label_values goes with one label per voxel; with sigmoid each channel is a mask.")
     classes = max(output.channels, 2)
@@ -56,7 +56,7 @@ def _type_of_labels(label_values: Sequence[int], output: NetworkOutput) -> np.dt
 
 @dataclass(frozen=True)
 class ArgMax:
-    """The class with the highest score.
+    """Gives the class with the highest score.
 
     Args:
         dtype: Type of the volume; None is the smallest unsigned type that holds all classes.
@@ -71,9 +71,9 @@ class ArgMax:
     def __call__(self, scores: Scores) -> Voxels:
         if len(scores) == 2:
             return (scores[1] > scores[0])[None]
-        # Measured on a CPU: `max` over the leading axis is 5 to 10 times faster than `argmax`, and this 2 to 3 times
-        # faster again. Where a score is the best it counts down from the number of classes, so that the first of
-        # several is the greatest.
+        # Measured on a CPU: `max` over the leading axis is 5 to 10 times faster than `argmax`, and this is 2 to 3 times
+        # faster than `max`. Classes with the best score count down from the number of classes, so that the first of
+        # several has the greatest count.
         classes = len(scores)
         if classes > torch.iinfo(torch.int16).max:
             return scores.max(0).indices[None]
@@ -84,10 +84,10 @@ class ArgMax:
 
 
 def contenders(scores: Scores) -> Shaped[Tensor, " n"]:
-    """The channels of which each may be the greatest somewhere between these voxels; all others never are.
+    """The channels that may have the highest score somewhere between these voxels.
 
-    A linearly interpolated score lies between the least and the greatest of the voxels around. So a channel whose
-    greatest is less than another's least need not be interpolated to know that it is not the label.
+    A linearly interpolated score lies between the lowest and the highest of the voxels around it. So a channel whose
+    highest score is below another's lowest cannot be the label, and need not be interpolated.
 
     Raises:
         OutputError: scores that are NaN or infinite.
@@ -95,18 +95,18 @@ def contenders(scores: Scores) -> Shaped[Tensor, " n"]:
     least, greatest = scores.amin((1, 2, 3)), scores.amax((1, 2, 3))
     if not (least.isfinite() & greatest.isfinite()).all():
         raise OutputError(NOT_FINITE)
-    # Interpolating rounds: what is equal but for that may win.
+    # Interpolation rounds, so that a channel that is lower only by rounding errors may be the highest.
     rounding = 1e-6 * torch.maximum(least.abs(), greatest.abs()).amax()
     return (greatest >= least.amax() - rounding).nonzero().flatten()
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """1 where an activated score is above a threshold, for each channel by itself.
+    """Gives 1 where an activated score is above a threshold, for each channel separately.
 
     Args:
         activation: Function of the scores.
-        threshold: Activated scores above it are 1.
+        threshold: Activated scores above it give 1.
         dtype: Type of the volume; None is uint8.
     """
 

@@ -1,4 +1,4 @@
-"""Products that are the scores themselves: probabilities, logits and images."""
+"""Provides the products that are scores themselves: probabilities, logits and images."""
 
 from voxquilt.errors import OutputError
 from voxquilt.stitching.products.base import ACTIVATIONS, Activated
@@ -10,7 +10,7 @@ _PACKED = 0.75
 
 
 def make_probabilities(output: NetworkOutput) -> ProductSpec:
-    """The activated scores, a channel per class."""
+    """The activated scores, one channel per class."""
     output.check_distribution("probabilities")
     return ProductSpec(Activated(output.activate), packed=_PACKED)
 
@@ -19,7 +19,7 @@ def make_logits(output: NetworkOutput) -> ProductSpec:
     """The scores as the network gives them.
 
     Raises:
-        OutputError: they were made probabilities before they were averaged.
+        OutputError: scores were turned into probabilities before they were averaged.
     """
     output.check_distribution("logits")
     if output.is_applied:

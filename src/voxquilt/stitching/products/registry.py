@@ -1,4 +1,4 @@
-"""Products by name; imports none of them."""
+"""Lists products by name, without importing them."""
 
 from voxquilt.vocabulary import Registry
 

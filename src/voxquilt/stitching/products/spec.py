@@ -1,4 +1,4 @@
-"""Says how a product of a network's output comes about: what is averaged, and what is computed of it where."""
+"""Specifies products of a network's output: what is averaged, what is computed from it, and in which space."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from voxquilt.stitching.products.base import ACTIVATIONS, Activation, Product
 from voxquilt.stitching.products.registry import PRODUCTS
 from voxquilt.vocabulary import APPLIED
 
-# A score that leaves no doubt: its soft-max or sigmoid is 1 but for 1e-13.
+# A score whose soft-max or sigmoid differs from 1 by less than 1e-13.
 _CERTAIN = 30.0
 # Expected size of packed volumes of numbers, as a share of their voxels; see docs/memory.md.
 _PACKED = 0.9
@@ -18,16 +18,16 @@ _PACKED = 0.9
 
 @dataclass(frozen=True)
 class NetworkOutput:
-    """What a product is told of the output that it is computed from.
+    """Describes a network's output to the products that are computed from it.
 
     Args:
         channels: Channels of the output.
         activation: What turns scores into probabilities: 'softmax', 'sigmoid', 'none' (they are probabilities), or
-            'applied' or 'applied_sigmoid' (they were made probabilities before they were averaged).
-        threshold: For labels of one channel, or of several with sigmoid (each by itself; 0.5 if None).
-        restore: Labels are made of 'scores' in native space, or made in model space and brought back as 'labels'.
-        label_values: The numbers that classes will have in files, which decide the labels' type; labels are classes
-            here.
+            'applied' or 'applied_sigmoid' (they were turned into probabilities before they were averaged).
+        threshold: Threshold for labels of one channel, or of several with sigmoid (each separately; 0.5 if None).
+        restore: 'scores' makes labels of scores in native space; 'labels' makes them in model space and resamples them.
+        label_values: The numbers that classes will have in files, which determine the labels' type; products give
+            classes.
     """
 
     channels: int
@@ -38,7 +38,7 @@ class NetworkOutput:
 
     @property
     def is_applied(self) -> bool:
-        """Whether scores were made probabilities before they were averaged."""
+        """Whether scores were turned into probabilities before they were averaged."""
         return self.activation in APPLIED
 
     @property
@@ -61,13 +61,13 @@ class NetworkOutput:
 
 @dataclass(frozen=True)
 class ProductSpec:
-    """How a product comes about.
+    """Specifies how a product is computed.
 
     Args:
-        product: What is computed voxel by voxel.
-        averaged: Turns (B, C, ...) patches into what is averaged; None where patches are averaged as they are.
-        in_model: Whether the product is computed in model space and then brought to native space (numbers linearly,
-            labels by nearest neighbour), or from scores that were brought there.
+        product: The function of scores.
+        averaged: Turns (B, C, ...) patches into the values that are averaged; None if patches are averaged as they are.
+        in_model: Whether the product is computed in model space and then resampled to native space (numbers linearly,
+            labels by nearest neighbour), or computed from scores that were resampled.
         packed: Its expected size as .nii.gz, as a share of its voxels.
     """
 
@@ -96,7 +96,7 @@ def make_products(
 
     Raises:
         ConfigError: another number of label values than there are classes, or some for several labels per voxel.
-        OutputError: a product that such an output does not have.
+        OutputError: a product that cannot be made of such an output.
     """
     activation = activation or default_activation(channels)
     output = NetworkOutput(channels, activation, threshold, restore, label_values)
@@ -115,12 +115,12 @@ def _name(product: str | Product) -> str:
 
 
 def _spec(product: str | Product, output: NetworkOutput) -> ProductSpec:
-    made = PRODUCTS.load(product)(output) if isinstance(product, str) else product
-    return made if isinstance(made, ProductSpec) else ProductSpec(made)
+    spec = PRODUCTS.load(product)(output) if isinstance(product, str) else product
+    return spec if isinstance(spec, ProductSpec) else ProductSpec(spec)
 
 
 def background(channels: int, activation: str | None, fill: float | Sequence[float] | None = None) -> list[float]:
-    """The scores of a voxel that no predicted patch covers: certainly class 0, none of several labels, an image's 0.
+    """The scores of a voxel that no predicted patch covers: class 0 with certainty, no label, or an intensity of 0.
 
     Args:
         channels: Channels of the output.
