@@ -37,7 +37,8 @@ def to_labels(
     if processed.max() >= len(label_values):
         raise OutputError(
             f"post-processing gave {processed.max()}, which is not a class: stitch.label_values has numbers for "
-            f"classes 0 to {len(label_values) - 1}. Leave it out where post-processing itself gives the numbers of the file."
+            f"classes 0 to {len(label_values) - 1}. Leave it out where post-processing itself gives the numbers of the "
+            f"file."
         )
     numbers = np.array(label_values, classes.dtype)
     labels = classes if processed is classes else processed.astype(classes.dtype)
