@@ -1,4 +1,4 @@
-"""What several test files share."""
+"""Provides fixtures and markers that several test files share."""
 
 import os
 import subprocess
@@ -8,13 +8,13 @@ import pytest
 import synthetic
 from forks import Server, server
 
-# Read when torch is imported, by the processes that tests start too. Tests are run beside each other: with a thread for
-# each core in each of them, operations on few voxels take ten times as long.
+# Read when torch is imported, also by processes that tests start. Tests run side by side: with one thread per core in
+# each of them, operations on a few voxels take ten times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests that start processes, which `make check` leaves out: they take most of the time."""
+    """Mark tests that start processes, which take most of the time and which `make check` leaves out."""
     starters = (subprocess, subprocess.run, subprocess.Popen, synthetic.run)
     for item in items:
         module = getattr(item, "module", None)
@@ -25,6 +25,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def forks() -> Iterator[Server]:
-    """Starts runs of predict.py in a moment."""
+    """A server that starts runs of predict.py without delay."""
     with server() as found:
         yield found

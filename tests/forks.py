@@ -1,6 +1,6 @@
-"""Runs of predict.py in processes of their own that start in a moment: forked from one that has imported everything.
+r"""Starts runs of predict.py without delay, by forking a process that has imported everything.
 
-Several such processes make a world as torchrun would start it. Signals, deaths and exit statuses are real.
+Several such processes form a run as torchrun would start it. Signals, deaths and exit statuses are real.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ class Run:
     began: float = field(default_factory=time.monotonic)
 
     def wait(self, timeout: float = 60) -> list[int]:
-        """Exit statuses, negative for a signal; a run that does not end in time is killed and told by 'timeout'."""
+        """Wait for the exit statuses, negative for a signal; a process that exceeds the time is killed."""
         statuses = [self.server.ask({"wait": pid, "timeout": timeout})["status"] for pid in self.pids]
         self.seconds = time.monotonic() - self.began
         assert None not in statuses, f"still running after {timeout} s: {self.text}"
@@ -45,18 +45,18 @@ class Run:
 
     @property
     def text(self) -> str:
-        """What all processes printed."""
+        """Everything that all processes printed."""
         return "".join(log.read_text(errors="replace") for log in self.logs)
 
     def until(self, path: Path, text: str = "", timeout: float = 30) -> None:
-        """Wait until a file is there, with this text in it."""
+        """Wait until a file exists and contains a text."""
         end = time.monotonic() + timeout
         while not (path.exists() and text in path.read_text(errors="replace")):
             assert time.monotonic() < end, f"{path} has no {text!r}: {self.text}"
             time.sleep(0.01)
 
     def orphans(self) -> list[int]:
-        """Processes of this run that are still there."""
+        """Processes of this run that are still alive."""
         return alive(self.mark)
 
 
@@ -81,7 +81,7 @@ class Server:
         )
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """One request, one answer."""
+        """Send a request and read the answer."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
@@ -91,7 +91,7 @@ class Server:
     def run(
         self, *arguments: str, cwd: Path, env: Mapping[str, str] | None = None
     ) -> "subprocess.CompletedProcess[str]":
-        """Run predict.py in one process; as subprocess.run has it, what it printed comes apart by stdout and stderr."""
+        """Run predict.py in one process; returns stdout and stderr separately, as subprocess.run does."""
         with tempfile.TemporaryDirectory() as folder:
             job = self.start(*arguments, cwd=cwd, env=env, apart=Path(folder))
             (status,) = job.wait(120)
@@ -107,9 +107,9 @@ class Server:
         script: str = "predict",
         apart: Path | None = None,
     ) -> Run:
-        """Begin a run of predict.py or train.py with so many processes.
+        r"""Start a run of predict.py or train.py with `ranks` processes.
 
-        Their output goes to files in `cwd`; or to files in `apart`, stderr by itself.
+        Their output goes to files in `cwd`, or to files in `apart`, where stderr is separate.
         """
         mark, port = uuid.uuid4().hex, free_port()
         logs, pids = [(apart or cwd) / f"log_{mark}_{rank}.txt" for rank in range(ranks)], []
@@ -128,14 +128,14 @@ class Server:
         return Run(self, pids, logs, mark)
 
     def close(self) -> None:
-        """No more runs."""
+        """End the process that forks."""
         self._process.kill()
         with self._process:  # closes its pipes
             pass
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """A port that no process listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -216,14 +216,14 @@ def _waited(pid: int, timeout: float) -> int | None:
 
 
 def checked(statuses: Sequence[int]) -> int:
-    """The status that all processes of a run agree on."""
+    """The exit status that all processes of a run have in common."""
     assert len(set(statuses)) == 1, statuses
     return statuses[0]
 
 
 @contextlib.contextmanager
 def server() -> Iterator[Server]:
-    """For a fixture."""
+    """A running server, for a fixture."""
     found = Server()
     try:
         yield found

@@ -1,4 +1,4 @@
-"""Grids and samplers that several test files draw or need."""
+"""Provides grids and samplers for several test files."""
 
 import inspect
 from collections.abc import Callable
@@ -14,12 +14,12 @@ from voxquilt.geometry.padding import NO_PADDING
 
 
 def bare(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function without the checks of its annotations, as users call it: what it refuses, it must refuse by itself."""
+    """The function without run-time checks of its annotations, as users call it, to test its own errors."""
     return inspect.unwrap(function)
 
 
 def axis_sizes(largest: int = 12) -> st.SearchStrategy[tuple[int, int, int]]:
-    """(voxels, patch, overlap) of one axis that make a grid; all of them are as likely, so that many overlap."""
+    """Valid (voxels, patch, overlap) of one axis, all with equal probability, so that many overlap."""
     return st.sampled_from([(n, p, o) for n in range(1, largest + 1) for p in range(1, n + 1) for o in range(0, p, 2)])
 
 
@@ -32,13 +32,13 @@ class Placed:
 
 
 def to_grid(axes: tuple[tuple[int, int, int], ...]) -> Grid:
-    """A small grid with any kind of overlap."""
+    """A small grid with any overlap."""
     patch = [p for p, _, _ in axes]
     overlap = [2 * min(half, (p - 1) // 2) for p, half, _ in axes]
     return make_grid([p + more for p, _, more in axes], patch, overlap)
 
 
 def in_starts(grid: Grid, axis: int, rng: np.random.Generator) -> list[int]:
-    """Patch numbers start by start along the axis, shuffled within each start."""
+    """Patch numbers in order of their starts along the axis, shuffled within each start."""
     numbers = np.moveaxis(np.arange(len(grid)).reshape(grid.counts), axis, 0).reshape(grid.counts[axis], -1)
     return [int(n) for row in numbers for n in rng.permutation(row)]

@@ -1,4 +1,4 @@
-"""Files that are not as they should be, for several test files."""
+"""Provides unusual and broken files for several test files."""
 
 import gzip
 import os
@@ -13,7 +13,7 @@ OBLIQUE = np.array([[0.9, -0.3, 0.1, -30], [0.4, 1.9, 0.2, 12], [-0.1, 0.1, 3.1,
 
 
 def full_range(shape: tuple[int, ...], dtype: str, seed: int = 0) -> np.ndarray:
-    """Values up to both ends of a type, or of int64."""
+    """Values up to both limits of a type, or of int64."""
     random = np.random.default_rng(seed)
     if dtype[0] == "f":
         return random.normal(0, 1000, shape).astype(dtype)
@@ -33,7 +33,7 @@ def save_raw(
     kind: int = 1,
     **fields: Any,
 ) -> Path:
-    """A file written byte by byte from a header, so that nibabel neither chooses nor changes a field of it."""
+    """Write a file byte by byte from a header, so that nibabel neither chooses nor changes a field."""
     pair = path.name.endswith(".img")
     single, double = (nib.Nifti1Header, nib.nifti1.Nifti1PairHeader), (nib.Nifti2Header, nib.nifti2.Nifti2PairHeader)
     header = (single if kind == 1 else double)[int(pair)](endianness=order)
@@ -183,7 +183,7 @@ BAD_VOXELS = {
 
 
 class Bomb:
-    """What pickle runs when it is loaded: a file appears."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker

@@ -1,4 +1,4 @@
-"""Tiny volumes and networks whose right answer is known; subprocesses import it too, as `synthetic.Over50`."""
+"""Provides tiny volumes and networks with known results; subprocesses import it too, as `synthetic.Over50`."""
 
 import gzip
 import os
@@ -28,14 +28,14 @@ ROOT = Path(__file__).parents[1]
 
 
 def save(path: Path, array: np.ndarray, affine: np.ndarray | None = None) -> np.ndarray:
-    """Write a NIfTI file, folders included, and give the array back."""
+    """Write a NIfTI file and its folders; returns the array."""
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(nib.Nifti1Image(array, np.eye(4) if affine is None else affine), path)
     return array
 
 
 def read(path: Path) -> np.ndarray:
-    """The voxels of a NIfTI file in the stored type."""
+    """Voxels of a NIfTI file in the stored type."""
     return np.asarray(nib.load(path).dataobj)
 
 
@@ -67,14 +67,14 @@ class Plus(nn.Module):
 
 
 class FirstMinusSecond(nn.Module):
-    """One channel: the first image minus the second, which tells their order."""
+    """One channel: the first image minus the second, which shows their order."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x[:, :1] - x[:, 1:2]
 
 
 class Touchy(Over50):
-    """Right, but for patches that hold a voxel of 77 (raises), 88 (gives NaN) or 66 (gives another shape)."""
+    """Over50, except for patches with a voxel of 77 (raises), 88 (gives NaN) or 66 (gives another shape)."""
 
     def forward(self, x: Tensor) -> Tensor:
         scores = super().forward(x)
@@ -99,7 +99,7 @@ def run(
 
 
 class Slow(Over50):
-    """Takes so many seconds for every batch as the environment says, which is no setting of the run."""
+    """Over50 that takes SLOW seconds per batch, read from the environment so that it is not a setting of the run."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not isinstance(x, FakeTensor):  # by which a plan asks for shapes
@@ -108,7 +108,7 @@ class Slow(Over50):
 
 
 class Cramped(Over50):
-    """Runs out of a device's memory with more than so many patches at once, or the first so many times."""
+    """Runs out of device memory with more than `most` patches at once, and in the first `times` passes."""
 
     def __init__(self, most: int = 1, times: int = 0) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class Cramped(Over50):
 
 
 class Fault(Callback):
-    """Does something bad in one process after so many batches."""
+    """Causes a fault in one process after a number of batches."""
 
     def __init__(self, action: str, rank: int = 0, batch: int = 1) -> None:
         self.action, self.rank, self.batch = action, rank, batch
@@ -157,7 +157,7 @@ def _dies(*_: object) -> None:
 
 
 class StopAfter(Callback):
-    """Ends a training: in order after so many epochs, as a time limit would; or after so many steps, by Ctrl-C."""
+    """Ends a training: after some epochs in order, like a time limit, or after some steps as by Ctrl-C."""
 
     def __init__(self, epochs: int = 1000, steps: int = 0) -> None:
         self.epochs, self.steps = epochs, steps
@@ -175,13 +175,13 @@ class StopAfter(Callback):
 
 
 def unpacked(path: Path) -> bytes:
-    """What is in a .nii or .nii.gz: header and voxels. Equal volumes may be packed differently."""
+    """Header and voxels of a .nii or .nii.gz file; equal volumes may be packed differently."""
     content = path.read_bytes()
     return gzip.decompress(content) if path.name.endswith(".gz") else content
 
 
 def count_headers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A list that grows by each subject whose headers a data module reads from here on."""
+    """A list to which the id of each subject is appended when a data module reads its headers."""
     read: list[str] = []
     cost = GridLoader.cost
 

@@ -1,16 +1,16 @@
-"""Documents are true: every block of code in them is run here, or says why it is not.
+"""Tests the documents: every block of code in them is run, or states why not.
 
-What a fence's first line means:
+The first line of a fence gives the kind of the block:
 
-| fence | is |
+| fence | block |
 |---|---|
 | sh | commands, run one after the other; each must end with status 0 |
-| console | what was typed (`$ ...`) and what it said; compared line by line, `...` stands for anything |
+| console | typed commands (`$ ...`) and their output; compared line by line, `...` matches anything |
 | python | run; the blocks of a document share their names, and `network` |
 | python file=x.py, yaml file=x.yaml | written to that file |
 | text | no code: a layout, a formula |
 
-A document's blocks are run in a folder of its own with a small cohort. A block after `<!-- not run: why -->` is not,
+The blocks of a document run in a folder of its own with a small cohort. A block after `<!-- not run: why -->` is not,
 but the overrides of its commands must compose all the same.
 """
 
@@ -51,7 +51,7 @@ NETWORK = UNet(3, 1, 2, channels=(4, 8), strides=(2,))
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: what its first line says, and what stands in the comment before it."""
+    """A fenced block: its options, its text, and the reason in the comment before it if it is not run."""
 
     document: Path
     line: int
@@ -65,10 +65,10 @@ class Block:
 
 
 def blocks_of(document: Path, text: str | None = None) -> list[Block]:
-    """The blocks in their order.
+    """The blocks of a document in order.
 
     Raises:
-        ValueError: a block that does not say what it is.
+        ValueError: the kind of a block is not declared, or the block does not end.
     """
     lines = (document.read_text() if text is None else text).split("\n")
     found, start = [], None
@@ -95,13 +95,13 @@ def blocks_of(document: Path, text: str | None = None) -> list[Block]:
 
 
 def commands_of(text: str) -> list[str]:
-    """Commands, one a line, those that are continued with a backslash joined."""
+    """Commands, one per line; lines continued with a backslash are joined."""
     joined = re.sub(r"\\\n\s*", "", text)
     return [line.strip() for line in joined.split("\n") if line.strip() and not line.lstrip().startswith("#")]
 
 
 def ours(command: str) -> tuple[str, list[str]] | None:
-    """'predict' or 'train' and the arguments, of a command that runs one of them somehow."""
+    """'predict' or 'train' and the arguments, if a command runs one of them in any way."""
     words = shlex.split(command, comments=True)
     for n, word in enumerate(words):
         script = re.fullmatch(r"(?:voxquilt-)?(predict|train)(?:\.py)?", word.rpartition("/")[2])
@@ -112,7 +112,7 @@ def ours(command: str) -> tuple[str, list[str]] | None:
 
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything that documents name: images with their labels, scans, several layouts of names, weights."""
+    """All files that documents name: images with labels, scans in several layouts, and weights."""
     folder = tmp_path_factory.mktemp("cohort")
     rng = np.random.default_rng(0)
     for n in range(5):
@@ -142,7 +142,7 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the cohort, and the working folder."""
+    """A copy of the cohort as the working folder."""
     shutil.copytree(cohort, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)  # as it is for whoever starts Python there
@@ -151,7 +151,7 @@ def folder(cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 @pytest.fixture
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder of walkthrough.md after its training, whose weights are random here."""
+    """The working folder of walkthrough.md after its training, here with random weights."""
     register_resolvers()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         plain = check_train(hydra.compose("train", ["experiment=tissue", f"output_dir={tmp_path}"]))
@@ -164,14 +164,14 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run_shell(block: Block, folder: Path, forks: Server) -> None:
-    """Every command of a block, by bash or, if it is ours, by a fork."""
+    """Run every command of a block with bash, or in a fork if it is one of ours."""
     for command in commands_of(block.text):
         status, said = run_command(command, folder, forks)
         assert status == 0, f"{block}: {command}\nended with status {status}:\n{said}"
 
 
 def run_command(command: str, folder: Path, forks: Server) -> tuple[int, str]:
-    """The exit status of a command, and what it said."""
+    """Run a command; returns its exit status and output."""
     program = ours(command)
     if program is None:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where `python` is this one
@@ -193,7 +193,7 @@ def run_command(command: str, folder: Path, forks: Server) -> tuple[int, str]:
 
 
 def check_keys(block: Block, folder: Path, forks: Server) -> None:
-    """The keys that a block names exist, though it is not run."""
+    """Assert that the keys in a block that is not run exist."""
     typed = [one for one, _ in transcript(block)] if block.language == "console" else commands_of(block.text)
     for command in typed:
         program = ours(command)
@@ -205,7 +205,7 @@ def check_keys(block: Block, folder: Path, forks: Server) -> None:
 
 
 def transcript(block: Block) -> Iterator[tuple[str, list[str]]]:
-    """Each command that was typed, and the lines after it."""
+    """Each typed command with the lines that follow it."""
     for part in re.split(r"^\$ ", block.text, flags=re.M)[1:]:
         command, _, said = part.partition("\n")
         while command.endswith("\\"):
@@ -215,7 +215,7 @@ def transcript(block: Block) -> Iterator[tuple[str, list[str]]]:
 
 
 def agrees(shown: Sequence[str], said: str) -> bool:
-    """Whether the lines shown are what was said; `...` in them stands for anything, seconds and white space aside."""
+    """Whether the lines shown equal the output, except for `...`, which matches anything, seconds and white space."""
 
     def plain(text: str) -> str:
         return re.sub(r"\d+\.\d(?= s\b|\s*│)", "0.0", " ".join(text.split()))
@@ -225,7 +225,7 @@ def agrees(shown: Sequence[str], said: str) -> bool:
 
 
 def run_transcript(block: Block, folder: Path, forks: Server) -> None:
-    """Type it, and compare."""
+    """Run the typed commands and compare their output."""
     status = 0
     for command, shown in transcript(block):
         if command == "echo $?":
@@ -237,17 +237,17 @@ def run_transcript(block: Block, folder: Path, forks: Server) -> None:
 
 @pytest.mark.parametrize("document", [d for d in DOCUMENTS if d != WALK], ids=lambda path: path.name)
 def test_every_block_of_a_document_runs(document: Path, folder: Path, forks: Server) -> None:
-    """In order, in one folder; what is not run has a reason, and its keys exist."""
+    """In order, in one folder; a block that is not run has a reason, and its keys exist."""
     run_document(document, folder, forks)
 
 
 def test_the_mistakes_of_the_walkthrough_are_answered_as_it_shows(fresh: Path, forks: Server) -> None:
-    """With the same status and the same words, on the real brain."""
+    """With the same status and text, on the real brain."""
     run_document(WALK, fresh, forks)
 
 
 def run_document(document: Path, folder: Path, forks: Server) -> None:
-    """Run every block that is to be run."""
+    """Run every block that is not exempt."""
     names: dict[str, Any] = {"network": NETWORK, "__name__": "__main__"}
     for block in blocks_of(document):
         if block.why_not:
@@ -267,7 +267,7 @@ def run_document(document: Path, folder: Path, forks: Server) -> None:
 
 
 def test_keys_that_documents_and_help_name_exist() -> None:
-    """Words such as data.patch_size, in back quotes or in the help, are keys of some option of conf/."""
+    """Words such as data.patch_size, in back quotes or in the help, are keys of an option in conf/."""
     known = {key for script in ("predict", "train") for key in keys_of(conf_dir(), script)}
     sections = {key.partition(".")[0] for key in known if "." in key}
     free = ("model.net.", "model.module_args.", "data.images.", "hydra.")  # whose keys are the user's
@@ -281,8 +281,8 @@ def test_keys_that_documents_and_help_name_exist() -> None:
                 assert key in known or key.startswith(free), f"{path.name}: {key}"
 
 
-def test_links_between_documents_lead_somewhere() -> None:
-    """Every relative link is a file of the repository."""
+def test_links_between_documents_lead_to_existing_files() -> None:
+    """For every relative link."""
     for document in [*DOCUMENTS, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]:
         for target in re.findall(r"\]\(([^)#\s]+)", document.read_text()):
             if "://" not in target:
@@ -298,22 +298,22 @@ def test_links_between_documents_lead_somewhere() -> None:
         ("```sh\nls\n", "does not end"),
     ],
 )
-def test_a_block_that_does_not_say_what_it_is_is_found(text: str, message: str) -> None:
-    """The control of this file: what would not be checked is refused."""
+def test_a_block_of_an_undeclared_kind_is_an_error(text: str, message: str) -> None:
+    """A control of this file: blocks that would not be checked are refused."""
     with pytest.raises(ValueError, match=message):
         blocks_of(Path("x.md"), text)
 
 
 @pytest.mark.parametrize("comment", ["", "<!-- not run: no time -->\n"])
-def test_a_key_that_does_not_exist_is_found(comment: str, folder: Path, forks: Server) -> None:
-    """The control of this file, also in what is not run."""
+def test_an_unknown_key_in_a_document_is_an_error(comment: str, folder: Path, forks: Server) -> None:
+    """A control of this file, also for blocks that are not run."""
     (block,) = blocks_of(Path("x.md"), f"{comment}```sh\npython predict.py data.inptus=scans\n```")
     with pytest.raises(AssertionError, match=r"Did you mean data\.inputs"):
         (check_keys if comment else run_shell)(block, folder, forks)
 
 
-def test_what_a_transcript_shows_is_compared() -> None:
-    """The control: '...' stands for anything, other words do not."""
+def test_the_output_in_a_transcript_is_compared() -> None:
+    """A control of this file: '...' matches anything, other words do not."""
     assert agrees(["a ... c", "...", "e"], "a b c\nd\ne\n")
     assert agrees(["took 1.5 s"], "took 2.0 s\n")
     assert not agrees(["a ... c"], "a b d\n")

@@ -1,4 +1,4 @@
-"""The tree of errors at the top of errors.py is the one that the classes make."""
+"""Tests that the tree of errors in the docstring of errors.py is that of the classes."""
 
 import pkgutil
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from voxquilt.errors import PaddingModeError, VoxquiltError
 
 
 def tree(cls: type, before: str = "", branch: str = "") -> Iterator[str]:
-    """Lines of a class and those below it, in the order in which they are defined; of those of other modules, where."""
+    """Lines of a class and its subclasses in order of definition, with the module where it is another one."""
     others = [base.__name__ for base in cls.__bases__ if not issubclass(base, VoxquiltError)]
     module = cls.__module__.removeprefix("voxquilt.")
     more = f", in {module}" if module != "errors" else f" ({', '.join(others)})" if branch else ""
@@ -22,7 +22,7 @@ def tree(cls: type, before: str = "", branch: str = "") -> Iterator[str]:
 
 
 def test_the_tree_in_the_docstring_is_that_of_the_classes() -> None:
-    """Of every module, so that no error is defined elsewhere without a place in it."""
+    """Of every module, so that no error is defined without a place in the tree."""
     for module in pkgutil.walk_packages(voxquilt.__path__, "voxquilt."):
         import_module(module.name)
     assert errors.__doc__ is not None
@@ -30,5 +30,5 @@ def test_the_tree_in_the_docstring_is_that_of_the_classes() -> None:
 
 
 def test_an_error_prints_its_message() -> None:
-    """Also where it is a KeyError, which would print the message's repr."""
+    """Also a KeyError, which would print the message's repr."""
     assert str(PaddingModeError("no mode 'x'")) == "no mode 'x'"

@@ -1,4 +1,4 @@
-"""Laws of fetching. pip really runs, on tiny wheels in a folder; the few real files that are needed are cached."""
+"""Tests fetching example files: pip really runs, on tiny wheels in a folder; the few real files needed are cached."""
 
 import subprocess
 import sys
@@ -35,7 +35,7 @@ def tiny_source(name: str, package: Wheel | DebianPackage, content: bytes | None
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, and a pip that knows no index: only the wheels in tmp_path / 'wheels'."""
+    """An empty cache, and a pip without an index that finds only the wheels in tmp_path / 'wheels'."""
     (tmp_path / "wheels").mkdir()
     monkeypatch.setenv("VOXQUILT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -56,15 +56,15 @@ def names_in(folder: Path) -> list[str]:
 
 
 def test_a_file_is_fetched_once(cache: Path, wheel: Path) -> None:
-    """The second call is answered by the cache that VOXQUILT_CACHE names, without the package."""
+    """The second call is answered from the cache that VOXQUILT_CACHE names, without the package."""
     first = fetch("one")
     wheel.unlink()
     assert first == fetch("one") == cache / "one.bin"
     assert first.read_bytes() == b"first file"
 
 
-def test_one_download_fills_all_names_of_its_package(cache: Path, wheel: Path) -> None:
-    """Fetching one file lands its siblings, and nothing else: no wheel, no log, no temporary folder."""
+def test_one_download_caches_all_files_of_its_package(cache: Path, wheel: Path) -> None:
+    """And nothing else: no wheel, no log, no temporary folder."""
     fetch("one")
     wheel.unlink()
     assert fetch("two").read_bytes() == b"second file"
@@ -72,8 +72,8 @@ def test_one_download_fills_all_names_of_its_package(cache: Path, wheel: Path) -
 
 
 @pytest.mark.usefixtures("wheel")
-def test_a_wrong_checksum_never_lands(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What came and is not what was wanted is an error that gives both checksums, and does not enter the cache."""
+def test_a_file_with_a_wrong_checksum_is_never_cached(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error has both checksums."""
     monkeypatch.setitem(SOURCES, "one", tiny_source("one", Wheel("tiny==1.0"), b"other content"))
     with pytest.raises(FetchError, match="another checksum") as raised:
         fetch("one")
@@ -84,15 +84,15 @@ def test_a_wrong_checksum_never_lands(cache: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.usefixtures("wheel")
 def test_a_corrupt_cached_file_is_fetched_again(cache: Path) -> None:
-    """A file in the cache counts only with its checksum."""
+    """A cached file counts only with its checksum."""
     fetch("one").write_bytes(b"first fil")
     assert fetch("one").read_bytes() == b"first file"
     assert names_in(cache) == ["one.bin", "two.bin"]
 
 
 @pytest.mark.usefixtures("wheel")
-def test_a_good_sibling_is_left_alone() -> None:
-    """Fetching one file again does not touch the others of its package."""
+def test_valid_files_of_the_same_package_are_not_touched() -> None:
+    """When one of them is fetched again."""
     other = fetch("two")
     before = other.stat()
     fetch("one").unlink()
@@ -101,7 +101,7 @@ def test_a_good_sibling_is_left_alone() -> None:
 
 
 def test_a_member_that_the_package_lacks_is_an_error(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package without the file is told from one with another file."""
+    """A package without the file is distinguished from one with another file."""
     monkeypatch.setitem(SOURCES, "three", tiny_source("three", Wheel("tiny==1.0"), b"third"))
     with pytest.raises(FetchError, match=r"tiny/three\.bin from the wheel tiny==1\.0 failed: .* \(no such file\)"):
         fetch("three")
@@ -109,7 +109,7 @@ def test_a_member_that_the_package_lacks_is_an_error(wheel: Path, monkeypatch: p
 
 
 def test_without_network_and_cache_there_is_one_clear_message(cache: Path) -> None:
-    """It names what was wanted, the package, pip's last line, the path in the cache and the checksum, in one line."""
+    """One line with the file, the package, pip's last line, the path in the cache and the checksum."""
     with pytest.raises(FetchError) as raised:
         fetch("brain_extraction")
     message = str(raised.value)
@@ -124,14 +124,14 @@ def test_without_network_and_cache_there_is_one_clear_message(cache: Path) -> No
 
 
 def test_a_file_put_into_the_cache_by_hand_is_used(cache: Path) -> None:
-    """The message's way out works: the right file at that path needs no package."""
+    """The remedy of the message works: the right file at that path needs no package."""
     cache.mkdir()
     (cache / "one.bin").write_bytes(b"first file")
     assert fetch("one") == cache / "one.bin"
 
 
 def test_a_wrong_file_put_into_the_cache_by_hand_is_named(cache: Path) -> None:
-    """Someone who put the wrong file there is told so, and keeps it."""
+    """The message says that its checksum is wrong, and the file is kept."""
     cache.mkdir()
     (cache / "one.bin").write_bytes(b"something")
     with pytest.raises(FetchError, match=r"one\.bin is not the file that was wanted \(wrong checksum\)"):
@@ -148,15 +148,15 @@ def test_a_tool_that_takes_too_long_is_stopped(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_cache_that_cannot_be_written_is_a_fetch_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file where the folder should be is the same kind of error as no network."""
+    """A file in place of the folder is the same kind of error as a missing network."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("VOXQUILT_CACHE", str(tmp_path / "file"))
     with pytest.raises(FetchError, match="VOXQUILT_CACHE"):
         fetch("brain_extraction")
 
 
-def test_a_system_without_apt_is_told_so(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On other systems than Debian's the message says what is missing."""
+def test_a_system_without_apt_is_a_clear_error(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On systems other than Debian the message says what is missing."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setitem(SOURCES, "one", tiny_source("one", DebianPackage("tiny", root=tmp_path / "nowhere")))
     with pytest.raises(FetchError, match="from the Debian package tiny failed: apt-get is not on this system"):
@@ -168,7 +168,7 @@ def test_a_system_without_apt_is_told_so(cache: Path, tmp_path: Path, monkeypatc
 def test_package_lists_are_updated_once_and_only_by_root(
     user: int, calls: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An apt-get that lacks its lists gets one update where that is allowed, and its last line is reported."""
+    """An apt-get without lists gets one update if that is allowed; its last line is reported."""
     apt, log = cache.parent / "apt-get", cache.parent / "calls"
     apt.write_text(f'#!/bin/sh\necho $1 >> {log}\necho "E: Unable to locate" >&2\n[ $1 = update ]\n')
     apt.chmod(0o755)
@@ -181,7 +181,7 @@ def test_package_lists_are_updated_once_and_only_by_root(
 
 
 def test_an_installed_debian_package_is_not_downloaded(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files of an installed package are copied from where they lie."""
+    """Its files are copied from where they are installed."""
     root = cache.parent / "root"
     (root / "tiny").mkdir(parents=True)
     (root / "tiny" / "one.bin").write_bytes(b"first file")
@@ -192,7 +192,7 @@ def test_an_installed_debian_package_is_not_downloaded(cache: Path, monkeypatch:
 
 
 def test_two_processes_may_fetch_at_once(cache: Path, wheel: Path) -> None:
-    """Both get the whole file, and no temporary file is left."""
+    """Both get the complete file, and no temporary file is left."""
     source = tiny_source("one", Wheel("tiny==1.0"))
     code = (
         "from voxquilt.example_files import SOURCES, Source, Wheel, fetch\n"
@@ -206,14 +206,14 @@ def test_two_processes_may_fetch_at_once(cache: Path, wheel: Path) -> None:
     assert wheel.exists()
 
 
-def test_an_unknown_name_lists_the_known_ones() -> None:
-    """A typing error is answered with all the names there are."""
+def test_an_unknown_name_is_an_error_that_lists_the_known_ones() -> None:
+    """All of them."""
     with pytest.raises(ConfigError, match=r"'colin'.*brain_extraction, mean_head, mni152_t1.*colin27_large"):
         fetch("colin")
 
 
-def test_asking_for_a_path_imports_nothing_heavy() -> None:
-    """`import voxquilt.example_files` needs the standard library only."""
+def test_importing_example_files_needs_the_standard_library_only() -> None:
+    """`import voxquilt.example_files` loads no other package."""
     code = (
         "import sys, voxquilt.example_files\n"
         "print([name for name in ('torch', 'nibabel', 'numpy', 'scipy', 'PIL') if name in sys.modules])"
@@ -222,8 +222,8 @@ def test_asking_for_a_path_imports_nothing_heavy() -> None:
     assert answer.stdout == "[]\n"
 
 
-def test_the_cache_is_in_the_home_folder_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without VOXQUILT_CACHE, or with an empty one, it is ~/.cache/voxquilt."""
+def test_the_cache_is_in_the_home_folder_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """~/.cache/voxquilt, if VOXQUILT_CACHE is unset or empty."""
     monkeypatch.delenv("VOXQUILT_CACHE", raising=False)
     assert cache_dir() == Path.home() / ".cache" / "voxquilt"
     monkeypatch.setenv("VOXQUILT_CACHE", "")
@@ -231,14 +231,14 @@ def test_the_cache_is_in_the_home_folder_unless_told(monkeypatch: pytest.MonkeyP
 
 
 def test_a_published_wheel_still_has_the_file() -> None:
-    """The real thing, once: what PyPI gives has the checksum in the table."""
+    """A real download from PyPI has the checksum in the table."""
     path = fetch("mni152_wm")
     assert sha256(path.read_bytes()).hexdigest() == SOURCES["mni152_wm"].sha256
     assert path.parent == cache_dir()
 
 
 def test_colin27_is_a_head_with_a_brain_in_it() -> None:
-    """One grid for all, binary masks, at least 97 % of the brain within the head, and a head of a plausible volume."""
+    """One grid for all, binary masks, at least 97 % of the brain within the head, and a plausible head volume."""
     subject = Colin27()
     head, brain = (subject[name].data for name in ("head", "brain"))
     assert repr(subject) == "Colin27(Keys: ('t1', 'head', 'brain'); images: 3)"
@@ -252,7 +252,7 @@ def test_colin27_is_a_head_with_a_brain_in_it() -> None:
 
 
 def test_a_head_is_its_largest_part_without_holes() -> None:
-    """Specks go; holes are filled in each slice, even where they reach the volume's last slice; a bay stays open."""
+    """Specks are removed and holes filled in each slice, also in the volume's last slice; a bay stays open."""
     t1 = np.zeros((9, 9, 4), dtype=np.uint8)
     t1[1:7, 1:7] = 50
     expected = (t1 > 0).astype(np.uint8)
@@ -264,5 +264,5 @@ def test_a_head_is_its_largest_part_without_holes() -> None:
 
 
 def test_an_empty_image_has_no_head() -> None:
-    """Nothing above 0 is no head, not a head everywhere."""
+    """If nothing is above 0 the mask is empty, not full."""
     assert not head_mask(np.zeros((3, 3, 3))).any()

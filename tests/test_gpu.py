@@ -1,4 +1,4 @@
-"""On a CUDA device: the same results as on the host."""
+"""Tests that a CUDA device gives the same results as the host."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -30,7 +30,7 @@ pytestmark = [
 @pytest.mark.parametrize("mode", [*BLENDS])
 @pytest.mark.parametrize("spacing", [None, 1.7])
 def test_sums_on_the_device_equal_sums_on_the_host(mode: str, spacing: float | None) -> None:
-    """The ring, the way back to native space and the products, all on the device."""
+    """The ring, the restoring to native space and the products all run on the device."""
     generator = torch.Generator().manual_seed(0)
     subject = Subject(t1=ScalarImage(tensor=torch.randn(1, 30, 22, 26, generator=generator)))
     model_subject, space = Preprocess(spacing=spacing)(subject)
@@ -50,7 +50,7 @@ def test_sums_on_the_device_equal_sums_on_the_host(mode: str, spacing: float | N
 
 @pytest.mark.parametrize("restore", ["scores", "labels"])
 def test_labels_made_on_the_device_equal_those_of_the_host(restore: str) -> None:
-    """Scores that are whole numbers: nothing is left to rounding."""
+    """The scores are whole numbers, so rounding has no effect."""
     subject = Subject(t1=ScalarImage(tensor=torch.zeros(1, 30, 22, 26)))
     model_subject, space = Preprocess(spacing=2.0)(subject)
     sampler = GridSampler(model_subject, 8, 4, fit=True)
@@ -66,7 +66,7 @@ def test_labels_made_on_the_device_equal_those_of_the_host(restore: str) -> None
 
 
 def test_a_run_on_the_device_writes_the_labels_of_the_host(tmp_path: Path) -> None:
-    """A voxel-wise network gives the very same labels."""
+    """A voxel-wise network gives identical labels."""
     save(tmp_path / "in/a.nii", volume := noise((20, 17, 14)))
     writer = VolumeWriter(tmp_path / "out")
     trainer = Trainer(accelerator="gpu", devices=1, logger=False, callbacks=[writer], enable_progress_bar=False)
@@ -78,7 +78,7 @@ def test_a_run_on_the_device_writes_the_labels_of_the_host(tmp_path: Path) -> No
 @pytest.mark.parametrize("mode", [*BLENDS])
 @pytest.mark.parametrize("skipped", [[], [0, 5]])
 def test_parts_on_the_device_and_on_the_host_equal_one_process(mode: str, skipped: list[int]) -> None:
-    """Heads travel by way of the host, from either kind of process to either."""
+    """Heads travel through the host, between any two kinds of process."""
     generator = torch.Generator().manual_seed(0)
     subject = Subject(t1=ScalarImage(tensor=torch.randn(1, 40, 14, 12, generator=generator)))
     model_subject, space = Preprocess(spacing=0.9)(subject)
@@ -110,7 +110,7 @@ def test_parts_on_the_device_and_on_the_host_equal_one_process(mode: str, skippe
 
 @pytest.mark.parametrize("mode", ["crop", "gaussian"])
 def test_sums_that_move_to_the_host_halfway_equal_those_that_stay(mode: str) -> None:
-    """What came before the device was full is kept."""
+    """Patches that were added before the device was full are kept."""
     subject = Subject(t1=ScalarImage(tensor=torch.zeros(1, 30, 22, 26)))
     model_subject, space = Preprocess()(subject)
     sampler = GridSampler(model_subject, 12, 4)
@@ -128,7 +128,7 @@ def test_sums_that_move_to_the_host_halfway_equal_those_that_stay(mode: str) -> 
 
 
 class Hungry(Over50):
-    """Needs 256 MiB of the device for every patch."""
+    """Needs 256 MiB of device memory per patch."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         held = torch.empty(len(x) * 2**28, dtype=torch.uint8, device=x.device)
@@ -137,7 +137,7 @@ class Hungry(Over50):
 
 @pytest.mark.parametrize(("room", "wanted"), [(3 * 2**29, "done"), (2**27, "failed")])
 def test_a_full_device_makes_batches_smaller_before_subjects_fail(room: int, wanted: str, tmp_path: Path) -> None:
-    """CUDA's own error: with room for one patch the labels are right, without every subject has its reason."""
+    """With CUDA's own error: labels are right if one patch fits; if none does, every subject has its reason."""
     save(tmp_path / "in/a.nii", volume := noise((20, 17, 14)))
     writer = VolumeWriter(tmp_path / "out")
     trainer = Trainer(accelerator="gpu", devices=1, logger=False, callbacks=[writer], enable_progress_bar=False)

@@ -1,4 +1,4 @@
-"""Names, checkpoints and predictions of before the modules moved into folders go on working."""
+"""Tests that names, checkpoints and predictions from before the modules moved into folders still work."""
 
 import importlib
 import shutil
@@ -30,7 +30,7 @@ TRAINING = (
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """The subjects that the checkpoint was trained on, and the checkpoint."""
+    """The subjects on which the checkpoint was trained, and the checkpoint."""
     for n in range(2):
         save(tmp_path / f"in/s{n}.nii", noise((12, 12, 12), n))
         save(tmp_path / f"labels/s{n}.nii", (noise((12, 12, 12), n) > 50).astype("uint8"))
@@ -42,7 +42,7 @@ def place(tmp_path: Path) -> Path:
 
 
 def test_an_old_checkpoint_predicts(forks: Server, place: Path) -> None:
-    """Its settings name the modules of before; labels are those of its network."""
+    """Its settings have the old module names; labels are those of its network."""
     content = torch.load(CHECKPOINT, weights_only=True)
     assert content["voxquilt"]["preprocess"]["_target_"] == "voxquilt.preprocess.Preprocess"
     brought = carried(CHECKPOINT)
@@ -57,8 +57,8 @@ def test_an_old_checkpoint_predicts(forks: Server, place: Path) -> None:
     assert labels.any()
 
 
-def test_a_training_goes_on_from_an_old_checkpoint(forks: Server, place: Path) -> None:
-    """What it recorded of its settings and data equals what is typed now; another setting is still named."""
+def test_a_training_resumes_from_an_old_checkpoint(forks: Server, place: Path) -> None:
+    """Its recorded settings and data equal what is typed now; a changed setting is still named."""
     arguments = (*TRAINING, "ckpt_path=old.ckpt", "trainer.max_epochs=2")
     job = forks.start(*arguments, "data.batch_size=2", cwd=place, script="train")
     assert checked(job.wait()) == 2
@@ -73,7 +73,7 @@ def test_a_training_goes_on_from_an_old_checkpoint(forks: Server, place: Path) -
 
 
 def test_old_targets_on_the_command_line_work(forks: Server, place: Path) -> None:
-    """Predicting with a blend of before, under an allow-list of before."""
+    """Predicting with an old blend name under an old allow-list."""
     allowed = "voxquilt.stitch.*,voxquilt.preprocess.*,voxquilt.datamodule.*,voxquilt.module.*,voxquilt.writer.*"
     done = forks.run(
         "data.inputs=in/s0.nii", "ckpt_path=old.ckpt", "stitch._target_=voxquilt.stitch.Stitch",
@@ -93,7 +93,7 @@ def test_an_old_schedule_trains(forks: Server, place: Path) -> None:
 
 @pytest.mark.parametrize("old", NEW)
 def test_every_old_target_leads_to_a_public_name(old: str) -> None:
-    """And back, since fingerprints know a class by its first name; an allow-list may have either."""
+    """And back, since fingerprints use a class's first name; an allow-list may have either."""
     name = NEW[old].removeprefix("voxquilt.")
     assert name in voxquilt.__all__
     assert OLD[NEW[old]] == old
@@ -108,7 +108,7 @@ def test_every_old_target_leads_to_a_public_name(old: str) -> None:
 
 
 def configuration() -> dict[str, Any]:
-    """A run's, as plain values."""
+    """The configuration of a run as plain values."""
     return {
         "data": {
             "_target_": "voxquilt.GridDataModule", "inputs": "in", "images": None, "patch_size": [96, 96, 96],
@@ -136,8 +136,8 @@ def configuration() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_what_was_predicted_before_stays_done() -> None:
-    """The digest is the one that the code of before the move gave to these settings by their names of then."""
+def test_subjects_predicted_before_the_move_stay_done() -> None:
+    """The digest is the one that the old code gave to these settings by their old names."""
     assert digest(settings(configuration())) == "8d29e35c3741e79f"
     assert digest(settings({**configuration(), "run": {"seed": 4}})) != "8d29e35c3741e79f"
 
@@ -162,7 +162,7 @@ def test_what_was_predicted_before_stays_done() -> None:
     ],
 )
 def test_an_old_import_works_and_names_the_new_one(module: str, name: str, new: str) -> None:
-    """Those of the documents of before."""
+    """For imports that documents showed before."""
     with pytest.warns(FutureWarning, match=rf"^voxquilt\.{module}\.{name} is now {new.replace('.', '[.]')}\.$"):
         value = getattr(importlib.import_module(f"voxquilt.{module}"), name)
     place, _, attribute = new.rpartition(".")
@@ -171,8 +171,8 @@ def test_an_old_import_works_and_names_the_new_one(module: str, name: str, new: 
         assert value is getattr(importlib.import_module(place), attribute)
 
 
-def test_an_import_statement_works(tmp_path: Path) -> None:
-    """In a file of the user's, whose line the warning names."""
+def test_an_old_import_statement_in_a_users_file_works(tmp_path: Path) -> None:
+    """The warning names its line."""
     (tmp_path / "mine.py").write_text("from voxquilt.writer import VolumeWriter\nprint(VolumeWriter.__name__)\n")
     save(tmp_path / "a.nii", noise((4, 4, 4)))
     done = run(str(tmp_path / "mine.py"), cwd=tmp_path)
@@ -180,8 +180,8 @@ def test_an_import_statement_works(tmp_path: Path) -> None:
     assert "mine.py:1: FutureWarning: voxquilt.writer.VolumeWriter is now voxquilt.VolumeWriter." in done.stderr
 
 
-def test_a_name_that_never_was_is_an_import_error() -> None:
-    """Neither a module, nor a name in one that was."""
+def test_a_name_that_never_existed_is_an_import_error() -> None:
+    """Of a module, or in one that did exist."""
     with pytest.raises(ModuleNotFoundError, match=r"voxquilt\.blends"):
         importlib.import_module("voxquilt.blends")
     with pytest.raises(AttributeError, match="no_such_name"):

@@ -1,4 +1,4 @@
-"""The program that started this project: TorchIO's loop over the patches of a real head, with voxquilt in its place."""
+"""Tests the program that started this project: TorchIO's loop over a real head, with voxquilt in its place."""
 
 import numpy as np
 import pytest
@@ -8,8 +8,8 @@ import torch.nn as nn
 import voxquilt as tio
 
 
-def test_the_seed_program_runs_as_it_is() -> None:
-    """A user's loop, word by word; one channel has one arg-max, so its output is 0 in the shape of the head."""
+def test_the_seed_program_runs_unchanged() -> None:
+    """A user's loop, word for word; one channel has one arg-max, so its output is 0 in the shape of the head."""
 
     # fmt: off
     patch_overlap = 4, 4, 4          # or just 4
@@ -46,7 +46,7 @@ class Bright(nn.Module):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["crop", "gaussian"])
 def test_the_loop_labels_every_voxel_of_the_head_as_the_model_does(mode: str) -> None:
-    """Labels quilted by crop, or the arg-max of blended logits: either is the model's answer for the whole head."""
+    """Labels stitched by crop, and the arg-max of blended logits, equal the model's answer for the whole head."""
     subject = tio.datasets.Colin27()
     grid_sampler = tio.inference.GridSampler(subject, (88, 88, 60), 4)
     aggregator = tio.inference.GridAggregator(grid_sampler, overlap_mode=mode)
@@ -59,14 +59,14 @@ def test_the_loop_labels_every_voxel_of_the_head_as_the_model_does(mode: str) ->
     output = aggregator.get_output_tensor()
     labels = output if mode == "crop" else output.argmax(0, keepdim=True)
     expected = subject["t1"].data > 50
-    # Logits of whole numbers are never near 0 by rounding, but for 50 itself.
+    # Logits are whole numbers, so rounding decides the label only at 50 itself.
     decided = subject["t1"].data != 50 if mode == "gaussian" else torch.ones_like(expected)
     assert torch.equal(labels.bool()[decided], expected[decided])
     assert labels.unique().tolist() == [0, 1]
 
 
-def test_the_masks_of_the_head_lie_where_the_head_is() -> None:
-    """The three images share one grid, and their patches one location."""
+def test_head_and_masks_share_grid_and_patch_locations() -> None:
+    """The three images have one grid, and their patches one location."""
     subject = tio.datasets.Colin27()
     assert subject.spatial_shape == (181, 217, 181)
     assert subject.spacing == (1, 1, 1)

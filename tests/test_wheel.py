@@ -1,4 +1,4 @@
-"""What an installed voxquilt holds: the wheel alone must predict and train."""
+"""Tests the wheel: an installation of it alone must predict and train."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel's files, in a folder that goes on PYTHONPATH before the checkout."""
+    """The wheel's files in a folder that precedes the checkout on PYTHONPATH."""
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder / "dist"), str(ROOT)]
     subprocess.run(command, check=True, capture_output=True)
@@ -29,7 +29,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(installed: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The console script as pip makes it, away from the checkout."""
+    """Run the console script as pip installs it, away from the checkout."""
     code = f"import sys; sys.argv[0] = 'voxquilt-{script}'; from voxquilt.cli.main import {script}; {script}()"
     environment = os.environ | {"PYTHONPATH": str(installed)}
     command = [sys.executable, "-c", code, *arguments]
@@ -37,7 +37,7 @@ def run(installed: Path, script: str, *arguments: str) -> subprocess.CompletedPr
 
 
 def test_the_wheel_holds_the_whole_configuration(installed: Path) -> None:
-    """Every file under conf/ is in the wheel, at voxquilt/conf/."""
+    """Every file of conf/ is in the wheel, at voxquilt/conf/."""
     wanted = {path.relative_to(ROOT / "conf") for path in (ROOT / "conf").rglob("*.yaml")}
     assert wanted
     assert {
@@ -46,14 +46,14 @@ def test_the_wheel_holds_the_whole_configuration(installed: Path) -> None:
 
 
 @pytest.mark.parametrize("script", ["predict", "train"])
-def test_a_console_script_of_the_wheel_explains_itself(installed: Path, script: str) -> None:
+def test_a_console_script_of_the_wheel_prints_its_help(installed: Path, script: str) -> None:
     """--help exits with 0 and names the keys, from the installed configuration."""
     result = run(installed, script, "--help")
     assert (result.returncode, "data.patch_size" in result.stdout) == (0, True), result.stderr
 
 
 def test_a_console_script_of_the_wheel_checks_its_configuration(installed: Path) -> None:
-    """What is missing is named, by the wheel's own code, and the status is 2."""
+    """The wheel's own code names what is missing, with status 2."""
     result = run(installed, "predict", "data.inputs=nowhere")
     assert result.returncode == 2
     assert "ckpt_path" in result.stderr
@@ -62,7 +62,7 @@ def test_a_console_script_of_the_wheel_checks_its_configuration(installed: Path)
 
 
 def test_the_wheel_names_both_console_scripts(installed: Path) -> None:
-    """entry_points.txt points at functions that exist."""
+    """entry_points.txt refers to functions that exist."""
     (points,) = installed.glob("voxquilt-*.dist-info/entry_points.txt")
     text = points.read_text()
     assert "voxquilt-predict = voxquilt.cli.main:predict" in text
@@ -71,7 +71,7 @@ def test_the_wheel_names_both_console_scripts(installed: Path) -> None:
 
 @pytest.mark.slow
 def test_the_wheel_trains_and_predicts_by_its_console_scripts(installed: Path, tmp_path: Path) -> None:
-    """In an environment where pip installed nothing but the wheel; what it depends on is borrowed from here."""
+    """In an environment with nothing but the wheel installed; its dependencies are borrowed from here."""
     venv.create(tmp_path / "env")
     python = tmp_path / "env/bin/python"
     (wheel,) = (installed.parent / "dist").glob("*.whl")

@@ -1,4 +1,4 @@
-"""The run-time type checker of the tests: beartype, for which an int is a float too, as type checkers have it."""
+"""Configures the run-time type checker of the tests, beartype, to accept an int as a float as type checkers do."""
 
 from beartype import BeartypeConf, beartype
 

@@ -137,6 +137,11 @@ class Registry:
         """Entries of other packages; read when a name is first asked for that the table does not have."""
         return {point.name: point.value for point in entry_points(group=self.group) if point.name not in self._table}
 
+    @property
+    def own(self) -> tuple[str, ...]:
+        """Names of the table, without those that other packages have added."""
+        return tuple(self._table)
+
     def __contains__(self, name: object) -> bool:
         return name in self._table or name in self._added
 

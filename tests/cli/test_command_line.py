@@ -1,4 +1,4 @@
-"""Laws of the command line: one message and status 2 before anything is made, a row for every subject, right files."""
+"""Tests the command line: wrong input is one message and status 2, every subject has a row, and files are right."""
 
 import csv
 import gzip
@@ -49,7 +49,7 @@ def table(stdout: str) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working folder with a few scans, beside a torch that cannot be imported."""
+    """A working folder with a few scans, next to a torch that cannot be imported."""
     folder = tmp_path_factory.mktemp("place")
     (folder / "stub/torch").mkdir(parents=True)
     (folder / "stub/torch/__init__.py").write_text("raise ImportError('torch was imported for a light error')\n")
@@ -64,7 +64,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def light(place: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    """A run in which importing torch fails; it must make nothing."""
+    """Run where importing torch fails, and assert that no file is written."""
     before = tree(place / "work")
     done = run("predict.py", *arguments, cwd=place / "work", env={"PYTHONPATH": str(place / "stub")})
     assert tree(place / "work") == before
@@ -104,9 +104,9 @@ def light(place: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
         ("data.nonfinite=ignore", "data.nonfinite must be one of error, zero"),
         ("data.skip=true", "data.skip is null, a number, or a mask's path with {subject}; it is True"),
         ("data.skip=[1,2]", "data.skip is null, a number, or a mask's path"),
-        ("data.skip=masks/{subject}.nii", "data.skip=masks/{subject}.nii: no subject has such a mask (looked from"),
+        ("data.skip=masks/{subject}.nii", "data.skip=masks/{subject}.nii: no subject has such a mask (relative to"),
         ("data.labels=truth.nii", "data.labels is a path with {subject}, such as 'labels/{subject}.nii.gz', or one"),
-        ("data.labels=truth/{subject}.nii", "data.labels=truth/{subject}.nii: no subject has such a file (looked from"),
+        ("data.labels=truth/{subject}.nii", "data.labels=truth/{subject}.nii: no subject has such a file (relative to"),
         ("run.surface_tolerance=-1", "run.surface_tolerance must be a number of mm from 0; it is -1"),
         # model space, network and products
         ("preprocess.orientation=RAX", "one letter of each pair L/R, A/P, S/I"),
@@ -160,7 +160,7 @@ def light(place: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     ],
 )  # fmt: skip
 def test_a_wrong_configuration_is_one_message_and_status_2(arguments: str, message: str, place: Path) -> None:
-    """Before torch is imported or a file is made."""
+    """Before torch is imported or a file is written."""
     done = light(place, "data.inputs=scans", *NETWORK, *GRID, arguments)
     assert done.returncode == 2
     assert message in done.stderr
@@ -169,7 +169,7 @@ def test_a_wrong_configuration_is_one_message_and_status_2(arguments: str, messa
 
 
 def test_keys_that_need_a_value_are_all_named_at_once(place: Path) -> None:
-    """With what belongs there."""
+    """With the kind of value that each needs."""
     done = light(place, "model=state_dict")
     assert done.returncode == 2
     keys = [line.split(":")[0].strip() for line in done.stderr.splitlines()[1:]]
@@ -180,7 +180,7 @@ def test_keys_that_need_a_value_are_all_named_at_once(place: Path) -> None:
     assert keys == ["ckpt_path", "data.inputs", "data.patch_size"]
 
 
-def test_help_and_the_configuration_are_printed_in_a_moment(place: Path) -> None:
+def test_help_and_configuration_are_printed_within_seconds(place: Path) -> None:
     """--help explains the keys that people use, --cfg job shows all of them; status 0."""
     done = light(place, "--help")
     assert done.returncode == 0
@@ -203,10 +203,10 @@ def test_help_and_the_configuration_are_printed_in_a_moment(place: Path) -> None
         (("ckpt_path=weights.pt",), "weights.pt cannot be read as weights"),
     ],
 )
-def test_what_only_building_finds_is_one_message_too(
+def test_an_error_found_while_building_is_one_message_and_status_2(
     forks: Server, arguments: tuple[str, ...], message: str, place: Path
 ) -> None:
-    """A class that is not there, an argument that it does not have, weights that are none: status 2, nothing made."""
+    """A class that does not exist, an unknown argument, an invalid weights file; nothing is written."""
     before = tree(place / "work")
     done = forks.run("data.inputs=scans", *NETWORK, *GRID, *arguments, cwd=place / "work")
     assert done.returncode == 2
@@ -217,7 +217,7 @@ def test_what_only_building_finds_is_one_message_too(
 
 
 def test_build_names_the_key_and_the_cause() -> None:
-    """In process: a wrong argument deep inside, a class of ours that refuses, a target that Hydra forbids."""
+    """In process: a wrong nested argument, a class of ours that refuses, and a target that Hydra forbids."""
     net = {"_target_": "torch.nn.Sequential", "_args_": [{"_target_": "torch.nn.Conv3d", "in_chanels": 1}]}
     with pytest.raises(ConfigError, match=r"model cannot be built from torch\.nn\.Sequential: .*'in_chanels'"):
         build(net, "model")
@@ -243,7 +243,7 @@ def test_build_names_the_key_and_the_cause() -> None:
 
 
 def test_the_allow_list_covers_everything_that_is_imported(place: Path) -> None:
-    """A LightningModule's class by its name too; a pattern ends with .*, without it only the very name matches."""
+    """Including a LightningModule's class. A pattern ends with .*; without it only the exact name matches."""
     allowed = "run.allowed_targets=[voxquilt.*,lightning.pytorch.Trainer,synthetic.Over50]"
     for extra, refused in (
         ("model.net._target_=synthetic.Over5", "model.net._target_=synthetic.Over5 "),
@@ -283,7 +283,7 @@ def test_the_allow_list_covers_everything_that_is_imported(place: Path) -> None:
     ],
 )
 def test_overrides_reach_hydra_as_they_were_meant(typed: str, understood: str) -> None:
-    """Paths are quoted where Hydra's grammar needs it, once; the rest is left as it is typed."""
+    """Paths are quoted once where Hydra's grammar needs it; everything else is passed as typed."""
     assert to_overrides([typed]) == [understood]
     assert to_overrides([understood]) == [understood]
 
@@ -292,7 +292,7 @@ def test_overrides_reach_hydra_as_they_were_meant(typed: str, understood: str) -
 
 
 def test_a_folder_of_bad_files_is_reported_and_the_good_ones_are_finished(tmp_path: Path) -> None:
-    """A row with a reason that names the file for each, ids as strings, right labels, status 1."""
+    """Each bad file has a row with a reason that names it; ids are strings, labels are right, the status is 1."""
     scans = tmp_path / "méd scans"
     good = {name: save(scans / f"{name}.nii.gz", noise((12, 9, 7), n))
             for n, name in enumerate(["001", "10_1", "1e3", "Zoë ß 1", "zz"])}  # fmt: skip
@@ -348,8 +348,8 @@ def test_a_folder_of_bad_files_is_reported_and_the_good_ones_are_finished(tmp_pa
     assert header.startswith("subject,status,outputs,patches,seconds,error")
 
 
-def test_a_table_of_several_images_and_weights_with_lightnings_name(forks: Server, tmp_path: Path) -> None:
-    """Columns become channels; inputs keep their place; run.json holds what ran, with which versions."""
+def test_a_table_of_several_images_predicts_with_a_lightning_state_dict(forks: Server, tmp_path: Path) -> None:
+    """Columns become channels, inputs are not moved, and run.json holds the configuration and versions."""
     a, b = save(tmp_path / "in/a b.nii.gz", noise((9, 9, 9), 1)), save(tmp_path / "in/b.nii.gz", noise((9, 9, 9), 2))
     mine = save(tmp_path / "mine/s3_labels.nii.gz", noise((9, 9, 9), 3))
     rows = "s1,a b.nii.gz,b.nii.gz\n007,b.nii.gz,a b.nii.gz\ns3,b.nii.gz,../mine/s3_labels.nii.gz\n"
@@ -382,7 +382,7 @@ def test_a_table_of_several_images_and_weights_with_lightnings_name(forks: Serve
 
 
 def test_shards_share_the_subjects_and_the_folder(forks: Server, tmp_path: Path) -> None:
-    """Each subject once, by patches from headers alone; one without subjects ends well; status says what is missing."""
+    """Each subject once, by patches from headers; a shard may have none; run.status lists what is missing."""
     sizes = {"a": 40, "b": 8, "c": 12, "d": 24, "e": 16}
     volumes = {name: save(tmp_path / f"scans/{name}.nii.gz", noise((9, 9, n), n)) for name, n in sizes.items()}
     (tmp_path / "scans/f.nii.gz").write_bytes(b"no image")
@@ -415,8 +415,8 @@ def test_shards_share_the_subjects_and_the_folder(forks: Server, tmp_path: Path)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_what_is_skipped_and_compared_is_on_the_command_line(forks: Server, tmp_path: Path) -> None:
-    """Patches outside a mask cost nothing; a subject without its mask fails alone; blends are written side by side."""
+def test_skipping_and_comparing_work_from_the_command_line(forks: Server, tmp_path: Path) -> None:
+    """Patches outside a mask cost nothing, a subject without its mask fails alone, and each blend has its own files."""
     for n, name in enumerate("abc"):
         save(tmp_path / f"scans/{name}.nii.gz", noise((9, 30, 9), n))
         mask = np.zeros((9, 30, 9), np.uint8)
@@ -433,7 +433,7 @@ def test_what_is_skipped_and_compared_is_on_the_command_line(forks: Server, tmp_
     rows = manifest(tmp_path / "outputs")
     names = [f"a_{product}.nii.gz" for product in ("labels", "disagreement", "labels_crop", "labels_hann")]
     assert rows["a"]["outputs"].split(";") == names
-    # Two patches along i and k each, of seven along j one has the voxel.
+    # There are two patches along i and k each; of the seven along j one contains the voxel.
     assert (rows["a"]["patches"], rows["a"]["skipped"]) == ("4", "24")
     assert table(done.stdout)["a"][2] == "4 of 28"
     assert "masks/b.nii.gz: there is no such file" in rows["b"]["error"]
@@ -454,8 +454,8 @@ def test_what_is_skipped_and_compared_is_on_the_command_line(forks: Server, tmp_
         np.testing.assert_array_equal(read(tmp_path / f"all/{name}_labels.nii.gz"), noise((9, 30, 9), n) > 50)
 
 
-def test_products_larger_than_memory_are_the_same_files(forks: Server, tmp_path: Path) -> None:
-    """They wait in files without a name: byte for byte what memory gives, and nothing else in the folder."""
+def test_products_kept_on_disk_give_the_same_files(forks: Server, tmp_path: Path) -> None:
+    """They are kept in unlinked files: byte for byte as from memory, and nothing else in the folder."""
     save(tmp_path / "scans/a.nii.gz", noise((9, 12, 10)), np.diag([-1.0, 2, 1.5, 1]))
     for limit in ("0", "null"):
         done = forks.run(
@@ -468,8 +468,8 @@ def test_products_larger_than_memory_are_the_same_files(forks: Server, tmp_path:
         assert unpacked(tmp_path / "limit_0" / name) == unpacked(tmp_path / "limit_null" / name)
 
 
-def test_patterns_from_the_command_line(forks: Server, tmp_path: Path) -> None:
-    """Unquoted {subject}; images on different grids and a missing image fail and are named."""
+def test_subject_patterns_work_from_the_command_line(forks: Server, tmp_path: Path) -> None:
+    """With unquoted {subject}; images on different grids and a missing image fail and are named."""
     x = save(tmp_path / "raw/s1/t1.nii", noise((9, 9, 9), 1))
     save(tmp_path / "raw/s1/t2.nii", noise((9, 9, 9), 2))
     save(tmp_path / "raw/s2/t1.nii", noise((9, 9, 9), 1))
@@ -528,7 +528,7 @@ def test_every_orientation_of_a_volume_gives_the_same_labels_in_the_world(forks:
 
 
 def test_on_error_raise_ends_with_the_reason_and_status_1(forks: Server, tmp_path: Path) -> None:
-    """One message on stderr, the subjects before it finished, run.json written."""
+    """One message on stderr; the subjects before it are finished, and run.json is written."""
     x = save(tmp_path / "in/a.nii", noise((8, 8, 8)))
     (tmp_path / "in/b.nii").touch()
     save(tmp_path / "in/c.nii", noise((30, 30, 30)))
@@ -541,8 +541,8 @@ def test_on_error_raise_ends_with_the_reason_and_status_1(forks: Server, tmp_pat
     assert json.loads((tmp_path / "outputs/run.json").read_text())["failed"] == 1
 
 
-def test_patterns_need_no_folder_beside_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """data.images alone finds the subjects; data.inputs is then not missing."""
+def test_patterns_need_no_data_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """data.images alone finds the subjects."""
     monkeypatch.chdir(tmp_path)
     save(tmp_path / "raw/a/t1.nii", noise((4, 4, 4)))
     register_resolvers()
@@ -554,7 +554,7 @@ def test_patterns_need_no_folder_beside_them(tmp_path: Path, monkeypatch: pytest
 
 
 def test_classes_in_the_working_folder_are_found(tmp_path: Path) -> None:
-    """A network in a file beside the data needs no PYTHONPATH."""
+    """A network in a file next to the data needs no PYTHONPATH."""
     (tmp_path / "beside.py").write_text("from synthetic import Over50\n\n\nclass Mine(Over50):\n    pass\n")
     save(tmp_path / "in/a.nii", volume := noise((6, 6, 6)))
     network = ("model=state_dict", "model.net._target_=beside.Mine", "ckpt_path=null")
@@ -570,16 +570,16 @@ def test_classes_in_the_working_folder_are_found(tmp_path: Path) -> None:
         ("softmax", "probabilities", "applied"), ("sigmoid", "probabilities", "applied_sigmoid"),
     ],
 )  # fmt: skip
-def test_probabilities_are_not_made_twice(activation: str, average: str, wanted: str | None) -> None:
-    """What stitching applies follows from what the network did, and several labels per voxel stay several."""
+def test_probabilities_are_not_activated_twice(activation: str, average: str, wanted: str | None) -> None:
+    """What stitching applies follows from what the network applied; several labels per voxel stay several."""
     register_resolvers()
     overrides = ["model=torchscript", f"model.activation={activation}", f"model.average={average}"]
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         assert compose("predict", overrides).stitch.activation == wanted
 
 
-def test_a_run_whose_record_cannot_be_written_was_started(forks: Server, tmp_path: Path) -> None:
-    """A full or lost disk at the very end is no wrong configuration: status 1, and the file is named."""
+def test_a_run_whose_record_cannot_be_written_ends_with_status_1(forks: Server, tmp_path: Path) -> None:
+    """A disk lost at the end is not a wrong configuration; the message names the file."""
     save(tmp_path / "in/a.nii", noise((8, 8, 8)))
     (tmp_path / "beside.py").write_text(
         "import pathlib, synthetic\n\n\nclass Blocker(synthetic.Over50):\n    def forward(self, x):\n"

@@ -1,4 +1,4 @@
-"""The tab key completes keys and options of the installed commands, without waiting for torch."""
+"""Tests that the tab key completes keys and options of the installed commands without loading torch."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-# As bash calls a completion function when the tab key is pressed behind the last word.
+# As bash calls a completion function when the tab key is pressed after the last word.
 TAB = """
 eval "$({program} -sc install=bash)"
 complete -p {program}
@@ -19,7 +19,7 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
 
 @pytest.fixture
 def path(tmp_path: Path) -> str:
-    """PATH with both console scripts, as pip makes them."""
+    """PATH with both console scripts, as pip installs them."""
     for name in ("predict", "train"):
         script = tmp_path / f"voxquilt-{name}"
         script.write_text(f"#!{sys.executable}\nimport sys\nfrom voxquilt.cli.main import {name}\nsys.exit({name}())\n")
@@ -40,8 +40,8 @@ def path(tmp_path: Path) -> str:
         ("voxquilt-train task=", {"task=image", "task=multilabel", "task=segmentation"}),
     ],
 )
-def test_the_tab_key_completes(line: str, wanted: set[str], path: str) -> None:
-    """What bash would offer is what the configuration has; nothing of torch is imported for it."""
+def test_the_tab_key_completes_keys_and_options(line: str, wanted: set[str], path: str) -> None:
+    """bash is offered what the configuration has, without an import of torch."""
     code = TAB.format(program=line.split()[0], line=line)
     done = subprocess.run(
         ["bash", "-c", code], capture_output=True, text=True, env=os.environ | {"PATH": path}, check=True

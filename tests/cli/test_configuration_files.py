@@ -1,4 +1,4 @@
-"""Every option of every group of conf/ composes, and is right, for the script that it belongs to."""
+"""Tests that every option of every group in conf/ composes a valid configuration for the script that has it."""
 
 import tomllib
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from voxquilt.errors import ConfigError
 
 CONF = conf_dir()
 GROUPS = sorted({path.parent.relative_to(CONF).as_posix() for path in CONF.glob("*/**/*.yaml")} - {"hydra/help"})
-# Whose options are, by hand: of a group that is not here, both scripts'.
+# Which script has which options; a group that is not listed belongs to both.
 OWNERS = {
     "callbacks": {"predict": {"predict"}, "train": {"train", "ema", "early_stopping"}},
     "data": {"predict": {"default"}, "train": {"train"}},
@@ -37,7 +37,7 @@ OWNERS = {
     "model/loss": {"predict": set(), "train": {"dice_ce", "dice_bce", "l1", "mse"}},
     "task": {"predict": set(), "train": {"segmentation", "multilabel", "image"}},
 }
-# What an option leaves to the user, and what would otherwise be fetched.
+# Arguments that an option leaves to the user, and replacements for files that would be fetched.
 NEEDS = {
     "model=lightning": ["model.module_class=a.B"],
     "model=state_dict": ["model/net=unet"],
@@ -47,12 +47,12 @@ NEEDS = {
 
 
 def options(group: str) -> set[str]:
-    """Of a group, but for the parts that other options are made of."""
+    """The options of a group, except the parts from which other options are composed."""
     return {path.stem for path in (CONF / group).glob("*.yaml") if not path.stem.startswith("_")}
 
 
 def owned(group: str, script: str) -> set[str]:
-    """Those of one script."""
+    """The options of a group that a script has."""
     return OWNERS.get(group, {}).get(script, options(group))
 
 
@@ -76,13 +76,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _slurm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What trainer=slurm reads, of a job of one task."""
+    """Environment of a job with one task, which trainer=slurm reads."""
     for name, value in {"NNODES": "1", "NODEID": "0", "PROCID": "0", "LOCALID": "0", "JOB_ID": "1"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
 
 
 def composed(script: str, place: Path, *overrides: str) -> Any:
-    """As the command composes it."""
+    """The configuration as the command composes it."""
     register_resolvers()
     GlobalHydra.instance().clear()
     common = [f"data.inputs={place}/in", "ckpt_path=null", f"output_dir={place}/out"]
@@ -94,23 +94,23 @@ def composed(script: str, place: Path, *overrides: str) -> Any:
 
 
 def chosen(group: str, name: str) -> list[str]:
-    """How an option is typed."""
+    """The arguments that choose an option."""
     typed = f"callbacks=[train,{name}]" if name in ("ema", "early_stopping") else f"{group}={name}"
     return [typed, *NEEDS.get(typed, [])]
 
 
-def test_every_group_and_option_is_known_here() -> None:
-    """A new one takes its place in the list above, and is one of at least one script."""
+def test_every_group_and_option_belongs_to_a_script() -> None:
+    """A new one needs an entry in the list above unless both scripts have it."""
     assert OWNERS.keys() <= set(GROUPS)
     for group in GROUPS:
         assert owned(group, "predict") | owned(group, "train") == options(group), group
 
 
 @pytest.mark.parametrize(("script", "group", "name"), CASES)
-def test_every_option_of_every_group_composes_a_right_configuration(
+def test_every_option_of_every_group_composes_a_valid_configuration(
     script: str, group: str, name: str, place: Path
 ) -> None:
-    """For the scripts that have it: all keys are known, nothing is missing, every check of a run passes."""
+    """For each script that has it: all keys are known, none is missing, and every check of a run passes."""
     cfg = composed(script, place, *chosen(group, name))
     plain = (check_train if script == "train" else check_predict)(cfg)
     node: Any = plain
@@ -125,7 +125,7 @@ def test_every_option_of_every_group_composes_a_right_configuration(
 
 @pytest.mark.parametrize(("script", "group", "name"), CASES)
 def test_an_option_of_one_script_is_refused_by_the_other(script: str, group: str, name: str) -> None:
-    """With the name of the script that it is for; one of both scripts by neither."""
+    """The message names the right script; an option of both is refused by neither."""
     other = "train" if script == "predict" else "predict"
     if name in owned(group, other):
         check_typed([f"{group}={name}"], other, CONF)
@@ -135,8 +135,8 @@ def test_an_option_of_one_script_is_refused_by_the_other(script: str, group: str
     check_typed([f"{group}={name}"], script, CONF)
 
 
-def test_an_experiment_that_says_whose_it_is_is_refused_however_it_came(place: Path) -> None:
-    """After composing too, where the command line did not tell."""
+def test_an_experiment_of_the_other_script_is_refused_after_composing_too(place: Path) -> None:
+    """Where the command line alone did not show it."""
     with pytest.raises(ConfigError, match=r"is for predict\.py"):
         run_train(composed("train", place, "+script=predict"))
     with pytest.raises(ConfigError, match=r"is for train\.py"):
@@ -145,7 +145,7 @@ def test_an_experiment_that_says_whose_it_is_is_refused_however_it_came(place: P
 
 @pytest.mark.parametrize("name", sorted(options("trainer")))
 def test_every_trainer_of_a_training_keeps_checkpoints(name: str, place: Path) -> None:
-    """Lightning takes it beside ModelCheckpoint; but for where it runs it is the default one."""
+    """It works with ModelCheckpoint, and equals the default except for where it runs."""
     node = to_plain(composed("train", place, f"trainer={name}", "trainer.accelerator=cpu", "trainer.devices=1"))
     default = to_plain(composed("train", place))["trainer"]
     trainer = node["trainer"]
@@ -159,15 +159,15 @@ def test_every_trainer_of_a_training_keeps_checkpoints(name: str, place: Path) -
 
 
 @pytest.mark.parametrize("name", sorted(options("trainer")))
-def test_every_trainer_of_a_prediction_keeps_none(name: str, place: Path) -> None:
-    """Lightning would make a folder for checkpoints otherwise."""
+def test_every_trainer_of_a_prediction_keeps_no_checkpoints(name: str, place: Path) -> None:
+    """Otherwise Lightning would create a folder for them."""
     node = to_plain(composed("predict", place, f"trainer={name}", "trainer.accelerator=cpu", "trainer.devices=1"))
     assert (node["trainer"]["enable_checkpointing"], node["trainer"]["inference_mode"]) == (False, True)
     assert build(node["trainer"], "trainer", logger=False).checkpoint_callback is None
 
 
-def test_the_oldest_packages_that_are_taken_are_past_their_advisories_and_the_document_says_which() -> None:
-    """Each row of docs/trust.md is the floor of pyproject.toml, with a reason beside it."""
+def test_minimum_versions_follow_the_security_advisories_in_the_document() -> None:
+    """Each row of docs/trust.md is the minimum in pyproject.toml, with a reason."""
     root = Path(__file__).parents[2]
     dependencies = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
     floors = {name: rest.partition(",")[0] for name, _, rest in (text.partition(">=") for text in dependencies)}

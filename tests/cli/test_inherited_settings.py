@@ -1,4 +1,4 @@
-"""What a checkpoint brings along is used where the user says nothing, and trusted with little."""
+"""Tests settings that a checkpoint carries: used where the user sets nothing, and trusted with little."""
 
 import json
 import pickle
@@ -57,7 +57,7 @@ def unet(**options: Any) -> UNet:
 
 
 def checkpoint(path: Path, settings: Mapping[str, Any] | None = None, net: torch.nn.Module | None = None) -> Path:
-    """As train.py saves it."""
+    """A checkpoint as train.py saves it."""
     weights = {f"net.{key}": value for key, value in (net or unet()).state_dict().items()}
     content = {"state_dict": weights, "pytorch-lightning_version": "2.6.6", "epoch": 3}
     torch.save(content | ({KEY: dict(settings)} if settings is not None else {}), path)
@@ -80,18 +80,18 @@ def place(tmp_path: Path) -> Path:
 
 
 def predict(forks: Server, place: Path, *arguments: str, wanted: int = 0) -> str:
-    """predict.py with the image and the checkpoint; what it printed."""
+    """Run predict.py with the image and the checkpoint; returns its output."""
     run = forks.start("data.inputs=a.nii.gz", *arguments, cwd=place)
     assert checked(run.wait()) == wanted, run.text
     assert "Traceback" not in run.text
     return run.text
 
 
-# What a file says of itself
+# Reading stored settings
 
 
-def test_settings_come_back_as_they_were_put_in(tmp_path: Path) -> None:
-    """From a checkpoint without torch, from a safetensors file's metadata, and from neither where there are none."""
+def test_stored_settings_are_read_back_unchanged(tmp_path: Path) -> None:
+    """From a checkpoint and from a safetensors file's metadata; None if a file has none."""
     assert carried(checkpoint(tmp_path / "a.ckpt", SETTINGS)) == SETTINGS
     assert carried(checkpoint(tmp_path / "b.ckpt")) is None
     save_file(unet().state_dict(), tmp_path / "c.safetensors", {KEY: json.dumps(SETTINGS)})
@@ -111,8 +111,8 @@ plain = st.recursive(
 
 
 @given(st.dictionaries(words, plain))
-def test_any_plain_settings_come_back(settings: dict[str, Any]) -> None:
-    """Whatever they are, beside tensors, optimizer states and objects that are left out."""
+def test_any_plain_settings_are_read_back_unchanged(settings: dict[str, Any]) -> None:
+    """Next to tensors, optimizer states and objects, which are left out."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.ckpt"
         content = {
@@ -135,8 +135,8 @@ class Bomb:
 
 
 @pytest.mark.parametrize("where", ["settings", "beside"])
-def test_a_bomb_beside_or_in_the_settings_does_not_go_off(tmp_path: Path, where: str) -> None:
-    """Reading settings imports and calls nothing; settings that are not plain values are refused."""
+def test_reading_settings_runs_no_code_in_or_beside_them(tmp_path: Path, where: str) -> None:
+    """Settings that are not plain values are refused."""
     bomb = Bomb(tmp_path / "marker")
     content = {KEY: SETTINGS | ({"bomb": bomb} if where == "settings" else {}), "bomb": bomb}
     torch.save(content, tmp_path / "a.ckpt")
@@ -148,8 +148,8 @@ def test_a_bomb_beside_or_in_the_settings_does_not_go_off(tmp_path: Path, where:
     assert not (tmp_path / "marker").exists()
 
 
-def test_settings_that_would_look_something_up_are_refused(tmp_path: Path) -> None:
-    """An interpolation in a file could read the environment of whoever predicts."""
+def test_settings_with_interpolations_are_refused(tmp_path: Path) -> None:
+    """An interpolation could read the environment of the user who predicts."""
     settings = SETTINGS | {"stitch": {"class_names": ["${oc.env:HOME}"]}}
     with pytest.raises(ConfigError, match="not plain values"):
         carried(checkpoint(tmp_path / "a.ckpt", settings))
@@ -160,10 +160,8 @@ def test_settings_that_would_look_something_up_are_refused(tmp_path: Path) -> No
     [("model", "trust_checkpoint", True), ("model", "_target_", "os.system"), ("data", "inputs", "/"),
      ("stitch", "postprocess", []), ("preprocess", "nonfinite", "zero"), ("data", "skip", 3)],
 )  # fmt: skip
-def test_a_checkpoint_may_bring_no_other_keys(
-    forks: Server, place: Path, section: str, key: str, value: object
-) -> None:
-    """Least of all one by which it would be trusted."""
+def test_a_checkpoint_may_set_no_other_keys(forks: Server, place: Path, section: str, key: str, value: object) -> None:
+    """Such as the one that would make it trusted."""
     settings = SETTINGS | {section: {**SETTINGS[section], key: value}}
     marker = place / "marker"
     content = torch.load(checkpoint(place / "a.ckpt", settings), weights_only=True)
@@ -174,13 +172,13 @@ def test_a_checkpoint_may_bring_no_other_keys(
 
 
 def test_settings_of_a_newer_version_are_refused(tmp_path: Path) -> None:
-    """By their format's number."""
+    """By the number of their format."""
     with pytest.raises(ConfigError, match=r"format 99; this voxquilt reads 1"):
         carried(checkpoint(tmp_path / "a.ckpt", SETTINGS | {"format": 99}))
 
 
-def test_a_file_tells_its_kind(tmp_path: Path) -> None:
-    """Without being loaded."""
+def test_the_kind_of_a_weights_file_is_detected_without_loading_it(tmp_path: Path) -> None:
+    """TorchScript, state dicts and Lightning checkpoints."""
     script(tmp_path / "a.pt")
     torch.save(unet().state_dict(), tmp_path / "b.pt")
     (tmp_path / "d.pt").write_bytes(pickle.dumps({}))
@@ -192,7 +190,7 @@ def test_a_file_tells_its_kind(tmp_path: Path) -> None:
 
 
 def test_formats_and_settings_are_read_before_torch_has_loaded(tmp_path: Path) -> None:
-    """Of every kind of file; with torch, a wrong configuration would be answered seconds later."""
+    """For every kind of file; importing torch would delay the message on a wrong configuration by seconds."""
     script(tmp_path / "a.pt")
     checkpoint(tmp_path / "b.ckpt", SETTINGS)
     save_file(unet().state_dict(), tmp_path / "c.safetensors", {KEY: json.dumps(SETTINGS)})
@@ -208,8 +206,8 @@ def test_formats_and_settings_are_read_before_torch_has_loaded(tmp_path: Path) -
     assert done.stdout.split() == ["torchscript", "lightning", "state_dict", "False", "True", "True", "False"]
 
 
-def test_a_training_carries_what_predicting_needs() -> None:
-    """And nothing else: neither paths nor how it was trained."""
+def test_a_training_stores_only_what_predicting_needs() -> None:
+    """Neither paths nor how it was trained."""
     configuration = OmegaConf.to_container(
         OmegaConf.create(
             SETTINGS
@@ -221,7 +219,7 @@ def test_a_training_carries_what_predicting_needs() -> None:
     assert to_carry(configuration, ["image"]) == SETTINGS  # type: ignore[arg-type]
 
 
-# What a checkpoint may name
+# Targets that a checkpoint may name
 
 
 @pytest.mark.parametrize(
@@ -232,21 +230,21 @@ def test_a_training_carries_what_predicting_needs() -> None:
         "synthetic.Over50", "torch.nn.modules.module.OrderedDict",
     ],
 )  # fmt: skip
-def test_a_checkpoint_may_name_no_function_and_no_class_of_elsewhere(target: str) -> None:
-    """Not even by a path that begins in an allowed package and leads out of it; also deep inside."""
+def test_a_checkpoint_may_name_no_functions_and_no_other_classes(target: str) -> None:
+    """Not by a path that begins in an allowed package and leads out of it, nor in nested nodes."""
     for node in ({"_target_": target}, {"a": [{"b": {"_target_": "torch.nn.ReLU", "x": {"_target_": target}}}]}):
         with pytest.raises(ConfigError, match=r"which is not a class of run\.checkpoint_targets"):
             check_classes(node, ALLOWED)
 
 
 def test_a_checkpoint_may_name_networks_and_transforms() -> None:
-    """Of MONAI, torch and voxquilt, also by the short way that packages offer."""
+    """Of MONAI, torch and voxquilt, also by the packages' short paths."""
     short = "monai.networks.nets.UNet", "monai.transforms.ScaleIntensity", "torch.nn.Conv3d"
     check_classes([{"_target_": name} for name in (*short, "voxquilt.Preprocess")], ALLOWED)
 
 
-def test_a_class_of_ones_own_is_named_by_the_user(forks: Server, place: Path) -> None:
-    """A checkpoint that names it is refused with two ways out, and both work."""
+def test_a_user_defined_class_in_a_checkpoint_must_be_named_by_the_user(forks: Server, place: Path) -> None:
+    """It is refused with two remedies, and both work."""
     net = {"_target_": "synthetic.Over50"}
     checkpoint(
         place / "own.ckpt", SETTINGS | {"model": {"net": net}, "stitch": {}} | {"data": {"patch_size": 8}}, Over50()
@@ -258,8 +256,8 @@ def test_a_class_of_ones_own_is_named_by_the_user(forks: Server, place: Path) ->
     predict(forks, place, "ckpt_path=own.ckpt", "model.net._target_=synthetic.Over50", "output_dir=c")
 
 
-def test_a_class_that_the_user_names_keeps_the_arguments_that_the_checkpoint_has(forks: Server, place: Path) -> None:
-    """So naming it is a word of trust, no more to type; classes inside its arguments are the file's word still."""
+def test_a_class_named_by_the_user_gets_the_arguments_of_the_checkpoint(forks: Server, place: Path) -> None:
+    """Naming the class only expresses trust; classes in its arguments are still checked."""
     settings = SETTINGS | {"stitch": {}, "data": {"patch_size": 8}}
     net = {"_target_": "torch.nn.Conv3d", "in_channels": 1, "out_channels": 2, "kernel_size": 1}
     arguments = "ckpt_path=own.ckpt", "run.checkpoint_targets=[voxquilt.*]", "model.net._target_=torch.nn.Conv3d"
@@ -270,11 +268,11 @@ def test_a_class_that_the_user_names_keeps_the_arguments_that_the_checkpoint_has
     assert "the checkpoint names os.getcwd" in predict(forks, place, *arguments, wanted=2)
 
 
-# Whose word counts
+# Precedence
 
 
-def test_what_the_user_says_wins_even_if_it_is_the_default(forks: Server, place: Path) -> None:
-    """On the command line, key by key; a change inside the network is put on top of what the checkpoint has."""
+def test_settings_of_the_user_win_even_if_they_are_the_default(forks: Server, place: Path) -> None:
+    """Key by key on the command line; a change to the network is applied on top of the checkpoint's."""
     text = predict(
         forks,
         place,
@@ -291,8 +289,8 @@ def test_what_the_user_says_wins_even_if_it_is_the_default(forks: Server, place:
     assert "preprocess.orientation=None" in text
 
 
-def test_nothing_is_a_value_too(forks: Server, place: Path) -> None:
-    """A checkpoint that was trained on the files' own axes predicts on them, whatever the default is."""
+def test_a_stored_null_overrides_the_default(forks: Server, place: Path) -> None:
+    """A checkpoint trained on the files' own axes predicts on them."""
     settings = SETTINGS | {"preprocess": {**SETTINGS["preprocess"], "orientation": None}}
     checkpoint(place / "own.ckpt", settings)
     predict(forks, place, "ckpt_path=own.ckpt")
@@ -301,7 +299,7 @@ def test_nothing_is_a_value_too(forks: Server, place: Path) -> None:
 
 
 def test_a_class_that_only_the_checkpoint_names_is_checked(forks: Server, place: Path) -> None:
-    """Wherever it stands: the network, the preprocessing itself, a transform."""
+    """The network, the preprocessing itself, and a transform."""
     bad = {"_target_": "synthetic.Over50"}
     for section, node in (
         ("model", {"net": bad}), ("preprocess", bad),
@@ -312,8 +310,8 @@ def test_a_class_that_only_the_checkpoint_names_is_checked(forks: Server, place:
         assert "the checkpoint names synthetic.Over50" in text
 
 
-def test_an_ensemble_needs_members_that_agree(forks: Server, place: Path) -> None:
-    """Equal settings average; others are named."""
+def test_members_of_an_ensemble_must_have_equal_settings(forks: Server, place: Path) -> None:
+    """Members that differ are named."""
     checkpoint(place / "b.ckpt", SETTINGS)
     checkpoint(place / "c.ckpt", SETTINGS | {"preprocess": {**SETTINGS["preprocess"], "spacing": 2}})
     predict(forks, place, "ckpt_path=[best.ckpt,b.ckpt]")
@@ -321,8 +319,8 @@ def test_an_ensemble_needs_members_that_agree(forks: Server, place: Path) -> Non
     assert "best.ckpt and c.ckpt carry different settings (preprocess)" in text
 
 
-def test_weights_without_a_network_are_told_apart(forks: Server, place: Path) -> None:
-    """A Lightning checkpoint of somebody else's, and bare weights: what to say is said."""
+def test_the_error_on_weights_without_a_network_says_which_kind_they_are(forks: Server, place: Path) -> None:
+    """Another program's Lightning checkpoint and bare weights, each with what to set."""
     checkpoint(place / "other.ckpt")
     torch.save(unet().state_dict(), place / "bare.pt")
     text = predict(forks, place, "ckpt_path=other.ckpt", "data.patch_size=16", wanted=2)
@@ -333,17 +331,17 @@ def test_weights_without_a_network_are_told_apart(forks: Server, place: Path) ->
     predict(forks, place, "ckpt_path=bare.pt", "data.patch_size=16", *net)
 
 
-def test_torchscript_needs_no_model(forks: Server, place: Path) -> None:
+def test_torchscript_needs_no_model_option(forks: Server, place: Path) -> None:
     """model=auto is the default."""
     script(place / "a.pt")
     predict(forks, place, "ckpt_path=a.pt", "data.patch_size=16")
 
 
-# What does not fit
+# Data that do not fit
 
 
 def test_other_images_than_those_trained_on_are_refused(forks: Server, place: Path) -> None:
-    """By their names and order, which are the network's channels."""
+    """By names and order, which are the network's channels."""
     checkpoint(place / "two.ckpt", SETTINGS | {"images": ["t1", "flair"]})
     text = predict(forks, place, "ckpt_path=two.ckpt", wanted=2)
     assert "a has the image image; the checkpoint was trained on t1, flair, in this order" in text
@@ -359,7 +357,7 @@ def test_other_images_than_those_trained_on_are_refused(forks: Server, place: Pa
         ({}, ["t1"], 1, (16, 16, 16), ["a", "b", "c"], r"3 names \(a, b, c\); the network gives 2 channels"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_the_network_is_told_before_the_run(
+def test_data_that_do_not_fit_the_network_are_refused_before_the_run(
     options: Mapping[str, Any], images: Sequence[str], channels: int, patch: Any, names: Any, message: str
 ) -> None:
     """Channels, patch size and classes, each with what would fit."""
@@ -368,8 +366,8 @@ def test_what_does_not_fit_the_network_is_told_before_the_run(
     assert check_network(PatchNetwork([unet()]), ["t1"], 1, (16, 16, 16), ["a", "b"]) is not None
 
 
-def test_a_network_that_looks_at_voxels_is_not_judged() -> None:
-    """It cannot be asked without them; the run finds out."""
+def test_a_network_that_depends_on_values_is_not_checked() -> None:
+    """It cannot run without voxels, so the run finds out."""
 
     class Looks(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -378,7 +376,7 @@ def test_a_network_that_looks_at_voxels_is_not_judged() -> None:
     assert check_network(PatchNetwork([Looks()]), ["t1"], 1, (4, 4, 4), None) is None
 
 
-def test_a_stride_that_does_not_divide_the_patch_ends_the_command_before_it_begins(forks: Server, place: Path) -> None:
+def test_a_patch_that_the_strides_do_not_divide_is_refused_before_the_run(forks: Server, place: Path) -> None:
     """Status 2, and no output."""
     deep = NET | {"channels": [4, 8, 8, 8], "strides": [2, 2, 2]}
     net = unet(channels=[4, 8, 8, 8], strides=[2, 2, 2])

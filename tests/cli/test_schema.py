@@ -1,4 +1,4 @@
-"""Laws of the tables of keys: they list what conf/ has and what the classes take, so that no key stands alone."""
+"""Tests the tables of configuration keys: they list the keys of conf/ and the arguments of the classes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +16,7 @@ from voxquilt.cli.suggestions import arguments_of
 from voxquilt.errors import ConfigError
 
 SECTIONS = [("predict", PREDICT, name) for name in PREDICT] + [("train", TRAIN, name) for name in TRAIN]
-# What the code of a run adds to the arguments that a configuration has.
+# Arguments that the code of a run adds to those of the configuration.
 GIVEN = {
     "preprocess",
     "nonfinite",
@@ -31,7 +31,7 @@ GIVEN = {
 
 
 def composed(script: str) -> dict[str, Any]:
-    """The configuration of a script as it is in conf/, unresolved."""
+    """The configuration of a script as in conf/, unresolved."""
     register_resolvers()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
@@ -50,7 +50,7 @@ def node_of(plain: Mapping[str, Any], name: str) -> dict[str, Any]:
 def test_the_table_of_a_section_has_the_keys_of_its_file(
     script: str, sections: Mapping[str, Section], name: str
 ) -> None:
-    """Neither a key that has no check, nor a check of a key that is gone. Of models, the keys that all of them have."""
+    """No key lacks a check, and no check has lost its key. For models, the keys common to all of them."""
     written = node_of(composed(script), name).keys() - {"_target_"}
     if name == "model":
         written = OmegaConf.load(conf_dir() / "model/_options.yaml").keys()
@@ -58,8 +58,10 @@ def test_the_table_of_a_section_has_the_keys_of_its_file(
 
 
 @pytest.mark.parametrize(("script", "sections", "name"), SECTIONS)
-def test_a_key_is_an_argument_of_its_class(script: str, sections: Mapping[str, Section], name: str) -> None:
-    """And every argument is a key, but for those that a run adds."""
+def test_keys_of_a_section_are_the_arguments_of_its_class(
+    script: str, sections: Mapping[str, Section], name: str
+) -> None:
+    """Except those that a run adds."""
     target = node_of(composed(script), name).get("_target_")
     if target is None or name == "model":
         return
@@ -68,8 +70,8 @@ def test_a_key_is_an_argument_of_its_class(script: str, sections: Mapping[str, S
     assert arguments - sections[name].keys.keys() <= GIVEN
 
 
-def test_every_key_of_the_top_is_known() -> None:
-    """Of both scripts, with the groups that add no key of their own."""
+def test_every_top_level_key_is_known() -> None:
+    """Of both scripts, and the groups that add no key of their own."""
     keys = {key for script in ("predict", "train") for key in composed(script)}
     assert keys | {"experiment", "task"} == TOP
     assert all(key.partition(".")[0] in TOP for key in HINTS)
@@ -82,23 +84,23 @@ def test_every_key_of_the_top_is_known() -> None:
     for key in section.keys
     if not section.is_open
 ])  # fmt: skip
-def test_a_slip_in_any_key_is_answered_with_the_key(sections: Mapping[str, Section], name: str, key: str) -> None:
-    """A letter too many, in every section whose keys are known."""
+def test_a_misspelt_key_is_answered_with_the_right_one(sections: Mapping[str, Section], name: str, key: str) -> None:
+    """One letter too many, for every key of every closed section."""
     plain = {section: {} for section in sections if "." not in section} | {"callbacks": {"writer": {}}}
     plain[name] = dict.fromkeys(sections[name].keys) | {f"{key}x": 1}
     with pytest.raises(ConfigError, match=rf"^there is no key {name}\.{key}x\. Did you mean {name}\.{key}\?$"):
         check_sections(plain, {name: sections[name]}, TOP)
 
 
-def test_a_key_that_a_run_needs_cannot_be_taken_out() -> None:
-    """Where no class has a default for it."""
+def test_a_required_key_cannot_be_removed() -> None:
+    """If no class has a default for it."""
     run = {key: None for key in PREDICT["run"].keys if key != "resume"}
     with pytest.raises(ConfigError, match=r"^run\.resume is needed; the command line took it out with ~run\.resume\.$"):
         check_sections({"run": run}, {"run": PREDICT["run"]}, TOP)
 
 
-def test_the_users_own_class_has_keys_of_its_own() -> None:
-    """Its own are let pass; those that it shares with ours are checked."""
+def test_a_user_defined_class_may_have_keys_of_its_own() -> None:
+    """They are allowed; keys that it shares with ours are checked."""
     section = {"data": PREDICT["data"]}
     check_sections({"data": {"_target_": "mine.Data", "volumes": 3}}, section, TOP)
     with pytest.raises(ConfigError, match=r"data\.num_workers must be an integer of at least 0; it is -1"):

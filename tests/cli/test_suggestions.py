@@ -1,4 +1,4 @@
-"""A slip on the command line is one message, with the nearest name that there is, in a moment."""
+"""Tests suggestions: a slip on the command line is one message with the nearest existing name, without delay."""
 
 import subprocess
 import sys
@@ -49,7 +49,7 @@ ROOT = Path(__file__).parents[2]
         ("train", "model.flips=[0]", "there is no key model.flips in train.py: it is one of predict.py's."),
         ("predict", "src", "src: a setting is written with =, without blanks around it, such as data.inputs=src."),
         ("predict", "data.inputs", "such as data.inputs=value."),
-        ("predict", "ckpt_path=nowhere.ckpt", "ckpt_path: there is no file nowhere.ckpt (looked from "),
+        ("predict", "ckpt_path=nowhere.ckpt", "ckpt_path: there is no file nowhere.ckpt (relative to "),
         ("predict", "--multirun --cfg job", "Only one of --run, --multirun, --cfg, "),
         (
             "train", "experiment=brain_extraction",
@@ -61,15 +61,15 @@ ROOT = Path(__file__).parents[2]
         ("train", "data.fodl=1", "Did you mean data.fold?"),
     ],
 )  # fmt: skip
-def test_a_slip_is_answered_with_what_was_meant(script: str, argument: str, message: str) -> None:
-    """On one line of stderr, with status 2; nothing of Hydra's own words."""
+def test_a_slip_is_answered_with_the_nearest_name(script: str, argument: str, message: str) -> None:
+    """In one line of stderr, with status 2 and none of Hydra's own text."""
     began = time.monotonic()
     told(script, argument, message)
     assert time.monotonic() - began < 10  # it takes half a second where nothing else runs
 
 
 def told(script: str, argument: str, message: str, cwd: Path = ROOT) -> None:
-    """One line on stderr."""
+    """Run the script and assert that it prints exactly one line on stderr."""
     command = [sys.executable, str(ROOT / f"{script}.py"), *argument.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
     assert (done.returncode, done.stdout) == (2, "")
@@ -83,8 +83,8 @@ WORDS = st.lists(st.text("abc_", min_size=1, max_size=4), min_size=1, max_size=6
 
 
 @given(WORDS, st.data())
-def test_no_suggestion_is_what_was_typed(words: list[str], data: st.DataObject) -> None:
-    """Whether it is one of the words or not; of values of other types, which look alike, neither."""
+def test_a_suggestion_is_never_what_was_typed(words: list[str], data: st.DataObject) -> None:
+    """Whether that is a known word or not, and for values of other types that print alike."""
     typed = data.draw(st.sampled_from(words) | st.text("abc_", max_size=4))
     assert f"Did you mean {typed}?" not in question(typed, words)
     near = question(typed, words)
@@ -96,8 +96,8 @@ def test_no_suggestion_is_what_was_typed(words: list[str], data: st.DataObject) 
 
 
 @pytest.mark.parametrize("script", ["predict", "train"])
-def test_no_key_is_answered_with_itself(script: str) -> None:
-    """Every key that either script knows, asked where it is not."""
+def test_an_unknown_key_is_never_answered_with_itself(script: str) -> None:
+    """For every key of either script, asked in both."""
     keys = {key for name in ("predict", "train") for key in keys_of(conf_dir(), name)}
     assert len(keys) > 100
     for key in keys:
@@ -106,8 +106,8 @@ def test_no_key_is_answered_with_itself(script: str) -> None:
         assert key in answer
 
 
-def test_a_path_that_is_there_is_not_suggested(tmp_path: Path) -> None:
-    """Nor is another for it: its name is not what is wrong."""
+def test_no_suggestion_is_made_for_an_existing_path(tmp_path: Path) -> None:
+    """Its name is not the mistake."""
     for name in ("ct", "ct2"):
         (tmp_path / name).mkdir()
     (tmp_path / "ct3").symlink_to(tmp_path / "nowhere")
@@ -116,13 +116,13 @@ def test_a_path_that_is_there_is_not_suggested(tmp_path: Path) -> None:
     assert meant(tmp_path / "ct3") == ""  # where the link leads is what is wrong
 
 
-def test_what_hydra_says_in_bold_is_explained_in_plain_letters() -> None:
-    """A terminal's codes are taken out of whatever it quotes."""
+def test_messages_of_hydra_lose_their_terminal_codes() -> None:
+    """In whatever they quote."""
     assert explain(ValueError("\x1b[1mno\x1b[0m such thing"), "predict", conf_dir()) == "no such thing"
 
 
-def test_the_script_of_an_experiment_is_what_the_experiment_says(tmp_path: Path) -> None:
-    """Of the user's own too, also where another one brings it; a remark about the other script counts for nothing."""
+def test_an_experiment_belongs_to_the_script_that_it_declares(tmp_path: Path) -> None:
+    """Also a user's own, or one in its defaults; comments that mention the other script do not count."""
     (tmp_path / "more/experiment").mkdir(parents=True)
     for name, text in {
         "mine": "# made from train.py's\nscript: predict\ndata: {batch_size: 3}\n",

@@ -1,4 +1,4 @@
-"""Every job of a sweep has a folder of its own, named by what the sweep varies; shards share one."""
+"""Tests sweeps: every job has its own folder, named by what the sweep varies, and shards share one."""
 
 import csv
 import re
@@ -19,18 +19,18 @@ NETWORK = ("model=state_dict", "model.net._target_=synthetic.Over50", "ckpt_path
 
 
 def statuses(folder: Path) -> dict[str, str]:
-    """Of a run's subjects."""
+    """Statuses of a run's subjects."""
     with open(folder / "manifest.csv", newline="", encoding="utf-8") as file:
         return {row["subject"]: row["status"] for row in csv.DictReader(file)}
 
 
 def files(folder: Path) -> set[str]:
-    """Labels below a folder."""
+    """Label files below a folder."""
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*_labels.nii.gz")}
 
 
-def test_a_sweep_of_predictions_works_as_it_is_typed(forks: Server, tmp_path: Path) -> None:
-    """Four jobs, four folders with tables of their own; typed again in another order, everything is there already."""
+def test_a_sweep_of_predictions_gives_each_job_its_folder_and_table(forks: Server, tmp_path: Path) -> None:
+    """Four jobs; repeated in another order, all are already done."""
     volume = save(tmp_path / "scans/a.nii", noise((40, 20, 20)))
     common = ("data.inputs=scans", "data.patch_overlap=4", *NETWORK)
     sweep = ("stitch.overlap_mode=crop,average", "data.patch_size=32,48", "output_dir=out")
@@ -55,38 +55,38 @@ def test_a_sweep_of_predictions_works_as_it_is_typed(forks: Server, tmp_path: Pa
     [
         (["data.patch_size=8,16", "output_dir=o"], {"o/data.patch_size-8", "o/data.patch_size-16"}),
         (["data.patch_size=range(8,10)"], {"outputs/data.patch_size-8", "outputs/data.patch_size-9"}),
-        # who sweeps over the folder, or names it by what is varied, has done it
+        # a sweep over output_dir, or one named by a varied key, keeps its folders
         (["output_dir=x,y"], {"x", "y"}),
         (["output_dir=x,y", "data.patch_size=8,9", "run.overwrite=true"], {"x", "y"}),
         (["data.patch_size=8,16", "output_dir=o/${data.patch_size}"], {"o/8", "o/16"}),
         (["data.patch_size=8,16", "output_dir=o/${hydra:job.num}"], {"o/0", "o/1"}),
         (["data.patch_size=8,16", "+mine=p_${data.patch_size}", "output_dir=o/${mine}"], {"o/p_8", "o/p_16"}),
         (["data.patch_size=8,16", "output_dir=o/${half:${data.patch_size}}"], {"o/4", "o/8"}),
-        # what the name does not tell is told by a folder inside
+        # varied keys that the name leaves out become a folder inside
         (
             ["data.patch_size=8,16", "stitch.overlap_mode=crop,hann", "output_dir=o/${data.patch_size}"],
             {f"o/{n}/stitch.overlap_mode-{mode}" for n in (8, 16) for mode in ("crop", "hann")},
         ),
         (["data.patch_size=8,16", "output_dir=${oc.env:HERE}/o"], {"o/data.patch_size-8", "o/data.patch_size-16"}),
-        # typed twice, the last one counts
+        # of a key that is typed twice the last counts
         (
             ["stitch.overlap_mode=crop", "stitch.overlap_mode=hann,crop"],
             {f"outputs/stitch.overlap_mode-{mode}" for mode in ("hann", "crop")},
         ),
-        # parts of one run
+        # shards of one run
         (["shard.count=2", "shard.index=0,1"], {"outputs"}),
         (
             ["shard.count=2", "shard.index=0,1", "data.patch_size=8,9"],
             {"outputs/data.patch_size-8", "outputs/data.patch_size-9"},
         ),
-        # one value is no sweep
+        # a single value is not a sweep
         (["stitch.overlap_mode=crop"], {"outputs"}),
         (["data.inputs=scans/a.nii,scans/b.nii"], {f"outputs/data.inputs-scans_{name}.nii-*" for name in "ab"}),
         (["--config-dir=more", "experiment=swept"], {f"outputs/data.patch_overlap-{n}" for n in (2, 4)}),
     ],
 )
-def test_a_job_has_the_folder_that_it_should(sweep: list[str], wanted: set[str], forks: Server, tmp_path: Path) -> None:
-    """Wherever the values come from, no two jobs share a folder."""
+def test_a_job_has_the_expected_folder(sweep: list[str], wanted: set[str], forks: Server, tmp_path: Path) -> None:
+    """Wherever its values come from, no two jobs share a folder."""
     for name in "ab":
         save(tmp_path / f"scans/{name}.nii", noise((8, 8, 8)))
     (tmp_path / "more/experiment").mkdir(parents=True)
@@ -106,8 +106,8 @@ def test_a_job_has_the_folder_that_it_should(sweep: list[str], wanted: set[str],
         assert [name for name in found if re.fullmatch(pattern.replace("+", r"\+").replace("*", ".*"), name)], found
 
 
-def test_jobs_that_train_keep_their_checkpoints_apart(forks: Server, tmp_path: Path) -> None:
-    """One for each fold, which together are an ensemble that needs no quotes."""
+def test_training_jobs_keep_their_checkpoints_apart(forks: Server, tmp_path: Path) -> None:
+    """One job per fold; together they are an ensemble whose paths need no quotes."""
     for n in range(3):
         save(tmp_path / f"in/{n}.nii", noise((8, 8, 8), n))
         save(tmp_path / f"labels/{n}.nii", (noise((8, 8, 8), n) > 50).astype(np.uint8))
@@ -129,7 +129,7 @@ def test_jobs_that_train_keep_their_checkpoints_apart(forks: Server, tmp_path: P
 
 
 def test_a_sweep_of_trainings_over_several_processes_is_refused(forks: Server, tmp_path: Path) -> None:
-    """Each process of ddp would begin the whole sweep again; the message has the ways out."""
+    """Each process of ddp would start the whole sweep again; the message has the remedies."""
     save(tmp_path / "in/a.nii", noise((8, 8, 8)))
     job = forks.start(
         "-m", "data.fold=0,1", "data.inputs=in", "data.labels=in/{subject}.nii", "data.patch_size=8", "trainer=ddp",
@@ -142,8 +142,8 @@ def test_a_sweep_of_trainings_over_several_processes_is_refused(forks: Server, t
 
 @settings(deadline=None)
 @given(st.dictionaries(st.text("abz._/", min_size=1, max_size=30), st.text(max_size=90), min_size=1, max_size=4))
-def test_a_folders_name_is_safe_short_and_its_own(values: dict[str, str]) -> None:
-    """Letters, digits and ._+- in at most 120 characters, not hidden; another value is another name; order is none."""
+def test_the_name_of_a_jobs_folder_is_safe_short_and_unique(values: dict[str, str]) -> None:
+    """At most 120 letters, digits and ._+-, not hidden; other values give another name, in any order of keys."""
     name = folder_name(values)
     assert re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9._+-]{0,119}", name)
     assert folder_name(dict(reversed(values.items()))) == name

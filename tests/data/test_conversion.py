@@ -1,4 +1,4 @@
-"""Laws of what is taken for a subject: whatever holds a volume is predicted as the Subject that it stands for."""
+"""Tests which objects count as a subject: paths, arrays, tensors, dictionaries, and objects of MONAI and TorchIO."""
 
 import subprocess
 import sys
@@ -71,7 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def predicted(subject: Any, network: Callable[[Tensor], Tensor] = lambda x: x.sin(), **options: Any) -> np.ndarray:
-    """Of a network that one affine and another, one order of axes and another, make different."""
+    """Predict with a network and a model space for which the affine and the order of axes matter."""
     model_space = Preprocess(spacing=1.7)
     options = {"stitch": Stitch("hann", ["logits"])} | options
     (found,) = predict_volume(network, subject, 6, 2, preprocess=model_space, **options).values()
@@ -86,22 +86,22 @@ def only_tensors(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("kind", IDENTITY)
 def test_voxels_alone_are_predicted_with_the_identity_as_affine(kind: str) -> None:
-    """As the Subject of one image whose affine says so; the network never sees another class of tensors."""
+    """Equal to a Subject with that affine; the network gets plain tensors only."""
     found = predicted(IDENTITY[kind](), only_tensors)
     np.testing.assert_array_equal(found, predicted(Subject(t1=ScalarImage(tensor=VOXELS, affine=np.eye(4)))))
 
 
 @pytest.mark.parametrize("kind", OF_AFFINE)
-def test_whatever_knows_its_affine_is_predicted_with_it(kind: str, folder: Path) -> None:
-    """Labels beside the images are not channels; another affine would give other voxels."""
+def test_an_object_with_an_affine_is_predicted_with_that_affine(kind: str, folder: Path) -> None:
+    """Label maps beside the images are not channels; the identity would give other voxels."""
     found = predicted(OF_AFFINE[kind](folder), only_tensors)
     wanted = predicted(Subject(t1=ScalarImage(tensor=VOXELS, affine=OBLIQUE)))
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)  # a file's affine is float32
     assert np.abs(wanted - predicted(VOXELS)).max() > 0.1
 
 
-def test_labels_stay_labels_and_values_stay_values() -> None:
-    """Of TorchIO's subject, names, kinds, voxels, affines and all else; of a subject of labels alone, they are fed."""
+def test_conversion_keeps_the_kinds_names_and_values_of_torchios_subject() -> None:
+    """Voxels and affines too. A subject with label maps alone feeds them to the network."""
     theirs = tio.Subject(
         t1=tio.ScalarImage(tensor=VOXELS, affine=OBLIQUE), seg=tio.LabelMap(tensor=SEGMENTATION, affine=OBLIQUE), age=42
     )
@@ -115,8 +115,8 @@ def test_labels_stay_labels_and_values_stay_values() -> None:
     np.testing.assert_array_equal(made["logits"], SEGMENTATION.numpy())
 
 
-def test_a_sampler_takes_torchios_subject_and_gives_its_patches() -> None:
-    """Padding, places, voxels, affines and values; with labels in their own type."""
+def test_a_sampler_cuts_torchios_subject_into_the_patches_of_torchio() -> None:
+    """Same padding, locations, voxels, affines and values, and labels in their own type."""
     theirs = tio.Subject(
         t1=tio.ScalarImage(tensor=VOXELS, affine=OBLIQUE), seg=tio.LabelMap(tensor=SEGMENTATION, affine=OBLIQUE), age=42
     )
@@ -131,8 +131,8 @@ def test_a_sampler_takes_torchios_subject_and_gives_its_patches() -> None:
                 np.testing.assert_allclose(one[name]["affine"], other[name]["affine"], rtol=0, atol=1e-9)
 
 
-def test_a_mask_is_whatever_holds_one() -> None:
-    """The same patches are skipped, whether it comes as a label map, a tensor, or TorchIO's."""
+def test_a_mask_may_be_any_object_that_holds_one_image() -> None:
+    """The same patches are skipped for a label map, a tensor, an array, and TorchIO's label map."""
     mask = torch.zeros(1, 9, 8, 7).byte()
     mask[:, :3, :3, :3] = 1
     kinds = [LabelMap(mask), mask, mask.numpy(), MetaTensor(mask), tio.LabelMap(tensor=mask), ScalarImage(mask)]
@@ -146,8 +146,8 @@ def test_a_mask_is_whatever_holds_one() -> None:
 
 
 @pytest.mark.parametrize("mode", ["crop", "average", "hann", "gaussian"])
-def test_a_blend_may_be_named_alone(mode: str) -> None:
-    """As the Stitch of that name; a slip gets the nearest."""
+def test_a_blend_name_stands_for_a_stitch_with_that_blend(mode: str) -> None:
+    """A misspelling is answered with the nearest name."""
     network = lambda x: torch.cat([x, 100 - x], 1)  # noqa: E731
     made, wanted = (predict_volume(network, VOXELS, 6, 2, stitch=stitch) for stitch in (mode, Stitch(mode)))
     np.testing.assert_array_equal(made["labels"], wanted["labels"])
@@ -170,8 +170,8 @@ def test_a_blend_may_be_named_alone(mode: str) -> None:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_is_no_volume_is_one_input_error(volume: Any, said: str) -> None:
-    """In predict_volume and in a sampler: what is wanted and what came."""
+def test_an_object_that_is_not_a_volume_is_one_input_error(volume: Any, said: str) -> None:
+    """From predict_volume and from a sampler: what is wanted and what came."""
     with pytest.raises(InputError, match=said):
         _ = bare(to_subject)(volume).frame
     if isinstance(volume, (torch.Tensor, dict, str)):  # others are refused by the annotations that tests check
@@ -180,8 +180,8 @@ def test_what_is_no_volume_is_one_input_error(volume: Any, said: str) -> None:
                 use()
 
 
-def test_tensors_need_neither_monai_nor_torchio() -> None:
-    """Both stay unimported; their classes are known by what they have."""
+def test_predicting_a_tensor_imports_neither_monai_nor_torchio() -> None:
+    """Their classes are recognised by their attributes."""
     program = (
         "import sys, torch, voxquilt; voxquilt.predict_volume(lambda x: x, torch.rand(1, 6, 6, 6), 4, 2); "
         "print({'monai', 'torchio'} & {name.split('.')[0] for name in sys.modules})"

@@ -1,4 +1,4 @@
-"""Laws of discovery: what a path, a pattern or a table names is found whole, in order, and under one id each."""
+"""Tests discovery: paths, patterns and tables give complete subjects, in order, each under one id."""
 
 import os
 import re
@@ -24,12 +24,12 @@ def touch(*names: str) -> None:
 
 
 def found(inputs: object, images: dict[str, str] | None = None) -> dict[str, dict[str, str]]:
-    """Paths by image name by subject, in order."""
+    """Paths by subject and image name, in order."""
     return {case.subject: {n: str(p) for n, p in case.images.items()} for case in find_cases(inputs, images)}
 
 
 def test_a_file_is_one_subject_named_after_it() -> None:
-    """The id is the file's name without .nii.gz, whatever the case of the extension and the dots before."""
+    """The id is the file's name without .nii.gz, in any case and with any dots before it."""
     touch("scans/sub.01.NII.GZ")
     assert found("scans/sub.01.NII.GZ") == {"sub.01": {"image": "scans/sub.01.NII.GZ"}}
     assert find_cases(Path("scans/sub.01.NII.GZ")) == [SubjectFiles("sub.01", {"image": Path("scans/sub.01.NII.GZ")})]
@@ -37,21 +37,21 @@ def test_a_file_is_one_subject_named_after_it() -> None:
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".hdr", ".img", ".hdr.gz", ".img.gz"])
 def test_every_nifti_extension_is_known(suffix: str) -> None:
-    """A folder with one file of each kind gives a subject."""
+    """A folder with one file of each kind."""
     touch(f"scans/a{suffix}")
     assert list(found("scans")) == ["a"]
     assert stem(f"deep/er/a{suffix}") == "a"
 
 
 def test_a_folder_gives_its_images_in_the_order_of_their_ids() -> None:
-    """Hidden and temporary files, other files and subfolders are left alone, even one that is called like an image."""
+    """Other files, hidden and temporary ones, and subfolders are ignored, even one with the name of an image."""
     touch("s/b.nii", "s/a.nii.gz", "s/10.nii", "s/9.nii", "s/.b.nii.gz.123.tmp", "s/.hidden.nii", "s/notes.txt")
     touch("s/deeper/c.nii", "s/folder.nii/d.nii", "s/a.json", "s/nii")
     assert list(found("s")) == ["10", "9", "a", "b"]
 
 
-def test_a_pattern_gives_what_it_matches() -> None:
-    """* stays in a folder, ** goes into all, a class is a class; folders and other files are left out."""
+def test_a_pattern_gives_the_files_that_it_matches() -> None:
+    """* stays in a folder, ** descends into all, [...] is a class; folders and files of other kinds are left out."""
     touch("s/a.nii.gz", "s/b.nii.gz", "s/b.txt", "s/x/c.nii.gz", "s/x/y/d.nii.gz")
     Path("s/e.nii.gz").mkdir()
     assert list(found("s/*.nii.gz")) == ["a", "b"]
@@ -61,23 +61,23 @@ def test_a_pattern_gives_what_it_matches() -> None:
     assert list(found("s/?/*.nii.gz")) == ["c"]
 
 
-def test_a_path_with_magic_characters_is_a_path_if_it_is_there() -> None:
-    """A folder that is called [1] is that folder, not the pattern of one digit."""
+def test_an_existing_path_with_magic_characters_is_not_a_pattern() -> None:
+    """A folder called [1] is that folder, not the pattern for one digit."""
     touch("[1]/a.nii", "1/b.nii")
     assert list(found("[1]")) == ["a"]
     assert list(found("[1]/a.nii")) == ["a"]
 
 
 def test_a_list_gives_the_subjects_of_all_its_entries() -> None:
-    """Files, folders, patterns and tables may be mixed; ids are sorted over all."""
+    """Files, folders, patterns and tables may be mixed; all ids are sorted together."""
     touch("z.nii", "folder/y.nii", "glob/x1.nii", "glob/x2.nii", "t/w.nii")
     Path("t/table.csv").write_text("image\nw.nii\n")
     assert list(found(["z.nii", "folder", "glob/x*", "t/table.csv"])) == ["w", "x1", "x2", "y", "z"]
     assert list(found(("z.nii",))) == ["z"]
 
 
-def test_ids_stay_the_strings_that_they_are() -> None:
-    """001 is not 1, 10_1 not 101, 1e3 not 1000; neither from files, tables nor patterns."""
+def test_ids_are_never_read_as_numbers() -> None:
+    """001 does not become 1, 10_1 not 101, 1e3 not 1000; from files, tables and patterns."""
     ids = ["001", "10_1", "1e3", "1_000", "no", "null"]
     touch(*[f"s/{name}.nii" for name in ids], *[f"p/{name}/t1.nii" for name in ids])
     Path("t.csv").write_text("subject,image\n" + "".join(f"{name},s/{name}.nii\n" for name in ids))
@@ -86,14 +86,14 @@ def test_ids_stay_the_strings_that_they_are() -> None:
 
 
 def test_unicode_and_spaces_are_kept() -> None:
-    """Folders, files, ids and patterns may hold any of them."""
+    """In folders, files, ids and patterns."""
     touch("méd images/Zoë ß 脳.nii.gz")
     assert found("méd images") == {"Zoë ß 脳": {"image": "méd images/Zoë ß 脳.nii.gz"}}
     assert found("méd images", {"t1": "{subject} 脳.nii.gz"}) == {"Zoë ß": {"t1": "méd images/Zoë ß 脳.nii.gz"}}
 
 
-def test_a_header_and_its_voxels_are_one_subject() -> None:
-    """a.hdr and a.img are one volume; b.img alone is listed, and its reader will say what is missing."""
+def test_a_header_file_and_its_voxel_file_are_one_subject() -> None:
+    """a.hdr and a.img are one volume; b.img alone is listed, and its reader names the missing file."""
     touch("s/a.hdr", "s/a.img", "s/b.img", "s/c.hdr.gz", "s/c.img.gz")
     expected = {"a": {"image": "s/a.hdr"}, "b": {"image": "s/b.img"}, "c": {"image": "s/c.hdr.gz"}}
     assert found("s") == expected == found("s/*")
@@ -101,7 +101,7 @@ def test_a_header_and_its_voxels_are_one_subject() -> None:
 
 
 def test_the_home_folder_may_be_written_as_a_tilde(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """~ reaches voxquilt where the shell does not replace it; ~name that is no user's is a name."""
+    """Where the shell does not expand ~; ~name without such a user is an ordinary name."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     touch("home/a.nii", "home/p/b/t1.nii", "~nobody-here/c.nii")
     Path("t.csv").write_text("image\n~/a.nii\n")
@@ -114,15 +114,15 @@ def test_the_home_folder_may_be_written_as_a_tilde(monkeypatch: pytest.MonkeyPat
 # Tables
 
 
-def test_paths_in_a_table_start_from_the_table() -> None:
-    """Relative paths are meant from the table's folder, absolute ones are taken as they are; nothing has to exist."""
+def test_relative_paths_in_a_table_start_at_its_folder() -> None:
+    """Absolute ones are unchanged; no file has to exist."""
     Path("t").mkdir()
     Path("t/table.csv").write_text("subject,t1,flair\ns1,../x/t1.nii, /abs/flair.nii\n")
     assert found("t/table.csv") == {"s1": {"t1": "t/../x/t1.nii", "flair": "/abs/flair.nii"}}
 
 
 def test_a_tables_columns_are_images_in_their_order() -> None:
-    """The column `subject` may stand anywhere; the others are the network's channels, in the table's order."""
+    """The column `subject` may be anywhere; the others are the network's input channels in this order."""
     Path("t.csv").write_text("zz,subject,aa\n1.nii,id,2.nii\n")
     (case,) = find_cases("t.csv")
     assert case == SubjectFiles("id", {"zz": Path("1.nii"), "aa": Path("2.nii")})
@@ -136,7 +136,7 @@ def test_without_ids_a_tables_subjects_are_named_after_their_first_image() -> No
 
 
 def test_a_table_from_a_spreadsheet_is_read() -> None:
-    """A byte order mark, Windows line ends, blank lines, quotes and spaces around cells do not matter."""
+    """With a byte order mark, Windows line ends, blank lines, quotes, and spaces around cells."""
     text = '\ufeffsubject , image\r\n\r\n" s1 ", "my, file.nii"\r\n   001,b.nii  \r\n'
     Path("t.CSV").write_bytes(text.encode())
     assert found("t.CSV") == {"001": {"image": "b.nii"}, "s1": {"image": "my, file.nii"}}
@@ -155,15 +155,15 @@ def test_a_table_from_a_spreadsheet_is_read() -> None:
         ("t1,t1\n1.nii,2.nii\n", "a column per image"),
     ],
 )
-def test_a_cell_that_is_missing_is_an_error_with_its_line(text: str, message: str) -> None:
-    """No subject is dropped for a hole in a table, and the line is the one that an editor shows."""
+def test_a_missing_cell_is_an_error_that_names_the_line(text: str, message: str) -> None:
+    """No subject is dropped silently, and the line number is the one that an editor shows."""
     Path("t.csv").write_text(text)
     with pytest.raises(ConfigError, match=message):
         find_cases("t.csv")
 
 
-def test_a_table_that_is_not_text_is_an_error() -> None:
-    """Latin-1 is refused, since names would be wrong."""
+def test_a_table_that_is_not_utf_8_is_an_error() -> None:
+    """Latin-1 would give wrong names."""
     Path("t.csv").write_bytes("image\nZoë.nii\n".encode("latin-1"))
     with pytest.raises(ConfigError, match=r"t\.csv is not a \.csv in UTF-8"):
         find_cases("t.csv")
@@ -173,7 +173,7 @@ def test_a_table_that_is_not_text_is_an_error() -> None:
 
 
 def test_patterns_collect_the_images_of_a_subject() -> None:
-    """Images keep the order of the configuration; what is not called like the pattern is left alone."""
+    """Images keep the configured order; files that do not match are ignored."""
     touch("raw/s1/t1.nii", "raw/s1/fl.nii", "raw/s2/t1.nii", "raw/s2/fl.nii", "raw/readme", "raw/s3/other.nii")
     got = found("raw", {"flair": "{subject}/fl.nii", "t1": "{subject}/t1.nii"})
     assert got == {s: {"flair": f"raw/{s}/fl.nii", "t1": f"raw/{s}/t1.nii"} for s in ("s1", "s2")}
@@ -182,34 +182,34 @@ def test_patterns_collect_the_images_of_a_subject() -> None:
     assert list(found(None, {"t1": "raw/../raw/./{subject}/t1.nii"})) == ["s1", "s2"]
 
 
-def test_a_subject_that_stands_twice_in_a_pattern_is_the_same() -> None:
-    """sub-a/sub-a_t1 matches, sub-a/sub-b_t1 does not; the shortest fit counts where several are possible."""
+def test_a_repeated_subject_placeholder_matches_the_same_id() -> None:
+    """sub-a/sub-a_t1 matches, sub-a/sub-b_t1 does not; of several possible ids the shortest is taken."""
     touch("sub-a/sub-a_t1.nii", "sub-c/sub-d_t1.nii", "xx.nii", "xyxy.nii", "xyx.nii")
     assert found(None, {"t1": "sub-{subject}/sub-{subject}_t1.nii"}) == {"a": {"t1": "sub-a/sub-a_t1.nii"}}
     assert list(found(None, {"t1": "{subject}{subject}.nii"})) == ["x", "xy"]
 
 
-def test_a_subject_that_lacks_an_image_is_still_there() -> None:
-    """It is found by its other images, and its reader will name the missing file."""
+def test_a_subject_that_lacks_an_image_is_still_listed() -> None:
+    """It is found by its other images, and its reader names the missing file."""
     touch("a/t1.nii", "b/t2.nii", "c/t1.nii", "c/t2.nii")
     got = found(None, {"t1": "{subject}/t1.nii", "t2": "{subject}/t2.nii"})
     assert list(got) == ["a", "b", "c"]
     assert got["a"] == {"t1": "a/t1.nii", "t2": "a/t2.nii"}
 
 
-def test_magic_characters_in_patterns_are_plain() -> None:
-    """Only {subject} varies; brackets and stars of a folder's name mean themselves, dots no other character."""
+def test_only_the_subject_placeholder_varies_in_a_subject_pattern() -> None:
+    """Brackets and stars in folder names are literal, and so are dots."""
     touch("[x]*/a_t1.nii", "x1/b_t1.nii", "[x]*/c_t1xnii")
     assert list(found("[x]*", {"t1": "{subject}_t1.nii"})) == ["a"]
 
 
-def test_a_subject_is_one_folder_or_part_of_a_name() -> None:
-    """{subject} does not reach over a slash, and hidden folders are no subjects."""
+def test_a_subject_placeholder_does_not_match_a_slash() -> None:
+    """It is one folder or a part of a name; hidden folders are not subjects."""
     touch("a/x/t1.nii", "b/t1.nii", ".c/t1.nii")
     assert list(found(None, {"t1": "{subject}/t1.nii"})) == ["b"]
 
 
-# What is wrong
+# Errors
 
 
 def test_two_subjects_with_one_id_are_refused_and_both_files_named() -> None:
@@ -226,8 +226,8 @@ def test_two_subjects_with_one_id_are_refused_and_both_files_named() -> None:
 
 
 @pytest.mark.parametrize("name", ["a/b", "../a", "/a", "a;b"])
-def test_ids_that_are_no_names_of_files_are_refused(name: str) -> None:
-    """A table's ids become names of files, not paths; and a manifest has semicolons between names."""
+def test_ids_that_cannot_be_file_names_are_refused(name: str) -> None:
+    """Ids become file names, not paths, and a manifest separates names by semicolons."""
     Path("t.csv").write_text(f"subject,image\n{name},1.nii\n")
     with pytest.raises(ConfigError, match=f"'{name}' cannot be an id"):
         find_cases("t.csv")
@@ -246,8 +246,8 @@ def test_ids_that_are_no_names_of_files_are_refused(name: str) -> None:
         (["empty/..", "nowhere"], "no image file"),
     ],
 )
-def test_nothing_found_is_an_error_that_says_where_it_looked(inputs: object, message: str, here: Path) -> None:
-    """Every entry must name something, also in a list with good ones."""
+def test_an_entry_without_files_is_an_error_that_says_where_it_looked(inputs: object, message: str, here: Path) -> None:
+    """Every entry must match, also in a list whose other entries do."""
     touch("empty/notes.txt")
     with pytest.raises(ConfigError, match=message) as caught:
         find_cases(inputs)
@@ -255,7 +255,7 @@ def test_nothing_found_is_an_error_that_says_where_it_looked(inputs: object, mes
 
 
 @pytest.mark.parametrize("entry", [1000.0, 8, True, {"a": "b"}])
-def test_an_entry_that_is_no_string_is_refused(entry: object) -> None:
+def test_an_entry_that_is_not_a_string_is_refused(entry: object) -> None:
     """Hydra reads 1e3 as a number; the message shows how to quote it."""
     for inputs in ([entry], entry if not isinstance(entry, dict) else [entry]):
         with pytest.raises(ConfigError, match=r"is \w+, not a path; quote it"):
@@ -275,8 +275,8 @@ def test_an_entry_that_is_no_string_is_refused(entry: object) -> None:
         (7, {"t1": "{subject}/t1.nii"}, "data.inputs must be the folder that they lie in"),
     ],
 )
-def test_patterns_that_cannot_work_are_refused(inputs: object, images: object, message: str) -> None:
-    """Patterns need {subject}, a folder to start from, and a match."""
+def test_invalid_subject_patterns_are_refused(inputs: object, images: object, message: str) -> None:
+    """A pattern needs {subject}, a folder to start from, and a match."""
     touch("a.nii")
     with pytest.raises(ConfigError, match=message):
         find_cases(inputs, images)
@@ -286,8 +286,10 @@ def test_patterns_that_cannot_work_are_refused(inputs: object, images: object, m
     ("typed", "wanted"),
     [("scasn", "scans"), ("scans/hed1.nii.gz", "scans/head1.nii.gz"), ("scnas/head1.nii.gz", "scans"), ("x/y/z", None)],
 )
-def test_a_path_that_is_nearly_there_is_asked_for(tmp_path: Path, typed: str, wanted: str | None) -> None:
-    """The nearest name where the path first goes wrong; nothing where nothing is near."""
+def test_a_misspelt_path_is_answered_with_the_nearest_existing_one(
+    tmp_path: Path, typed: str, wanted: str | None
+) -> None:
+    """At the first part of the path that does not exist; nothing is suggested if no name is close."""
     (tmp_path / "scans").mkdir()
     (tmp_path / "scans/head1.nii.gz").touch()
     with pytest.raises(ConfigError) as error:
@@ -295,7 +297,7 @@ def test_a_path_that_is_nearly_there_is_asked_for(tmp_path: Path, typed: str, wa
     assert str(error.value).endswith(f"Did you mean {tmp_path / wanted}?" if wanted else ").")
 
 
-# What lies in the output folder
+# Files in the output folder
 
 
 def ids(inputs: object, output_dir: str, images: dict[str, str] | None = None) -> list[str]:
@@ -303,10 +305,10 @@ def ids(inputs: object, output_dir: str, images: dict[str, str] | None = None) -
 
 
 @pytest.mark.parametrize("output", ["in/out", "in/../in/./out/", "linked", "absolute", "~/in/out"])
-def test_what_lies_in_the_output_folder_is_never_found(
+def test_files_in_the_output_folder_are_never_inputs(
     output: str, here: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """By folder, pattern and {subject}, whatever the way to it, links too; what is left out is said."""
+    """By folder, pattern and {subject}, also through links; a log message names the files left out."""
     touch("in/a.nii.gz", "in/b/t1.nii.gz", "in/out/a_labels.nii.gz", "in/out/t1.nii.gz", "in/out/deeper/c.nii.gz")
     Path("in/link.nii.gz").symlink_to("out/a_labels.nii.gz")
     Path("linked").symlink_to("in/out")
@@ -322,8 +324,8 @@ def test_what_lies_in_the_output_folder_is_never_found(
     )
 
 
-def test_an_output_folder_may_hold_the_folder_of_the_inputs() -> None:
-    """What lies in that one is not written by a run; what lies beside it may be."""
+def test_an_output_folder_may_contain_the_input_folder() -> None:
+    """A run writes beside the input folder, never into it."""
     touch("work/in/a.nii.gz", "work/in/b/c.nii.gz", "work/a_labels.nii.gz")
     assert ids("work/in", "work") == ["a"]
     assert ids("work/in/**/*.nii.gz", "work") == ["a", "c"]
@@ -332,8 +334,8 @@ def test_an_output_folder_may_hold_the_folder_of_the_inputs() -> None:
     assert ids("work/in", ".") == ["a"]
 
 
-def test_a_file_of_the_output_folder_that_is_named_is_refused() -> None:
-    """It is not left out in silence: by path, by list, in a table, by pattern, or by the folder itself."""
+def test_an_input_named_inside_the_output_folder_is_refused() -> None:
+    """It is not left out silently: by path, list, table or pattern, or if the folder itself is named."""
     touch("in/a.nii.gz", "out/a_labels.nii.gz")
     Path("in/link.nii.gz").symlink_to("../out/a_labels.nii.gz")
     Path("t.csv").write_text("subject,t1,prior\na,in/a.nii.gz,out/a_labels.nii.gz\n")
@@ -350,8 +352,8 @@ def test_a_file_of_the_output_folder_that_is_named_is_refused() -> None:
         find_cases(None, {"t1": "in/{subject}.nii.gz", "prior": "out/{subject}_labels.nii.gz"}, output_dir="out")
 
 
-def test_two_stars_do_not_go_into_folders_that_runs_have_written_to(caplog: pytest.LogCaptureFixture) -> None:
-    """Another run's outputs below the inputs; who names its folder means them."""
+def test_two_stars_skip_the_output_folders_of_other_runs(caplog: pytest.LogCaptureFixture) -> None:
+    """Outputs of other runs below the inputs are used only if their folder is named."""
     touch("in/a.nii.gz", "in/run1/a_labels.nii.gz", "in/run1/manifest.csv", "in/run1/run.json")
     touch("in/shards/a_image.nii.gz", "in/shards/manifest_0_of_2.csv", "in/shards/run_0_of_2.json")
     touch("in/derived/b_labels.nii.gz")
@@ -362,18 +364,18 @@ def test_two_stars_do_not_go_into_folders_that_runs_have_written_to(caplog: pyte
         find_cases("in/run1/**/*.nii.gz")
 
 
-def test_a_link_to_a_folder_above_gives_no_file_twice() -> None:
-    """`**` follows it; the same file by many paths is one subject."""
+def test_a_link_to_a_parent_folder_does_not_duplicate_subjects() -> None:
+    """`**` follows the link; one file reached by several paths is one subject."""
     touch("in/a.nii.gz", "in/s/b.nii.gz")
     Path("in/s/up").symlink_to("..")
     assert ids("in/**/*.nii.gz", "out") == ["a", "b"]
 
 
-# Files that are odd
+# Unusual files
 
 
-def test_a_link_that_leads_nowhere_is_a_subject() -> None:
-    """It fails by itself when it is read; so does a pipe. Neither is left out in silence, however it is found."""
+def test_a_broken_link_is_a_subject_that_fails() -> None:
+    """It fails when it is read, as does a pipe. Neither is left out silently, by whichever way it is found."""
     touch("s/a.nii.gz")
     Path("s/dangling.nii.gz").symlink_to("annex/key")
     Path("s/loop.nii.gz").symlink_to("loop.nii.gz")
@@ -387,7 +389,7 @@ def test_a_link_that_leads_nowhere_is_a_subject() -> None:
 
 
 def test_a_name_that_is_not_utf_8_is_kept() -> None:
-    """The bytes that the operating system has."""
+    """With the bytes that the operating system has."""
     Path("s").mkdir()
     with open(b"s/latin\xfc.nii.gz", "wb"):
         pass
@@ -413,8 +415,8 @@ def test_a_name_that_is_not_utf_8_is_kept() -> None:
         ([], None),
     ],
 )
-def test_a_folder_without_nifti_says_what_it_has(names: list[str], said: str | None) -> None:
-    """How many files of which kind and how to convert them, or how to name what is deeper; never what was typed."""
+def test_a_folder_without_nifti_is_an_error_that_counts_its_files(names: list[str], said: str | None) -> None:
+    """By kind, with how to convert them or reach deeper folders; it never suggests what was typed."""
     touch("in/.keep", "inn/a.nii.gz", *[f"in/{name}" for name in names])
     with pytest.raises(ConfigError, match="the folder in has no image file") as error:
         find_cases("in")
@@ -427,7 +429,7 @@ def test_a_folder_without_nifti_says_what_it_has(names: list[str], said: str | N
         assert len(find_cases(typed[1], images)) == len(names)
 
 
-def test_dicom_without_an_extension_is_told_by_what_is_in_it() -> None:
+def test_dicom_without_an_extension_is_recognised_by_its_content() -> None:
     """As scanners write it."""
     for n in range(3):
         touch(f"in/IM{n}")
@@ -438,8 +440,8 @@ def test_dicom_without_an_extension_is_told_by_what_is_in_it() -> None:
 
 
 @pytest.mark.parametrize("pattern", ["in/*.nii", "in/*.nii.gz", "in/**/*.nii", "in/x*"])
-def test_a_pattern_without_nifti_says_what_is_there(pattern: str) -> None:
-    """What its folder has, which the pattern does not match."""
+def test_a_pattern_without_nifti_is_an_error_that_lists_what_is_there(pattern: str) -> None:
+    """The files in its folder that the pattern does not match."""
     touch("in/1.dcm", "in/2.dcm")
     with pytest.raises(ConfigError, match=r"no image file matches in.* in has 2 \.dcm \(DICOM: dcm2niix"):
         find_cases(pattern)
@@ -451,8 +453,8 @@ def test_a_pattern_without_nifti_says_what_is_there(pattern: str) -> None:
             find_cases(pattern)
 
 
-def test_what_a_mixed_folder_leaves_out_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    """One line, though inputs are looked for several times; other files than images are no news."""
+def test_images_of_other_formats_left_out_are_reported_once(caplog: pytest.LogCaptureFixture) -> None:
+    """In one line, though discovery runs several times; files that are not images are not mentioned."""
     touch("mixed/a.nii.gz", "mixed/a.json", "mixed/a.bval", "mixed/b.nrrd", "mixed/c.nrrd", "mixed/d.dcm")
     for _ in range(3):
         assert list(found("mixed")) == ["a"]

@@ -1,4 +1,4 @@
-"""Laws of file formats: a package adds one by a file and a line, and gets what NIfTI gets."""
+"""Tests file formats: a package adds one by one file and one line, and it works like NIfTI."""
 
 import os
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from packages import install_documented
 from synthetic import ROOT, noise, read, run, save
 from torch import Tensor
 
@@ -25,22 +26,12 @@ AFFINE = np.array([[-2.0, 0, 0, 5], [0, 1.5, 0, -7], [0, 0, 1, 3], [0, 0, 0, 1]]
 
 @pytest.fixture
 def installed(tmp_path: Path) -> Path:
-    """A folder of installed packages with the one of docs/extending.md."""
-    text = (ROOT / "docs/extending.md").read_text("utf-8")
-    module = re.search(r"```python file=npz_format\.py\n(.*?)```", text, re.DOTALL)
-    entry_points = re.search(r'```text\n\[project\.entry-points\."(voxquilt\.formats)"\]\n(.*?)```', text, re.DOTALL)
-    assert module
-    assert entry_points
-    info = tmp_path / "site/npz_format-1.0.dist-info"
-    info.mkdir(parents=True)
-    (tmp_path / "site/npz_format.py").write_text(module[1])
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: npz-format\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[{entry_points[1]}]\n{entry_points[2].replace(chr(34), '')}")
-    return tmp_path / "site"
+    """A folder of installed packages with the one from docs/extending.md."""
+    return install_documented("npz_format.py", tmp_path / "site")
 
 
 def test_a_package_adds_a_file_format_by_one_file_and_one_line(installed: Path, tmp_path: Path) -> None:
-    """The real command reads its files beside NIfTI; labels are those of the same voxels in NIfTI, on the same grid."""
+    """The real command reads its files beside NIfTI; labels and grid equal those of the same voxels as NIfTI."""
     volume = noise(SHAPE)
     save(tmp_path / "in/nifti.nii.gz", volume, AFFINE)
     np.savez(tmp_path / "in/own.npz", voxels=volume, affine=AFFINE)
@@ -68,8 +59,8 @@ def test_a_package_adds_a_file_format_by_one_file_and_one_line(installed: Path, 
     assert own.frame.shape == nifti.frame.shape == SHAPE
 
 
-def test_without_the_package_its_files_are_left_out_and_named(tmp_path: Path) -> None:
-    """As files of a format that nobody reads."""
+def test_without_the_package_its_files_are_reported_as_left_out(tmp_path: Path) -> None:
+    """As files in a format that cannot be read."""
     np.savez(tmp_path / "own.npz", voxels=noise(SHAPE), affine=AFFINE)
     done = run("predict.py", f"data.inputs={tmp_path}", *OVER_50, cwd=tmp_path)
     assert done.returncode == 2
@@ -79,8 +70,8 @@ def test_without_the_package_its_files_are_left_out_and_named(tmp_path: Path) ->
         open_image(tmp_path / "own.npz")
 
 
-def test_every_suffix_of_nifti_has_an_entry_and_leaves_the_id() -> None:
-    """Whatever its case; a name without a suffix is read as NIfTI, whose contents tell."""
+def test_every_suffix_of_nifti_is_registered_and_removed_from_the_id() -> None:
+    """In upper and lower case; a name without a suffix is read as NIfTI, whose content decides."""
     assert set(NIFTI_SUFFIXES) <= set(FORMATS)
     for suffix in suffixes():
         assert stem(f"deep/er/A.b{suffix.upper()}") == "A.b"
@@ -90,7 +81,7 @@ def test_every_suffix_of_nifti_has_an_entry_and_leaves_the_id() -> None:
 
 
 class Memory:
-    """A format that reads what it is given."""
+    """A format whose reader returns the given image."""
 
     def __init__(self, header: object, voxels: object = None) -> None:
         self.header, self.voxels = header, voxels
@@ -103,7 +94,7 @@ class Memory:
 
 
 def image_of(path: Path, monkeypatch: pytest.MonkeyPatch, header: object, voxels: object = None) -> Path:
-    """A file that is read as this."""
+    """A file that reads as the given image."""
     path.write_bytes(b"something")
 
     class Formats:
@@ -124,10 +115,10 @@ def image_of(path: Path, monkeypatch: pytest.MonkeyPatch, header: object, voxels
         (torch.arange(24).reshape(2, 3, 4), torch.int64),
     ],
 )
-def test_voxels_of_any_type_and_layout_are_read_as_they_are(
+def test_voxels_of_any_type_and_memory_layout_are_read_unchanged(
     voxels: np.ndarray | Tensor, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the file's type or a wider one, with the values of the array and its affine; a header may be a plain tuple."""
+    """In the file's type or a wider one, with the array's values and affine; the header may be a plain tuple."""
     path = image_of(tmp_path / "a.x", monkeypatch, (voxels.shape, AFFINE), voxels)
     image = ScalarImage(path)
     assert image.shape == (1, 2, 3, 4)
@@ -151,7 +142,7 @@ def test_voxels_of_any_type_and_layout_are_read_as_they_are(
         (((2, 3, 4), AFFINE), None, "its voxels are object"),
     ],
 )
-def test_what_a_format_reads_wrongly_is_an_error_that_names_the_file(
+def test_an_invalid_result_of_a_format_is_an_error_that_names_the_file(
     header: object, voxels: object, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One InputError, whatever is wrong."""

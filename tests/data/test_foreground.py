@@ -1,4 +1,4 @@
-"""Laws of skipping: a patch without foreground is not predicted, counts as background, and never gives NaN."""
+"""Tests skipping: a patch without foreground is not predicted, counts as background, and never gives NaN."""
 
 import numpy as np
 import pytest
@@ -21,12 +21,12 @@ from voxquilt.stitching.blend import to_blend
 from voxquilt.stitching.blend_registry import BLENDS
 from voxquilt.stitching.stitch import Stitch
 
-# Per axis: patch size, overlap as a share of what there can be, voxels beside the first patch.
+# Per axis: patch size, overlap as a share of the largest possible, voxels beside the first patch.
 AXES = st.tuples(st.integers(1, 7), st.integers(0, 3), st.integers(0, 12))
 
 
 def renormalised(grid: Grid, patches: Tensor, skipped: set[int], mode: str, fill: list[float]) -> Tensor:
-    """The plain way: weighted sums over the patches that come, divided by their weights; else the fill."""
+    """A reference: weighted sums over the patches added, divided by their weights; the fill where there are none."""
     i, j, k = (to_blend(mode).axis_weights(grid, axis) for axis in range(3))
     total = torch.zeros(patches.shape[1], *grid.shape, dtype=torch.float64)
     cover = torch.zeros(grid.shape, dtype=torch.float64)
@@ -49,7 +49,7 @@ def renormalised(grid: Grid, patches: Tensor, skipped: set[int], mode: str, fill
     st.booleans(),
     st.integers(0, 999),
 )
-def test_what_is_left_is_averaged_alone_and_holes_hold_the_fill(
+def test_skipped_patches_have_no_weight_and_holes_hold_the_fill(
     axes: tuple[tuple[int, int, int], ...],
     mode: str,
     axis: int,
@@ -59,7 +59,7 @@ def test_what_is_left_is_averaged_alone_and_holes_hold_the_fill(
     streams: bool,
     seed: int,
 ) -> None:
-    """Equal to the plain way for every blend, axis, order and choice of patches, all and none included."""
+    """Equal to the reference for every blend, axis, order and choice of patches, all and none included."""
     grid, rng = to_grid(axes), np.random.default_rng(seed)
     patches = torch.from_numpy(rng.normal(5, 1, size=(len(grid), 2, *grid.patch_size))).to(dtype)
     skipped = {n for n in range(len(grid)) if rng.random() < share}
@@ -86,8 +86,8 @@ def test_what_is_left_is_averaged_alone_and_holes_hold_the_fill(
         torch.testing.assert_close(found, expected, rtol=2e-6, atol=0)
 
 
-def test_a_skipped_patch_that_comes_is_an_error() -> None:
-    """It is not a repeated one: the message says so. The others are still wanted."""
+def test_adding_a_skipped_patch_is_an_error() -> None:
+    """The message does not call it repeated; the other patches are still required."""
     grid = make_grid((8, 4, 4), 4)
     aggregator = GridAggregator(Placed(grid), skipped=[1])
     with pytest.raises(LedgerError, match=r"patch that is skipped came: \(4, 0, 0, 8, 4, 4\)"):
@@ -96,8 +96,8 @@ def test_a_skipped_patch_that_comes_is_an_error() -> None:
         aggregator.get_output_tensor()
 
 
-def test_a_volume_of_skipped_patches_alone_needs_an_empty_batch() -> None:
-    """Nobody has told how many channels there are."""
+def test_a_volume_without_predicted_patches_needs_an_empty_batch() -> None:
+    """Otherwise the number of channels is unknown."""
     grid = make_grid((4, 4, 4), 4)
     aggregator = GridAggregator(Placed(grid), skipped=[0], fill=7)
     with pytest.raises(BatchError, match="an empty batch"):
@@ -106,8 +106,8 @@ def test_a_volume_of_skipped_patches_alone_needs_an_empty_batch() -> None:
     assert torch.equal(aggregator.get_output_tensor(), torch.full((3, 4, 4, 4), 7.0))
 
 
-def test_as_many_fills_as_channels() -> None:
-    """Another number is an error when the channels are known."""
+def test_fill_has_as_many_values_as_channels() -> None:
+    """Another number is an error as soon as the channels are known."""
     grid = make_grid((8, 4, 4), 4)
     with pytest.raises(BatchError, match="fill has 2 values for patches with 3 channels"):
         GridAggregator(Placed(grid), skipped=[1], fill=[1.0, 2.0]).add_batch(
@@ -115,15 +115,15 @@ def test_as_many_fills_as_channels() -> None:
         )
 
 
-# Which patches are empty.
+# Patches without foreground.
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.tuples(AXES, AXES, AXES), st.sampled_from([0.0, 0.01, 0.3, 1.0]), st.booleans(), st.integers(0, 999))
-def test_a_patch_is_empty_where_no_voxel_is_foreground(
+def test_a_patch_is_skipped_if_none_of_its_voxels_is_foreground(
     axes: tuple[tuple[int, int, int], ...], share: float, padded: bool, seed: int
 ) -> None:
-    """Patch by patch; padding is never foreground."""
+    """Compared patch by patch; padding is never foreground."""
     grid = to_grid(axes)
     image = ScalarImage(torch.zeros(1, *grid.shape))
     sampler = GridSampler(
@@ -148,10 +148,10 @@ def test_a_patch_is_empty_where_no_voxel_is_foreground(
     st.sampled_from([None, 0.4, 1.0, 3.7, (0.6, 5.0, 1.0)]),
     st.integers(0, 999),
 )
-def test_no_voxel_of_a_mask_is_lost_on_the_way_to_model_space(
+def test_no_voxel_of_a_mask_is_lost_in_model_space(
     shape: tuple[int, int, int], orientation: str | None, spacing: object, seed: int
 ) -> None:
-    """Each native voxel of it reaches the model voxel nearest in the world; far from all of them there is nothing."""
+    """Each native mask voxel marks the model voxel nearest in world space; voxels far from the mask are not marked."""
     rng = np.random.default_rng(seed)
     affine = np.diag([1.2, 0.9, 2.1, 1.0]) @ np.array([[0, -1, 0, 3], [1, 0, 0, 2], [0, 0, 1, 1], [0, 0, 0, 1.0]])
     mask = torch.from_numpy(rng.random((1, *shape)) < 0.1)
@@ -160,7 +160,7 @@ def test_no_voxel_of_a_mask_is_lost_on_the_way_to_model_space(
     found = mask_foreground(LabelMap(mask.byte(), affine=affine), subject, space)
     model = np.stack(np.meshgrid(*map(np.arange, space.model.shape), indexing="ij"), -1).reshape(-1, 3)
     in_world = model @ space.model.affine[:3, :3].T + space.model.affine[:3, 3]
-    # Half a voxel along each axis, and half as much again where the field of view is no whole number of voxels.
+    # Half a voxel along each axis, and half as much again where the field of view is not a multiple of the spacing.
     reach = 0.76 * np.linalg.norm(np.maximum(space.model.spacing, np.array(subject.frame.spacing)[[1, 0, 2]].max()))
     voxels = mask[0].nonzero().numpy() @ affine[:3, :3].T + affine[:3, 3]
     for voxel in voxels:
@@ -172,19 +172,19 @@ def test_no_voxel_of_a_mask_is_lost_on_the_way_to_model_space(
 
 
 def test_a_mask_on_another_grid_is_an_error_that_names_it() -> None:
-    """A mask that is shifted would leave out the wrong patches."""
+    """A shifted mask would skip the wrong patches."""
     subject = Subject(t1=ScalarImage(torch.zeros(1, 4, 4, 4)))
     mask = LabelMap(torch.ones(1, 4, 4, 4).byte(), affine=np.diag([1, 1, 2.0, 1]))
     with pytest.raises(InputError, match="the mask of skip"):
         predict_volume(lambda x: x, subject, 4, skip=mask)
 
 
-# The whole way.
+# From images to labels.
 
 
 @pytest.mark.parametrize("axis", range(3))
-def test_planes_may_begin_without_foreground(axis: int) -> None:
-    """No patch of the first start along the streaming axis comes, nor of the last."""
+def test_all_patches_at_both_ends_may_be_skipped(axis: int) -> None:
+    """Along every streaming axis."""
     volume = torch.zeros(1, 8, 8, 8).repeat_interleave(3, axis + 1)
     volume.narrow(axis + 1, 13, 5).fill_(20)
     made = predict_volume(over15, Subject(t1=ScalarImage(volume)), 6, 2, skip=5.0)
@@ -201,8 +201,8 @@ def over15(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("mode", [*BLENDS])
 @pytest.mark.parametrize("spacing", [None, 1.6])
-def test_background_is_not_predicted_and_labels_stay(mode: str, spacing: float | None) -> None:
-    """By a threshold or a mask; the network sees fewer patches and the labels do not change."""
+def test_skipping_saves_patches_and_keeps_the_labels(mode: str, spacing: float | None) -> None:
+    """By a threshold and by a mask."""
     subject = Subject(t1=ScalarImage(HEAD))
     everything = predict_volume(over15, subject, 6, 2, preprocess=Preprocess(spacing=spacing), stitch=Stitch(mode))
     for skip in (5.0, 0.0, LabelMap((HEAD > 0).byte())):  # strictly above: 0 is not above 0
@@ -242,10 +242,10 @@ def test_background_is_not_predicted_and_labels_stay(mode: str, spacing: float |
         (1, {"threshold": -5.0, "fill": -9}, [-9], 0),
     ],
 )
-def test_a_subject_without_foreground_is_background(
+def test_a_subject_without_foreground_is_all_background(
     channels: int, options: dict, fill: list[float], labels: int
 ) -> None:
-    """One patch is predicted to learn the channels, and its values are not used."""
+    """One patch is predicted to learn the channels; its values are not used."""
     calls: list[int] = []
 
     def network(x: Tensor) -> Tensor:
@@ -265,8 +265,8 @@ def test_a_subject_without_foreground_is_background(
     assert (made["labels"] == labels).all()
 
 
-def test_a_fill_that_would_be_a_label_is_refused() -> None:
-    """With a negative threshold a score of 0 is label 1: what is left out would be foreground."""
+def test_a_fill_that_would_become_a_label_is_refused() -> None:
+    """With a negative threshold a score of 0 is label 1, so skipped voxels would be foreground."""
     subject = Subject(t1=ScalarImage(HEAD))
     with pytest.raises(
         OutputError, match=r"without foreground would count as label 1.*stitch\.threshold=-1\.0; set stitch\.fill"
@@ -280,7 +280,7 @@ def test_a_fill_that_would_be_a_label_is_refused() -> None:
         predict_volume(over15, subject, 6, 2, stitch=Stitch(fill=[1, 2, 3]), skip=5.0)
 
 
-def test_every_output_of_a_network_is_filled() -> None:
+def test_each_named_output_is_filled_by_itself() -> None:
     """Named and smaller outputs have their own channels and grids."""
     frame = Frame((24, 20, 22), np.eye(4))
 

@@ -1,4 +1,4 @@
-"""Laws of cutting: a patch is a slice of the padded volume, knows where it lies, and is its user's own."""
+"""Tests the grid sampler: a patch is a copied slice of the padded volume and knows where it lies."""
 
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ def subject_of(shape: tuple[int, ...], seed: int = 0, affine: np.ndarray = OBLIQ
 def test_patches_are_slices_of_the_volume_that_numpy_pads(
     sizes: tuple[tuple[int, int, int], ...], padding: str | float | None, seed: int
 ) -> None:
-    """Every image of the subject, in its own type, half of the overlap on every side if there is a padding mode."""
+    """Every image, in its own type; a padding mode adds half of the overlap on every side."""
     shape, patch, overlap = zip(*sizes, strict=True)
     subject = subject_of(shape, seed)
     sampler = GridSampler(subject, patch, overlap, padding)
@@ -62,7 +62,7 @@ def test_patches_are_slices_of_the_volume_that_numpy_pads(
 def test_a_patch_knows_where_it_lies_in_the_world(
     sizes: tuple[tuple[int, int, int], ...], pad: bool, fit: bool, seed: int
 ) -> None:
-    """Voxel x of a patch and the voxel of the volume that it was cut from have one world position, padding or not."""
+    """A voxel of a patch and the voxel it was cut from have one world position, with and without padding."""
     shape, patch, overlap = zip(*sizes, strict=True)
     affine = OBLIQUE.copy()
     affine[:3] += np.random.default_rng(seed).normal(0, 0.05, (3, 4))
@@ -81,8 +81,8 @@ def test_a_patch_knows_where_it_lies_in_the_world(
         np.testing.assert_allclose(world[:, inside], expected, rtol=0, atol=1e-9)
 
 
-def test_a_padded_patch_lies_before_the_volume() -> None:
-    """With a border of 2 voxels of 3 mm, the first patch begins 6 mm before the first voxel."""
+def test_the_first_padded_patch_begins_before_the_volume() -> None:
+    """With a border of 2 voxels of 3 mm it begins 6 mm before the first voxel."""
     subject = subject_of((8, 8, 8), affine=np.diag([3.0, 3, 3, 1]))
     sampler = GridSampler(subject, 6, 4, "edge")
     assert sampler.padding == ((2, 2), (2, 2), (2, 2))
@@ -91,7 +91,7 @@ def test_a_padded_patch_lies_before_the_volume() -> None:
 
 
 def test_a_loader_collates_patches_metadata_and_locations() -> None:
-    """DataLoader stacks data, affines, locations and numbers, and lists strings; what it cannot collate is left out."""
+    """DataLoader stacks data, affines, locations and numbers, and lists strings; other values are left out."""
     subject = subject_of((8, 7, 6), age=42, name="sub-01", score=0.5, tags={"a", "b"}, nothing=None, left=True)
     sampler = GridSampler(subject, (4, 4, 4), 2)
     batches = list(DataLoader(sampler, batch_size=4, num_workers=0))
@@ -110,7 +110,7 @@ def test_a_loader_collates_patches_metadata_and_locations() -> None:
 
 
 def test_a_patch_may_be_changed_in_place() -> None:
-    """It is a copy: neither the volume, nor the next patch that overlaps it, nor the affine of the image changes."""
+    """It is a copy: the volume, overlapping patches and the image's affine do not change."""
     for padding in (None, 0):
         subject = subject_of((6, 6, 6))
         kept, affine = subject["t1"].data.clone(), subject["t1"].affine.copy()
@@ -125,8 +125,8 @@ def test_a_patch_may_be_changed_in_place() -> None:
         np.testing.assert_array_equal(subject["t1"].affine, affine)
 
 
-def test_the_subject_is_not_changed_by_padding() -> None:
-    """The padded volume is the sampler's own; the subject keeps its shape, and gets no new key."""
+def test_padding_does_not_change_the_subject() -> None:
+    """The sampler pads a copy; the subject keeps its shape and gets no new key."""
     subject = subject_of((6, 6, 6), age=42)
     kept = {name: image.data.clone() for name, image in subject.images.items()}
     sampler = GridSampler(subject, 6, 4, "reflect")
@@ -137,7 +137,7 @@ def test_the_subject_is_not_changed_by_padding() -> None:
 
 
 def test_patches_are_counted_and_indexed_like_a_list() -> None:
-    """Negative indices count from the end, others are an IndexError, iterating ends; `sampler()` iterates too."""
+    """Negative indices count from the end, others are an IndexError, and iteration ends; `sampler()` iterates too."""
     sampler = GridSampler(subject_of((8, 7, 6)), 4, 2)
     n = len(sampler)
     assert n == 3 * 3 * 2
@@ -152,7 +152,7 @@ def test_patches_are_counted_and_indexed_like_a_list() -> None:
 
 @pytest.mark.parametrize("mode", ["mirror", "", "CONSTANT", "replicate"])
 def test_an_unknown_padding_mode_is_a_key_error_and_a_value_error(mode: str) -> None:
-    """TorchIO raises KeyError; ours prints as a sentence, although KeyErrors print a repr."""
+    """TorchIO raises KeyError; ours prints as a sentence, although a KeyError prints a repr."""
     with pytest.raises(PaddingModeError) as error:
         GridSampler(subject_of((8, 8, 8)), 4, 2, mode)
     assert isinstance(error.value, KeyError)
@@ -175,7 +175,7 @@ def test_an_unknown_padding_mode_is_a_key_error_and_a_value_error(mode: str) -> 
     ],
 )
 def test_a_padding_value_is_never_wrapped(dtype: torch.dtype, value: float, expected: torch.dtype) -> None:
-    """A number that the voxels' type cannot hold makes the padded volume float32; the border holds the number."""
+    """A number that the voxel type cannot hold makes the padded volume float32, and the border holds that number."""
     sampler = GridSampler(Subject(a=ScalarImage(torch.ones(1, 2, 2, 2).to(dtype))), 3, 2, value)
     volume = sampler.volume("a")
     assert volume.dtype == expected
@@ -183,8 +183,8 @@ def test_a_padding_value_is_never_wrapped(dtype: torch.dtype, value: float, expe
     torch.testing.assert_close(volume[:, 0].double(), torch.full((1, 4, 4), value).double(), equal_nan=True)
 
 
-def test_padding_modes_are_all_that_numpy_has() -> None:
-    """Each pads a volume as numpy.pad does; statistics are numpy's, along each line of voxels."""
+def test_every_padding_mode_equals_that_of_numpy() -> None:
+    """Statistics are taken along each line of voxels, as in numpy.pad."""
     volume = torch.arange(24.0).reshape(1, 2, 3, 4)
     for mode in PADDING_MODES:
         sampler = GridSampler(Subject(a=ScalarImage(volume)), (4, 5, 6), 2, mode)
@@ -201,10 +201,10 @@ def test_padding_modes_are_all_that_numpy_has() -> None:
     st.booleans(),
 )
 @settings(deadline=None, max_examples=150)
-def test_fit_pads_no_more_than_needed_and_the_same_on_both_sides(
+def test_fit_pads_as_little_as_needed_and_evenly_on_both_sides(
     shape: tuple[int, int, int], patch: tuple[int, int, int], half: int, multiple: tuple[int, int, int], pad: bool
 ) -> None:
-    """The smallest size that holds a patch and the border and is a multiple, the volume in its middle."""
+    """To the smallest multiple that holds a patch and the border."""
     overlap = [2 * min(half, (p - 1) // 2) for p in patch]
     image = ScalarImage(torch.ones(1, *shape))
     sampler = GridSampler(Subject(a=image), patch, overlap, 0 if pad else None, fit=True, divisible_by=multiple)
@@ -231,14 +231,14 @@ def test_without_fit_a_small_volume_is_refused() -> None:
 
 
 def test_images_on_different_grids_are_refused() -> None:
-    """When the sampler is made, before a patch is cut."""
+    """By the constructor, before a patch is cut."""
     subject = Subject(t1=ScalarImage(torch.zeros(8, 8, 8)), seg=LabelMap(torch.zeros(8, 8, 7)))
     with pytest.raises(InputError, match="images 't1' and 'seg'"):
         GridSampler(subject, 4)
 
 
-def test_a_sampler_reads_headers_until_a_patch_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The number of patches and their places are known from the header; each image is then read once."""
+def test_a_sampler_reads_voxels_only_when_a_patch_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Count and locations of patches come from the header; then each image is read once."""
     array = np.random.default_rng(0).integers(0, 255, (9, 8, 7)).astype(np.uint8)
     for name in ("t1", "seg"):
         nib.save(nib.Nifti1Image(array, OBLIQUE), tmp_path / f"{name}.nii.gz")
@@ -257,8 +257,8 @@ def test_a_sampler_reads_headers_until_a_patch_is_cut(tmp_path: Path, monkeypatc
         assert patch["seg"][DATA].dtype == torch.uint8
 
 
-def test_a_cut_is_a_view() -> None:
-    """`cut` is what pipelines use: no copy of the volume, none of the patch."""
+def test_cut_returns_a_view() -> None:
+    """Pipelines use `cut` to copy neither volume nor patch."""
     subject = subject_of((8, 8, 8))
     sampler = GridSampler(subject, 4, 2)
     assert sampler.volume("t1").data_ptr() == subject["t1"].data.data_ptr()

@@ -1,4 +1,4 @@
-"""Laws of what the network sees: intensities image by image, finite voxels, and nothing of the caller changed."""
+"""Tests preprocessing: transforms per image, finite voxels, and nothing of the caller's changed."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +31,7 @@ def add_in_place(data: Tensor) -> Tensor:
 
 
 def test_transforms_are_applied_in_turn_to_each_image_by_itself() -> None:
-    """Each image is normalised with its own mean; the second transform sees what the first gave."""
+    """Each image is normalised with its own mean; the second transform gets the first one's result."""
     subject = Subject(t1=ScalarImage(noise(1, 5, 6, 7)), flair=ScalarImage(noise(2, 5, 6, 7, seed=1, mean=-3)))
     prepared = Preprocess(intensity=[zscore, lambda data: data * 2]).__call__(subject).subject
     for name, image in subject.images.items():
@@ -40,7 +40,7 @@ def test_transforms_are_applied_in_turn_to_each_image_by_itself() -> None:
 
 
 def test_a_mapping_gives_each_image_its_own_transforms() -> None:
-    """An image that it does not name is left as it is."""
+    """Images that it does not name are unchanged."""
     subject = Subject(t1=ScalarImage(noise(1, 4, 4, 4)), flair=ScalarImage(noise(1, 4, 4, 4, seed=1)))
     prepared = Preprocess(intensity={"flair": [torch.neg, torch.abs]})(subject).subject
     assert torch.equal(prepared["t1"].data, subject["t1"].data)
@@ -48,14 +48,14 @@ def test_a_mapping_gives_each_image_its_own_transforms() -> None:
 
 
 def test_a_mapping_that_names_no_image_of_the_subject_is_an_error() -> None:
-    """A misspelt name would leave an image as it is, without a word."""
+    """A misspelt name would silently leave an image unchanged."""
     subject = Subject(t1=ScalarImage(noise(1, 4, 4, 4)))
     with pytest.raises(ConfigError, match=r"must be one of t1; it is 't2'"):
         Preprocess(intensity={"t2": [torch.neg]})(subject)
 
 
-def test_transforms_see_float32_in_model_space() -> None:
-    """Whatever the file's type and axes are, a transform gets (C, I, J, K) float32 with RAS axes."""
+def test_transforms_get_float32_in_model_space() -> None:
+    """(C, I, J, K) with RAS axes, for any type and axes of the file."""
     seen: list[Tensor] = []
 
     def look(data: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def test_transforms_are_not_applied_to_label_maps() -> None:
 
 @pytest.mark.filterwarnings("ignore")  # what MONAI's import says of others
 def test_transforms_of_monai_give_plain_tensors() -> None:
-    """MONAI's array transforms are callables on (C, I, J, K); its MetaTensor goes no further."""
+    """MONAI's array transforms are callables on (C, I, J, K); their MetaTensor becomes a plain tensor."""
     from monai.transforms import NormalizeIntensity, ScaleIntensityRangePercentiles  # heavy, and of this test only
 
     data = noise(2, 5, 6, 7)
@@ -98,7 +98,7 @@ def test_transforms_of_monai_give_plain_tensors() -> None:
     ("transform", "dtype"),
     [(lambda data: data.numpy().astype(np.float64) * 2, np.ndarray), (lambda data: (data * 2).double(), Tensor)],
 )
-def test_a_transform_may_give_an_array_or_another_type(transform: Callable[[Tensor], Any], dtype: type) -> None:
+def test_a_transform_may_return_an_array_or_another_type(transform: Callable[[Tensor], Any], dtype: type) -> None:
     """It becomes a float32 tensor."""
     data = noise(1, 3, 3, 3)
     assert isinstance(transform(data), dtype)
@@ -108,7 +108,7 @@ def test_a_transform_may_give_an_array_or_another_type(transform: Callable[[Tens
 
 
 def test_a_transform_may_add_channels_but_not_change_the_grid() -> None:
-    """A changed shape is an error that names the transform, the image and both shapes."""
+    """The error names the transform, the image and both shapes."""
     subject = Subject(t1=ScalarImage(noise(1, 4, 5, 6)))
     both = Preprocess(intensity=[lambda data: torch.cat([data, -data])])(subject).subject["t1"].data
     assert torch.equal(both, torch.cat([subject["t1"].data, -subject["t1"].data]))
@@ -128,7 +128,7 @@ def test_a_transform_may_add_channels_but_not_change_the_grid() -> None:
 
 
 def changes_nothing(subject: Subject, name: str = "t1") -> None:
-    """Prepare with transforms that work in place, in every way in which voxels may or may not be copied before."""
+    """Prepare with transforms that work in place, in all cases in which voxels may or may not be copies."""
     kept = subject[name].data.clone()
     for orientation in (None, "RAS", "LPS", "SAR"):
         for spacing in (None, 2.0):
@@ -140,14 +140,14 @@ def changes_nothing(subject: Subject, name: str = "t1") -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int16])
 @pytest.mark.parametrize("shape", [(1, 4, 4, 4), (1, 1, 4, 1), (2, 1, 1, 1)])
-def test_a_tensor_of_the_caller_is_not_changed_in_place(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    """Even if a transform works in place and nothing had to be permuted, flipped or resampled."""
+def test_the_callers_tensor_is_never_changed(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """By transforms that work in place where nothing was permuted, flipped or resampled before."""
     changes_nothing(Subject(t1=ScalarImage(torch.arange(float(np.prod(shape))).reshape(shape).to(dtype))))
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
-def test_voxels_that_a_file_image_keeps_are_not_changed_in_place(tmp_path: Path, suffix: str) -> None:
-    """Nor are those of a file, nor what the image has read and kept before."""
+def test_cached_voxels_of_a_file_image_are_never_changed(tmp_path: Path, suffix: str) -> None:
+    """Neither the file nor the voxels that the image has read and kept."""
     path = tmp_path / f"t1{suffix}"
     nib.save(nib.Nifti1Image(np.arange(64, dtype=np.float32).reshape(4, 4, 4), np.eye(4)), path)
     content = path.read_bytes()
@@ -158,8 +158,8 @@ def test_voxels_that_a_file_image_keeps_are_not_changed_in_place(tmp_path: Path,
     assert path.read_bytes() == content
 
 
-def test_a_prepared_subject_keeps_nothing_in_the_subject_it_came_from(tmp_path: Path) -> None:
-    """A run goes over many files: reading one to predict it does not keep its voxels in the caller's subject."""
+def test_preparing_a_subject_caches_no_voxels_in_it(tmp_path: Path) -> None:
+    """Else a run over many files would keep all of them in memory."""
     path = tmp_path / "t1.nii"
     nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), dtype=np.uint8), np.eye(4)), path)
     subject = Subject(t1=ScalarImage(path))
@@ -170,13 +170,13 @@ def test_a_prepared_subject_keeps_nothing_in_the_subject_it_came_from(tmp_path: 
         _ = subject["t1"].data
 
 
-# Voxels that are no numbers.
+# Voxels that are NaN or infinite.
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-def test_voxels_that_are_not_finite_are_counted_or_zeroed(value: float, dtype: torch.dtype) -> None:
-    """The error names the image, how many there are, and the setting; `zero` changes these and no other."""
+def test_non_finite_voxels_are_an_error_or_set_to_zero(value: float, dtype: torch.dtype) -> None:
+    """The error names the image, the count and the setting; `zero` changes these voxels alone."""
     data = noise(2, 4, 5, 6).to(dtype)
     data[0, 1, 2, 3] = data[1, 0, 0, 0] = data[1, 3, 4, 5] = value
     subject = Subject(good=ScalarImage(noise(1, 4, 5, 6)), t1=ScalarImage(data))
@@ -190,8 +190,8 @@ def test_voxels_that_are_not_finite_are_counted_or_zeroed(value: float, dtype: t
 
 @pytest.mark.parametrize("value", [1e300, -1e300, 3.5e38])
 @pytest.mark.parametrize("kind", [ScalarImage, LabelMap])
-def test_what_float32_cannot_hold_is_said_of_the_image(value: float, kind: Any, tmp_path: Path) -> None:
-    """Of float64 voxels, in a file or a tensor; the network, which sees float32, is not blamed."""
+def test_voxels_beyond_float32_are_blamed_on_the_image(value: float, kind: Any, tmp_path: Path) -> None:
+    """For float64 voxels of a file or a tensor; the network, which gets float32, is not blamed."""
     data = noise(1, 4, 5, 6).double()
     data[0, 1, 2, 3] = data[0, 0, 0, 0] = value
     nib.save(nib.Nifti1Image(data[0].numpy(), np.eye(4)), tmp_path / "t1.nii")
@@ -214,8 +214,8 @@ def test_what_float32_cannot_hold_is_said_of_the_image(value: float, kind: Any, 
         (lambda x: torch.sqrt(x - torch.arange(60).view(x.shape)), 59),
     ],
 )
-def test_a_transform_that_makes_no_numbers_is_named(transform: Any, count: int) -> None:
-    """With the image and how many; whatever is done with voxels of the file that are none."""
+def test_a_transform_that_produces_non_finite_voxels_is_named(transform: Any, count: int) -> None:
+    """With the image and the count, however non-finite voxels of the file are handled."""
     constant = torch.zeros(1, 3, 4, 5)
     for nonfinite in ("error", "zero"):
         preprocess = Preprocess(intensity={"t2": [lambda x: x, transform]}, nonfinite=nonfinite)
@@ -225,15 +225,15 @@ def test_a_transform_that_makes_no_numbers_is_named(transform: Any, count: int) 
             preprocess(Subject(t1=ScalarImage(constant), t2=ScalarImage(constant)))
 
 
-def test_infinities_that_cancel_are_found() -> None:
-    """inf and -inf sum to NaN, a lone NaN among millions of voxels to NaN: no sum hides them."""
+def test_infinities_that_cancel_are_detected() -> None:
+    """inf and -inf, and a lone NaN among millions of voxels."""
     data = torch.zeros(1, 100, 100, 100)
     data[0, 1, 1, 1], data[0, 2, 2, 2] = torch.inf, -torch.inf
     with pytest.raises(InputError, match="has 2 voxels"):
         Preprocess()(Subject(t1=ScalarImage(data)))
 
 
-def test_a_label_map_that_is_not_finite_is_an_error_too(tmp_path: Path) -> None:
+def test_a_non_finite_label_map_is_an_error(tmp_path: Path) -> None:
     """Float label maps exist; the error names the file."""
     path = tmp_path / "seg.nii"
     nib.save(nib.Nifti1Image(np.array([[[0, 1, np.nan]]], dtype=np.float32), np.eye(4)), path)
@@ -241,8 +241,8 @@ def test_a_label_map_that_is_not_finite_is_an_error_too(tmp_path: Path) -> None:
         Preprocess()(Subject(seg=LabelMap(path)))
 
 
-def test_finite_voxels_whose_sum_is_not_are_finite() -> None:
-    """The largest values of a type that float32 holds pass, although their sum overflows it."""
+def test_finite_voxels_with_an_infinite_sum_pass() -> None:
+    """The largest values of the type."""
     for dtype in (torch.float16, torch.float32, torch.float64):
         most = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
         largest = torch.full((1, 4, 4, 4), most, dtype=dtype)
@@ -252,7 +252,7 @@ def test_finite_voxels_whose_sum_is_not_are_finite() -> None:
 
 
 def test_integers_are_always_finite() -> None:
-    """The largest int64, and every other type, pass unchanged."""
+    """The largest values of int64 and of every other type pass unchanged."""
     for dtype in (torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64):
         value = 1 if dtype == torch.bool else torch.iinfo(dtype).max
         data = torch.full((1, 4, 4, 4), value, dtype=dtype)
@@ -272,13 +272,13 @@ def test_integers_are_always_finite() -> None:
     ],
 )
 def test_wrong_settings_are_refused_before_anything_is_read(settings: dict[str, Any], message: str) -> None:
-    """A ConfigError when the Preprocess is made."""
+    """The constructor of Preprocess raises a ConfigError."""
     with pytest.raises(ConfigError, match=message):
         Preprocess(**settings)
 
 
 def test_images_are_interpolated_and_labels_are_not() -> None:
-    """Halving the spacing: intensities are linear in between, labels are those of the nearest voxel."""
+    """At half the spacing intensities are linear in between; labels are those of the nearest voxel."""
     ramp = torch.arange(8.0).reshape(1, 8, 1, 1)
     subject = Subject(t1=ScalarImage(ramp), seg=LabelMap((ramp * 10).byte()))
     prepared, space = Preprocess(spacing=(0.5, None, None))(subject)

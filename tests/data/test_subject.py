@@ -1,4 +1,4 @@
-"""Laws of a subject: images on one grid, read when a voxel is asked for, whatever they were made of."""
+"""Tests subjects: images on one grid, made of any source, and read when their voxels are first used."""
 
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ def saved(path: Path, data: np.ndarray, affine: np.ndarray | None = None) -> Pat
     return path
 
 
-def test_names_of_torchio_are_ours() -> None:
-    """A loop that is written with TorchIO's constants finds them under the same names, and they work as keys."""
+def test_torchios_constants_have_our_names_and_work_as_keys() -> None:
+    """A loop that is written with TorchIO's constants works."""
     assert (voxquilt.DATA, voxquilt.AFFINE, voxquilt.LOCATION) == (DATA, AFFINE, LOCATION)
     assert CHANNELS_DIMENSION == voxquilt.CHANNELS_DIMENSION == 1
     assert voxquilt.inference.GridSampler is voxquilt.GridSampler
@@ -32,7 +32,7 @@ def test_names_of_torchio_are_ours() -> None:
 
 
 def test_a_subject_is_a_dictionary_that_shows_its_keys() -> None:
-    """Images and any other values by name; its repr is TorchIO's."""
+    """Images and other values by name; its repr is TorchIO's."""
     subject = Subject(t1=ScalarImage(torch.zeros(1, 2, 3, 4)), seg=LabelMap(torch.zeros(1, 2, 3, 4)), age=42)
     assert repr(subject) == "Subject(Keys: ('t1', 'seg', 'age'); images: 2)"
     assert subject["age"] == 42
@@ -42,14 +42,14 @@ def test_a_subject_is_a_dictionary_that_shows_its_keys() -> None:
 
 
 def test_a_subject_can_be_made_of_a_mapping() -> None:
-    """For names that are no Python names; keywords come on top."""
+    """For names that are not Python identifiers; keywords are added."""
     subject = Subject({"t1 post": ScalarImage(torch.ones(2, 2, 2)), "age": 1}, age=2)
     assert dict(subject.images) == {"t1 post": subject["t1 post"]}
     assert subject["age"] == 2
 
 
 def test_shapes_spacing_and_affine_are_those_of_the_images() -> None:
-    """The spatial shape without channels, the spacing in mm along i, j, k."""
+    """The spatial shape excludes channels; the spacing is in mm along i, j, k."""
     image = ScalarImage(tensor=torch.zeros(5, 2, 3, 4), affine=AFFINE_2MM)
     subject = Subject(t1=image)
     assert subject.shape == image.shape == (5, 2, 3, 4)
@@ -62,14 +62,14 @@ def test_shapes_spacing_and_affine_are_those_of_the_images() -> None:
 
 
 def test_a_subject_without_images_is_an_error() -> None:
-    """Nothing to cut; also when an array was given where an image was meant."""
+    """Also if an array was given in place of an image."""
     for values in ({}, {"age": 42}, {"t1": torch.zeros(1, 2, 2, 2)}):
         with pytest.raises(InputError, match="a Subject needs at least one image"):
             Subject(values)
 
 
-def test_images_of_different_shapes_are_named_both(tmp_path: Path) -> None:
-    """The error says which two, where they come from, and their shapes."""
+def test_images_of_different_shapes_are_an_error_that_names_both(tmp_path: Path) -> None:
+    """With their sources and shapes."""
     path = saved(tmp_path / "flair.nii.gz", np.zeros((2, 3, 5), dtype=np.uint8))
     subject = Subject(
         t1=ScalarImage(torch.zeros(1, 2, 3, 4)), seg=LabelMap(torch.zeros(2, 3, 4)), flair=ScalarImage(path)
@@ -82,8 +82,8 @@ def test_images_of_different_shapes_are_named_both(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [(0, 3, 0.1), (2, 2, 1.02), (0, 1, 0.02)])
-def test_images_of_different_affines_are_named_both(change: tuple[int, int, float]) -> None:
-    """A tenth of a voxel of shift, 2 % of spacing over 20 voxels, 2 % of shear: another grid."""
+def test_images_of_different_affines_are_an_error_that_names_both(change: tuple[int, int, float]) -> None:
+    """A shift by a tenth of a voxel, 2 % of spacing over 20 voxels, 2 % of shear."""
     affine = np.eye(4)
     affine[change[:2]] = change[2]
     data = torch.zeros(1, 20, 20, 20)
@@ -94,7 +94,7 @@ def test_images_of_different_affines_are_named_both(change: tuple[int, int, floa
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 def test_affines_that_differ_by_rounding_are_one_grid(scale: float) -> None:
-    """A header's float32, or a conversion through a quaternion, moves corners by far less than 1 % of a voxel."""
+    """Float32 headers and quaternions move corners by far less than 1 % of a voxel."""
     rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
     affine = np.eye(4)
     affine[:3, :3] = rotation * [1.1 * scale, 0.9 * scale, 2.3 * scale]
@@ -131,7 +131,7 @@ def test_a_tensor_keeps_its_type_and_gets_a_channel_axis() -> None:
     ids=["plain", "flipped views", "big-endian", "Fortran order", "read-only"],
 )
 def test_any_numpy_array_can_be_an_image(array: np.ndarray) -> None:
-    """Whatever its strides, byte order and flags, the voxels are the array's and their type too."""
+    """Whatever its strides, byte order and flags, values and type are kept."""
     image = LabelMap(tensor=array, affine=AFFINE_2MM)
     assert image.shape == (1, 2, 3, 4)
     np.testing.assert_array_equal(image.data[0].numpy(), array)
@@ -160,20 +160,20 @@ def test_an_affine_may_be_a_tensor_or_a_list() -> None:
         ({"tensor": torch.zeros(3, 3, 3), "affine": np.diag([1, 1, np.nan, 1])}, "must be a finite 4 x 4 matrix"),
     ],
 )
-def test_what_is_no_image_is_an_input_error(values: dict[str, Any], message: str) -> None:
-    """The message says what an image is made of and what came."""
+def test_an_object_that_is_not_an_image_is_an_input_error(values: dict[str, Any], message: str) -> None:
+    """The message says what an image can be made of and what came."""
     with pytest.raises(InputError, match=message):
         ScalarImage(**values)
 
 
-def test_a_tensor_has_no_file() -> None:
-    """Asking for one is an InputError, not an AttributeError."""
+def test_asking_a_tensor_image_for_its_file_is_an_input_error() -> None:
+    """Not an AttributeError."""
     with pytest.raises(InputError, match="it has no file"):
         _ = ScalarImage(torch.zeros(2, 2, 2)).file
 
 
 def test_scalars_are_read_as_float32_and_labels_in_their_own_type(tmp_path: Path) -> None:
-    """What a file holds is kept by `stored`; `data` is converted for intensities only, and kept."""
+    """`stored` has the file's type; `data` converts intensities only, and is cached."""
     array = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
     path = saved(tmp_path / "a b ü.nii.gz", array)
     scalar, labels = ScalarImage(path), LabelMap(str(path))
@@ -184,8 +184,8 @@ def test_scalars_are_read_as_float32_and_labels_in_their_own_type(tmp_path: Path
         assert image.data is image.data
 
 
-def test_voxels_are_not_read_before_they_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Making a subject reads nothing, its geometry reads headers, once; voxels are read at the first use, once."""
+def test_voxels_are_read_once_at_their_first_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Constructing a subject reads nothing; its geometry reads each header once."""
     paths = [saved(tmp_path / f"{n}.nii", np.full((2, 3, 4), n, dtype=np.uint8), AFFINE_2MM) for n in range(2)]
     read: list[Path] = []
     voxels, header = NiftiFile.read, voxquilt.data.image.open_image
@@ -209,8 +209,8 @@ def test_voxels_are_not_read_before_they_are_asked_for(tmp_path: Path, monkeypat
     assert read == [paths[1]]
 
 
-def test_a_file_that_is_not_there_is_named_when_it_is_needed(tmp_path: Path) -> None:
-    """Not before: a subject can be made of files that come later."""
+def test_a_missing_file_is_an_error_when_it_is_first_read(tmp_path: Path) -> None:
+    """Not before: a subject may be made of files that are written later."""
     subject = Subject(t1=ScalarImage(tmp_path / "none.nii.gz"))
     with pytest.raises(InputError, match=r"none\.nii\.gz: there is no such file"):
         _ = subject.spatial_shape

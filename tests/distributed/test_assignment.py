@@ -1,4 +1,4 @@
-"""Laws of tasks: each subject to one process, or to each of its team once; no process with much more than its share."""
+"""Tests the assignment of subjects: each to one process, or once to each of its team, with balanced loads."""
 
 from collections import Counter
 from itertools import pairwise
@@ -19,7 +19,7 @@ RANKS = st.integers(1, 9)
 
 @st.composite
 def cohorts(draw: st.DrawFn, most: int = 200) -> tuple[list[SubjectCost], int]:
-    """Sizes and a number of processes; a grid has at most a part for each, and a patch for each part."""
+    """Sizes of subjects and a number of processes; a subject has at most one part per process and per patch."""
     ranks = draw(RANKS)
     patches = draw(st.lists(st.integers(1, most), max_size=30))
     return [SubjectCost(count, draw(st.integers(1, min(count, ranks)))) for count in patches], ranks
@@ -34,10 +34,10 @@ def loads(dealt: list[list[SubjectTask]], sizes: list[SubjectCost]) -> list[floa
 
 
 @given(cohorts(), st.sampled_from(DISTRIBUTE))
-def test_every_subject_is_done_once_whole_or_by_each_of_its_team(
+def test_every_subject_goes_to_one_process_or_to_each_of_its_team(
     cohort: tuple[list[SubjectCost], int], mode: str
 ) -> None:
-    """Nothing of it is lost or changed on the way."""
+    """Exactly once, with its files and fingerprint unchanged."""
     sizes, ranks = cohort
     given_ = tasks(len(sizes))
     dealt = assign_tasks(given_, sizes, ranks, mode)
@@ -59,7 +59,7 @@ def test_every_subject_is_done_once_whole_or_by_each_of_its_team(
 
 @given(cohorts(), st.sampled_from(DISTRIBUTE))
 def test_shared_subjects_come_first_and_in_one_order_for_all(cohort: tuple[list[SubjectCost], int], mode: str) -> None:
-    """Otherwise processes would wait for each other in a ring. Whole ones come in their order too."""
+    """Otherwise processes would wait for each other in a ring. Unshared subjects keep their order too."""
     sizes, ranks = cohort
     for mine in assign_tasks(tasks(len(sizes)), sizes, ranks, mode):
         shared = [bool(task.team) for task in mine]
@@ -70,8 +70,8 @@ def test_shared_subjects_come_first_and_in_one_order_for_all(cohort: tuple[list[
 
 
 @given(cohorts())
-def test_which_subjects_are_shared(cohort: tuple[list[SubjectCost], int]) -> None:
-    """'subject' none, 'slab' all that can be divided, 'auto' those of few or that outweigh an even share."""
+def test_the_mode_decides_which_subjects_are_shared(cohort: tuple[list[SubjectCost], int]) -> None:
+    """'subject' none, 'slab' all that can be divided, 'auto' those of small cohorts or larger than an even share."""
     sizes, ranks = cohort
     divisible = [n for n, size in enumerate(sizes) if size.parts > 1]
     assert find_shared(sizes, ranks, "subject") == []
@@ -86,8 +86,8 @@ def test_which_subjects_are_shared(cohort: tuple[list[SubjectCost], int]) -> Non
         assert auto == [n for n in divisible if sizes[n].patches * ranks > total]
 
 
-def test_auto_shares_what_would_keep_the_others_waiting() -> None:
-    """Extreme examples: few subjects, one giant, an even cohort, and what cannot be divided."""
+def test_auto_shares_subjects_that_would_keep_others_waiting() -> None:
+    """Few subjects, one giant, an even cohort, indivisible subjects, and none."""
     assert find_shared([SubjectCost(10, 3)] * 2, 3, "auto") == [0, 1]
     assert find_shared([SubjectCost(100, 2), SubjectCost(1, 2), SubjectCost(1, 1)], 2, "auto") == [0]
     assert find_shared([SubjectCost(10, 2)] * 2, 2, "auto") == []
@@ -95,8 +95,8 @@ def test_auto_shares_what_would_keep_the_others_waiting() -> None:
     assert find_shared([], 3, "auto") == []
 
 
-def test_the_process_that_collects_changes() -> None:
-    """It also writes; with as many volumes as processes each collects one."""
+def test_processes_take_turns_in_collecting_shared_volumes() -> None:
+    """The first of a team also writes; with as many volumes as processes each collects one."""
     sizes = [SubjectCost(9, 3)] * 6
     dealt = assign_tasks(tasks(6), sizes, 3, "slab")
     assert Counter(task.team[0] for task in dealt[0]) == {0: 2, 1: 2, 2: 2}
@@ -105,7 +105,7 @@ def test_the_process_that_collects_changes() -> None:
 
 @given(cohorts(), st.sampled_from(DISTRIBUTE))
 def test_no_process_has_much_more_than_its_share(cohort: tuple[list[SubjectCost], int], mode: str) -> None:
-    """At most an even share and the largest piece more: the rule of dealing to whoever has least."""
+    """At most an even share plus the largest subject, the bound of giving each to the least loaded process."""
     sizes, ranks = cohort
     shared = {*find_shared(sizes, ranks, mode)}
     whole = [size.patches for n, size in enumerate(sizes) if n not in shared]
@@ -115,21 +115,21 @@ def test_no_process_has_much_more_than_its_share(cohort: tuple[list[SubjectCost]
     assert max(after) <= max(*before, 0, sum(after) / ranks + max(whole, default=0)) + 1e-6
 
 
-def test_whole_subjects_fill_up_where_slabs_are_few() -> None:
+def test_unshared_subjects_go_to_processes_without_slabs() -> None:
     """A volume of two parts among four processes: the other two get the rest."""
     dealt = assign_tasks(tasks(3), [SubjectCost(20, 2), SubjectCost(10), SubjectCost(10)], 4, "slab")
     assert [[task.number for task in mine] for mine in dealt] == [[0], [0], [1], [2]]
 
 
-# Dealing on top of what is there
+# Dealing on top of existing loads
 
 COSTS = st.lists(st.integers(1, 100), max_size=25)
 LOADS = st.lists(st.integers(0, 100), min_size=1, max_size=8)
 
 
 @given(COSTS, LOADS)
-def test_dealing_counts_what_each_part_has_already(costs: list[int], before: list[int]) -> None:
-    """All dealt once; nobody beyond an even share and one subject, save who had more before."""
+def test_dealing_takes_existing_loads_into_account(costs: list[int], before: list[int]) -> None:
+    """No part exceeds an even share plus one subject, unless it had more before."""
     dealt = deal(costs, len(before), before)
     assert sorted(n for numbers in dealt for n in numbers) == list(range(len(costs)))
     after = [load + sum(costs[n] for n in numbers) for load, numbers in zip(before, dealt, strict=True)]
@@ -139,19 +139,19 @@ def test_dealing_counts_what_each_part_has_already(costs: list[int], before: lis
 
 
 @given(COSTS, st.integers(1, 8))
-def test_no_load_is_a_load_of_nothing(costs: list[int], parts: int) -> None:
-    """The default."""
+def test_loads_are_zero_by_default(costs: list[int], parts: int) -> None:
+    """The same parts come out as with explicit zeros."""
     assert deal(costs, parts) == deal(costs, parts, [0] * parts)
 
 
 @given(COSTS, LOADS)
-def test_dealing_is_alike_on_every_machine(costs: list[int], before: list[int]) -> None:
-    """The same costs give the same parts, also as floating-point numbers."""
+def test_dealing_is_equal_for_integer_and_float_costs(costs: list[int], before: list[int]) -> None:
+    """So that every machine computes the same parts."""
     assert deal(costs, len(before), before) == deal([float(c) for c in costs], len(before), [float(x) for x in before])
 
 
-def test_a_part_that_is_full_gets_nothing() -> None:
-    """Its load is more than all the rest."""
+def test_a_part_loaded_beyond_the_rest_gets_nothing() -> None:
+    """Its load is more than all the others together would get."""
     assert deal([5, 5, 5], 3, [100, 0, 0])[0] == []
     assert deal([4, 3], 2, [0, 2]) == [[0], [1]]
     assert deal([], 2, [3, 1]) == [[], []]

@@ -1,4 +1,4 @@
-"""Laws of the line between processes: nothing said is lost, all stop together, a death is noticed, one status."""
+"""Tests the control channel: no message is lost, all processes stop together, deaths are noticed, one exit status."""
 
 import gc
 import json
@@ -21,7 +21,7 @@ SIGTERM = Stop("SIGTERM", 143)
 
 
 class Exits:
-    """Stands for os._exit, which would end the tests."""
+    """Stands in for os._exit, which would end the tests."""
 
     def __init__(self) -> None:
         self.statuses: list[int] = []
@@ -34,7 +34,7 @@ class Exits:
 
 @pytest.fixture(autouse=True)
 def exits(monkeypatch: pytest.MonkeyPatch) -> Exits:
-    """No grace and no exit: a spoke without its hub asks for an end at once."""
+    """No grace period and no real exit: a spoke that loses its hub asks to exit at once."""
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setattr(voxquilt.distributed.tcp_channel, "_GRACE", 0.2)
     found = Exits()
@@ -43,7 +43,7 @@ def exits(monkeypatch: pytest.MonkeyPatch) -> Exits:
 
 
 def together(*actions: Callable[[], Any]) -> list[Any]:
-    """What they give, each in a thread of its own, all begun at once."""
+    """Run actions in one thread each, all started at once; returns their results."""
     found: list[Any] = [None] * len(actions)
     threads = [
         threading.Thread(target=lambda n=n, action=action: found.__setitem__(n, action()), daemon=True)
@@ -75,21 +75,21 @@ class World:
         self.all: list[ControlChannel] = [self.hub, *self.spokes]
 
     def end(self, status: int = 0) -> list[int]:
-        """All finish in order; the status that each is given."""
+        """Let all finish in order; returns the status that each process gets."""
         gathered = together(*(lambda n=n, line=line: line.gather({"rank": n}) for n, line in enumerate(self.all)))
         assert gathered[0] == [{"rank": n} for n in range(len(self.all))]
         return together(*(lambda line=line: line.settle(status) for line in self.all))
 
 
 def cut(connection: Connection) -> None:
-    """What the operating system does for a process that dies."""
+    """Break a connection as the operating system does when a process dies."""
     duplicate = socket.socket(fileno=os.dup(connection.fileno()))
     with duplicate:
         duplicate.shutdown(socket.SHUT_RDWR)
 
 
 def die(hub: Hub) -> None:
-    """What a hub does whose process dies: it says nothing more, and all its connections break."""
+    """Let a hub die: it sends nothing more, and all its connections break."""
     hub._outbox.put(None)
     hub._sender.join()
     for connection in hub._ranks:
@@ -101,7 +101,7 @@ def die(hub: Hub) -> None:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_every_row_arrives_once_before_the_run_ends(size: int) -> None:
-    """500 from each process, from two threads each; in the order in which each thread reported them."""
+    """500 from each of two threads per process, in the order in which each thread reported them."""
     world = World(size)
 
     def report(rank: int, thread: int) -> None:
@@ -117,8 +117,8 @@ def test_every_row_arrives_once_before_the_run_ends(size: int) -> None:
             assert mine == list(range(500))
 
 
-def test_rows_are_taken_by_one_thread_at_a_time() -> None:
-    """Whoever keeps the manifest needs no lock."""
+def test_rows_are_handled_by_one_thread_at_a_time() -> None:
+    """So the keeper of the manifest needs no lock."""
     inside, most = [0], [0]
 
     def on_row(row: Message) -> None:
@@ -134,8 +134,8 @@ def test_rows_are_taken_by_one_thread_at_a_time() -> None:
 
 
 @pytest.mark.parametrize("status", [0, 1, 143])
-def test_all_are_given_the_status_that_rank_0_settles(status: int, exits: Exits) -> None:
-    """And nobody is ended by force, also when the connections close afterwards."""
+def test_every_process_gets_the_status_that_rank_0_decides(status: int, exits: Exits) -> None:
+    """None is ended by force, also when connections close afterwards."""
     world = World(3)
     gathered = together(*(lambda n=n, line=line: line.gather({"rank": n}) for n, line in enumerate(world.all)))
     assert gathered == [[{"rank": 0}, {"rank": 1}, {"rank": 2}], [{"rank": 1}], [{"rank": 2}]]
@@ -152,8 +152,8 @@ def test_all_are_given_the_status_that_rank_0_settles(status: int, exits: Exits)
     assert [line.stop for line in world.all] == [None] * 3
 
 
-def test_rank_0_waits_for_the_slowest() -> None:
-    """However long it takes, as long as it lives."""
+def test_rank_0_waits_for_the_slowest_process() -> None:
+    """For any time, as long as the process lives."""
     world = World(2)
     came: list[list[Message]] = []
     thread = threading.Thread(target=lambda: came.append(world.hub.gather({"rank": 0})), daemon=True)
@@ -172,8 +172,8 @@ def test_rank_0_waits_for_the_slowest() -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
-def test_a_stop_that_any_process_asks_for_reaches_all(rank: int) -> None:
-    """With its reason and its status; the run then ends in order."""
+def test_a_stop_requested_by_any_process_reaches_all(rank: int) -> None:
+    """With its reason and status; the run then ends in order."""
     world = World(3)
     assert [line.stop for line in world.all] == [None] * 3
     world.all[rank].ask_stop(SIGTERM)
@@ -183,8 +183,8 @@ def test_a_stop_that_any_process_asks_for_reaches_all(rank: int) -> None:
     assert [line.stop for line in world.all] == [SIGTERM] * 3
 
 
-def test_the_first_stop_that_rank_0_hears_is_the_run_s() -> None:
-    """All ask at once: each has a stop, and rank 0's is one of theirs."""
+def test_the_first_stop_that_rank_0_receives_is_that_of_the_run() -> None:
+    """All processes ask at once: each has a stop, and rank 0's is one of theirs."""
     world = World(4)
     together(*(lambda n=n, line=line: line.ask_stop(Stop(f"of {n}", n)) for n, line in enumerate(world.all)))
     assert world.end(world.hub.stop.status if world.hub.stop else -1) == [world.hub.stop.status] * 4  # type: ignore[union-attr]
@@ -193,8 +193,8 @@ def test_the_first_stop_that_rank_0_hears_is_the_run_s() -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_asking_for_a_stop_waits_for_nobody(rank: int) -> None:
-    """A signal handler does, while its own thread may hold any lock of the line."""
+def test_requesting_a_stop_never_blocks(rank: int) -> None:
+    """Signal handlers request stops while their own thread may hold any lock of the channel."""
     world = World(2)
     with world.hub._row_lock, world.hub._changed:
         began = time.monotonic()
@@ -204,8 +204,8 @@ def test_asking_for_a_stop_waits_for_nobody(rank: int) -> None:
     assert world.end() == [0, 0]
 
 
-def test_a_row_that_cannot_be_taken_stops_the_run() -> None:
-    """The disk of the manifest is full, say; later rows are still offered."""
+def test_an_error_while_handling_a_row_stops_the_run() -> None:
+    """Such as a full disk for the manifest; later rows are still handled."""
     taken: list[Message] = []
 
     def on_row(row: Message) -> None:
@@ -225,8 +225,8 @@ def test_a_row_that_cannot_be_taken_stops_the_run() -> None:
 # Deaths
 
 
-def test_a_process_that_dies_stops_the_run_and_is_missing() -> None:
-    """Its rows so far are kept; rank 0 does not wait for it."""
+def test_a_dead_process_stops_the_run_and_is_reported_missing() -> None:
+    """The rows that it sent are kept; rank 0 does not wait for it."""
     world = World(4)
     world.spokes[1].report({"last": "words"})
     until(lambda: world.rows)
@@ -242,8 +242,8 @@ def test_a_process_that_dies_stops_the_run_and_is_missing() -> None:
     assert world.rows == [{"last": "words"}]
 
 
-def test_a_process_that_dies_while_rank_0_waits_ends_the_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At once, not after a time."""
+def test_a_death_ends_the_wait_of_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, not after a timeout."""
     monkeypatch.setattr(voxquilt.distributed.tcp_channel, "_GRACE", 60.0)
     world = World(2)
     threading.Timer(0.3, cut, [world.spokes[0]._connection]).start()
@@ -252,8 +252,8 @@ def test_a_process_that_dies_while_rank_0_waits_ends_the_waiting(monkeypatch: py
     assert world.hub.settle(BROKEN) == BROKEN
 
 
-def test_after_a_break_a_process_that_hangs_is_waited_for_only_so_long() -> None:
-    """It is alive, but does not end; after a signal, which breaks nothing, it is waited for."""
+def test_rank_0_waits_only_so_long_for_a_hanging_process_after_a_break() -> None:
+    """It is alive but does not end. After a signal, which breaks no connection, the wait is not limited."""
     world = World(3)
     cut(world.spokes[0]._connection)
     until(lambda: world.hub.stop)
@@ -262,8 +262,8 @@ def test_after_a_break_a_process_that_hangs_is_waited_for_only_so_long() -> None
     assert 0.2 < time.monotonic() - began < 5
 
 
-def test_a_process_that_had_ended_may_go() -> None:
-    """Its connection closes after its summary: no death."""
+def test_a_connection_that_closes_after_the_summary_is_not_a_death() -> None:
+    """The process had ended in order."""
     world = World(3)
     world.spokes[0].gather({"rank": 1})
     until(lambda: 1 in world.hub._summaries)
@@ -275,8 +275,8 @@ def test_a_process_that_had_ended_may_go() -> None:
     assert (world.hub.settle(0), world.spokes[1].settle(0)) == (0, 0)
 
 
-def test_without_rank_0_the_others_stop_and_are_ended_in_the_end(exits: Exits) -> None:
-    """First they may finish; a main thread that hangs is ended after the grace, with status 1."""
+def test_without_rank_0_processes_stop_and_exit_after_a_grace_period(exits: Exits) -> None:
+    """They may finish first; one whose main thread hangs exits with status 1 after the grace period."""
     world = World(3)
     die(world.hub)
     until(lambda: all(spoke.stop for spoke in world.spokes))
@@ -291,8 +291,8 @@ def test_without_rank_0_the_others_stop_and_are_ended_in_the_end(exits: Exits) -
     until(lambda: exits.statuses == [BROKEN, BROKEN])
 
 
-def test_a_stop_before_rank_0_dies_stays_the_reason() -> None:
-    """What a process asked for itself is not forgotten."""
+def test_a_stop_requested_before_rank_0_dies_stays_the_reason() -> None:
+    """The process's own request is not overwritten."""
     world = World(2)
     world.spokes[0].ask_stop(SIGTERM)
     until(lambda: world.hub.stop)
@@ -301,8 +301,8 @@ def test_a_stop_before_rank_0_dies_stays_the_reason() -> None:
     assert world.spokes[0].stop == SIGTERM
 
 
-def test_nothing_is_left_of_a_line_that_is_not_used_any_more() -> None:
-    """A program may predict many times: the threads end, and with them go the connections."""
+def test_an_unused_channel_leaves_no_threads_and_connections() -> None:
+    """A program may predict many times."""
     before = {*threading.enumerate()}
     world = World(3)
     assert len({*threading.enumerate()} - before) == 6
@@ -314,8 +314,8 @@ def test_nothing_is_left_of_a_line_that_is_not_used_any_more() -> None:
 # Connecting
 
 
-def test_strangers_do_no_harm() -> None:
-    """With a wrong key, with another protocol, or gone at once: they are refused, and the run begins."""
+def test_connections_of_other_programs_are_refused() -> None:
+    """With a wrong key or protocol, or closed at once; the run begins all the same."""
     hub = Hub(2, lambda row: None)
     host, port, _ = hub.address
 
@@ -345,7 +345,7 @@ def test_strangers_do_no_harm() -> None:
 
 
 def test_a_process_that_never_connects_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 0 does not wait for ever; nor does a process to which nobody listens."""
+    """Rank 0 does not wait for ever, and neither does a process without a listening hub."""
     monkeypatch.setattr(voxquilt.distributed.tcp_channel, "_CONNECT", 0.3)
     hub = Hub(4, lambda row: None)
     found = together(lambda: _message(hub.accept), lambda: Spoke(2, hub.address) and None)
@@ -363,8 +363,8 @@ def _message(action: Callable[[], object]) -> str:
     return str(caught.value)
 
 
-def test_the_address_is_that_of_the_launcher_and_the_key_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without MASTER_ADDR this machine's name; nobody can guess the key."""
+def test_the_address_comes_from_the_launcher_and_the_key_is_random(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without MASTER_ADDR it is this machine's name."""
     hubs = [Hub(2, lambda row: None) for _ in range(2)]
     addresses = [hub.address for hub in hubs]
     assert {address[0] for address in addresses} == {"127.0.0.1"}
@@ -377,8 +377,8 @@ def test_the_address_is_that_of_the_launcher_and_the_key_is_new(monkeypatch: pyt
         hub._listener.close()
 
 
-def test_a_process_alone_is_its_own_hub() -> None:
-    """Rows go to whoever takes them, whose errors arrive; the first stop counts."""
+def test_a_single_process_is_its_own_hub() -> None:
+    """Rows go straight to the handler, whose errors are raised; the first stop counts."""
     rows: list[Message] = []
     alone = LocalChannel(rows.append)
     assert isinstance(alone, ControlChannel)
@@ -394,8 +394,8 @@ def test_a_process_alone_is_its_own_hub() -> None:
         LocalChannel(lambda row: 1 / 0 and None).report({})
 
 
-def test_messages_are_json_so_that_nothing_is_run_by_reading_them() -> None:
-    """Pickle would let whoever has the key run code."""
+def test_messages_are_json_so_that_reading_them_runs_no_code() -> None:
+    """With pickle the holder of the key could run code."""
     hub = Hub(2, lambda row: None)
     heard: list[bytes] = []
 

@@ -1,4 +1,4 @@
-"""Laws of launching: which process speaks, who started it, and what a signal does."""
+"""Tests the environment of a process: whether it prints, which launcher started it, and how signals are handled."""
 
 import os
 import signal
@@ -34,10 +34,10 @@ KEYS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "TORCHELASTIC_RUN_ID", 
         ({"SLURM_JOB_NAME": "job"}, True, False, 1),
     ],
 )
-def test_who_speaks_and_who_started_it(
+def test_environment_variables_tell_the_printing_rank_and_the_launcher(
     environment: dict[str, str], first: bool, external: bool, tasks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By what Lightning, torchrun and SLURM leave in the environment."""
+    """Those of Lightning, torchrun and SLURM."""
     for key in KEYS:
         monkeypatch.delenv(key, raising=False)
     for key, value in environment.items():
@@ -66,8 +66,8 @@ os._exit(0)
 
 
 @pytest.mark.parametrize("how", ["by us", "by hand"])
-def test_a_process_ends_with_the_one_that_started_it_for_the_run(how: str) -> None:
-    """Not one that somebody put into the background: its parent, a shell, may go."""
+def test_a_process_of_a_run_ends_with_the_parent_that_started_it(how: str) -> None:
+    """A command put into the background by hand outlives its shell."""
     done = subprocess.run([sys.executable, "-c", _PARENT, how, _CHILD], capture_output=True, text=True, timeout=30)
     child = int(done.stdout)
     end = time.monotonic() + (10 if how == "by us" else 1.5)
@@ -88,8 +88,8 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_signals_become_requests_while_they_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each with the status of a process that it ends; then whoever had them before has them again."""
+def test_held_signals_become_requests_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with the exit status of its signal; the previous handlers are restored afterwards."""
     asked: list[tuple[str, int]] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     signals = Signals(lambda name, status: asked.append((name, status)))
@@ -103,8 +103,8 @@ def test_signals_become_requests_while_they_are_held(monkeypatch: pytest.MonkeyP
     assert {number: signal.getsignal(number) for number in before} == before
 
 
-def test_who_asks_again_seconds_later_means_now(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second SIGINT at once comes from a launcher that forwards what its group got; SIGTERM only ever asks."""
+def test_a_second_ctrl_c_after_some_seconds_exits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An immediate second SIGINT comes from a launcher that forwards its group's; SIGTERM only ever requests a stop."""
     asked: list[str] = []
     exits: list[int] = []
     now = [100.0]

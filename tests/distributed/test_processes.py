@@ -1,4 +1,4 @@
-"""Laws of runs with several processes: the files of one process, each subject once, one manifest, one exit status."""
+"""Tests runs with several processes: the files of one process, each subject once, one manifest, one exit status."""
 
 import csv
 import json
@@ -33,7 +33,7 @@ def outputs(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, forks: Server) -> Path:
-    """Seven subjects of different sizes, and what one process makes of them, by blend."""
+    """Seven subjects of different sizes, and what one process predicts for them, per blend."""
     folder = tmp_path_factory.mktemp("place")
     for n in range(7):
         affine = np.diag([-1.0, 1.3, 0.8, 1.0]) if n % 2 else np.eye(4)
@@ -55,8 +55,10 @@ def options(mode: str) -> tuple[str, ...]:
 
 
 def assert_same(ours: Path, theirs: Path, mode: str) -> None:
-    """Labels, and of crop the scores, to the bit; the rest to rounding (torch's soft-max rounds by where a voxel is in
-    the piece that it is given)."""
+    r"""Labels, and for crop the scores, are equal to the bit; the rest up to rounding.
+
+    The soft-max of torch rounds by a voxel's position in the slab.
+    """
     assert outputs(ours) == outputs(theirs)
     for name in outputs(theirs):
         if "labels" not in name and (mode != "crop" or "logits" not in name):
@@ -71,7 +73,7 @@ def assert_same(ours: Path, theirs: Path, mode: str) -> None:
 def test_several_processes_write_the_files_of_one(
     ranks: int, distribute: str, mode: str, place: Path, tmp_path: Path, forks: Server
 ) -> None:
-    """Seven subjects on two and three processes, dealt whole or in slabs."""
+    """Seven subjects on two and three processes, assigned as a whole or in slabs."""
     out = tmp_path / "out"
     job = forks.start(*JOB, *options(mode), f"output_dir={out}", f"run.distribute={distribute}", cwd=place, ranks=ranks)
     assert checked(job.wait()) == 0, job.text
@@ -89,10 +91,10 @@ def test_several_processes_write_the_files_of_one(
 
 @pytest.mark.parametrize("distribute", ["subject", "slab", "auto"])
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_one_subject_on_several_processes(
+def test_one_subject_on_several_processes_gives_the_same_files(
     ranks: int, distribute: str, place: Path, tmp_path: Path, forks: Server
 ) -> None:
-    """Dealt whole, the others have nothing and end cleanly; in slabs, which is what auto does, all have a part."""
+    """As a whole, the other processes end cleanly without work; in slabs, which auto chooses, all have a part."""
     out = tmp_path / "out"
     job = forks.start(
         *JOB, "data.inputs=one", *options("gaussian"), f"output_dir={out}", f"run.distribute={distribute}",
@@ -105,8 +107,8 @@ def test_one_subject_on_several_processes(
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn"])
-def test_processes_that_lightning_starts(strategy: str, place: Path, tmp_path: Path) -> None:
-    """As subprocesses or spawned: the same files, one table, one line a subject, and a failed one makes status 1."""
+def test_processes_started_by_lightning_give_the_same_files(strategy: str, place: Path, tmp_path: Path) -> None:
+    """As subprocesses or spawned: one table, one line per subject, and status 1 if a subject fails."""
     for n in range(7):
         (tmp_path / "in").mkdir(exist_ok=True)
         (tmp_path / f"in/s{n}.nii.gz").write_bytes((place / f"in/s{n}.nii.gz").read_bytes())
@@ -127,8 +129,8 @@ def test_processes_that_lightning_starts(strategy: str, place: Path, tmp_path: P
     assert "Traceback" not in done.stderr
 
 
-def test_more_processes_than_rows_and_subjects(tmp_path: Path, forks: Server) -> None:
-    """A volume of a single patch cannot be divided; two of the three processes end without work, in every mode."""
+def test_processes_without_work_end_cleanly(tmp_path: Path, forks: Server) -> None:
+    """A volume of one patch cannot be divided, so two of three processes have nothing to do, in every mode."""
     x = save(tmp_path / "in/a.nii.gz", noise((8, 8, 8)))
     for distribute in ("slab", "auto"):
         job = forks.start(*JOB, f"run.distribute={distribute}", f"output_dir={distribute}", cwd=tmp_path, ranks=3)
@@ -138,7 +140,7 @@ def test_more_processes_than_rows_and_subjects(tmp_path: Path, forks: Server) ->
 
 @pytest.mark.parametrize("distribute", ["subject", "slab"])
 def test_a_failed_subject_fails_alone_among_several_processes(distribute: str, tmp_path: Path, forks: Server) -> None:
-    """Not readable, raising, not finite, at any rank: a row each with the reason; those in the same batch are right."""
+    """Unreadable, raising or not finite, on any rank: one row each with the reason; others in the batch are right."""
     good = {f"s{n}": save(tmp_path / f"in/s{n}.nii.gz", noise((30, 9, 9), n) % 60) for n in range(3)}
     (tmp_path / "in/empty.nii.gz").touch()
     for name, value, where in (("raises", 77, 2), ("nan", 88, 28)):
@@ -161,7 +163,7 @@ def test_a_failed_subject_fails_alone_among_several_processes(distribute: str, t
 
 
 def test_on_error_raise_stops_all_processes(tmp_path: Path, forks: Server) -> None:
-    """One process's failed subject ends the run everywhere, in order: status 1, what was finished stays."""
+    """In order, with status 1; finished subjects stay."""
     for n in range(40):
         save(tmp_path / f"in/s{n:02}.nii.gz", noise((16, 16, 16), n))
     (tmp_path / "in/s05.nii.gz").write_bytes(b"")
@@ -177,8 +179,8 @@ def test_on_error_raise_stops_all_processes(tmp_path: Path, forks: Server) -> No
     assert "Traceback" not in job.text
 
 
-def test_wrong_configurations_are_said_once(tmp_path: Path, forks: Server) -> None:
-    """Before anything starts, and what only rank 0 finds out when the processes are there: status 2 in all."""
+def test_a_wrong_configuration_is_reported_once_by_all_processes(tmp_path: Path, forks: Server) -> None:
+    """Before anything starts, and if only rank 0 detects it afterwards: every process ends with status 2."""
     save(tmp_path / "in/a.nii.gz", noise((9, 9, 9)))
     for wrong, message in (("data.patch_size=0", "data.patch_size must be at least 1"), ("data.inputs=no", "no file")):
         job = forks.start(*JOB, wrong, cwd=tmp_path, ranks=2)

@@ -1,4 +1,4 @@
-"""Laws of what shards agree on without knowing of each other: worked out once, and never from half a file."""
+"""Tests what shards agree on through a file: computed once, and never read from an incomplete file."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +15,8 @@ from voxquilt.prediction.resume import Resume
 from voxquilt.prediction.run_plan import RunPlanner
 
 
-def test_of_many_who_ask_at_once_one_works_it_out(tmp_path: Path) -> None:
-    """The others wait for it; who comes later reads it too."""
+def test_of_many_simultaneous_shards_one_computes_for_all(tmp_path: Path) -> None:
+    """The others wait for its result, and later ones read it."""
     calls: list[int] = []
 
     def make() -> list[int]:
@@ -35,16 +35,16 @@ def test_of_many_who_ask_at_once_one_works_it_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "before", ["", '{"key": "a", "numbers": [1, 2', "[]", '{"key": "b", "numbers": [1, 2, 3, 4, 5]}']
 )
-def test_numbers_of_something_else_are_replaced(before: str, tmp_path: Path) -> None:
-    """Half a file, another program's, another key's, a longer one's."""
+def test_an_invalid_or_foreign_agreement_is_replaced(before: str, tmp_path: Path) -> None:
+    """An empty or truncated file, another program's, another key's."""
     path = tmp_path / "plan.json"
     path.write_text(before)
     assert agreed(path, "a", lambda: [7]) == [7]
     assert agreed(path, "a", lambda: [8]) == [7]
 
 
-def test_an_error_leaves_nothing_to_read(tmp_path: Path) -> None:
-    """Who comes next works it out; a file that cannot be written is named."""
+def test_a_failed_computation_leaves_no_agreement(tmp_path: Path) -> None:
+    """The next shard computes it; a file that cannot be written is named."""
 
     def fails() -> list[int]:
         raise ValueError("no")
@@ -57,7 +57,7 @@ def test_an_error_leaves_nothing_to_read(tmp_path: Path) -> None:
 
 
 def test_one_shard_reads_the_headers_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until the subjects or the grid are others; every subject then is still in one shard."""
+    """Again only if subjects or grid change; every subject is then still in exactly one shard."""
     for n in range(7):
         save(tmp_path / f"scans/{n}.nii", noise((8, 8, 8 + 4 * n)))
     read = count_headers(monkeypatch)

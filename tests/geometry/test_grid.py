@@ -1,4 +1,4 @@
-"""Laws of the grid: where patches lie, that they cover everything, and which sizes make no grid."""
+"""Tests the grid: where patches lie, that they cover every voxel, and which sizes are refused."""
 
 from itertools import pairwise
 
@@ -15,14 +15,14 @@ from voxquilt.geometry.grid import axis_starts, make_grid
 
 @st.composite
 def long_axes(draw: st.DrawFn) -> tuple[int, int, int]:
-    """The same, up to 400 voxels."""
+    """Axes of up to 400 voxels, sized as in `axis_sizes`."""
     patch = draw(st.integers(1, 200))
     overlap = draw(st.integers(0, (patch - 1) // 2)) * 2
     return draw(st.integers(patch, 400)), patch, overlap
 
 
 def torchio_starts(size: int, patch: int, overlap: int) -> list[int]:
-    """TorchIO 1.2.1's formula, grid.py lines 198 to 203."""
+    """Starts by the formula of TorchIO 1.2.1, grid.py lines 198 to 203."""
     indices = list(range(0, size + 1 - patch, patch - overlap))
     if indices[-1] != size - patch:
         indices.append(size - patch)
@@ -30,7 +30,7 @@ def torchio_starts(size: int, patch: int, overlap: int) -> list[int]:
 
 
 def torchio_locations(sizes: tuple[tuple[int, int, int], ...]) -> np.ndarray:
-    """TorchIO 1.2.1's locations, grid.py lines 204 to 209."""
+    """Locations as TorchIO 1.2.1 orders them, grid.py lines 204 to 209."""
     indices = [torchio_starts(*axis) for axis in sizes]
     first = np.unique(np.array(np.meshgrid(*indices)).reshape(3, -1).T, axis=0)
     return np.array(sorted(np.hstack((first, first + np.array([patch for _, patch, _ in sizes]))).tolist()))
@@ -39,7 +39,7 @@ def torchio_locations(sizes: tuple[tuple[int, int, int], ...]) -> np.ndarray:
 @given(long_axes())
 @settings(deadline=None, max_examples=200)
 def test_the_starts_of_an_axis_are_those_of_torchio(sizes: tuple[int, int, int]) -> None:
-    """A patch every `patch - overlap` voxels, and one at the end if the last does not end there."""
+    """One patch every `patch - overlap` voxels, plus one at the end if the last does not end there."""
     assert list(axis_starts(*sizes)) == torchio_starts(*sizes)
 
 
@@ -54,8 +54,8 @@ def test_the_starts_of_an_axis_are_those_of_torchio(sizes: tuple[int, int, int])
         ((4, 1, 0), (0, 1, 2, 3)),
     ],
 )
-def test_the_starts_of_known_axes(sizes: tuple[int, int, int], starts: tuple[int, ...]) -> None:
-    """Examples that were counted by hand."""
+def test_axis_starts_equal_examples_counted_by_hand(sizes: tuple[int, int, int], starts: tuple[int, ...]) -> None:
+    """A clamped last patch, a single patch, no overlap, and patches of one voxel."""
     assert axis_starts(*sizes) == starts
 
 
@@ -72,7 +72,7 @@ def test_locations_are_those_of_torchio_in_their_order(sizes: tuple[tuple[int, i
 @given(st.tuples(axis_sizes(), axis_sizes(), axis_sizes()))
 @settings(deadline=None, max_examples=100)
 def test_patches_cover_every_voxel_and_none_outside(sizes: tuple[tuple[int, int, int], ...]) -> None:
-    """Painting every patch paints the volume; neighbours share at least the overlap."""
+    """Painting every patch paints the whole volume; neighbours share at least the overlap."""
     grid = make_grid(*zip(*sizes, strict=True))
     painted = np.zeros(grid.shape, dtype=int)
     for i0, j0, k0, i1, j1, k1 in grid.locations:
@@ -87,7 +87,7 @@ def test_patches_cover_every_voxel_and_none_outside(sizes: tuple[tuple[int, int,
 @given(st.tuples(axis_sizes(), axis_sizes(), axis_sizes()))
 @settings(deadline=None, max_examples=60)
 def test_find_is_the_inverse_of_location(sizes: tuple[tuple[int, int, int], ...]) -> None:
-    """A location leads back to its patch, from a tuple of ints as from a row of `locations`."""
+    """Given as a tuple of integers and as a row of `locations`."""
     grid = make_grid(*zip(*sizes, strict=True))
     for index, row in enumerate(grid.locations):
         assert grid.location(index) == tuple(row)
@@ -96,10 +96,10 @@ def test_find_is_the_inverse_of_location(sizes: tuple[tuple[int, int, int], ...]
 
 @given(st.tuples(axis_sizes(), axis_sizes(), axis_sizes()), st.data())
 @settings(deadline=None, max_examples=100)
-def test_find_refuses_what_is_no_location_of_the_grid(
+def test_find_refuses_a_location_that_is_not_on_the_grid(
     sizes: tuple[tuple[int, int, int], ...], data: st.DataObject
 ) -> None:
-    """A location that is shifted or of another size is a PatchShapeError that names it."""
+    """A shifted location or one of another size is a PatchShapeError that names it."""
     grid = make_grid(*zip(*sizes, strict=True))
     location = list(grid.location(data.draw(st.integers(0, len(grid) - 1))))
     location[data.draw(st.integers(0, 5))] += data.draw(st.sampled_from([-1, 1, 2, 1000]))
@@ -109,16 +109,16 @@ def test_find_refuses_what_is_no_location_of_the_grid(
     assert str(grid.patch_size) in str(error.value)
 
 
-def test_an_axis_may_have_more_voxels_than_16_bits_count() -> None:
-    """70,000 voxels, where TorchIO's locations overflow."""
+def test_an_axis_may_be_longer_than_16_bits_can_count() -> None:
+    """70,000 voxels, where TorchIO's 16-bit locations overflow."""
     grid = make_grid((70_000, 1, 1), (64, 1, 1), (32, 0, 0))
     assert grid.location(len(grid) - 1) == (69_936, 0, 0, 70_000, 1, 1)
     assert grid.locations[-1].tolist() == [69_936, 0, 0, 70_000, 1, 1]
     assert grid.find((69_936, 0, 0, 70_000, 1, 1)) == len(grid) - 1
 
 
-def test_a_grid_that_is_larger_than_memory_can_be_counted() -> None:
-    """`len` and `location` make no table."""
+def test_a_grid_with_more_patches_than_memory_holds_can_be_counted() -> None:
+    """`len` and `location` do not build a table of locations."""
     grid = make_grid((1_000_000,) * 3, 1)
     assert grid.counts == (1_000_000, 1_000_000, 1_000_000)
     assert grid.location(10**18 - 1) == (999_999, 999_999, 999_999, 1_000_000, 1_000_000, 1_000_000)
@@ -138,8 +138,8 @@ def test_a_grid_that_is_larger_than_memory_can_be_counted() -> None:
         ("shape", 0, "a volume's shape must be at least 1 along axis {}; it is 0"),
     ],
 )
-def test_sizes_that_make_no_grid_are_named_with_their_axis(axis: int, what: str, value: int, message: str) -> None:
-    """A GridError, which is a ValueError, says which axis, what came and what was wanted."""
+def test_an_impossible_size_is_a_grid_error_that_names_the_axis(axis: int, what: str, value: int, message: str) -> None:
+    """The GridError, which is a ValueError, also says what came and what was wanted."""
     sizes = {"shape": [20, 20, 20], "patch": [10, 10, 10], "overlap": [4, 4, 4]}
     sizes[what][axis] = value
     with pytest.raises(GridError) as error:
@@ -149,8 +149,8 @@ def test_sizes_that_make_no_grid_are_named_with_their_axis(axis: int, what: str,
 
 
 @pytest.mark.parametrize("value", [10.0, "10", (1, 2), (1, 2, 3, 4), (1, 2, 3.0), True, None, (), [1, "2", 3]])
-def test_a_size_is_an_integer_or_three(value: object) -> None:
-    """Anything else is a GridError that names the argument and shows what came."""
+def test_a_size_is_one_integer_or_three_integers(value: object) -> None:
+    """Anything else is a GridError that names the argument and shows its value."""
     with pytest.raises(GridError) as error:
         bare(to_triple)(value, "patch_size", minimum=1)
     assert str(error.value) == (
@@ -159,8 +159,8 @@ def test_a_size_is_an_integer_or_three(value: object) -> None:
 
 
 @pytest.mark.parametrize("value", [4, (4, 4, 4), [4, 4, 4], np.int32(4), np.array([4, 4, 4]), range(4, 7, 1)])
-def test_sizes_may_be_any_kind_of_integers(value: object) -> None:
-    """Python's or numpy's, in any iterable, become a tuple of ints."""
+def test_python_and_numpy_integers_are_sizes_alike(value: object) -> None:
+    """In any iterable; they become a tuple of ints."""
     triple = bare(to_triple)(value, "patch_size")
     assert triple == ((4, 5, 6) if isinstance(value, range) else (4, 4, 4))
     assert all(type(size) is int for size in triple)
@@ -171,10 +171,10 @@ def test_sizes_may_be_any_kind_of_integers(value: object) -> None:
     st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4)),
 )
 @settings(deadline=None, max_examples=100)
-def test_a_downsampled_grid_is_the_grid_divided(
+def test_a_downsampled_grid_is_the_grid_divided_by_the_factor(
     sizes: tuple[tuple[int, int, int], ...], factor: tuple[int, int, int]
 ) -> None:
-    """Volume, patches and every start shrink by the factor, and still cover the volume."""
+    """Volume, patches and every start shrink by the factor, and the patches still cover the volume."""
     shape, patch, overlap = zip(*sizes, strict=True)
     grid = make_grid(*(np.multiply(size, factor).tolist() for size in (shape, patch, overlap)))
     small = grid.downsampled(factor)
@@ -189,10 +189,10 @@ def test_a_downsampled_grid_is_the_grid_divided(
     ("shape", "patch", "overlap", "what"),
     [(30, 20, 8, "volume 30"), (40, 18, 2, "patch size 18"), (40, 20, 6, "patch start 14")],
 )
-def test_a_geometry_that_does_not_divide_cannot_be_downsampled(
+def test_a_grid_that_the_factor_does_not_divide_cannot_be_downsampled(
     axis: int, shape: int, patch: int, overlap: int, what: str
 ) -> None:
-    """Volume, patch size and starts must be multiples, or output patches would not line up; the axis is named."""
+    """Volume, patch size and starts must be multiples, so that output patches line up; the error names the axis."""
     sizes = np.array([[40] * 3, [20] * 3, [8] * 3])
     sizes[:, axis] = shape, patch, overlap
     with pytest.raises(GridError) as error:

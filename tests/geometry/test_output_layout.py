@@ -1,4 +1,4 @@
-"""Laws of outputs that are smaller than their patches: by a whole factor, or by the border of valid convolutions."""
+"""Tests outputs smaller than their patches: by a whole factor, or by the border that valid convolutions lose."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ MODES = ["crop", "average", "hann", "gaussian"]
 
 
 class Valid(nn.Module):
-    """Two valid convolutions: an output without a border."""
+    """Two valid convolutions: the output lacks a border."""
 
     def __init__(self, kernel: int | tuple[int, int, int] = 3, classes: int = 3) -> None:
         super().__init__()
@@ -38,20 +38,8 @@ class Valid(nn.Module):
         return self.layers(x / 50 - 1)
 
 
-class ValidOver50(nn.Module):
-    """Scores of the middle of 5 x 5 x 5 voxels, so that labels are exactly x > 50."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        inner = x[:, :, 2:-2, 2:-2, 2:-2]
-        return torch.cat([50 - inner, inner - 50], 1)
-
-
 class Pooling(nn.Module):
-    """Down and up again by 4 without looking at what does not divide: it loses voxels at a patch's end."""
+    """Pools and upsamples by 4; voxels at the end of a patch that 4 does not divide are lost."""
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.interpolate(avg_pool3d(x, 4), scale_factor=4.0)
@@ -59,7 +47,7 @@ class Pooling(nn.Module):
 
 @pytest.fixture
 def one(tmp_path: Path) -> list[SubjectFiles]:
-    """A subject of one channel, behind one that cannot be read."""
+    """A subject with one channel, listed after one that cannot be read."""
     save(tmp_path / "b.nii", noise((4, 4, 4)))
     return [SubjectFiles(name, {"image": tmp_path / f"{name}.nii"}) for name in "ab"]
 
@@ -76,7 +64,7 @@ def one(tmp_path: Path) -> list[SubjectFiles]:
     st.integers(0, 2**32 - 1),
 )
 @example((13, 13, 13), (3, 3, 3), (4, 4, 4), "crop", False, None, 2, 0)
-def test_cropped_outputs_of_patches_are_the_output_of_the_whole_volume(
+def test_cropped_patch_outputs_join_to_the_output_of_the_whole_volume(
     shape: tuple[int, int, int],
     kernel: tuple[int, int, int],
     left: tuple[int, int, int],
@@ -86,7 +74,7 @@ def test_cropped_outputs_of_patches_are_the_output_of_the_whole_volume(
     batch_size: int,
     seed: int,
 ) -> None:
-    """Of a valid convolution, for every kernel, even ones too, and patch; beyond the volume lies padding."""
+    """For valid convolutions with any kernel, even sizes included, and any patch; padding surrounds the volume."""
     random = np.random.default_rng(seed)
     weight = torch.from_numpy(random.normal(size=(2, 1, *kernel))).float()
     volume = torch.from_numpy(random.normal(size=(1, *shape))).float()
@@ -104,10 +92,10 @@ def test_cropped_outputs_of_patches_are_the_output_of_the_whole_volume(
 
 @settings(deadline=None, max_examples=40)
 @given(st.tuples(*[st.integers(3, 12)] * 3), st.tuples(*[st.integers(0, 2)] * 6), st.integers(0, 2**32 - 1))
-def test_a_patch_is_its_place_on_the_grid_with_the_halo_around(
+def test_a_patch_is_its_grid_location_extended_by_the_halo(
     shape: tuple[int, int, int], halo: tuple[int, ...], seed: int
 ) -> None:
-    """And its affine is that of its first voxel, which may lie outside of the volume."""
+    """The patch's affine is that of its first voxel, which may lie outside the volume."""
     volume = torch.from_numpy(np.random.default_rng(seed).normal(size=(1, *shape)))
     around = ((halo[0], halo[1]), (halo[2], halo[3]), (halo[4], halo[5]))
     patch = [2 + sum(pair) for pair in around]
@@ -124,8 +112,8 @@ def test_a_patch_is_its_place_on_the_grid_with_the_halo_around(
         np.testing.assert_array_equal(item["t1"]["affine"][:3, 3], first)
 
 
-def test_a_halo_that_is_the_whole_patch_is_refused() -> None:
-    """Nothing would be left to predict."""
+def test_a_halo_that_fills_the_patch_is_refused() -> None:
+    """No voxel would be left to predict."""
     with pytest.raises(GridError, match="are all halo"):
         GridSampler(Subject(t1=ScalarImage(torch.zeros(1, 8, 8, 8))), 4, 0, halo=((2, 2), (1, 1), (1, 1)))
 
@@ -147,10 +135,10 @@ def test_a_halo_that_is_the_whole_patch_is_refused() -> None:
         ("cropped", (4, 4, 4), (8, 8, 8), None),
     ],
 )
-def test_one_factor_for_all_axes_is_taken_without_being_told(
+def test_a_factor_is_inferred_only_if_it_is_the_same_along_all_axes(
     layout: str, shape: tuple[int, ...], patch: tuple[int, int, int], factor: tuple[int, int, int] | None
 ) -> None:
-    """Other factors have to be named, since they may as well be a border that is missing."""
+    """Unequal factors must be configured, since the difference may as well be a lost border."""
     if factor is not None:
         assert factor_of(layout, "", (1, 2, *shape), patch) == factor
         return
@@ -159,7 +147,7 @@ def test_one_factor_for_all_axes_is_taken_without_being_told(
 
 
 def test_outputs_that_lack_different_borders_are_refused() -> None:
-    """They would need patches of their own; so would flipped ones that lie askew."""
+    """Each would need patches of its own. Under flips, an odd border is refused too."""
     with pytest.raises(PatchShapeError, match="lack the same border"):
         halo_of({"a": (1, 2, 4, 4, 4), "b": (1, 2, 6, 6, 6)}, (8, 8, 8))
     with pytest.raises(PatchShapeError, match="axis j, an odd number"):
@@ -168,8 +156,8 @@ def test_outputs_that_lack_different_borders_are_refused() -> None:
 
 
 @pytest.mark.parametrize("patch", [8, 12, 9])
-def test_valid_convolutions_are_not_taken_for_a_lower_resolution(patch: int) -> None:
-    """8 -> 4 could be either; a larger patch tells, and the message says what to set."""
+def test_valid_convolutions_are_not_mistaken_for_a_lower_resolution(patch: int) -> None:
+    """A step from 8 to 4 voxels could be either; a larger patch decides, and the message says what to set."""
     network = PatchNetwork([Valid()])
     with pytest.raises(ConfigError, match=r"model\.output=cropped"):
         check_network(network, ["t1"], 1, (patch,) * 3, None)
@@ -177,8 +165,8 @@ def test_valid_convolutions_are_not_taken_for_a_lower_resolution(patch: int) -> 
     assert check_network(half, ["t1"], 1, (8, 8, 8), None) is not None
 
 
-def test_voxels_lost_at_the_end_of_a_patch_are_no_halo(one: list[SubjectFiles]) -> None:
-    """A network that drops what its pooling does not divide: another patch size loses nothing."""
+def test_voxels_that_pooling_drops_are_not_a_halo(one: list[SubjectFiles]) -> None:
+    """The message suggests a patch size at which pooling loses nothing."""
     network = PatchNetwork([Pooling()], output="cropped")
     with pytest.raises(ConfigError, match=r"Set data.patch_size=\[16, 16, 16\]"):
         find_halo(network, one, (14, 14, 14))
@@ -187,8 +175,8 @@ def test_voxels_lost_at_the_end_of_a_patch_are_no_halo(one: list[SubjectFiles]) 
         check_network(PatchNetwork([Pooling()]), ["t1"], 1, (14, 14, 14), None)
 
 
-def test_a_network_that_looks_at_voxels_is_shown_some(one: list[SubjectFiles]) -> None:
-    """Where shapes alone do not tell, one forward pass does."""
+def test_a_network_that_depends_on_values_is_probed_with_a_forward_pass(one: list[SubjectFiles]) -> None:
+    """Its output shape cannot be inferred from shapes alone."""
 
     class Looks(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -197,12 +185,12 @@ def test_a_network_that_looks_at_voxels_is_shown_some(one: list[SubjectFiles]) -
     assert find_halo(PatchNetwork([Looks()]), one, (4, 4, 4)) == ((0, 0), (0, 0), (1, 1))
 
 
-JOB = ("data.inputs=in", "model=state_dict", "ckpt_path=null", "trainer=cpu", "model.net._target_=test_output_layout.")
+JOB = ("data.inputs=in", "model=state_dict", "ckpt_path=null", "trainer=cpu", "model.net._target_=networks.")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two subjects that no patch divides."""
+    """Two subjects whose shapes are not multiples of any patch."""
     folder = tmp_path_factory.mktemp("layout")
     for name, shape in {"a": (13, 11, 9), "b": (6, 17, 5)}.items():
         save(folder / f"in/{name}.nii.gz", noise(shape))
@@ -211,7 +199,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("more", [(), ("data.patch_overlap=2", "data.batch_size=3"), ("trainer.devices=2",)])
 def test_the_command_predicts_with_valid_convolutions(folder: Path, forks: Server, more: tuple[str, ...]) -> None:
-    """Labels are exactly x > 50 up to the border, by one process or by two that share each volume."""
+    """Labels are exactly x > 50 up to the border, with one process and with two that share each volume."""
     slab = ("trainer.strategy=ddp_spawn", "run.distribute=slab") if "trainer.devices=2" in more else ()
     out = f"out{len(more)}{len(slab)}"
     job = (*JOB[:-1], f"{JOB[-1]}ValidOver50", "model.output=cropped", "data.patch_size=8")
@@ -225,10 +213,10 @@ def test_the_command_predicts_with_valid_convolutions(folder: Path, forks: Serve
 
 
 @pytest.mark.parametrize("option", ["model.output=auto", "model.output=resampled", "model.output=crop"])
-def test_the_command_refuses_valid_convolutions_that_it_is_not_told_of(
+def test_the_command_refuses_valid_convolutions_without_model_output_cropped(
     folder: Path, forks: Server, option: str
 ) -> None:
-    """One message, status 2, nothing started; 8 -> 4 is not taken for half the resolution unless that is said."""
+    """One message, status 2, nothing started. From 8 to 4 voxels is not half the resolution unless configured."""
     size = 8 if option.endswith("auto") else 9
     job = (*JOB[:-1], f"{JOB[-1]}ValidOver50", option, f"data.patch_size={size}", "output_dir=refused")
     run = forks.start(*job, cwd=folder)
@@ -238,8 +226,8 @@ def test_the_command_refuses_valid_convolutions_that_it_is_not_told_of(
     assert not (folder / "refused/manifest.csv").exists()
 
 
-def test_a_plan_and_the_log_say_what_a_smaller_output_was_taken_for(folder: Path, forks: Server) -> None:
-    """Half the resolution, by one factor along all axes."""
+def test_plan_and_log_state_how_a_smaller_output_is_interpreted(folder: Path, forks: Server) -> None:
+    """Here as half the resolution along all axes."""
     job = (*JOB[:-1], "model.net._target_=torch.nn.AvgPool3d", "model.net.kernel_size=2", "data.patch_size=8")
     for more in (("run.dry_run=true",), ()):
         run = forks.start(*job, *more, "data.divisible_by=2", "output_dir=half", cwd=folder)

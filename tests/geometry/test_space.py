@@ -1,4 +1,4 @@
-"""Laws of the way to model space and back: every voxel keeps its world position, and copies are exact."""
+"""Tests the transform to model space and back: every voxel keeps its world position, and copies are exact."""
 
 from itertools import permutations, product
 
@@ -28,7 +28,7 @@ SHAPES = st.tuples(*[st.integers(1, 7)] * 3)
 
 @st.composite
 def affines(draw: st.DrawFn, *, oblique: float = 40.0, shear: float = 0.05) -> np.ndarray:
-    """Axes permuted and flipped, then rotated by at most `oblique` degrees; spacings per axis, a little shear."""
+    """Axes permuted and flipped, rotated by at most `oblique` degrees, with spacings and a little shear."""
     axes = draw(st.sampled_from(SIGNED_PERMUTATIONS))
     random = np.random.default_rng(draw(SEEDS))
     vector = random.normal(size=3)
@@ -51,12 +51,12 @@ def world(affine: np.ndarray, voxels: np.ndarray) -> np.ndarray:
 
 
 def voxels_of(shape: tuple[int, ...]) -> np.ndarray:
-    """(3, n) indices of all voxels."""
+    """Indices of all voxels, (3, n)."""
     return np.indices(shape).reshape(3, -1).astype(float)
 
 
 def mapped(maps: AxisMaps, voxels: np.ndarray) -> np.ndarray:
-    """Where native voxels (3, n) lie in the source, unclamped."""
+    """Unclamped source positions of native voxels (3, n)."""
     found = np.empty_like(voxels)
     for x, m in zip(voxels, maps, strict=True):
         found[m.axis] = m.scale * x + m.offset
@@ -67,7 +67,7 @@ def mapped(maps: AxisMaps, voxels: np.ndarray) -> np.ndarray:
 
 
 def test_there_are_48_orientations_and_each_is_read_back() -> None:
-    """Six permutations of three axes with two directions each, in upper or lower case."""
+    """Six permutations of three axes with two directions each, in upper and lower case."""
     assert len(set(ORIENTATIONS)) == 48
     for codes in ORIENTATIONS:
         axes, signs = parse_axcodes(codes.lower())
@@ -81,7 +81,7 @@ def test_there_are_48_orientations_and_each_is_read_back() -> None:
 @given(affines())
 @settings(deadline=None, max_examples=150)
 def test_axis_codes_are_those_of_nibabel(affine: np.ndarray) -> None:
-    """Up to 40 degrees from the anatomical axes there is no doubt which is the nearest."""
+    """Up to 40 degrees from the anatomical axes, where the nearest axis is unambiguous."""
     frame = Frame((2, 2, 2), affine)
     assert frame.axcodes == "".join(nib.aff2axcodes(affine))
     axes, signs = closest_axes(affine)
@@ -91,8 +91,8 @@ def test_axis_codes_are_those_of_nibabel(affine: np.ndarray) -> None:
 @given(SEEDS)
 @example(6)
 @settings(deadline=None, max_examples=100)
-def test_any_rotation_has_axis_codes_that_keep_most_of_it(seed: int) -> None:
-    """Each axis once; where nibabel's choice, one axis after the other, is another, it keeps less of the rotation."""
+def test_axis_codes_maximise_the_alignment_for_any_rotation(seed: int) -> None:
+    """Each axis is used once. Where nibabel, which chooses greedily, differs, its alignment is lower."""
     rotation = Rotation.random(random_state=seed).as_matrix()
     affine = np.eye(4)
     affine[:3, :3] = rotation
@@ -106,8 +106,8 @@ def test_any_rotation_has_axis_codes_that_keep_most_of_it(seed: int) -> None:
 
 @given(affines(oblique=0, shear=0))
 @settings(deadline=None, max_examples=30)
-def test_45_degrees_is_decided_the_same_way_in_spite_of_noise(affine: np.ndarray) -> None:
-    """Where two choices tie, rounding of a header must not choose: a subject's images would be turned differently."""
+def test_a_tie_at_45_degrees_is_decided_alike_in_spite_of_noise(affine: np.ndarray) -> None:
+    """Else rounding in a header would turn the images of one subject differently."""
     turn = np.eye(4)
     turn[:3, :3] = Rotation.from_euler("z", 45, degrees=True).as_matrix()
     turned = turn @ affine
@@ -116,8 +116,8 @@ def test_45_degrees_is_decided_the_same_way_in_spite_of_noise(affine: np.ndarray
 
 
 @pytest.mark.parametrize("codes", ["", "R", "RA", "RASS", "RRS", "RLS", "XYZ", "123", "RA S", "RAS+"])
-def test_what_is_no_orientation_is_a_config_error(codes: str) -> None:
-    """The message says what one is and what came."""
+def test_an_invalid_orientation_is_a_config_error(codes: str) -> None:
+    """The message says what an orientation looks like and what came."""
     with pytest.raises(ConfigError) as error:
         parse_axcodes(codes)
     assert str(error.value) == (
@@ -128,8 +128,8 @@ def test_what_is_no_orientation_is_a_config_error(codes: str) -> None:
 @pytest.mark.parametrize(
     "value", [0, -1.0, float("nan"), float("inf"), True, (1, 1), (1, 1, 1, 1), (1, 1, 0), (1, None, -1), ()]
 )
-def test_what_is_no_spacing_is_a_config_error(value: object) -> None:
-    """Zero, negative, infinite, a truth value, or not three."""
+def test_an_invalid_spacing_is_a_config_error(value: object) -> None:
+    """Zero, negative, infinite, boolean, or not three values."""
     with pytest.raises(ConfigError, match="spacing must be null, a positive number of mm, or three along i, j, k"):
         to_spacing(value)  # type: ignore[arg-type]
 
@@ -142,7 +142,7 @@ def test_what_is_no_spacing_is_a_config_error(value: object) -> None:
 def test_every_voxel_keeps_its_world_position(
     affine: np.ndarray, shape: tuple[int, int, int], orientation: str | None, spacing: object
 ) -> None:
-    """Law 5: the model affine at a voxel's model coordinates is the native affine at the voxel, and back again."""
+    """The model affine at a voxel's model coordinates equals the native affine at the voxel, and conversely."""
     space = make_space(Frame(shape, affine), orientation, spacing)
     native = voxels_of(shape)
     model = mapped(space.maps, native)
@@ -157,10 +157,10 @@ def test_every_voxel_keeps_its_world_position(
 
 @given(affines(), SHAPES, st.sampled_from(ORIENTATIONS), spacings())
 @settings(deadline=None, max_examples=150)
-def test_the_model_frame_is_what_was_asked_for(
+def test_the_model_frame_has_the_requested_orientation_and_spacing(
     affine: np.ndarray, shape: tuple[int, int, int], orientation: str, spacing: object
 ) -> None:
-    """The orientation; the spacing exactly, or the file's; and the centre of the field of view stays where it was."""
+    """An unset spacing is the file's; the centre of the field of view stays where it was."""
     native = Frame(shape, affine)
     model = make_space(native, orientation, spacing).model
     assert model.axcodes == "".join(nib.aff2axcodes(model.affine)) == orientation
@@ -182,7 +182,7 @@ def test_the_model_frame_is_what_was_asked_for(
 @given(affines(), SHAPES)
 @settings(deadline=None, max_examples=50)
 def test_without_orientation_and_spacing_nothing_changes(affine: np.ndarray, shape: tuple[int, int, int]) -> None:
-    """The model frame is the native one, and voxels are not even copied."""
+    """The model frame is the native one, and voxels are not copied."""
     space = make_space(Frame(shape, affine), None, None)
     np.testing.assert_allclose(space.model.affine, affine, rtol=0, atol=1e-9)
     assert space.model.shape == shape
@@ -190,15 +190,15 @@ def test_without_orientation_and_spacing_nothing_changes(affine: np.ndarray, sha
     assert resample(volume, inverse(space.maps, shape)).data_ptr() == volume.data_ptr()
 
 
-def test_a_spacing_that_differs_by_rounding_is_kept() -> None:
-    """0.9999999 mm of a float32 header is not resampled to 1 mm; 0.999 mm is."""
+def test_a_spacing_that_differs_by_rounding_is_not_resampled() -> None:
+    """0.9999999 mm from a float32 header counts as 1 mm; 0.999 mm does not."""
     for mm, scale in ((0.9999999, 1), (1.00005, 1), (0.999, 0.999)):
         space = make_space(Frame((10, 10, 10), np.diag([mm, mm, mm, 1])), "RAS", 1.0)
         assert [m.scale for m in space.maps] == pytest.approx([scale] * 3, rel=1e-12)
 
 
-def test_a_thin_volume_keeps_a_voxel() -> None:
-    """One slice of 1 mm at a spacing of 5 mm is one voxel, its centre where it was."""
+def test_a_volume_thinner_than_the_spacing_keeps_one_voxel() -> None:
+    """One slice of 1 mm at a spacing of 5 mm stays one voxel with the same centre."""
     space = make_space(Frame((1, 4, 1), np.diag([1.0, 1, 1, 1])), "RAS", 5)
     assert space.model.shape == (1, 1, 1)
     np.testing.assert_allclose(space.model.affine[:3, 3], [0, 1.5, 0])
@@ -209,10 +209,10 @@ def test_a_thin_volume_keeps_a_voxel() -> None:
 
 @given(affines(oblique=40), SHAPES, st.sampled_from([None, *ORIENTATIONS]), st.sampled_from([*DTYPES, *FLOATS]), SEEDS)
 @settings(deadline=None, max_examples=120)
-def test_turning_and_turning_back_copies_every_voxel_to_the_bit(
+def test_reorienting_and_back_copies_every_voxel_to_the_bit(
     affine: np.ndarray, shape: tuple[int, int, int], orientation: str | None, dtype: torch.dtype, seed: int
 ) -> None:
-    """Law 5: without a new spacing there is no interpolation, in any type; the way there is nibabel's."""
+    """Without a new spacing nothing is interpolated, for any type; the reoriented volume equals nibabel's."""
     volume = torch.from_numpy(np.random.default_rng(seed).integers(-(2**40), 2**40, (2, *shape))).to(dtype)
     space = make_space(Frame(shape, affine), orientation, None)
     model = resample(volume, inverse(space.maps, space.model.shape))
@@ -227,8 +227,8 @@ def test_turning_and_turning_back_copies_every_voxel_to_the_bit(
     assert torch.equal(restored, volume)
 
 
-def test_nan_and_infinity_are_copied_too() -> None:
-    """A flip is no arithmetic."""
+def test_nan_and_infinity_survive_reorientation() -> None:
+    """A flip does no arithmetic."""
     volume = torch.tensor([1, torch.nan, torch.inf, -0.0]).reshape(1, 4, 1, 1)
     space = make_space(Frame((4, 1, 1), np.diag([-1.0, 1, 1, 1])), "RAS", None)
     model = resample(volume, inverse(space.maps, (4, 1, 1)))
@@ -239,7 +239,7 @@ def test_nan_and_infinity_are_copied_too() -> None:
 
 
 def slow_resample(source: np.ndarray, maps: AxisMaps, order: int = 1) -> np.ndarray:
-    """scipy's interpolation at the mapped coordinates, in float64, outermost values repeated."""
+    """scipy's interpolation at the mapped coordinates, in float64, with edge values repeated."""
     shape = tuple(m.size for m in maps)
     places = mapped(maps, voxels_of(shape))
     return np.stack(
@@ -252,7 +252,7 @@ def slow_resample(source: np.ndarray, maps: AxisMaps, order: int = 1) -> np.ndar
 
 @given(affines(), SHAPES, st.sampled_from(ORIENTATIONS), spacings(), st.sampled_from(FLOATS[2:]), st.booleans(), SEEDS)
 @settings(deadline=None, max_examples=150)
-def test_linear_interpolation_is_that_of_scipy(
+def test_linear_interpolation_equals_that_of_scipy(
     affine: np.ndarray,
     shape: tuple[int, int, int],
     orientation: str,
@@ -261,14 +261,14 @@ def test_linear_interpolation_is_that_of_scipy(
     forth: bool,
     seed: int,
 ) -> None:
-    """To model space and back, one axis after the other equals trilinear interpolation at once."""
+    """To model space and back: interpolating axis by axis equals trilinear interpolation."""
     space = make_space(Frame(shape, affine), orientation, spacing)
     maps = inverse(space.maps, space.model.shape) if forth else space.maps
     source = np.random.default_rng(seed).normal(size=(2, *(shape if forth else space.model.shape)))
     tensor = torch.from_numpy(source).to(dtype)
     result = resample(tensor, maps)
     assert result.dtype == dtype
-    # Coordinates within 1e-6 of a voxel are taken for the voxel.
+    # Coordinates within 1e-6 of a voxel count as that voxel.
     np.testing.assert_allclose(result.double(), slow_resample(tensor.numpy(), maps), rtol=0, atol=2e-5)
 
 
@@ -282,7 +282,7 @@ def test_labels_take_the_nearest_voxel(
     dtype: torch.dtype,
     seed: int,
 ) -> None:
-    """Only labels that were there, in their own type; at a tie either neighbour."""
+    """Only existing labels occur, in their own type; at a tie either neighbour is right."""
     space = make_space(Frame(shape, affine), orientation, spacing)
     maps = inverse(space.maps, space.model.shape)
     labels = torch.from_numpy(np.random.default_rng(seed).integers(0, 200, (1, *shape))).to(dtype)
@@ -298,8 +298,8 @@ def test_labels_take_the_nearest_voxel(
         assert result[0, *index[:, column]].item() in found
 
 
-def test_halving_and_doubling_known_values() -> None:
-    """Counted by hand: four voxels of 1 mm at 2 mm are the means of pairs, and at 0.5 mm quarters in between."""
+def test_halving_and_doubling_give_values_counted_by_hand() -> None:
+    """Four voxels of 1 mm become means of pairs at 2 mm, and values at quarters between them at 0.5 mm."""
     volume = torch.tensor([0.0, 4, 8, 20]).reshape(1, 4, 1, 1)
     frame = Frame((4, 1, 1), np.eye(4))
     coarse = make_space(frame, "RAS", (2, None, None))
@@ -309,7 +309,7 @@ def test_halving_and_doubling_known_values() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.bool, torch.float16, torch.bfloat16])
-def test_integers_and_halves_are_interpolated_in_float32(dtype: torch.dtype) -> None:
+def test_integers_and_float16_are_interpolated_in_float32(dtype: torch.dtype) -> None:
     """Nothing is rounded to the type of the voxels."""
     volume = torch.tensor([0, 1]).to(dtype).reshape(1, 2, 1, 1)
     space = make_space(Frame((2, 1, 1), np.eye(4)), "RAS", (0.5, None, None))
@@ -322,12 +322,12 @@ def test_integers_and_halves_are_interpolated_in_float32(dtype: torch.dtype) -> 
 
 
 def ramp(frame: Frame, direction: np.ndarray) -> np.ndarray:
-    """A linear function of world position at every voxel."""
+    """A linear function of the world position of every voxel."""
     return (direction @ world(frame.affine, voxels_of(frame.shape))).reshape(frame.shape)
 
 
 def scores_frame(space: Space, padding: tuple[tuple[int, int], ...], factor: tuple[int, int, int]) -> Frame:
-    """The frame of a network's output: padding before shifts its origin, each voxel is the mean of factor^3."""
+    """The frame of a network's output: padding shifts its origin, and each voxel is the mean of factor^3 voxels."""
     shape = [(n + b + a) // f for n, (b, a), f in zip(space.model.shape, padding, factor, strict=True)]
     affine = space.model.affine.copy()
     first = np.array([[(f - 1) / 2 - b] for (b, _), f in zip(padding, factor, strict=True)])
@@ -346,7 +346,7 @@ def scores_frame(space: Space, padding: tuple[tuple[int, int], ...], factor: tup
     SEEDS,
 )
 @settings(deadline=None, max_examples=200)
-def test_a_linear_ramp_comes_back_to_its_place(
+def test_a_linear_ramp_is_restored_in_place(
     affine: np.ndarray,
     shape: tuple[int, int, int],
     orientation: str,
@@ -355,7 +355,7 @@ def test_a_linear_ramp_comes_back_to_its_place(
     factor: tuple[int, int, int],
     seed: int,
 ) -> None:
-    """Interpolation keeps linear functions, so half a voxel of shift shows, for every padding and factor."""
+    """Interpolation keeps linear functions, so a shift of half a voxel would show, for every padding and factor."""
     space = make_space(Frame(shape, affine), orientation, spacing)
     # As a sampler pads it: the padded volume is a multiple of the factor.
     padding = tuple(
@@ -366,7 +366,7 @@ def test_a_linear_ramp_comes_back_to_its_place(
     maps = space.in_scores(padding, factor)
     restored = resample(torch.from_numpy(ramp(frame, direction))[None], maps)[0].numpy()
     expected = ramp(space.native, direction)
-    # Beyond the centres of the outermost scores that are the volume's their values are repeated: a ramp is kept inside.
+    # Beyond the centres of the outermost scores of the volume, these are repeated: a ramp is kept only inside.
     places = mapped(maps, voxels_of(shape)).reshape(3, *shape)
     edges = []
     for n, (before, _), f in zip(space.model.shape, padding, factor, strict=True):
@@ -377,15 +377,15 @@ def test_a_linear_ramp_comes_back_to_its_place(
     inside = ((places >= low - 1e-6) & (places <= limits + 1e-6)).all(0)
     scale = np.abs(direction @ affine[:3, :3]).max() * max(factor) * 4
     np.testing.assert_allclose(restored[inside], expected[inside], rtol=0, atol=2e-5 * max(1, scale))
-    # And outside it is the nearest score's, never extrapolated.
+    # Outside, the value is the nearest score's, never extrapolated.
     clamped = (direction @ world(frame.affine, places.clip(low, limits).reshape(3, -1))).reshape(shape)
     np.testing.assert_allclose(restored, clamped, rtol=0, atol=2e-5 * max(1, scale))
 
 
 @pytest.mark.parametrize("orientation", ["RAS", "LPI", "SAR", "PIL"])
 @pytest.mark.parametrize("spacing", [None, 2.0])
-def test_a_mean_over_factor_voxels_lies_in_their_middle(orientation: str, spacing: float | None) -> None:
-    """A real pooling of a ramp, padded by its own slope: its interior comes back exactly."""
+def test_a_pooled_voxel_lies_at_the_centre_of_the_voxels_it_averages(orientation: str, spacing: float | None) -> None:
+    """A ramp is pooled after padding that continues its slope; the interior is restored exactly."""
     native = Frame((24, 20, 16), np.diag([-1.0, 1.0, 1.0, 1.0]))
     space = make_space(native, orientation, spacing)
     direction = np.array([1.0, -2.0, 3.0])
@@ -398,7 +398,7 @@ def test_a_mean_over_factor_voxels_lies_in_their_middle(orientation: str, spacin
     np.testing.assert_allclose(restored[inner], ramp(native, direction)[inner], rtol=0, atol=1e-4)
 
 
-# What is refused.
+# Errors.
 
 
 @pytest.mark.parametrize(
@@ -412,14 +412,14 @@ def test_a_mean_over_factor_voxels_lies_in_their_middle(orientation: str, spacin
     ids=["zeros", "a zero axis", "two equal axes", "two axes equal but for 1e-6"],
 )
 def test_a_degenerate_affine_is_refused(affine: np.ndarray) -> None:
-    """Axes in one plane have no way back; the affine is shown."""
+    """Axes in one plane cannot be inverted; the message shows the affine."""
     with pytest.raises(InputError, match="the affine is degenerate: it does not span three dimensions"):
         Frame((2, 2, 2), affine)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_an_affine_that_is_not_finite_is_refused(value: float) -> None:
-    """In any place, the offset too."""
+    """At any position in the matrix, the offset included."""
     for place in ((0, 0), (1, 3), (2, 1)):
         affine = np.eye(4)
         affine[place] = value
@@ -436,8 +436,8 @@ def test_an_empty_frame_is_refused() -> None:
 
 
 @pytest.mark.parametrize("mm", [1e-3, 1.0, 1e4])
-def test_affines_of_any_scale_are_not_degenerate(mm: float) -> None:
-    """Micrometres and metres are spacings too; strong shears span three dimensions."""
+def test_a_small_or_large_scale_is_not_degenerate(mm: float) -> None:
+    """Micrometres, metres and strong shears span three dimensions too."""
     affine = np.diag([mm, mm * 100, mm, 1])
     affine[0, 1] = mm * 90
     frame = Frame((2, 2, 2), affine)
@@ -445,7 +445,7 @@ def test_affines_of_any_scale_are_not_degenerate(mm: float) -> None:
 
 
 def test_frames_are_equal_by_value() -> None:
-    """Shape and affine, and nothing else."""
+    """Only shape and affine are compared."""
     frame = Frame((2, 3, 4), np.eye(4))
     assert frame == Frame((2, 3, 4), np.eye(4))
     assert frame != Frame((2, 3, 5), np.eye(4))

@@ -1,4 +1,4 @@
-"""Laws of ensembles on small devices and of compiled networks: what runs where, at which size, and no change."""
+"""Tests offloaded ensembles and compiled networks: what is on the device, which batch sizes run, equal outputs."""
 
 import pickle
 import weakref
@@ -32,7 +32,7 @@ def nets(count: int) -> list[nn.Module]:
 
 
 def devices(members: Ensemble) -> list[str]:
-    """Where the weights and buffers of each member are."""
+    """Devices of each member's weights and buffers."""
     return ["+".join(sorted({t.device.type for t in (*m.parameters(), *m.buffers())})) for m in members]
 
 
@@ -40,8 +40,8 @@ def devices(members: Ensemble) -> list[str]:
 
 
 @given(st.lists(st.integers(0, 20), max_size=6), st.integers(0, 80))
-def test_what_is_on_the_device_at_any_time_fits(sizes: list[int], room: int) -> None:
-    """Those that stay and the largest of the others; as many stay as can; where nothing helps, all wait."""
+def test_resident_members_and_the_largest_waiting_one_fit_the_device(sizes: list[int], room: int) -> None:
+    """As many stay as fit beside the largest of the others; if none does, all wait."""
     found = waiting(sizes, room)
     stay = len(sizes) - len(found)
     assert found == frozenset(range(stay, len(sizes))), "the first ones stay"
@@ -54,7 +54,7 @@ def test_what_is_on_the_device_at_any_time_fits(sizes: list[int], room: int) -> 
 
 
 def test_size_is_weights_and_buffers_in_bytes() -> None:
-    """27 * 2 weights, 2 biases, 2 + 2 of the norm, 2 + 2 running, and a count in int64."""
+    """27 * 2 weights, 2 biases, 2 + 2 of the norm, 2 + 2 running statistics, and an int64 count."""
     assert size_of(nets(1)[0]) == 4 * (54 + 2 + 4 + 4) + 8
     assert size_of(nets(1)[0].half()) == 2 * (54 + 2 + 4 + 4) + 8
 
@@ -74,7 +74,7 @@ def test_size_is_weights_and_buffers_in_bytes() -> None:
 def test_members_that_do_not_fit_wait_on_the_host(
     monkeypatch: pytest.MonkeyPatch, offload: bool | str, free: int, where: list[str]
 ) -> None:
-    """Half of the free memory is theirs, the largest that waits included."""
+    """They may take half of the free memory, the largest waiting member included."""
     monkeypatch.setattr(voxquilt.models.ensemble, "free_bytes", lambda device: free)
     members = Ensemble(nets(3), offload)
     members.to(META)
@@ -102,7 +102,7 @@ class FakeDevice:
 
 
 def test_a_member_that_waits_is_on_the_device_only_while_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At most one of them at a time; what the host keeps is the same memory as before."""
+    """At most one at a time; the host copies keep their memory."""
     device = FakeDevice(monkeypatch)
     members = Ensemble(nets(3), True)
     members.to(META)
@@ -118,8 +118,8 @@ def test_a_member_that_waits_is_on_the_device_only_while_it_runs(monkeypatch: py
     assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in zip(before, after, strict=True))
 
 
-def test_on_the_host_nothing_waits_and_nothing_moves() -> None:
-    """offload=true on a CPU is no-op."""
+def test_offload_on_the_host_does_nothing() -> None:
+    """With offload=true on a CPU."""
     members = Ensemble(nets(2), True)
     members.to("cpu").float()
     assert not members.waiting
@@ -127,8 +127,8 @@ def test_on_the_host_nothing_waits_and_nothing_moves() -> None:
         assert network is members[1]
 
 
-def test_a_change_of_type_reaches_those_that_wait() -> None:
-    """trainer.precision=bf16-true casts the module, before or after it is moved; counts stay integers."""
+def test_a_change_of_type_reaches_waiting_members() -> None:
+    """trainer.precision=bf16-true casts the module before or after it is moved; integer buffers stay integers."""
     members = Ensemble(nets(2), True)
     members.to(META).to(torch.bfloat16)
     assert devices(members) == ["cpu", "cpu"]
@@ -136,8 +136,8 @@ def test_a_change_of_type_reaches_those_that_wait() -> None:
     assert {t.dtype for m in members for t in m.buffers()} == {torch.bfloat16, torch.int64}
 
 
-def test_a_member_that_fails_is_back_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error of the network leaves no weights on the device."""
+def test_a_member_that_raises_returns_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error in the network leaves no weights on the device."""
     device = FakeDevice(monkeypatch)
     members = Ensemble(nets(2), True)
     members.to(META)
@@ -154,8 +154,8 @@ def test_a_member_that_fails_is_back_on_the_host(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("flips", [(), (0, 2)])
-def test_an_ensemble_that_waits_predicts_the_same(monkeypatch: pytest.MonkeyPatch, flips: tuple[int, ...]) -> None:
-    """To the bit, in inference mode as Lightning runs it; each member comes once a batch, whatever the flips."""
+def test_an_offloaded_ensemble_predicts_the_same(monkeypatch: pytest.MonkeyPatch, flips: tuple[int, ...]) -> None:
+    """To the bit, in inference mode as under Lightning; each member is moved once per batch, whatever the flips."""
     turns: list[int] = []
     networks = nets(3)
     plain = PatchNetwork(networks, flips=flips)
@@ -169,8 +169,8 @@ def test_an_ensemble_that_waits_predicts_the_same(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_torchscript_waits_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its parameters and buffers are moved like others'."""
+def test_torchscript_members_can_be_offloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their parameters and buffers are moved like those of modules."""
     device = FakeDevice(monkeypatch)
     members = Ensemble([torch.jit.script(net) for net in nets(2)], True)
     members.to(META)
@@ -183,7 +183,7 @@ def test_torchscript_waits_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-def test_on_a_gpu_an_ensemble_that_waits_takes_one_members_memory() -> None:
+def test_on_a_gpu_an_offloaded_ensemble_takes_the_memory_of_one_member() -> None:
     """Four members of 64 MB: peak memory is that of one, weights are pinned, outputs are equal to the bit."""
     torch.manual_seed(0)
     networks = [nn.Sequential(nn.Conv3d(1, 4, 1), nn.Flatten(2), nn.Linear(64, 64)) for _ in range(4)]
@@ -213,7 +213,7 @@ def test_on_a_gpu_an_ensemble_that_waits_takes_one_members_memory() -> None:
 
 
 class Sizes(Over50):
-    """Notes the size and the layout of every batch."""
+    """Records the size and memory layout of every batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -234,8 +234,8 @@ def predicted(predictor: PatchPredictor, sizes: list[int]) -> list[Tensor]:
     return found
 
 
-def test_batches_of_a_compiled_network_are_of_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Smaller ones are filled up and what is too much is dropped: outputs are those of each batch by itself."""
+def test_all_batches_of_a_compiled_network_have_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Smaller ones are filled up and the surplus is dropped: outputs are those of each batch alone."""
     monkeypatch.setattr(torch, "compile", lambda network: network)  # what is compiled could not tell what it sees
     networks = [Sizes(), Sizes()]
     sizes = [4, 4, 3, 4, 1]
@@ -248,8 +248,8 @@ def test_batches_of_a_compiled_network_are_of_one_size(monkeypatch: pytest.Monke
     assert all(torch.equal(a, b) for a, b in zip(made, plain, strict=True))
 
 
-def test_a_full_device_keeps_batches_of_a_compiled_network_of_one_size() -> None:
-    """Halved once, every batch is run in twos, the last filled up."""
+def test_after_a_full_device_batches_of_a_compiled_network_have_one_size() -> None:
+    """After one halving every batch runs in twos, the last one filled up."""
     network = Sizes()
     plain = network.forward
 
@@ -265,7 +265,7 @@ def test_a_full_device_keeps_batches_of_a_compiled_network_of_one_size() -> None
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_torch_compiles_a_network_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """State dicts keep their keys, a pickled predictor is compiled where it is set up, and outputs are the same."""
     torch._dynamo.reset()
     counted = torch._dynamo.testing.CompileCounter()
@@ -289,15 +289,15 @@ def test_torch_compiles_a_network_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_torchscript_is_not_compiled_again() -> None:
-    """It would be in silence without effect."""
+def test_compiling_torchscript_is_an_error() -> None:
+    """It would silently have no effect."""
     with pytest.raises(ConfigError, match="compile=true does nothing for TorchScript"):
         PatchPredictor(torch.jit.script(nets(1)[0]), compile=True)
 
 
 @pytest.mark.parametrize("squeeze_axis", [None, 1])
-def test_channels_last_is_how_weights_and_patches_lie_in_memory(squeeze_axis: int | None) -> None:
-    """In three dimensions and in two; outputs are the same but for rounding."""
+def test_channels_last_sets_the_memory_layout_of_weights_and_patches(squeeze_axis: int | None) -> None:
+    """In three and two dimensions; outputs are equal up to rounding."""
     conv, form = (nn.Conv3d, torch.channels_last_3d) if squeeze_axis is None else (nn.Conv2d, torch.channels_last)
     seen: list[bool] = []
     torch.manual_seed(0)
@@ -313,8 +313,8 @@ def test_channels_last_is_how_weights_and_patches_lie_in_memory(squeeze_axis: in
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-def test_sums_are_float32_whatever_the_patches_are(tmp_path_factory: pytest.TempPathFactory, precision: str) -> None:
-    """Two overlapping patches that say 256 and 258 with equal weight: bfloat16 does not know their mean."""
+def test_sums_are_float32_for_patches_of_every_type(tmp_path_factory: pytest.TempPathFactory, precision: str) -> None:
+    """Two overlapping patches of 256 and 258 with equal weights: bfloat16 cannot represent their mean."""
     folder = tmp_path_factory.mktemp("precision")
     image = noise((12, 8, 8))
     image[0, 0, 0], image[4, 0, 0] = 0, 1  # where the patches begin

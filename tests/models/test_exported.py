@@ -1,4 +1,4 @@
-"""Laws of exported programs: they predict as the network did, in batches of any size, and no file runs code."""
+"""Tests exported programs: they predict as their network does, in batches of any size, and no file runs code."""
 
 import io
 import json
@@ -25,7 +25,7 @@ CODE = "__import__('os').mkdir({!r})"
 
 
 class Net(nn.Module):
-    """Two outputs' worth of channels, a buffer and a constant made on the fly."""
+    """Two output channels, a buffer, and a constant created in forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def changed(archive: Path, path: Path, change: Callable[[dict[str, bytes]], None]) -> Path:
-    """The archive with other records."""
+    """A copy of the archive with other records."""
     with zipfile.ZipFile(archive) as old:
         records = {name.partition("/")[2]: old.read(name) for name in old.namelist()}
     change(records)
@@ -75,8 +75,8 @@ def changed(archive: Path, path: Path, change: Callable[[dict[str, bytes]], None
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("exported", [1, 3, 4])
-def test_a_program_of_one_batch_size_takes_batches_of_any(tmp_path: Path, exported: int, count: int) -> None:
-    """Fewer are filled up, more are run in turn, and each output is that of its patch."""
+def test_a_program_with_a_fixed_batch_size_takes_batches_of_any_size(tmp_path: Path, exported: int, count: int) -> None:
+    """Smaller ones are filled up, larger ones run in turn; each output is that of its patch."""
     module = net()
     (loaded,) = read_exported(export(tmp_path / "a.pt2", module, exported))
     with torch.no_grad():
@@ -86,8 +86,8 @@ def test_a_program_of_one_batch_size_takes_batches_of_any(tmp_path: Path, export
 @pytest.mark.parametrize(
     ("dims", "most"), [({0: torch.export.Dim("b", min=1, max=3)}, 3), ({0: torch.export.Dim("b", min=4)}, 9)]
 )
-def test_a_program_of_some_batch_sizes_sees_only_those(tmp_path: Path, dims: Any, most: int) -> None:
-    """From one to three, and four or more: seven patches and one give what the network gives."""
+def test_a_program_with_a_range_of_batch_sizes_runs_only_within_it(tmp_path: Path, dims: Any, most: int) -> None:
+    """One to three, and four or more: for seven patches and for one the outputs are the network's."""
     module = net()
     (loaded,) = read_exported(export(tmp_path / "a.pt2", module, most, (dims,)))
     with torch.no_grad():
@@ -95,8 +95,8 @@ def test_a_program_of_some_batch_sizes_sees_only_those(tmp_path: Path, dims: Any
             torch.testing.assert_close(loaded(patches(count)), module(patches(count)), atol=1e-6, rtol=1e-6)
 
 
-def test_programs_are_an_ensemble_and_are_never_in_training(tmp_path: Path) -> None:
-    """Two files are averaged; the modes of training and evaluation, which torch refuses them, are let pass."""
+def test_programs_form_an_ensemble_and_ignore_train_and_eval(tmp_path: Path) -> None:
+    """Two files are averaged; torch's programs refuse both calls, so they are ignored."""
     paths = [export(tmp_path / f"{seed}.pt2", net(seed)) for seed in (0, 1)]
     predictor = predictor_from_exported(paths)
     predictor.train().eval()
@@ -105,7 +105,7 @@ def test_programs_are_an_ensemble_and_are_never_in_training(tmp_path: Path) -> N
         torch.testing.assert_close(predictor(patches(3))[""], mean, atol=1e-6, rtol=1e-6)
 
 
-def test_a_program_of_any_patch_size_takes_them_all(tmp_path: Path) -> None:
+def test_a_program_with_dynamic_axes_takes_any_patch_size(tmp_path: Path) -> None:
     """Exported with dynamic spatial axes."""
     auto = torch.export.Dim.AUTO
     path = export(tmp_path / "a.pt2", net(), 2, ({0: auto, 2: auto, 3: auto, 4: auto},))
@@ -114,8 +114,8 @@ def test_a_program_of_any_patch_size_takes_them_all(tmp_path: Path) -> None:
         torch.testing.assert_close(predictor(patches(1, 9))[""], net()(patches(1, 9)), atol=1e-6, rtol=1e-6)
 
 
-def test_another_patch_size_is_refused(archive: Path) -> None:
-    """Before a run, and when such a patch comes; both say what is wanted."""
+def test_a_patch_size_that_the_program_lacks_is_refused(archive: Path) -> None:
+    """Before a run and when such a patch comes; both messages say what is wanted."""
     with pytest.raises(ConfigError, match=r"exported for inputs of 1 x 6 x 6 x 6 .*Set data\.patch_size"):
         check_network(predictor_from_exported(archive), ["image"], 1, (8, 8, 8), None)
     assert check_network(predictor_from_exported(archive), ["image"], 1, (6, 6, 6), None) is not None
@@ -125,21 +125,21 @@ def test_another_patch_size_is_refused(archive: Path) -> None:
 
 
 def test_a_program_survives_pickling(archive: Path) -> None:
-    """Processes of ddp_spawn get it so."""
+    """As ddp_spawn pickles it for its processes."""
     (loaded,) = read_exported(archive)
     with torch.no_grad():
         assert torch.equal(pickle.loads(pickle.dumps(loaded))(patches(3)), loaded(patches(3)))
 
 
-def test_what_the_program_makes_is_made_where_it_runs(archive: Path) -> None:
-    """Moved to another device, its own constants move too; the meta device stands for one."""
+def test_constants_of_a_program_move_with_it_to_another_device(archive: Path) -> None:
+    """The meta device stands in for one."""
     (loaded,) = read_exported(archive)
     loaded.to("meta")
     assert loaded(patches(2).to("meta")).device.type == "meta"
 
 
-def test_several_inputs_are_refused(tmp_path: Path) -> None:
-    """Patches are one tensor."""
+def test_a_program_with_several_inputs_is_refused(tmp_path: Path) -> None:
+    """Patches are a single tensor."""
 
     class Sum(nn.Module):
         def forward(self, a: Tensor, b: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ def in_json(name: str, change: Callable[[Any], None]) -> Callable[[dict[str, byt
 def payload(
     kind: str, name: str, make: Callable[[Path], bytes]
 ) -> Callable[[Path], Callable[[dict[str, bytes]], None]]:
-    """A record of weights or constants that is a pickle."""
+    """A change of the archive: a record of weights or constants becomes a pickle."""
 
     def of(marker: Path) -> Callable[[dict[str, bytes]], None]:
         def apply(records: dict[str, bytes]) -> None:
@@ -188,7 +188,7 @@ def payload(
 
 
 def program(change: Callable[[dict[str, Any], str], None]) -> Callable[[Path], Callable[[dict[str, bytes]], None]]:
-    """A change of the program that would run code."""
+    """A change of the archive: the program gets a part that would run code."""
     return lambda marker: in_json("models/model.json", lambda model: change(model, CODE.format(str(marker))))
 
 
@@ -257,8 +257,8 @@ GO_OFF = ("weight", "weight, legacy pickle", "constant", "opaque object", "sampl
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_what_an_archive_would_run_is_refused(archive: Path, tmp_path: Path, name: str) -> None:
-    """In pickled records, and in what torch evaluates, imports or makes source of: it is named, and has not run."""
+def test_an_archive_that_would_run_code_is_refused(archive: Path, tmp_path: Path, name: str) -> None:
+    """In pickled records and in everything that torch evaluates, imports or compiles: named, and not run."""
     make, message = BOMBS[name]
     marker = tmp_path / "ran"
     path = changed(archive, tmp_path / "bomb.pt2", make(marker))
@@ -269,7 +269,7 @@ def test_what_an_archive_would_run_is_refused(archive: Path, tmp_path: Path, nam
 
 @pytest.mark.parametrize("name", GO_OFF)
 def test_the_bombs_are_real(archive: Path, tmp_path: Path, name: str) -> None:
-    """Loaded as it is and run, the file does what it should not: torch guards against none of these."""
+    """Loaded with trust and run, the file executes its code: torch itself prevents none of these."""
     marker = tmp_path / "ran"
     path = changed(archive, tmp_path / "bomb.pt2", BOMBS[name][0](marker))
     try:
@@ -280,7 +280,7 @@ def test_the_bombs_are_real(archive: Path, tmp_path: Path, name: str) -> None:
 
 
 def test_guards_are_dropped_not_executed(archive: Path, tmp_path: Path) -> None:
-    """torch compiles them as Python; without them the program is the same, since sizes are checked anyhow."""
+    """torch compiles guards as Python; the program is the same without them, since sizes are checked elsewhere."""
     marker = tmp_path / "ran"
     path = changed(archive, tmp_path / "guarded.pt2", program(guard)(marker))
     with torch.no_grad():
@@ -288,16 +288,16 @@ def test_guards_are_dropped_not_executed(archive: Path, tmp_path: Path) -> None:
     assert not marker.exists()
 
 
-def test_the_file_itself_says_that_it_is_a_program(archive: Path) -> None:
-    """model=auto needs no more than the path."""
+def test_a_program_is_recognised_by_its_file(archive: Path) -> None:
+    """model=auto needs only the path."""
     with torch.no_grad():
         assert torch.equal(
             predictor_from_file(archive)(patches(2))[""], predictor_from_exported(archive)(patches(2))[""]
         )
 
 
-def test_a_trusted_archive_is_loaded_as_it_is(archive: Path) -> None:
-    """trust_checkpoint=true leaves out the check, for objects of the user's own."""
+def test_a_trusted_archive_is_loaded_without_a_check(archive: Path) -> None:
+    """trust_checkpoint=true, for archives with objects of the user's own."""
     with torch.no_grad():
         torch.testing.assert_close(
             predictor_from_exported(archive, trust_checkpoint=True)(patches(2))[""],
@@ -310,8 +310,8 @@ def test_a_trusted_archive_is_loaded_as_it_is(archive: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"text", pickle.dumps({}), saved({}), None], ids=["empty", "text", "pickle", "state", "missing"]
 )
-def test_what_is_no_archive_is_one_message(tmp_path: Path, content: bytes | None) -> None:
-    """The path, and what else it might be."""
+def test_a_file_that_is_not_an_archive_is_one_message(tmp_path: Path, content: bytes | None) -> None:
+    """With the path and what else the file might be."""
     path = tmp_path / "net.pt2"
     if content is not None:
         path.write_bytes(content)
@@ -322,7 +322,7 @@ def test_what_is_no_archive_is_one_message(tmp_path: Path, content: bytes | None
 
 
 def test_a_damaged_archive_is_one_message(archive: Path, tmp_path: Path) -> None:
-    """Cut short, or with a program that is not JSON."""
+    """Truncated, with a program that is not JSON, or without a record or the graph."""
     (tmp_path / "cut.pt2").write_bytes(archive.read_bytes()[: os.path.getsize(archive) // 2])
     changed(archive, tmp_path / "json.pt2", lambda records: records.update({"models/model.json": b"{"}))
     changed(archive, tmp_path / "less.pt2", lambda records: records.pop("data/weights/weight_0") and None)

@@ -1,14 +1,13 @@
-"""A weights format of another package works through the real command, as docs/extending.md has it."""
+"""Tests that a weights format of another package works with the real command, as docs/extending.md shows."""
 
-import re
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from synthetic import ROOT, Over50, noise, read, run, save
+from packages import install_documented
+from synthetic import Over50, noise, read, run, save
 
 from voxquilt.errors import ConfigError
 from voxquilt.models.weights.detect import check_is_weights, kind_of
@@ -19,37 +18,17 @@ JOB = ("data.inputs=in", "data.patch_size=8", "callbacks.writer.tensorboard=fals
 NET = ("model.net._target_=synthetic.Over50",)
 
 
-def documented() -> tuple[str, str]:
-    """The file and the lines of pyproject.toml in the section of the document."""
-    section = (
-        (ROOT / "docs/extending.md").read_text("utf-8").partition("## A weights format\n")[2].partition("\n## ")[0]
-    )
-    code = re.search(r"```python file=npz_weights\.py\n(.*?)```", section, re.DOTALL)
-    lines = re.search(r"```text\n(\[project\.entry-points.*?)```", section, re.DOTALL)
-    assert code
-    assert lines
-    return code[1], lines[1]
-
-
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A package in a folder, as an installer leaves it; a volume, and weights of the format."""
-    code, lines = documented()
-    (tmp_path / "package/npz_weights-1.0.dist-info").mkdir(parents=True)
-    (tmp_path / "package/npz_weights.py").write_text(code)
-    points = tomllib.loads(lines)["project"]["entry-points"]
-    text = "".join(
-        f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in table.items()) for group, table in points.items()
-    )
-    (tmp_path / "package/npz_weights-1.0.dist-info/entry_points.txt").write_text(text)
-    (tmp_path / "package/npz_weights-1.0.dist-info/METADATA").write_text("Name: npz_weights\nVersion: 1.0\n")
+    """A package in a folder, as an installer leaves it, a volume, and weights in the format."""
+    install_documented("npz_weights.py", tmp_path / "package")
     save(tmp_path / "in/a.nii", noise((9, 8, 10)))
     np.savez(tmp_path / "weights.npz", **{name: value.numpy() for name, value in Over50().state_dict().items()})
     return tmp_path
 
 
 def test_the_documented_format_predicts_from_outside_the_package(place: Path) -> None:
-    """One file and one line: the command reads the weights that it refused before."""
+    """With one file and one line the command reads the weights that it refused before."""
     arguments = (*JOB, *NET, "ckpt_path=weights.npz")
     done = run("predict.py", *arguments, cwd=place)
     assert done.returncode == 2
@@ -59,8 +38,8 @@ def test_the_documented_format_predicts_from_outside_the_package(place: Path) ->
     np.testing.assert_array_equal(read(place / "outputs/a_labels.nii"), noise((9, 8, 10)) > 50)
 
 
-def test_a_format_without_a_network_is_answered_as_our_own(place: Path) -> None:
-    """Before torch has loaded: in the check of the configuration."""
+def test_a_missing_network_is_reported_as_for_built_in_formats(place: Path) -> None:
+    """By the check of the configuration, before torch is loaded."""
     (place / "stub/torch").mkdir(parents=True)
     (place / "stub/torch/__init__.py").write_text("raise ImportError('torch was imported for a light error')\n")
     path = f"{place / 'package'}:{place / 'stub'}"
@@ -70,7 +49,7 @@ def test_a_format_without_a_network_is_answered_as_our_own(place: Path) -> None:
 
 
 class Broken:
-    """A format that fails as it looks at a file."""
+    """A format that raises while it inspects a file."""
 
     needs_network = False
 
@@ -79,7 +58,7 @@ class Broken:
 
 
 class NoNetwork:
-    """A format that gives something else than a network."""
+    """A format that does not return a network."""
 
     needs_network = False
 
@@ -101,7 +80,7 @@ def installed(folder: Path, monkeypatch: pytest.MonkeyPatch, **points: str) -> N
 
 @pytest.fixture(autouse=True)
 def _forget() -> Iterator[None]:
-    """Entry points are read once for each process: before a test none have been, and after it none are left."""
+    """Entry points are read once per process: clear them before and after a test."""
     WEIGHTS.__dict__.pop("_added", None)
     yield
     WEIGHTS.__dict__.pop("_added", None)
@@ -109,7 +88,7 @@ def _forget() -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, which saves a program here
 def test_a_format_that_fails_or_gives_no_network_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One message each; files that our own formats recognise are not its concern."""
+    """One message each; files that built-in formats recognise are not affected."""
     name = __name__
     installed(tmp_path / "own", monkeypatch, none=f"{name}:NoNetwork", broken=f"{name}:Broken", gone="nowhere:Format")
     (tmp_path / "a.none").write_bytes(b"some text")

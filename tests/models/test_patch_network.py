@@ -1,4 +1,4 @@
-"""Laws of PatchNetwork: averages are what a plain loop gives, outputs keep their names, 2-D networks see planes."""
+"""Tests PatchNetwork: averages equal a plain loop, outputs keep their names, and 2-D networks get planes."""
 
 from collections.abc import Callable, Sequence
 from itertools import product
@@ -15,7 +15,7 @@ PATCHES = torch.randn(2, 3, 5, 4, 6, generator=torch.Generator().manual_seed(0))
 
 
 class Returning(nn.Module):
-    """A network that is a function."""
+    """A network that calls a function."""
 
     def __init__(self, function: Callable[[Tensor], Any]) -> None:
         super().__init__()
@@ -41,8 +41,8 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 
 @torch.no_grad()
-def test_a_network_alone_is_called_as_it_is() -> None:
-    """Without flips, members and names, the output is the network's own tensor under the name ''."""
+def test_a_single_network_is_called_unchanged() -> None:
+    """Without flips and names the output is the network's own tensor, under the name ''."""
     output = torch.ones(2, 1, 5, 4, 6, dtype=torch.float16)
     assert PatchNetwork([Returning(lambda x: output)])(PATCHES)[""] is output
     net = conv()
@@ -52,7 +52,7 @@ def test_a_network_alone_is_called_as_it_is() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("flips", [[0], [2, 1], [0, 1, 2]])
 def test_flips_change_nothing_for_an_equivariant_network(flips: list[int]) -> None:
-    """A 1x1x1 convolution commutes with flips: each output comes back where its voxel is."""
+    """A 1x1x1 convolution commutes with flips: each output returns to its voxel."""
     net = conv(size=1)
     assert close(PatchNetwork([net], flips=flips)(PATCHES)[""], net(PATCHES))
 
@@ -62,7 +62,7 @@ def test_flips_change_nothing_for_an_equivariant_network(flips: list[int]) -> No
 @pytest.mark.parametrize("average", ["logits", "probabilities"])
 @pytest.mark.parametrize("activation", [None, "softmax", "sigmoid", "none"])
 def test_flips_average_over_every_combination(flips: list[int], average: str, activation: str | None) -> None:
-    """The mean over all 2^n subsets of the axes, of scores as they are or of activated ones."""
+    """The mean over all 2^n subsets of the axes, of raw or activated scores."""
     net = conv()
     act = {None: lambda s: s.softmax(1), "softmax": lambda s: s.softmax(1), "sigmoid": torch.sigmoid}.get(
         activation, lambda s: s
@@ -77,7 +77,7 @@ def test_flips_average_over_every_combination(flips: list[int], average: str, ac
 @torch.no_grad()
 @pytest.mark.parametrize("average", ["logits", "probabilities"])
 def test_an_ensemble_is_the_mean_of_its_members(average: str) -> None:
-    """Three members and a flip: six runs, one mean."""
+    """Three members and a flip: six passes, one mean."""
     nets = [conv(seed) for seed in range(3)]
     act = (lambda s: s.softmax(1)) if average == "probabilities" else (lambda s: s)
     runs = [act(net(PATCHES.flip(d)).flip(d)) for net in nets for d in ([], [4])]
@@ -85,14 +85,14 @@ def test_an_ensemble_is_the_mean_of_its_members(average: str) -> None:
 
 
 def test_a_network_that_works_in_place_changes_nothing_for_the_next() -> None:
-    """Each member and each flip gets patches of its own."""
+    """Each member and each flip gets its own copy of the patches."""
     nets = [Returning(lambda x: x.add_(1)), Returning(lambda x: x.mul_(2))]
     patches = PATCHES.clone()
     assert close(PatchNetwork(nets, flips=[0])(patches)[""], (PATCHES + 1 + PATCHES * 2) / 2)
     assert torch.equal(patches, PATCHES)
 
 
-def test_averages_are_float32_whatever_the_network_gives() -> None:
+def test_averages_are_float32_for_outputs_of_every_type() -> None:
     """Half precision would round 2048 + 1; integers would wrap."""
     nets = [Returning(lambda x: torch.full((2, 1, 5, 4, 6), 2049.0 - 2 * (x[0, 0, 0, 0, 0] > 9)).half())]
     got = PatchNetwork([*nets, Returning(lambda x: torch.full((2, 1, 5, 4, 6), 1).half())])(PATCHES)[""]
@@ -102,16 +102,16 @@ def test_averages_are_float32_whatever_the_network_gives() -> None:
     assert bytes_.unique().tolist() == [200.0]
 
 
-def test_one_member_averages_to_probabilities_too() -> None:
-    """average=probabilities means that the output is probabilities, also without anything to average."""
+def test_averaging_probabilities_activates_a_single_member_too() -> None:
+    """average=probabilities promises probabilities, even with nothing to average."""
     net = conv()
     with torch.no_grad():
         got = PatchNetwork([net], average="probabilities")(PATCHES)[""]
         assert close(got, net(PATCHES).softmax(1))
 
 
-def test_none_as_activation_is_softmax_for_several_channels_only() -> None:
-    """One channel stays as it is, since its soft-max would be 1 everywhere."""
+def test_the_default_activation_is_softmax_for_several_channels_only() -> None:
+    """One channel is unchanged, since its soft-max is 1 everywhere."""
     one = torch.randn(2, 1, 3, 3, 3)
     assert torch.equal(to_activation(None)(one), one)
     assert close(to_activation(None)(PATCHES).sum(1), torch.ones(2, 5, 4, 6))
@@ -122,7 +122,7 @@ def test_none_as_activation_is_softmax_for_several_channels_only() -> None:
 
 
 def test_a_tuples_outputs_are_numbered_or_named() -> None:
-    """out0, out1, ... by default; names in order otherwise, and null drops one."""
+    """out0, out1, ... by default, else the given names in order; null drops one."""
     net = Returning(lambda x: (x, x + 1, x + 2))
     assert {n: o[0, 0, 0, 0, 0] - PATCHES[0, 0, 0, 0, 0] for n, o in PatchNetwork([net])(PATCHES).items()} == {
         "out0": 0, "out1": 1, "out2": 2,
@@ -134,7 +134,7 @@ def test_a_tuples_outputs_are_numbered_or_named() -> None:
 
 
 def test_a_mappings_outputs_keep_their_names_or_are_chosen() -> None:
-    """model.outputs chooses; others, even ones that are not tensors, are left out."""
+    """model.outputs chooses; the others are ignored, even those that are not tensors."""
     net = Returning(lambda x: {"seg": x, "edge": -x, "epoch": 3, 5: x})
     got = PatchNetwork([net], outputs=["edge"])(PATCHES)
     assert list(got) == ["edge"]
@@ -145,7 +145,7 @@ def test_a_mappings_outputs_keep_their_names_or_are_chosen() -> None:
 
 @torch.no_grad()
 def test_each_output_is_averaged_by_itself() -> None:
-    """Flips and members act on every output, whatever its channels and its size."""
+    """Flips and members apply to every output, whatever its channels and size."""
     net, half = conv(), nn.AvgPool3d((1, 2, 2))
     both = Returning(lambda x: {"full": net(x), "half": half(net(x))[:, :1]})
     got = PatchNetwork([both], flips=[0, 2])(PATCHES)
@@ -160,8 +160,8 @@ def test_each_output_is_averaged_by_itself() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_a_2d_network_sees_planes_without_the_squeezed_axis(axis: int) -> None:
-    """(B, C, J, K), (B, C, I, K) or (B, C, I, J), and its output gets the axis back."""
+def test_a_2d_network_gets_planes_without_the_squeezed_axis(axis: int) -> None:
+    """(B, C, J, K), (B, C, I, K) or (B, C, I, J); its output gets the axis back."""
     torch.manual_seed(0)
     net = nn.Conv2d(3, 2, 3, padding=1)
     patches = PATCHES.narrow(axis + 2, 1, 1)
@@ -172,8 +172,8 @@ def test_a_2d_network_sees_planes_without_the_squeezed_axis(axis: int) -> None:
 
 
 @torch.no_grad()
-def test_flips_and_planes_go_together() -> None:
-    """A flip of axis 2 of the patch is one of the plane's last axis when axis 1 is squeezed."""
+def test_flips_name_axes_of_the_patch_not_of_the_plane() -> None:
+    """With axis 1 squeezed, a flip of axis 2 is one of the plane's last axis."""
     torch.manual_seed(0)
     net = nn.Conv2d(3, 2, 3, padding=1)
     patches = PATCHES.narrow(3, 0, 1)
@@ -182,7 +182,7 @@ def test_flips_and_planes_go_together() -> None:
     assert close(PatchNetwork([net], squeeze_axis=1, flips=[2])(patches)[""], expected.unsqueeze(3))
 
 
-# What is wrong
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_flips_and_planes_go_together() -> None:
         ({"activation": "soft"}, "activation must be one of softmax, sigmoid, none"),
     ],
 )
-def test_wrong_options_are_refused_when_it_is_built(options: dict[str, Any], message: str) -> None:
+def test_wrong_options_are_refused_by_the_constructor(options: dict[str, Any], message: str) -> None:
     """Before a patch is predicted."""
     with pytest.raises(ConfigError, match=message):
         PatchNetwork([conv()], **options)
@@ -212,28 +212,28 @@ def test_wrong_options_are_refused_when_it_is_built(options: dict[str, Any], mes
         (lambda x: (x, 3), None, r"outputs \['out1'\] are not tensors"),
         (lambda x: {"seg": x, "epoch": 3}, None, r"outputs \['epoch'\] are not tensors"),
         (lambda x: {"seg": x}, ["sge"], r"names \['sge'\]; the network gives \['seg'\]"),
-        (lambda x: {}, None, "no tensors"),
+        (lambda x: {}, None, "are not tensors"),
         (lambda x: x[0], None, r"has shape \(3, 5, 4, 6\); wanted is \(B, C, I, J, K\)"),
-        (lambda x: (x, x), [None, None], "no tensors"),
+        (lambda x: (x, x), [None, None], "are not tensors"),
     ],
 )
-def test_an_output_that_cannot_be_used_says_what_it_is(
+def test_an_unusable_output_is_an_error_that_describes_it(
     function: Callable[[Tensor], Any], outputs: list[str | None] | None, message: str
 ) -> None:
-    """OutputError names what came and what was wanted."""
+    """The OutputError says what came and what was wanted."""
     with pytest.raises(OutputError, match=message):
         PatchNetwork([Returning(function)], outputs=outputs)(PATCHES)
 
 
 def coarser(x: Tensor, n: int) -> list[Tensor]:
-    """As deep supervision has it: the scores, and the same coarser."""
+    """Outputs as of deep supervision: the scores, then the same at lower resolutions."""
     return [x, *(nn.functional.avg_pool3d(x, (1, 2, 2)) for _ in range(n - 1))]
 
 
 @pytest.mark.parametrize("n", [2, 3, 4])
 @pytest.mark.parametrize("kind", [list, tuple])
-def test_deep_supervision_is_told_how_to_keep_its_first_output(n: int, kind: type) -> None:
-    """And is obeyed when it does; when all are named, all are given."""
+def test_the_error_on_deep_supervision_says_how_to_keep_the_first_output(n: int, kind: type) -> None:
+    """The suggested setting works; if all outputs are named, all are returned."""
     net = Returning(lambda x: kind(coarser(x, n)))
     nulls = ",null" * (n - 1)
     with pytest.raises(OutputError) as caught:
@@ -247,8 +247,8 @@ def test_deep_supervision_is_told_how_to_keep_its_first_output(n: int, kind: typ
     assert list(PatchNetwork([net], outputs=names)(PATCHES)) == names
 
 
-def test_nested_and_stacked_deep_supervision_is_answered_too() -> None:
-    """A list inside a tuple, and all in one tensor; outputs of one size, or of other channels, are several outputs."""
+def test_the_error_also_recognises_nested_and_stacked_deep_supervision() -> None:
+    """A list in a tuple, and one stacked tensor. Outputs of equal size or other channels are several outputs."""
     with pytest.raises(
         OutputError, match=r"are not tensors; choose others by model\.outputs, such as model\.outputs=\[seg,null\]"
     ):
@@ -260,15 +260,15 @@ def test_nested_and_stacked_deep_supervision_is_answered_too() -> None:
         assert list(PatchNetwork([Returning(other)])(PATCHES)) == ["out0", "out1"]
 
 
-def test_members_must_give_the_same_outputs() -> None:
-    """An average over different names would be none."""
+def test_members_with_different_output_names_are_an_error() -> None:
+    """They could not be averaged."""
     nets = [Returning(lambda x: {"a": x}), Returning(lambda x: {"b": x})]
     with pytest.raises(OutputError, match=r"outputs \['a'\] and \['b'\]"):
         PatchNetwork(nets)(PATCHES)
 
 
 def test_a_squeezed_axis_must_have_one_voxel() -> None:
-    """The message names the axis, and what to set."""
+    """The message names the axis and what to set."""
     with pytest.raises(OutputError, match=r"one voxel along k; they have 6\. Set data\.patch_size to 1 there"):
         PatchNetwork([nn.Conv2d(3, 2, 1)], squeeze_axis=2)(PATCHES)
     with pytest.raises(OutputError, match=r"wanted is .* two spatial axes"):

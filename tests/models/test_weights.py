@@ -1,4 +1,4 @@
-"""Laws of weights: they come out of every common file, nothing pickled runs unasked, what does not fit is listed."""
+"""Tests weights: every common file is read, nothing pickled runs unless trusted, keys that do not fit are listed."""
 
 import gzip
 import io
@@ -37,7 +37,7 @@ X = torch.randn(2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
 
 
 class Net(nn.Module):
-    """Two layers, four keys."""
+    """Two layers with four keys."""
 
     def __init__(self, width: int = 3) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Net(nn.Module):
 
 
 class Lit(pl.LightningModule):
-    """A user's module: a hyperparameter of plain type, and an argument that is not in the checkpoint."""
+    """A user's module with a plain hyperparameter, and an argument that is not in the checkpoint."""
 
     def __init__(self, width: int, offset: float = 0.0) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_torchscript_archive_predicts_as_what_was_traced(tmp_path: Path) -> None:
+def test_a_torchscript_archive_predicts_as_its_network(tmp_path: Path) -> None:
     """Scripted and traced archives load in eval mode, and a list of them is an ensemble."""
     nets = [net(0), net(1)]
     torch.jit.script(nets[0]).save(tmp_path / "a.pt")
@@ -98,8 +98,8 @@ def test_a_torchscript_archive_predicts_as_what_was_traced(tmp_path: Path) -> No
         assert torch.allclose(mean, (nets[0](X) + nets[1](X)) / 2)
 
 
-def test_what_is_no_torchscript_archive_is_refused(tmp_path: Path) -> None:
-    """A state dict, and a missing file: the path, and which model= to use."""
+def test_a_file_that_is_not_torchscript_is_refused(tmp_path: Path) -> None:
+    """For a state dict and a missing file: the message has the path and which model= to use."""
     torch.save(net().state_dict(), tmp_path / "state.pt")
     for name in ("state.pt", "missing.pt"):
         with pytest.raises(ConfigError, match=f"{name} is not a TorchScript archive .*model=state_dict"):
@@ -124,7 +124,7 @@ def test_what_is_no_torchscript_archive_is_refused(tmp_path: Path) -> None:
 def test_state_dicts_are_found_in_every_common_wrapping(
     tmp_path: Path, name: str, wrap: Callable[[Any], Any] | None
 ) -> None:
-    """Bare, under the usual keys, and safetensors: the network becomes the one that was saved."""
+    """Bare, under the usual keys, and in safetensors files."""
     trained, fresh = net(7), net(8)
     path = tmp_path / name
     if wrap is None:
@@ -148,7 +148,7 @@ def test_a_list_of_files_is_an_ensemble_of_copies(tmp_path: Path) -> None:
 
 
 def test_without_weights_a_network_stays_as_it_is() -> None:
-    """ckpt_path=null means the network as it is built."""
+    """ckpt_path=null keeps the initial weights."""
     module = net()
     assert read_state_dict(module, None) == [module]
 
@@ -166,8 +166,8 @@ def test_a_prefix_is_stripped_and_other_keys_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["net.", "model.net.", "_orig.", "a.b."])
-def test_keys_behind_a_prefix_get_a_hint(tmp_path: Path, prefix: str) -> None:
-    """The message says which model.prefix to try."""
+def test_the_error_on_prefixed_keys_suggests_model_prefix(tmp_path: Path, prefix: str) -> None:
+    """With the prefix to use."""
     torch.save({prefix + key: value for key, value in net().state_dict().items()}, tmp_path / "a.pt")
     with pytest.raises(ConfigError) as caught:
         read_state_dict(net(), tmp_path / "a.pt")
@@ -177,8 +177,8 @@ def test_keys_behind_a_prefix_get_a_hint(tmp_path: Path, prefix: str) -> None:
     assert f"4 unexpected: {prefix}first.weight" in text
 
 
-def test_what_does_not_fit_is_listed_by_kind(tmp_path: Path) -> None:
-    """Missing, unexpected and misshapen keys, the path, and no weights half loaded."""
+def test_keys_that_do_not_fit_are_listed_by_kind(tmp_path: Path) -> None:
+    """Missing, unexpected and misshapen keys and the path; no weights are loaded."""
     state = net(1, width=5).state_dict()
     del state["first.bias"]
     torch.save(state | {"extra": torch.ones(1)}, tmp_path / "a.pt")
@@ -194,14 +194,14 @@ def test_what_does_not_fit_is_listed_by_kind(tmp_path: Path) -> None:
 
 
 def test_long_lists_of_keys_are_cut(tmp_path: Path) -> None:
-    """Eight are named, then the number of all."""
+    """After eight, with the number of all."""
     torch.save(net().state_dict() | {f"x{n}": torch.ones(1) for n in range(30)}, tmp_path / "a.pt")
     with pytest.raises(ConfigError, match=r"30 unexpected: x0, .*x7, \.\.\. \(30 in all\)"):
         read_state_dict(net(), tmp_path / "a.pt")
 
 
-def test_strict_false_takes_what_fits_but_never_nothing(tmp_path: Path) -> None:
-    """Missing and unexpected keys are let pass, other shapes and a file without one fitting key are not."""
+def test_strict_false_loads_what_fits_but_at_least_one_key(tmp_path: Path) -> None:
+    """Missing and unexpected keys are allowed; other shapes, or a file without a fitting key, are not."""
     trained = net(3)
     torch.save({"first.weight": trained.first.weight, "other": torch.ones(1)}, tmp_path / "part.pt")
     (loaded,) = read_state_dict(net(), tmp_path / "part.pt", strict=False)
@@ -216,8 +216,8 @@ def test_strict_false_takes_what_fits_but_never_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [{}, {"a": 3}, [torch.ones(2)], torch.ones(2), {"state_dict": {"a": "b"}}, "text"])
-def test_a_file_without_a_state_dict_says_so(tmp_path: Path, content: object) -> None:
-    """The path, and the keys under which one would have been found."""
+def test_a_file_without_a_state_dict_is_an_error(tmp_path: Path, content: object) -> None:
+    """With the path and the keys that were tried."""
     torch.save(content, tmp_path / "a.pt")
     with pytest.raises(ConfigError, match=r"a\.pt holds no state dict.*state_dict, model_state_dict, model"):
         read_state_dict(net(), tmp_path / "a.pt")
@@ -227,7 +227,7 @@ def test_a_file_without_a_state_dict_says_so(tmp_path: Path, content: object) ->
 
 
 def test_a_lightning_checkpoint_brings_its_hyperparameters(tmp_path: Path) -> None:
-    """The class is built with the saved width; arguments that are not in the checkpoint are given beside."""
+    """The class gets the saved width; arguments that the checkpoint lacks can be given."""
     module = lit_checkpoint(tmp_path / "a.ckpt")
     (loaded,) = read_lightning("test_weights.Lit", tmp_path / "a.ckpt")
     assert same(loaded, module)
@@ -238,7 +238,7 @@ def test_a_lightning_checkpoint_brings_its_hyperparameters(tmp_path: Path) -> No
         assert torch.allclose(mean, module(X) + 2)
 
 
-def test_a_lightning_checkpoint_is_a_state_dict_with_a_prefix_too(tmp_path: Path) -> None:
+def test_a_lightning_checkpoint_can_be_read_as_a_prefixed_state_dict(tmp_path: Path) -> None:
     """model=state_dict with model.prefix=net. needs no class."""
     module = lit_checkpoint(tmp_path / "a.ckpt")
     (loaded,) = read_state_dict(net(width=4), tmp_path / "a.ckpt", prefix="net.")
@@ -255,14 +255,14 @@ def test_a_lightning_checkpoint_is_a_state_dict_with_a_prefix_too(tmp_path: Path
         ("test_weights.X", "is not a LightningModule"),
     ],
 )
-def test_a_class_that_is_none_is_refused(tmp_path: Path, module_class: str, message: str) -> None:
+def test_a_name_that_is_not_a_lightning_class_is_refused(tmp_path: Path, module_class: str, message: str) -> None:
     """Before the checkpoint is opened."""
     with pytest.raises(ConfigError, match=message):
         read_lightning(module_class, tmp_path / "missing.ckpt")
 
 
-def test_a_checkpoint_that_does_not_fit_its_class_names_both(tmp_path: Path) -> None:
-    """Bare weights, other sizes, and arguments that the class does not have."""
+def test_a_checkpoint_that_does_not_fit_its_class_is_an_error_that_names_both(tmp_path: Path) -> None:
+    """Bare weights, other shapes, and arguments that the class does not have."""
     torch.save(net().state_dict(), tmp_path / "bare.ckpt")
     with pytest.raises(ConfigError, match=r"bare\.ckpt is not a Lightning checkpoint; use model=state_dict"):
         read_lightning("test_weights.Lit", tmp_path / "bare.ckpt")
@@ -279,7 +279,7 @@ def test_a_checkpoint_that_does_not_fit_its_class_names_both(tmp_path: Path) -> 
 
 
 def bombs(folder: Path, marker: Path) -> dict[str, Callable[[bool], Any]]:
-    """Files that make a folder when they are unpickled, and how a user would load each."""
+    """Files that create a folder when they are unpickled, and how a user would load each."""
     bomb = {"state_dict": {"w": Bomb(marker)}, "pytorch-lightning_version": "2.6.6"}
     torch.save(bomb, folder / "bomb.pt")
     torch.save(bomb, folder / "bomb.ckpt")
@@ -293,27 +293,27 @@ def bombs(folder: Path, marker: Path) -> dict[str, Callable[[bool], Any]]:
 
 
 @pytest.mark.parametrize("name", ["bomb.pt", "bomb.ckpt", "plain.pth", "bomb.safetensors", "lightning"])
-def test_what_is_pickled_in_a_file_is_not_run(tmp_path: Path, name: str) -> None:
-    """The file is refused by its path, with the way to trust it, and its code has not run."""
+def test_code_pickled_in_a_file_is_not_run(tmp_path: Path, name: str) -> None:
+    """The file is refused by its path, with how to trust it."""
     marker = tmp_path / "ran"
     load = bombs(tmp_path, marker)[name]
     with pytest.raises(ConfigError, match=r"bomb|plain") as caught:
         load(False)
     assert not marker.exists()
-    # torch.load reads no bare pickle, trusted or not.
+    # torch.load refuses a bare pickle, trusted or not.
     assert ("model.trust_checkpoint=true" in str(caught.value)) == (name not in ("plain.pth", "bomb.safetensors"))
 
 
-def test_only_trust_runs_it(tmp_path: Path) -> None:
-    """The bomb is a real one: with trust_checkpoint=true it goes off."""
+def test_code_pickled_in_a_trusted_file_runs(tmp_path: Path) -> None:
+    """With trust_checkpoint=true it does run, so the files of the other test are real."""
     marker = tmp_path / "ran"
     with pytest.raises(ConfigError):
         bombs(tmp_path, marker)["bomb.pt"](True)
     assert marker.exists()
 
 
-def test_torchscript_runs_nothing_pickled(tmp_path: Path) -> None:
-    """A pickle under a TorchScript name is refused too."""
+def test_a_pickle_named_as_torchscript_is_refused(tmp_path: Path) -> None:
+    """Nothing in it runs."""
     marker = tmp_path / "ran"
     bombs(tmp_path, marker)
     for name in ("bomb.pt", "plain.pth"):
@@ -322,8 +322,8 @@ def test_torchscript_runs_nothing_pickled(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
-def test_a_pickled_module_loads_when_it_is_trusted(tmp_path: Path) -> None:
-    """torch.save(model) is refused by default and gives its weights with trust_checkpoint=true."""
+def test_a_pickled_module_loads_only_if_it_is_trusted(tmp_path: Path) -> None:
+    """A file of torch.save(model), with and without trust_checkpoint=true."""
     torch.save(net(4), tmp_path / "whole.pt")
     torch.save({"model": net(4).state_dict(), "args": Path("x")}, tmp_path / "args.pt")
     for name in ("whole.pt", "args.pt"):
@@ -344,7 +344,7 @@ def test_a_pickled_module_loads_when_it_is_trusted(tmp_path: Path) -> None:
 def test_a_damaged_file_is_one_message_that_names_it(
     tmp_path: Path, suffix: str, damage: Callable[[bytes], bytes]
 ) -> None:
-    """Truncated, empty, a web page, reversed."""
+    """Truncated, empty, a web page, and reversed bytes."""
     path = tmp_path / f"weights{suffix}"
     (safetensors.torch.save_file if suffix == ".safetensors" else torch.save)(net().state_dict(), path)
     path.write_bytes(damage(path.read_bytes()))
@@ -355,7 +355,7 @@ def test_a_damaged_file_is_one_message_that_names_it(
 
 
 def test_a_missing_file_or_a_folder_is_named(tmp_path: Path) -> None:
-    """Also a list without a file."""
+    """So is a list without a file."""
     for path in (tmp_path, tmp_path / "missing.pt", tmp_path / "missing.safetensors"):
         with pytest.raises(ConfigError, match=str(path)):
             read_state_dict(net(), path)
@@ -365,7 +365,7 @@ def test_a_missing_file_or_a_folder_is_named(tmp_path: Path) -> None:
         read_torchscript(())
 
 
-# What is said of a file that is something else
+# Files that are not weights
 
 
 def zipped(**members: bytes) -> bytes:
@@ -411,8 +411,8 @@ NO_WEIGHTS: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("kind", NO_WEIGHTS)
-def test_a_file_that_is_something_else_is_called_what_it_is(kind: str, tmp_path: Path) -> None:
-    """However it is to be read, in one line, and before torch is imported where the command line names it."""
+def test_a_file_that_is_not_weights_is_described(kind: str, tmp_path: Path) -> None:
+    """In one line, whatever reader is used, and before torch is imported if the command line names it."""
     content, said = NO_WEIGHTS[kind]
     path = tmp_path / "weights.pt"
     path.write_bytes(content)
@@ -431,8 +431,8 @@ def test_a_file_that_is_something_else_is_called_what_it_is(kind: str, tmp_path:
         assert "\n" not in str(caught.value)
 
 
-def test_weights_are_not_taken_for_something_else(tmp_path: Path) -> None:
-    """Of every format that is read: nothing is said of them, whatever their first bytes are."""
+def test_weights_are_never_described_as_another_kind_of_file(tmp_path: Path) -> None:
+    """In every format that is read, whatever their first bytes are."""
     trained = net()
     torch.save(trained.state_dict(), tmp_path / "a.pt")
     torch.save(trained.state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
@@ -449,7 +449,7 @@ def test_weights_are_not_taken_for_something_else(tmp_path: Path) -> None:
 
 
 class Opaque:
-    """Of no type that weights may hold."""
+    """A type that weights may not hold."""
 
 
 @pytest.mark.parametrize(
@@ -461,8 +461,8 @@ class Opaque:
         (slice(3), "slice"),
     ],
 )
-def test_a_type_that_is_refused_is_named_without_a_terminals_codes(value: Any, named: str, tmp_path: Path) -> None:
-    """One line, with what can be done; in Lightning's checkpoints too."""
+def test_a_refused_type_is_named_without_terminal_codes(value: Any, named: str, tmp_path: Path) -> None:
+    """In one line that says what to do, for Lightning checkpoints too."""
     torch.save({"pytorch-lightning_version": "2", "state_dict": net().state_dict(), "extra": value}, tmp_path / "a.pt")
     for read in (
         lambda: read_state_dict(net(), tmp_path / "a.pt"),
@@ -478,8 +478,8 @@ def test_a_type_that_is_refused_is_named_without_a_terminals_codes(value: Any, n
         assert "\n" not in text
 
 
-def test_no_message_has_a_terminals_codes() -> None:
-    """Of an error that fails a subject, or that building finds: only its words."""
+def test_messages_quote_errors_without_terminal_codes() -> None:
+    """Errors that fail a subject, and errors from building the configuration."""
     error = RuntimeError("\x1b[1mdo this\x1b[0m or \x1b[38;5;9mthat\x1b[0m")
     assert reason_of(error) == "RuntimeError: do this or that"
     with pytest.raises(ConfigError) as caught:
@@ -498,10 +498,10 @@ INNER = st.sampled_from(["", "_orig_mod.", "module.", "_orig_mod.module.", "modu
 
 @given(st.lists(st.sampled_from(["net", "ema", "weights", "a.b"]), max_size=3), INNER, INNER, st.booleans())
 @settings(deadline=None, max_examples=40)
-def test_the_only_state_dict_of_a_file_is_found_wherever_it_is(
+def test_the_only_state_dict_of_a_file_is_found_at_any_depth(
     around: list[str], outer: str, inner: str, beside: bool
 ) -> None:
-    """Under keys at any depth, beside optimizers, numbers and metrics, compiled or wrapped as a whole or inside."""
+    """Beside optimizers, numbers and metrics, and with keys of compiled or DDP-wrapped modules."""
     trained = net(7)
     content: Any = {f"{outer}{key.replace('.', f'.{inner}')}": value for key, value in trained.state_dict().items()}
     for key in around:
@@ -515,8 +515,8 @@ def test_the_only_state_dict_of_a_file_is_found_wherever_it_is(
     assert same(loaded, trained)
 
 
-def test_of_several_state_dicts_the_one_that_fits_is_taken_or_all_are_named(tmp_path: Path) -> None:
-    """model.prefix chooses, and gets the nearest where it is misspelt."""
+def test_the_only_fitting_state_dict_is_taken_else_all_are_listed(tmp_path: Path) -> None:
+    """model.prefix chooses; a misspelt prefix is answered with the nearest."""
     gan = {"generator": net(1).state_dict(), "discriminator": net(2, width=5).state_dict()}
     torch.save(gan, tmp_path / "gan.pt")
     assert same(read_state_dict(net(), tmp_path / "gan.pt")[0], net(1))
@@ -536,8 +536,8 @@ def test_of_several_state_dicts_the_one_that_fits_is_taken_or_all_are_named(tmp_
 
 
 @pytest.mark.parametrize("wrapped", ["net._orig_mod.", "_orig_mod.net.", "net.module.", "_orig_mod.module.net."])
-def test_a_prefix_and_lightnings_reader_see_through_compiling(wrapped: str, tmp_path: Path) -> None:
-    """As torch.compile and DDP name the keys of what they wrap, of a module or of its network."""
+def test_prefix_and_lightning_reader_ignore_keys_of_wrappers(wrapped: str, tmp_path: Path) -> None:
+    """Of torch.compile and DDP, around the module or around its network."""
     lit_checkpoint(tmp_path / "a.ckpt")
     content = torch.load(tmp_path / "a.ckpt", weights_only=True)
     state = {key.replace("net.", wrapped, 1): value for key, value in content["state_dict"].items()}
@@ -549,7 +549,7 @@ def test_a_prefix_and_lightnings_reader_see_through_compiling(wrapped: str, tmp_
 
 
 class Named(nn.Module):
-    """Its keys look as if they were wrapped."""
+    """Its keys look like those of a wrapped network."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -562,7 +562,7 @@ class Named(nn.Module):
 
 @pytest.mark.parametrize("outer", ["", "module.", "_orig_mod."])
 def test_a_network_may_have_parts_called_module(outer: str, tmp_path: Path) -> None:
-    """Its own keys are its own, also where it was wrapped as a whole."""
+    """Their keys are kept, also if the network was wrapped."""
     trained = Named()
     torch.save({outer + key: value for key, value in trained.state_dict().items()}, tmp_path / "a.pt")
     (loaded,) = read_state_dict(Named(), tmp_path / "a.pt")
@@ -570,21 +570,21 @@ def test_a_network_may_have_parts_called_module(outer: str, tmp_path: Path) -> N
 
 
 class Stepping(Lit):
-    """Whose predict_step is not what its forward is."""
+    """Its predict_step differs from its forward."""
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self(batch).argmax(1)
 
 
 class Formless(pl.LightningModule):
-    """Only a predict_step."""
+    """It has a predict_step but no forward."""
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         return batch
 
 
-def test_a_predict_step_that_is_not_called_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The module's forward is; where there is none, nothing is begun."""
+def test_a_warning_says_that_predict_step_is_not_called(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A run calls forward; a module without one is an error."""
     lit_checkpoint(tmp_path / "a.ckpt")
     (loaded,) = read_lightning("test_weights.Stepping", tmp_path / "a.ckpt")
     assert loaded(X).shape == (2, 2, 4, 4, 4)

@@ -1,4 +1,4 @@
-"""Laws of weights on the command line: every format predicts the same volume, and no file runs its pickles."""
+"""Tests weights on the command line: every format predicts the same volume, and no file runs its pickles."""
 
 import io
 import pickle
@@ -12,10 +12,9 @@ import pytest
 import safetensors.torch
 import torch
 from forks import Server, checked
-from monai.networks.nets import UNet
+from networks import Lit, unet
 from odd_files import Bomb
 from synthetic import noise, read, save
-from torch import Tensor, nn
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch.jit and torch.export, which saves weights here
 
@@ -23,25 +22,7 @@ JOB = ("data.inputs=in", "data.patch_size=16", "data.patch_overlap=8", "data.bat
 PRODUCTS = ("stitch.products=[probabilities,labels]", "callbacks.writer.compress=false")
 NET = ("model/net=unet", "model.net.out_channels=3", "model.net.channels=[4,8]", "model.net.strides=[2]")
 STATE = ("model=state_dict", *NET)
-LIT = ("model=lightning", "model.module_class=test_formats.Lit")
-
-
-def unet() -> nn.Module:
-    torch.manual_seed(0)
-    return UNet(3, 1, 3, channels=(4, 8), strides=(2,), num_res_units=1).eval()
-
-
-class Lit(pl.LightningModule):
-    """A user's module, with a network and a hyperparameter."""
-
-    def __init__(self, scale: float = 1.0) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        self.net = unet()
-        self.scale = scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x) * self.scale
+LIT = ("model=lightning", "model.module_class=networks.Lit")
 
 
 def lit_checkpoint(path: Path) -> None:
@@ -51,7 +32,7 @@ def lit_checkpoint(path: Path) -> None:
 
 
 def exported(path: Path) -> None:
-    """For batches of two, where the job has batches of three."""
+    """An archive for batches of two, although the run has batches of three."""
     torch.export.save(torch.export.export(unet(), (torch.randn(2, 1, 16, 16, 16),)), path)
 
 
@@ -89,7 +70,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wanted(place: Path, forks: Server) -> np.ndarray:
-    """Probabilities by the state dict."""
+    """Probabilities predicted from the state dict."""
     job = forks.start(*JOB, *PRODUCTS, *FORMATS["state dict"], "output_dir=wanted", cwd=place)
     assert checked(job.wait()) == 0, job.text
     return read(place / "wanted/a_probabilities.nii")
@@ -97,7 +78,7 @@ def wanted(place: Path, forks: Server) -> np.ndarray:
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name != "state dict"])
 def test_every_format_predicts_the_same_volume(name: str, place: Path, forks: Server, wanted: np.ndarray) -> None:
-    """One network, saved in every way that is listed: probabilities agree to 1e-5, labels but for ties."""
+    """One network in every listed format: probabilities agree to 1e-5, labels except for ties."""
     folder = f"out_{name.replace(' ', '_')}"
     job = forks.start(*JOB, *PRODUCTS, *FORMATS[name], f"output_dir={folder}", cwd=place)
     assert checked(job.wait()) == 0, job.text
@@ -110,7 +91,7 @@ def test_every_format_predicts_the_same_volume(name: str, place: Path, forks: Se
 
 @pytest.mark.slow
 def test_a_compiled_network_predicts_the_same_volume(place: Path, forks: Server, wanted: np.ndarray) -> None:
-    """With torch's own compiler, which takes a minute; the last batch of the run is filled up."""
+    """With torch's own compiler, which takes a minute; the last batch is filled up."""
     job = forks.start(*JOB, *PRODUCTS, *FORMATS["state dict"], "model.compile=true", "output_dir=compiled", cwd=place)
     assert checked(job.wait(300)) == 0, job.text
     np.testing.assert_allclose(read(place / "compiled/a_probabilities.nii"), wanted, atol=1e-5, rtol=0)
@@ -126,7 +107,7 @@ def saved(content: object) -> bytes:
 
 
 def with_record(path: Path, record: str, content: bytes) -> bytes:
-    """A zip archive with another record."""
+    """A copy of a zip archive with one more record."""
     new = io.BytesIO()
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(new, "w") as file:
         for name in old.namelist():
@@ -174,8 +155,8 @@ BOMBS: dict[str, tuple[tuple[str, ...], str, Callable[[Path, Bomb], bytes]]] = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_no_file_runs_what_is_pickled_in_it(name: str, place: Path, tmp_path: Path, forks: Server) -> None:
-    """One message that names the file, exit status 2, nothing made, and the code has not run."""
+def test_no_file_runs_code_pickled_in_it(name: str, place: Path, tmp_path: Path, forks: Server) -> None:
+    """One message that names the file, exit status 2, and no output."""
     options, file, make = BOMBS[name]
     marker = tmp_path / "ran"
     (tmp_path / file).write_bytes(make(place, Bomb(marker)))
@@ -199,7 +180,7 @@ def test_no_file_runs_what_is_pickled_in_it(name: str, place: Path, tmp_path: Pa
     ],
 )
 def test_the_bombs_are_real(name: str, option: str, place: Path, tmp_path: Path, forks: Server) -> None:
-    """Trusted, the same files run their code."""
+    """The same files run their code if they are trusted."""
     options, file, make = BOMBS[name]
     marker = tmp_path / "ran"
     (tmp_path / file).write_bytes(make(place, Bomb(marker)))

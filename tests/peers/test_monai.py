@@ -1,4 +1,4 @@
-"""MONAI's sliding window beside ours: equal by averages, and how far by gaussians, as docs/from-monai.md says."""
+"""Compares MONAI's sliding window with voxquilt: equal for averages, and for gaussians as docs/from-monai.md says."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ FLOORED = Windowed(lambda patch: gaussian(patch).clamp(min=0.03))
 
 
 def both(size: int, overlap: int, ours: str | Blend, theirs: str) -> Tensor:
-    """The absolute difference of the two, of random scores from 0 to 1 that no two patches have in common."""
+    """The absolute difference of the two, for random scores from 0 to 1 that no two patches share."""
     volume = torch.zeros(1, size, size, size)
     sampler = GridSampler(volume, 32, overlap)
     patches = torch.rand(len(sampler), 1, 32, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -34,14 +34,14 @@ def both(size: int, overlap: int, ours: str | Blend, theirs: str) -> Tensor:
 
 
 @pytest.mark.parametrize(("size", "overlap"), [(80, 16), (80, 8), (70, 16)])
-def test_average_is_monais_constant(size: int, overlap: int) -> None:
+def test_average_equals_monais_constant_mode(size: int, overlap: int) -> None:
     """Patches lie alike where the overlap is a share that gives whole voxels."""
     assert both(size, overlap, "average", "constant").max() < 1e-6
 
 
 @pytest.mark.parametrize(("overlap", "size", "row"), [(16, 96, "0.5"), (8, 104, "0.25")])
-def test_the_difference_of_the_gaussians_is_the_one_that_is_said(overlap: int, size: int, row: str) -> None:
-    """Largest, mean, mean 8 voxels away from the volume's faces, and largest with a window of one's own."""
+def test_gaussian_differs_from_monais_as_documented(overlap: int, size: int, row: str) -> None:
+    """Largest and mean difference, mean 8 voxels from the volume's faces, and largest with a user-defined window."""
     found = re.search(rf"\| {re.escape(row)} \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", SAID)
     assert found is not None
     gauss, floored = both(size, overlap, "gaussian", "gaussian"), both(size, overlap, FLOORED, "gaussian")

@@ -1,4 +1,4 @@
-"""TorchIO 1.2.1 beside voxquilt: where the two give the same, where ours differs on purpose, and how fast both cut."""
+"""Compares TorchIO 1.2.1 with voxquilt: equal results, intended differences, and the speed of cutting patches."""
 
 import copy
 import pickle
@@ -33,14 +33,14 @@ HALF = [torch.float16, torch.bfloat16]
 
 
 def samplers(volume: torch.Tensor, patch: Any, overlap: Any = 0, padding: Any = None) -> tuple[Any, Any]:
-    """TorchIO's and ours, of one volume."""
+    """TorchIO's sampler and ours for one volume."""
     theirs = tio.GridSampler(tio.Subject(t1=tio.ScalarImage(tensor=volume)), patch, overlap, padding)
     ours = voxquilt.GridSampler(voxquilt.Subject(t1=voxquilt.ScalarImage(tensor=volume)), patch, overlap, padding)
     return theirs, ours
 
 
 def aggregated(package: Any, sampler: Any, mode: str, patches: torch.Tensor) -> torch.Tensor:
-    """The output of a package's aggregator, patches fed in grid order in batches of 3, as its users write it."""
+    """The output of a package's aggregator, with patches added in grid order in batches of 3, as users write it."""
     aggregator = package.inference.GridAggregator(sampler, overlap_mode=mode)
     locations = torch.as_tensor(sampler.locations)
     for start in range(0, len(patches), 3):
@@ -52,10 +52,10 @@ def aggregated(package: Any, sampler: Any, mode: str, patches: torch.Tensor) -> 
 
 @given(GEOMETRIES, st.sampled_from([None, 0, "reflect", "edge"]), SEEDS)
 @settings(deadline=None, max_examples=40)
-def test_patches_lie_where_torchio_has_them_and_hold_the_same(
+def test_patches_have_torchios_locations_and_contents(
     sizes: tuple[tuple[int, int, int], ...], padding: Any, seed: int
 ) -> None:
-    """As many patches, the same locations in the same order, equal voxels and equal affines, padded or not."""
+    """The same number and order, equal voxels and affines, padded or not."""
     shape, patch, overlap = zip(*sizes, strict=True)
     volume = torch.from_numpy(np.random.default_rng(seed).normal(size=(2, *shape))).float()
     theirs, ours = samplers(volume, patch, overlap, padding)
@@ -73,7 +73,7 @@ def test_patches_lie_where_torchio_has_them_and_hold_the_same(
 def test_patches_that_disagree_are_blended_as_torchio_blends_them(
     sizes: tuple[tuple[int, int, int], ...], mode: str, padding: Any, seed: int
 ) -> None:
-    """Law 2: crop equals exactly, average and hann to float32 rounding, padded or not, in TorchIO's order."""
+    """Equal for crop, up to float32 rounding for average and hann, padded or not, in TorchIO's order."""
     shape, patch, overlap = zip(*sizes, strict=True)
     theirs, ours = samplers(torch.zeros(1, *shape), patch, overlap, padding)
     patches = torch.from_numpy(np.random.default_rng(seed).normal(size=(len(ours), 2, *patch))).float()
@@ -85,8 +85,8 @@ def test_patches_that_disagree_are_blended_as_torchio_blends_them(
 
 
 @pytest.mark.parametrize("mode", ["crop", "average", "hann"])
-def test_a_downsampling_that_torchio_gets_right_is_the_same(mode: str) -> None:
-    """Without overlap TorchIO's crop is right; where it raises, ours gives the same as its crop."""
+def test_downsampling_equals_torchio_where_torchio_is_right(mode: str) -> None:
+    """Without overlap its crop is right; where its other modes raise, ours give the same as its crop."""
     volume = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 24, 16, 20))).float()
     theirs, ours = samplers(volume, (8, 8, 4))
     patches = torch.stack([p["t1"]["data"] for p in ours])[..., ::2, ::2, ::2]
@@ -133,7 +133,7 @@ def add_unequal_locations(package: Any) -> None:
     into.add_batch(torch.zeros(2, 1, 10, 10, 10), locations)
 
 
-# One row each of the table of conditions; the types in it are theirs, and these were seen with TorchIO 1.2.1.
+# One row per condition, with the type that TorchIO 1.2.1 raises.
 ERRORS: dict[str, tuple[Callable[[Any], Any], type[Exception]]] = {
     "patch 0": (lambda package: sampler(package, 0), ValueError),
     "patch -3": (lambda package: sampler(package, (5, -3, 5)), ValueError),
@@ -152,8 +152,8 @@ ERRORS: dict[str, tuple[Callable[[Any], Any], type[Exception]]] = {
 
 
 @pytest.mark.parametrize("case", ERRORS)
-def test_what_torchio_refuses_is_refused_with_a_type_that_its_users_catch(case: str) -> None:
-    """TorchIO raises the type of the table; ours is a VoxquiltError and of the same built-in type."""
+def test_errors_have_the_built_in_types_that_torchio_raises(case: str) -> None:
+    """Ours are a VoxquiltError and of the type in the table."""
     act, kind = ERRORS[case]
     with pytest.raises(Exception) as theirs:  # noqa: PT011 - which type it is, is the test
         act(tio)
@@ -165,14 +165,14 @@ def test_what_torchio_refuses_is_refused_with_a_type_that_its_users_catch(case: 
 
 
 def test_locations_of_different_sizes_in_one_batch_are_refused() -> None:
-    """TorchIO asserts; ours says which location is none of the grid's, as for any other wrong place."""
+    """TorchIO asserts; ours names the location that is not on the grid, as for any other wrong location."""
     with pytest.raises(AssertionError):
         add_unequal_locations(tio)
     with pytest.raises(RuntimeError, match=r"no patch of the grid lies at \(6, 0, 0, 16, 10, 9\)"):
         add_unequal_locations(voxquilt)
 
 
-def test_a_patch_size_that_is_no_integer_is_refused() -> None:
+def test_a_patch_size_that_is_not_an_integer_is_refused() -> None:
     """TorchIO raises a ValueError for 10.0 and an IndexError for two numbers; ours is a ValueError for both."""
     for size, kind in ((10.0, ValueError), ((10, 10), IndexError)):
         with pytest.raises(kind):
@@ -182,7 +182,7 @@ def test_a_patch_size_that_is_no_integer_is_refused() -> None:
 
 
 def test_a_negative_overlap_is_refused_where_torchio_leaves_gaps() -> None:
-    """TorchIO takes -4 and covers half of the volume; a hole is an error."""
+    """TorchIO accepts -4 and covers half of the volume."""
     painted = torch.zeros(50, 50, 50)
     for i0, j0, k0, i1, j1, k1 in tio.GridSampler(cube(tio, 50), 10, -4).locations:
         painted[i0:i1, j0:j1, k0:k1] = 1
@@ -192,7 +192,7 @@ def test_a_negative_overlap_is_refused_where_torchio_leaves_gaps() -> None:
 
 
 def test_a_padded_volume_may_be_smaller_than_its_patch() -> None:
-    """The patch is compared with the padded shape, in both."""
+    """Both compare the patch with the padded shape."""
     volume = torch.rand(1, 20, 20, 20)
     theirs, ours = samplers(volume, 22, 2, 0)
     np.testing.assert_array_equal(ours.locations, theirs.locations)
@@ -234,14 +234,14 @@ SAME = {
 
 
 def patches_of(dtype: torch.dtype, n: int) -> torch.Tensor:
-    """Patches that disagree, of values that no sum of eight takes out of the type."""
+    """Patches that disagree, with values of which eight add up within the type."""
     values = np.random.default_rng(0).integers(0, 2 if dtype == torch.bool else 15, (n, 1, 6, 6, 6))
     return torch.from_numpy(values).to(dtype)
 
 
 @pytest.mark.parametrize(("mode", "dtype"), [(mode, dtype) for mode, table in SAME.items() for dtype in table])
 def test_types_and_values_are_those_of_torchio(mode: str, dtype: torch.dtype) -> None:
-    """Where TorchIO is right, ours gives the same type and the same values."""
+    """For the types that TorchIO handles correctly."""
     theirs, ours = samplers(torch.zeros(1, 10, 11, 12), 6, 2)
     patches = patches_of(dtype, len(ours))
     their, our = aggregated(tio, theirs, mode, patches), aggregated(voxquilt, ours, mode, patches)
@@ -257,10 +257,10 @@ def test_types_and_values_are_those_of_torchio(mode: str, dtype: torch.dtype) ->
         ("hann", torch.float64, torch.float32, torch.float64),
     ],
 )
-def test_types_that_differ_on_purpose(
+def test_half_precision_and_float64_are_averaged_more_exactly_than_torchio(
     mode: str, dtype: torch.dtype, theirs_gives: torch.dtype, ours_gives: torch.dtype
 ) -> None:
-    """Half precision is averaged in float32 and float64 stays: nearer to a float64 reference than TorchIO is."""
+    """Half precision is summed in float32, and float64 is kept: both are nearer to a float64 reference."""
     theirs, ours = samplers(torch.zeros(1, 10, 11, 12), 6, 2)
     patches = (torch.from_numpy(np.random.default_rng(0).normal(300, 100, (len(ours), 1, 6, 6, 6)))).to(dtype)
     their, our = aggregated(tio, theirs, mode, patches), aggregated(voxquilt, ours, mode, patches)
@@ -300,7 +300,7 @@ def test_an_average_of_int64_gives_no_warning() -> None:
     assert torch.equal(our.get_output_tensor(), expected)
 
 
-def test_the_downsampled_case_that_torchio_gets_wrong() -> None:
+def test_overlapping_downsampled_patches_leave_no_holes() -> None:
     """Factor 4, patch 20, overlap 8: 992 of TorchIO's 1000 voxels are 0; ours are all ones."""
     theirs, ours = samplers(torch.zeros(1, 40, 40, 40), 20, 8)
     ones = torch.ones(len(ours), 1, 5, 5, 5)
@@ -313,7 +313,7 @@ def test_the_downsampled_case_that_torchio_gets_wrong() -> None:
         torch.testing.assert_close(our.get_output_tensor(), torch.ones(1, 10, 10, 10), rtol=0, atol=1e-6)
 
 
-# What its users write.
+# Code that its users write.
 
 
 def files_of(folder: Path) -> dict[str, Path]:
@@ -336,8 +336,8 @@ def subject_of(package: Any, paths: dict[str, Path]) -> Any:
 
 @pytest.mark.parametrize("padding", [None, "reflect"])
 @pytest.mark.parametrize("loader", [tio.SubjectsLoader, voxquilt.SubjectsLoader, torch.utils.data.DataLoader])
-def test_the_loop_of_its_documentation_gives_the_same_volume(loader: Any, padding: Any, tmp_path: Path) -> None:
-    """With its own loader too, labels by arg-max as they write it, and the volume saved beside its input."""
+def test_the_loop_of_torchios_documentation_gives_the_same_volume(loader: Any, padding: Any, tmp_path: Path) -> None:
+    """With TorchIO's loader too, labels by arg-max as written there, and the volume saved next to its input."""
 
     def loop(tio: Any, loader: Any) -> tuple[torch.Tensor, Any]:
         subject = subject_of(tio, files_of(tmp_path))
@@ -366,8 +366,8 @@ def test_the_loop_of_its_documentation_gives_the_same_volume(loader: Any, paddin
     assert subject.get_images_names() == ["t1", "t2", "seg", "prediction"]
 
 
-def test_a_sampler_is_called_for_its_patches(tmp_path: Path) -> None:
-    """Each once, padded once; of another subject, too; a number of them is refused as TorchIO refuses it."""
+def test_calling_a_sampler_yields_its_patches(tmp_path: Path) -> None:
+    """Each once, padded once, for another subject too; a number of patches is refused as TorchIO refuses it."""
     paths = files_of(tmp_path)
     for package in (tio, voxquilt):
         sampler = package.GridSampler(subject_of(package, paths), (4, 3, 5), 2)
@@ -392,7 +392,7 @@ def test_a_sampler_is_called_for_its_patches(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("package", [tio, voxquilt])
 def test_an_overridden_crop_cuts_every_patch(package: Any, tmp_path: Path) -> None:
-    """By index, while iterating, in a loader and when the sampler is called; it is given the padded subject."""
+    """By index, by iteration, in a loader and by calling the sampler; it gets the padded subject."""
     seen = []
 
     class Marked(package.GridSampler):  # type: ignore[misc]
@@ -413,8 +413,8 @@ def test_an_overridden_crop_cuts_every_patch(package: Any, tmp_path: Path) -> No
         assert [patch["first"] for patch in sampler] == firsts
 
 
-def test_images_have_the_keys_and_attributes_that_torchios_have(tmp_path: Path) -> None:
-    """Path, stem, type, voxels, affine; of a file, of a tensor, and of a patch."""
+def test_images_have_the_keys_and_attributes_of_torchios(tmp_path: Path) -> None:
+    """Path, stem, type, voxels and affine, for a file, a tensor and a patch."""
     paths = files_of(tmp_path)
     for make in (
         lambda package: subject_of(package, paths)["t1"],
@@ -438,8 +438,8 @@ def test_images_have_the_keys_and_attributes_that_torchios_have(tmp_path: Path) 
         assert getattr(voxquilt, name) == getattr(tio, name)
 
 
-def test_subjects_are_asked_as_torchios_are(tmp_path: Path) -> None:
-    """By attribute, and for their images with label maps or without; what is not there is an AttributeError."""
+def test_subjects_have_the_methods_and_attributes_of_torchios(tmp_path: Path) -> None:
+    """Images with or without label maps; a name that does not exist is an AttributeError."""
     their, our = (subject_of(package, files_of(tmp_path)) for package in (tio, voxquilt))
     for options in ({}, {"intensity_only": False}):
         assert list(our.get_images_dict(**options)) == list(their.get_images_dict(**options))
@@ -462,7 +462,7 @@ def test_subjects_are_asked_as_torchios_are(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
 def test_an_image_is_saved_and_read_again(dtype: torch.dtype, stored: str, suffix: str, tmp_path: Path) -> None:
-    """Voxels, channels, type and affine, where it lies; another suffix is refused."""
+    """Voxels, channels, type and affine are kept; another suffix is refused."""
     affine = np.diag([-1.5, 2, 3, 1])
     for channels in (1, 3):
         image = voxquilt.LabelMap(torch.arange(channels * 24).reshape(channels, 2, 3, 4).to(dtype), affine=affine)
@@ -475,8 +475,8 @@ def test_an_image_is_saved_and_read_again(dtype: torch.dtype, stored: str, suffi
         image.save(tmp_path / "x.nrrd")
 
 
-def test_a_patch_is_saved_where_it_lies(tmp_path: Path) -> None:
-    """Its affine is its own, not its file's."""
+def test_a_patch_is_saved_with_its_own_affine(tmp_path: Path) -> None:
+    """Not with that of its file."""
     paths = files_of(tmp_path)
     sampler = voxquilt.GridSampler(subject_of(voxquilt, paths), 4, 2)
     sampler[len(sampler) - 1].t1.save(tmp_path / "patch.nii.gz")
@@ -487,7 +487,7 @@ def test_a_patch_is_saved_where_it_lies(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("batch_size", [2, None])
 def test_batches_can_be_moved_to_a_device_by_lightning(batch_size: int | None, tmp_path: Path) -> None:
-    """It makes every dictionary anew; a batch is of plain ones, a patch that no loader batches stays a patch."""
+    """Lightning rebuilds every dictionary, so a batch holds plain ones; an unbatched patch keeps its class."""
     sampler = voxquilt.GridSampler(subject_of(voxquilt, files_of(tmp_path)), 4, 2)
     for batch in torch.utils.data.DataLoader(sampler, batch_size=batch_size):
         moved = move_data_to_device(batch, torch.device("cpu"))
@@ -524,7 +524,7 @@ for _ in range(9):  # another process on the machine may spoil some of them
 
 @pytest.mark.slow
 def test_cutting_a_patch_takes_at_most_half_of_torchios_time() -> None:
-    """Slicing, not transforms: medians over interleaved patches of two 160^3 images, patch 48; nine tries."""
+    """By slicing, not transforms: medians over interleaved patches of 48 from two 160^3 images, in nine tries."""
     # In a process of its own, where annotations are not checked as they are in tests.
     race = subprocess.run([sys.executable, "-c", RACE], capture_output=True, text=True, check=True)
     ratios = [float(line) for line in race.stdout.split()]

@@ -1,4 +1,4 @@
-"""Laws of the plan: it tells from headers what a run then does, refuses what cannot fit, and leaves no volume."""
+"""Tests the planner: it predicts from headers what a run does, refuses what cannot fit, and writes no volume."""
 
 import json
 import subprocess
@@ -45,8 +45,10 @@ def plan(folder: Path, name: str = "plan.json") -> dict[str, object]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_plan_tells_what_the_run_then_does(ranks: int, place: Path, tmp_path: Path, forks: Server) -> None:
-    """Patches of every subject, shapes, loads of ranks; nothing but plan.json is left."""
+def test_a_plan_predicts_patches_shapes_and_loads_of_the_run(
+    ranks: int, place: Path, tmp_path: Path, forks: Server
+) -> None:
+    """For every subject and rank; only plan.json is written."""
     out = f"output_dir={tmp_path / 'out'}"
     job = forks.start(*JOB, out, "run.dry_run=true", "preprocess.spacing=1.1", cwd=place, ranks=ranks)
     assert checked(job.wait()) == 0, job.text
@@ -67,8 +69,8 @@ def test_a_plan_tells_what_the_run_then_does(ranks: int, place: Path, tmp_path: 
     assert told["fits"]
 
 
-def test_done_subjects_and_other_shards_are_no_part_of_a_plan(place: Path, tmp_path: Path, forks: Server) -> None:
-    """What is left of a run; and what a shard has to do."""
+def test_a_plan_leaves_out_done_subjects_and_other_shards(place: Path, tmp_path: Path, forks: Server) -> None:
+    """It covers what is left of a run, or of one shard."""
     out = f"output_dir={tmp_path / 'out'}"
     (tmp_path / "some").mkdir()
     for n in (1, 3):
@@ -88,7 +90,7 @@ def test_done_subjects_and_other_shards_are_no_part_of_a_plan(place: Path, tmp_p
 
 
 def test_a_timed_plan_writes_no_volume(place: Path, tmp_path: Path, forks: Server) -> None:
-    """It says seconds of each subject and process."""
+    """It gives seconds per subject and process."""
     out = f"output_dir={tmp_path / 'out'}"
     job = forks.start(*JOB, out, "run.dry_run=time", cwd=place, ranks=2)
     assert checked(job.wait()) == 0, job.text
@@ -101,10 +103,10 @@ def test_a_timed_plan_writes_no_volume(place: Path, tmp_path: Path, forks: Serve
 
 @pytest.mark.parametrize(
     ("threads", "of_one", "of_three"),
-    # Reading the first, 10 patches of 3 s each beside what reading and writing take of the threads, writing the last.
+    # Reading the first, 10 patches of 3 s each plus the threads' time for reading and writing, writing the last.
     [(0, 5 + 1 + 30 + 4, 5 + 1 + 90 + 4), (2, 5 + 1 + 30 + 4, 5 + 1 + 90 + (2 * 1 + 2 * 4) / 2 + 4)],
 )
-def test_seconds_are_those_of_the_parts_that_do_not_overlap(threads: int, of_one: float, of_three: float) -> None:
+def test_estimated_seconds_count_overlapping_steps_once(threads: int, of_one: float, of_three: float) -> None:
     """A network on the host shares its threads with reading and writing, one on a GPU does not; slow writing counts."""
     one = SubjectSize((2, 3, 4), (2, 3, 4), (1, 1, 1), 1, 10, 24, 96, 96, 50)
     rates = Rates(read=1 / 50, patch=3, write=4 / 24, begin=5, threads=threads)
@@ -117,7 +119,7 @@ def test_seconds_are_those_of_the_parts_that_do_not_overlap(threads: int, of_one
 
 
 def test_a_timed_plan_measures_the_network(place: Path, tmp_path: Path, forks: Server) -> None:
-    """One that takes 0.3 s for each batch of 3: each patch a third of that, and what cutting and adding take."""
+    """For one that takes 0.3 s per batch of 3, a patch takes 0.1 s plus the time for cutting and adding."""
     words = (*JOB, f"output_dir={tmp_path / 'out'}", "model.net._target_=synthetic.Slow", "run.dry_run=time")
     job = forks.start(*words, cwd=place, env={"SLOW": "0.3"})
     assert job.wait() == [0], job.text
@@ -128,14 +130,14 @@ def test_a_timed_plan_measures_the_network(place: Path, tmp_path: Path, forks: S
 
 
 @pytest.mark.parametrize(("offload", "wanted"), [(True, 40), ("auto", 60), (False, 60)])
-def test_of_an_ensemble_that_takes_turns_the_largest_is_on_the_device(offload: bool | str, wanted: int) -> None:
-    """In bytes of float32, biases included; others are there together."""
+def test_an_offloaded_ensemble_needs_its_largest_member_on_the_device(offload: bool | str, wanted: int) -> None:
+    """In bytes of float32, biases included; otherwise it needs all members."""
     small, large = nn.Conv3d(1, 1, (1, 1, 4)), nn.Conv3d(1, 1, (1, 1, 9))
     assert weights_on_device(PatchPredictor([small, large], offload=offload)) == wanted
 
 
-def test_what_cannot_fit_is_refused_before_anything_is_made(place: Path, tmp_path: Path, forks: Server) -> None:
-    """Status 2, one message with what would fit; a dry run says the same and ends with 0."""
+def test_a_run_that_cannot_fit_is_refused_before_it_starts(place: Path, tmp_path: Path, forks: Server) -> None:
+    """Status 2 and one message with what would fit; a dry run prints the same and ends with 0."""
     words = (*JOB, f"output_dir={tmp_path / 'out'}", "data.patch_size=256", "data.batch_size=4096")
     job = forks.start(*words, cwd=place)
     assert job.wait() == [2]
@@ -152,8 +154,8 @@ def test_what_cannot_fit_is_refused_before_anything_is_made(place: Path, tmp_pat
     assert not told["fits"]
 
 
-def test_batch_sizes_are_found(place: Path, tmp_path: Path, forks: Server) -> None:
-    """As many patches as keep a CPU busy, one number for all processes; the same files."""
+def test_an_automatic_batch_size_gives_the_same_files(place: Path, tmp_path: Path, forks: Server) -> None:
+    """As many patches as keep a CPU busy, and one number for all processes."""
     for ranks in (1, 2):
         out = tmp_path / f"out{ranks}"
         job = forks.start(*JOB, "data.batch_size=auto", f"output_dir={out}", cwd=place, ranks=ranks)
@@ -162,7 +164,7 @@ def test_batch_sizes_are_found(place: Path, tmp_path: Path, forks: Server) -> No
 
 
 def test_each_header_is_read_once_before_a_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the one process there is, whatever is planned."""
+    """By a single process, whatever is planned."""
     read = count_headers(monkeypatch)
     data = GridDataModule(str(place / "in"), 8, 4)
     data.setup("predict")
@@ -171,8 +173,8 @@ def test_each_header_is_read_once_before_a_run(place: Path, monkeypatch: pytest.
     assert data.plan.loads == [sum(size.patches for size in data.plan.costs)]
 
 
-def test_two_thousand_small_subjects_are_planned_in_a_moment(place: Path, tmp_path: Path) -> None:
-    """Under 20 ms each, whatever else this machine does."""
+def test_planning_takes_at_most_20_ms_per_small_subject(place: Path, tmp_path: Path) -> None:
+    """For two thousand subjects."""
     scans = tmp_path / "in"
     scans.mkdir()
     save(tmp_path / "one.nii", noise((8, 8, 8)))
@@ -185,7 +187,7 @@ def test_two_thousand_small_subjects_are_planned_in_a_moment(place: Path, tmp_pa
     assert data.plan.size.subjects == 2000
 
 
-# What is needed
+# Requirements
 
 
 SETTINGS = RunSettings(Stitch(), Path("out"), (8, 8, 8), 2, 1, 2**40, True, 500 * MIB)
@@ -210,22 +212,22 @@ def passed(channels: int) -> Probe:
          (2 + 2 * 2) * 4),
     ],
 )  # fmt: skip
-def test_products_and_sums_take_what_quilts_take(
+def test_estimated_bytes_of_products_and_sums_equal_those_of_stitching(
     stitch: Stitch, channels: int, made: dict[str, int], sums: float
 ) -> None:
-    """Bytes of a voxel, for each product and of the ring."""
+    """Bytes per voxel, for each product and for the ring."""
     outputs = plan_outputs(stitch, {"": (2, channels, 8, 8, 8)}, (8, 8, 8))
     assert {one.name: one.voxel_bytes for one in outputs.files} == made
     assert outputs.sums == sums
 
 
-def test_a_smaller_output_takes_less() -> None:
-    """Half along each axis: an eighth of the sums."""
+def test_an_output_of_half_size_takes_an_eighth_of_the_sums() -> None:
+    """Half along each axis."""
     assert plan_outputs(Stitch(), {"": (2, 4, 4, 4, 4)}, (8, 8, 8)).sums == 4 * 4 / 8
 
 
-def test_what_is_large_waits_on_disk() -> None:
-    """Not in memory, and room for it is needed beside the outputs."""
+def test_large_products_are_counted_on_disk_instead_of_memory() -> None:
+    """Beside the outputs, which need room too."""
     outputs = plan_outputs(Stitch(products=["probabilities"]), passed(3).outputs, (8, 8, 8))
     small, large = (estimate(ONE, passed(3), outputs, replace(SETTINGS, in_memory=limit))
                     for limit in (2**40, 0))  # fmt: skip
@@ -236,8 +238,8 @@ def test_what_is_large_waits_on_disk() -> None:
     assert large.disk < large.bound
 
 
-def test_more_workers_batches_and_patches_need_more() -> None:
-    """Each by what it holds."""
+def test_memory_grows_with_workers_and_batch_size_by_what_each_holds() -> None:
+    """Loaded images per worker, patches per batch; the sums stay the same."""
     size, outputs = combined([ONE, ONE, ONE]), plan_outputs(Stitch(), passed(3).outputs, (8, 8, 8))
 
     def host(**changes: int) -> dict[str, int]:
@@ -249,8 +251,8 @@ def test_more_workers_batches_and_patches_need_more() -> None:
     assert host()["sums"] == ONE.ring * 12 + 512 * 4
 
 
-def test_a_gpu_takes_the_network_and_the_sums_from_the_host() -> None:
-    """What remains there is what comes back."""
+def test_with_a_gpu_network_and_sums_are_counted_on_the_device() -> None:
+    """The host keeps only the outputs that come back."""
     outputs = plan_outputs(Stitch(), passed(3).outputs, (8, 8, 8))
     found = estimate(ONE, passed(3), outputs, replace(SETTINGS, gpu=True, weights=5))
     assert found.device["weights"] == 5
@@ -259,8 +261,8 @@ def test_a_gpu_takes_the_network_and_the_sums_from_the_host() -> None:
     assert (found.host["sums"], found.host["network"]) == (0, 10**5)
 
 
-def test_an_extent_adds_up_and_keeps_the_most(place: Path) -> None:
-    """In one piece or by rank; what cannot be read is counted."""
+def test_the_size_of_a_run_adds_voxels_and_keeps_the_largest_subject(place: Path) -> None:
+    """Computed at once or by rank; unreadable files are counted."""
     data = GridDataModule(str(place / "in"), 8, 4, preprocess=Preprocess(spacing=2.0))
     sizes = [data.grids.cost(case).size for case in data.cases]
     total = run_size([*sizes, None])
@@ -271,7 +273,7 @@ def test_an_extent_adds_up_and_keeps_the_most(place: Path) -> None:
     assert total.file == 2 * total.voxels
     last = sizes[-1]
     assert last is not None
-    # float32 in model space, since it is resampled; beside it the same, padded to a patch where it is smaller.
+    # float32 in model space, since it is resampled, and a copy that is padded to a patch where it is smaller.
     assert last.model == (16, 11, 6)
     assert last.loaded == 4 * (16 * 11 * 6 + 16 * 11 * 8)
 
@@ -293,7 +295,7 @@ def refusal(tmp_path: Path, memory: int, disk: int, **changes: object) -> str | 
 
 
 def test_the_smallest_change_that_makes_a_run_fit_is_named(tmp_path: Path) -> None:
-    """One that changes no output before one that does; none where nothing helps."""
+    """Changes that keep the outputs first; none if nothing helps."""
     plenty = 2**50
     assert refusal(tmp_path, plenty, plenty) is None
     found = refusal(tmp_path, 2_500_000_000, plenty)
@@ -311,8 +313,8 @@ def test_the_smallest_change_that_makes_a_run_fit_is_named(tmp_path: Path) -> No
     assert "No single setting does it" in found
 
 
-def test_a_limit_of_a_cgroup_counts(tmp_path: Path) -> None:
-    """Of both versions, of the process's own group or of one above; files that were read are free."""
+def test_memory_limits_of_cgroups_count(tmp_path: Path) -> None:
+    """Of versions 1 and 2, of the process's group or a parent; page cache counts as free."""
     for version, files in ((2, ("memory.max", "memory.current", "inactive_file")),
                            (1, ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))):  # fmt: skip
         root = tmp_path / str(version)
@@ -330,12 +332,12 @@ def test_a_limit_of_a_cgroup_counts(tmp_path: Path) -> None:
     assert memory_available(tmp_path / "nowhere") > 100 * MIB
 
 
-def test_disk_is_that_of_a_folder_that_is_not_made_yet(tmp_path: Path) -> None:
-    """Of the nearest one that is there."""
+def test_free_disk_is_known_for_a_folder_that_does_not_exist_yet(tmp_path: Path) -> None:
+    """It is that of the nearest existing parent."""
     assert disk_free(tmp_path / "a/b/c") == pytest.approx(disk_free(tmp_path), rel=0.1)
 
 
-def test_a_network_that_looks_at_values_is_guessed(place: Path, tmp_path: Path, forks: Server) -> None:
+def test_memory_of_a_network_that_depends_on_values_is_guessed(place: Path, tmp_path: Path, forks: Server) -> None:
     """The plan says so, and the run goes on."""
     words = (*JOB, "model.net._target_=synthetic.Touchy", f"output_dir={tmp_path / 'out'}")
     job = forks.start(*words, "run.dry_run=true", cwd=place)
@@ -345,8 +347,8 @@ def test_a_network_that_looks_at_values_is_guessed(place: Path, tmp_path: Path, 
     assert "its memory is a guess" in notes[0]
 
 
-def test_a_network_that_fails_is_a_note_of_the_plan(tmp_path: Path, forks: Server) -> None:
-    """As it would be a failed subject of the run."""
+def test_a_failing_network_is_a_note_in_the_plan(tmp_path: Path, forks: Server) -> None:
+    """In the run it would be failed subjects."""
     save(tmp_path / "in/a.nii", np.full((8, 8, 8), 77, np.int16))
     job = forks.start(*JOB, "model.net._target_=synthetic.Touchy", "run.dry_run=time", cwd=tmp_path)
     assert job.wait() == [0], job.text
@@ -354,8 +356,8 @@ def test_a_network_that_fails_is_a_note_of_the_plan(tmp_path: Path, forks: Serve
     assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["plan.json"]
 
 
-def test_what_a_plan_leaves_out_is_noted(place: Path, tmp_path: Path, forks: Server) -> None:
-    """Compiling, and that processes share a volume."""
+def test_the_plan_notes_what_it_does_not_count(place: Path, tmp_path: Path, forks: Server) -> None:
+    """Compiling, and volumes shared by processes."""
     words = (*JOB, f"output_dir={tmp_path / 'out'}", "model.compile=true", "run.distribute=slab", "run.dry_run=true")
     job = forks.start(*words, cwd=place, ranks=2)
     assert job.wait() == [0, 0], job.text
@@ -367,7 +369,7 @@ def test_what_a_plan_leaves_out_is_noted(place: Path, tmp_path: Path, forks: Ser
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_predicted_memory_is_what_a_run_takes(tmp_path: Path) -> None:
-    """Within 15 % of the peak of the process, in two of the benchmark's five configurations; seconds are its own."""
+    """Within 15 % of the measured peak, in two of the benchmark's five configurations."""
     benchmark = (str(ROOT / "benchmarks/planned.py"), "--memory", "--check", "0.15")
     command = [sys.executable, *benchmark, "--only", "labels", "flips, disagreement"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=550, check=False)

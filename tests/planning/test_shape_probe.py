@@ -1,8 +1,9 @@
-"""Laws of the probe: shapes without voxels, live bytes counted to the byte, and the memory that a real pass takes."""
+"""Tests the shape probe: output shapes without voxels, live bytes to the byte, and the memory of a real pass."""
 
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ MIB = 2**20
 
 
 class Two(nn.Module):
-    """Outputs by name, of which one is half as large."""
+    """Two named outputs, one of them half as large."""
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         return {"seg": torch.cat([x, x, x], 1), "low": nn.functional.avg_pool3d(x, 2)}
@@ -39,7 +40,7 @@ class Chain(nn.Module):
 
 
 def test_shapes_of_all_outputs_are_found_without_computing() -> None:
-    """By name, of a batch that no machine could hold."""
+    """By name, for a batch that no machine could hold."""
     found = probe(PatchNetwork([Two()]), 1, (2**14, 2**14, 2**14), 8)
     assert found.outputs == {"seg": (8, 3, 2**14, 2**14, 2**14), "low": (8, 1, 2**13, 2**13, 2**13)}
     assert found.output_bytes == 8 * 4 * (3 * 2**42 + 2**39)
@@ -48,15 +49,15 @@ def test_shapes_of_all_outputs_are_found_without_computing() -> None:
 
 @pytest.mark.parametrize(("kept", "tensors"), [(False, 2), (True, 5)])
 def test_bytes_are_counted_while_tensors_live(kept: bool, tensors: int) -> None:
-    """To the byte: views and what is done in place cost nothing."""
+    """To the byte: views and in-place operations cost nothing."""
     found = probe(Chain(kept), 1, (16, 16, 16), 2)
     assert found.peak_bytes == tensors * 2 * 16**3 * 4
     views = nn.Sequential(nn.Flatten(2), nn.ReLU(inplace=True), nn.Unflatten(2, (16, 16, 16)))
     assert probe(views, 1, (16, 16, 16), 2).peak_bytes == 0
 
 
-def test_weights_are_not_counted_and_the_network_is_left_as_it_was() -> None:
-    """Neither copied nor changed; modules that train go on to."""
+def test_probing_neither_counts_nor_changes_the_weights() -> None:
+    """The training mode of its modules stays too."""
     net = nn.Sequential(nn.Conv3d(1, 512, 1), nn.Dropout(), nn.Conv3d(512, 2, 1)).train()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     assert probe(net, 1, (4, 4, 4)).peak_bytes < sum(p.nbytes for p in net.parameters()) * 1000
@@ -65,13 +66,13 @@ def test_weights_are_not_counted_and_the_network_is_left_as_it_was() -> None:
     assert type(net[0].weight.data) is Tensor
 
 
-def test_what_does_not_fit_is_the_networks_own_error() -> None:
-    """Another number of channels, before anything runs."""
+def test_probing_with_wrong_channels_raises_the_networks_own_error() -> None:
+    """Before anything is computed."""
     with pytest.raises(RuntimeError, match="4 channels"):
         probe(UNet(3, 1, 2, [8, 16], [2]), 4, (16, 16, 16))
 
 
-def test_torchscript_runs_without_voxels_too() -> None:
+def test_torchscript_is_probed_without_voxels_too() -> None:
     """Scripted and traced."""
     net = UNet(3, 1, 5, [8, 16], [2], num_res_units=1).eval()
     with warnings.catch_warnings(action="ignore"):  # torch calls TorchScript old; users have it
@@ -81,8 +82,8 @@ def test_torchscript_runs_without_voxels_too() -> None:
     assert probe(PatchNetwork([scripted]), 1, (32, 32, 16), 3).outputs == {"": (3, 7, 32, 32, 16)}
 
 
-def test_half_precision_takes_half() -> None:
-    """As autocast computes it, and as the weights' own type."""
+def test_half_precision_takes_half_of_the_bytes() -> None:
+    """Under autocast, and for half-precision weights."""
     net = nn.Sequential(nn.Conv3d(1, 32, 3, padding=1), nn.Conv3d(32, 32, 3, padding=1))
     full = probe(net, 1, (32, 32, 32))
     auto, half = probe(net, 1, (32, 32, 32), autocast=torch.bfloat16), probe(net.bfloat16(), 1, (32, 32, 32))
@@ -112,13 +113,13 @@ with torch.inference_mode():
 
 
 def resident() -> int:
-    """Of this process, in bytes."""
+    """Resident memory of this process in bytes."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096
 
 
 def hwm() -> int:
-    """The highest `resident` since it was reset."""
+    """The peak of `resident` since its last reset."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 
@@ -139,8 +140,8 @@ NETWORKS = {
     [("small", 96, 2), ("many classes", 64, 2), ("flips", 96, 2), ("one layer", 96, 2), ("one layer", 96, 1),
      ("two layers", 64, 3)],
 )  # fmt: skip
-def test_a_real_pass_on_the_host_takes_what_was_predicted(name: str, size: int, batch: int) -> None:
-    """Within 15 % and 30 MiB, oneDNN's own copies included; in a process of its own."""
+def test_a_real_pass_on_the_host_takes_the_predicted_memory(name: str, size: int, batch: int) -> None:
+    """Within 15 % and 30 MiB, copies by oneDNN included; in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-c", _MEASURE, name, str(size), str(batch)], capture_output=True, text=True, check=True,
         cwd=Path(__file__).parent, timeout=300,

@@ -1,4 +1,4 @@
-"""Laws of runs that something else starts: torchrun, SLURM's srun, Hydra's launchers. One world, one manifest."""
+"""Tests runs started by torchrun, SLURM's srun and Hydra's launchers: processes form one run with one manifest."""
 
 import csv
 import json
@@ -36,7 +36,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node")
 
 @pytest.fixture(autouse=True)
 def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    """None of a cluster's variables, whatever machine the tests run on; what a test sets is taken back."""
+    """Remove the cluster variables of the machine the tests run on; restored after each test."""
     for name in os.environ:
         if name.startswith(("SLURM_", "TORCHELASTIC_")) or name in ("RANK", "LOCAL_RANK", "NODE_RANK", "MASTER_PORT"):
             monkeypatch.delenv(name)
@@ -45,13 +45,13 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def volumes(tmp_path: Path) -> dict[str, np.ndarray]:
-    """Five scans of different lengths, none of which the network refuses."""
+    """Five scans of different lengths, none of which the network rejects."""
     found = {name: np.minimum(noise((9, 9, 24 - 3 * n), n), 60) for n, name in enumerate("abcde")}
     return {name: save(tmp_path / f"scans/{name}.nii", volume) for name, volume in found.items()}
 
 
 def slurm(task: int, **others: str) -> dict[str, str]:
-    """What srun gives a task of two on one node."""
+    """Variables that srun sets for one of two tasks on one node."""
     return {
         "SLURM_JOB_ID": "4242", "SLURM_JOB_NAME": "predict", "SLURM_NNODES": "1", "SLURM_NTASKS": "2",
         "SLURM_NTASKS_PER_NODE": "2", "SLURM_NODELIST": "localhost", "SLURM_NODEID": "0", "SLURM_PROCID": str(task),
@@ -66,7 +66,7 @@ def port() -> str:
 
 
 def together(commands: Sequence[Sequence[str]], envs: Sequence[Mapping[str, str]], cwd: Path) -> list[int]:
-    """Exit statuses of Python processes that run at the same time; pytest prints what they said."""
+    """Run Python processes at the same time; returns their exit statuses, and pytest prints their output."""
     shared = {"PYTHONPATH": str(ROOT / "tests"), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     with ExitStack() as stack:
         processes = [
@@ -83,7 +83,7 @@ def rows(folder: Path, name: str = "manifest.csv") -> list[dict[str, str]]:
 
 
 def are_right(folder: Path, volumes: Mapping[str, np.ndarray]) -> bool:
-    """Whether the files are those of one process, and no others: the network's labels are known."""
+    """Whether the labels are those of the network and the folder holds nothing but the files of one run."""
     for name, volume in volumes.items():
         np.testing.assert_array_equal(read(folder / f"{name}_labels.nii.gz"), volume > 50)
     found = {path.name for path in folder.iterdir()} - {f"{name}_labels.nii.gz" for name in volumes}
@@ -109,8 +109,8 @@ def composed(*overrides: str) -> dict[str, object]:
         (("trainer=ddp", "trainer.devices=2", "trainer.strategy=ddp_spawn"), 2),
     ],
 )  # fmt: skip
-def test_every_trainer_is_one_that_lightning_builds(overrides: Sequence[str], world: int) -> None:
-    """With as many processes as it says, and everything that default.yaml has."""
+def test_lightning_builds_every_trainer_group(overrides: Sequence[str], world: int) -> None:
+    """With the configured number of processes and all keys of default.yaml."""
     node = composed("trainer.accelerator=cpu", *overrides)["trainer"]
     assert isinstance(node, dict)
     default = composed()["trainer"]
@@ -119,16 +119,16 @@ def test_every_trainer_is_one_that_lightning_builds(overrides: Sequence[str], wo
     assert build(node, "trainer", logger=False).world_size == world
 
 
-def test_a_gpu_that_is_not_there_is_one_message() -> None:
-    """trainer=gpu is built, or says what is missing."""
+def test_a_missing_gpu_is_one_message() -> None:
+    """trainer=gpu is built, or the message says what is missing."""
     node = composed("trainer=gpu", "trainer.devices=99")["trainer"]
     assert isinstance(node, dict)
     with pytest.raises(ConfigError, match="trainer cannot be built"):
         build(node, "trainer", logger=False)
 
 
-def test_trainer_slurm_counts_tasks_and_nodes_and_leaves_signals_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three tasks on each of two nodes are six processes; requeueing, which takes SIGUSR1, is off."""
+def test_trainer_slurm_counts_tasks_and_nodes_and_handles_no_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three tasks on each of two nodes are six processes; requeueing, which would handle SIGUSR1, is off."""
     job = slurm(0, SLURM_NTASKS="6", SLURM_NTASKS_PER_NODE="3", SLURM_NNODES="2")
     for name, value in job.items():
         monkeypatch.setenv(name, value)
@@ -157,10 +157,10 @@ def test_trainer_slurm_counts_tasks_and_nodes_and_leaves_signals_alone(monkeypat
         ({"devices": 2, "num_nodes": 2}, "make 4 processes"), ({"num_nodes": "two"}, "trainer.num_nodes must be"),
     ],
 )  # fmt: skip
-def test_slurms_tasks_are_the_processes_of_the_trainer(
+def test_the_trainer_must_have_as_many_processes_as_slurm_has_tasks(
     trainer: dict[str, object], refusal: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However devices are written; else both counts and the two ways out are named."""
+    """However devices are written; else the message names both counts and two remedies."""
     for name, value in slurm(1).items():
         monkeypatch.setenv(name, value)
     if refusal is None:
@@ -173,15 +173,15 @@ def test_slurms_tasks_are_the_processes_of_the_trainer(
 
 
 def test_torchrun_under_srun_counts_its_own_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SLURM's tasks are then its agents, one a node."""
+    """SLURM's tasks are then torchrun's agents, one per node."""
     for name, value in slurm(1).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     check_trainer({"devices": 4, "num_nodes": 2}, 1, multirun=True)
 
 
-def test_sweeps_and_processes_that_begin_the_command_again_are_refused(tmp_path: Path) -> None:
-    """Before anything is made; the message has two ways out, one of which is then accepted."""
+def test_a_sweep_over_processes_that_rerun_the_command_is_refused(tmp_path: Path) -> None:
+    """Before anything is written; the message has two remedies, one of which is then accepted."""
     save(tmp_path / "scans/a.nii", noise((9, 9, 9)))
     done = run("predict.py", *ARGUMENTS, "--multirun", "trainer.devices=2", "output_dir=x,y", cwd=tmp_path)
     assert done.returncode == 2
@@ -203,7 +203,7 @@ def test_sweeps_and_processes_that_begin_the_command_again_are_refused(tmp_path:
 def test_the_status_of_a_sweep_is_that_of_its_worst_run(
     forks: Server, tmp_path: Path, volumes: dict[str, np.ndarray]
 ) -> None:
-    """0 if every shard is done, 1 if a subject failed, 2 if one run was not started; options may stand anywhere."""
+    """0 if every shard is done, 1 if a subject failed, 2 if one run was not started; -m may be anywhere."""
     done = run("predict.py", *ARGUMENTS, "--multirun", "shard.count=2", "shard.index=0,1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = [row["subject"] for n in range(2) for row in rows(tmp_path / "outputs", f"manifest_{n}_of_2.csv")]
@@ -220,8 +220,8 @@ def test_the_status_of_a_sweep_is_that_of_its_worst_run(
     assert done.returncode == 2
 
 
-def test_a_launcher_that_runs_jobs_elsewhere_gives_their_status(tmp_path: Path) -> None:
-    """submitit's local jobs, as those on a cluster: they know the user's folder, and status 1 comes back."""
+def test_a_sweep_by_submitit_returns_the_status_of_its_jobs(tmp_path: Path) -> None:
+    """Local jobs, run as on a cluster: they import from the user's folder, and status 1 comes back."""
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="the extra `slurm` is not installed")
     good = save(tmp_path / "scans/good.nii", np.minimum(noise((9, 9, 9)), 60))
     save(tmp_path / "scans/bad.nii", np.full((9, 9, 9), 77, np.int16))
@@ -236,13 +236,13 @@ def test_a_launcher_that_runs_jobs_elsewhere_gives_their_status(tmp_path: Path) 
     assert "_target_: hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher" in done.stdout
 
 
-# Worlds
+# Runs of several processes
 
 
-def test_the_tasks_of_srun_are_one_world(
+def test_the_tasks_of_srun_form_one_run(
     tmp_path: Path, volumes: dict[str, np.ndarray], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Each subject once, one manifest, status 0 from both; and as shards, each task by itself with its own manifest."""
+    """Each subject once, one manifest, status 0 from both. As shards, each task has its own manifest."""
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port()}
     command = [str(ROOT / "predict.py"), *ARGUMENTS]
     tasks = [slurm(task, **meeting) for task in range(2)]
@@ -265,8 +265,8 @@ def test_the_tasks_of_srun_are_one_world(
 
 
 @pytest.mark.parametrize("distribute", ["subject", "slab"])
-def test_two_agents_of_torchrun_are_one_world(distribute: str, tmp_path: Path, volumes: dict[str, np.ndarray]) -> None:
-    """Two nodes: the files of one process, each subject once; a subject that fails is told by both agents' status."""
+def test_two_agents_of_torchrun_form_one_run(distribute: str, tmp_path: Path, volumes: dict[str, np.ndarray]) -> None:
+    """Two nodes: the files of one process, each subject once; a failed subject gives both agents status 1."""
     if distribute == "subject":
         save(tmp_path / "scans/f.nii", np.full((9, 9, 9), 77, np.int16))
     meeting = ["--nnodes=2", "--master-addr=127.0.0.1", f"--master-port={port()}"]
@@ -285,7 +285,7 @@ def test_two_agents_of_torchrun_are_one_world(distribute: str, tmp_path: Path, v
 def test_torchrun_on_one_machine_needs_only_the_number_of_processes(
     tmp_path: Path, volumes: dict[str, np.ndarray], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The same files; everything is said once."""
+    """The files are the same, and everything is printed once."""
     command = [*TORCHRUN, "2", "--standalone", str(ROOT / "predict.py"), *ARGUMENTS, "trainer.devices=2"]
     assert together([command], [{}], tmp_path) == [0]
     assert are_right(tmp_path / "outputs", volumes)

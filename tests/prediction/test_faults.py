@@ -1,4 +1,5 @@
-"""Laws of survival: whatever happens, no file is lost or wrong, no process is left, and the same command goes on.
+r"""Tests survival: after any fault no file is lost or wrong, no process is left, and the same command completes the
+run.
 
 Each test does the damage for real. VOXQUILT_FAULTS=<file> collects the rows of the table in docs/reliability.md.
 """
@@ -35,7 +36,7 @@ def label(name: str) -> str:
 
 
 def rows(out: Path) -> dict[str, dict[str, str]]:
-    """The manifest; a subject has one row."""
+    """Rows of the manifest by subject; each subject has one."""
     with open(out / "manifest.csv", newline="", encoding="utf-8") as file:
         found = list(csv.DictReader(file))
     assert len({row["subject"] for row in found}) == len(found)
@@ -43,7 +44,7 @@ def rows(out: Path) -> dict[str, dict[str, str]]:
 
 
 class Place:
-    """A cohort, and what it should become."""
+    """A cohort and its expected labels."""
 
     def __init__(self, folder: Path, names: list[str]) -> None:
         self.folder, self.out = folder, folder / "outputs"
@@ -52,14 +53,14 @@ class Place:
         }
 
     def lost(self) -> list[str]:
-        """Subjects that are said to be done without a file."""
+        """Subjects that are reported done but have no file."""
         return [
             name for name, row in rows(self.out).items()
             if row["status"] in ("done", "skipped") and not (self.out / label(name)).exists()
         ]  # fmt: skip
 
     def wrong(self) -> list[str]:
-        """Files under final names that are not what they should be."""
+        """Files under final names with wrong content."""
         found = []
         for path in self.out.glob("*.nii.gz"):
             try:
@@ -70,7 +71,7 @@ class Place:
         return found
 
     def check(self, fault: str, job: Run, statuses: list[int]) -> None:
-        """No file lost or wrong, nobody left; and a row for the table."""
+        """Assert that no file is lost or wrong and no process is left; adds a row to the table."""
         end = time.monotonic() + 10
         while (orphans := job.orphans()) and time.monotonic() < end:
             time.sleep(0.1)
@@ -82,7 +83,7 @@ class Place:
         assert (lost, wrong, orphans) == ([], [], []), job.text
 
     def goes_on(self, forks: Server, *options: str) -> None:
-        """The same command does the rest, and nothing again."""
+        """Assert that the same command does the rest and repeats nothing."""
         before = {path.name: path.stat().st_mtime_ns for path in self.out.glob("*.nii.gz")}
         known = {name for name, row in rows(self.out).items() if row["status"] in ("done", "skipped")}
         job = forks.start(*JOB, *options, cwd=self.folder, env={"SLOW": "0"})
@@ -113,7 +114,7 @@ def fault(action: str, rank: int = 0, batch: int = 12) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def started_by_lightning(place: Place, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], Run]]:
-    """A real `python predict.py trainer.devices=2`, its second process started by Lightning."""
+    """A real `python predict.py trainer.devices=2`, whose second process Lightning starts."""
     mark, log = "popen" + place.folder.name, place.folder / "log.txt"
     path = os.environ | {"PYTHONPATH": str(ROOT / "tests"), MARK: mark}
     command = [sys.executable, str(ROOT / "predict.py"), *JOB, "trainer.devices=2", "trainer.accelerator=cpu", *options]
@@ -134,7 +135,7 @@ def child_of(process: "subprocess.Popen[bytes]") -> int:
 
 
 def ended(process: "subprocess.Popen[bytes]", job: Run) -> int:
-    """The exit status, within seconds of now."""
+    """Wait for the process to end; returns its status and notes the seconds on the job."""
     began = time.monotonic()
     status = process.wait(40)
     job.seconds = time.monotonic() - began
@@ -165,10 +166,10 @@ def ended(process: "subprocess.Popen[bytes]", job: Run) -> int:
         ("the loader of rank 1 dies, slabs", (*fault("loader", 1), "run.distribute=slab"), 2),
     ],
 )
-def test_a_fault_of_a_process_ends_the_run_in_all(
+def test_a_fault_in_one_process_ends_the_run_in_all(
     name: str, options: tuple[str, ...], ranks: int, place: Place, forks: Server
 ) -> None:
-    """Within seconds, with a status that is not 0; what was finished stays, and the same command does the rest."""
+    """Within seconds, with a status other than 0; finished subjects stay, and the same command does the rest."""
     job = forks.start(*JOB, *options, cwd=place.folder, ranks=ranks)
     statuses = job.wait()
     assert 0 not in statuses, job.text
@@ -179,8 +180,8 @@ def test_a_fault_of_a_process_ends_the_run_in_all(
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_stop_iteration_of_user_code_does_not_end_a_run_unseen(ranks: int, place: Place, forks: Server) -> None:
-    """Lightning's loop takes it for the end of the data: what was not predicted has failed rows and status 1."""
+def test_stop_iteration_in_user_code_is_not_a_silent_end_of_the_run(ranks: int, place: Place, forks: Server) -> None:
+    """Lightning takes it for the end of the data: subjects not predicted get failed rows and status 1."""
     job = forks.start(*JOB, *fault("stop", ranks - 1), cwd=place.folder, ranks=ranks)
     statuses = job.wait()
     assert statuses == [1] * ranks, job.text
@@ -201,10 +202,10 @@ def test_stop_iteration_of_user_code_does_not_end_a_run_unseen(ranks: int, place
         ("Lightning's ddp: rank 0 is killed (SIGKILL)", (), "parent"),
     ],
 )
-def test_a_fault_of_a_process_that_lightning_started(
+def test_a_fault_in_one_of_lightnings_processes_ends_the_command(
     name: str, options: tuple[str, ...], killed: str | None, place: Place, forks: Server
 ) -> None:
-    """Rank 0 tells the shell that something went wrong, and none is left to go on alone."""
+    """Rank 0 returns a status other than 0, and no process goes on alone."""
     with started_by_lightning(place, *options) as (process, job):
         if killed:
             job.until(place.out / "manifest.csv", "done")
@@ -226,7 +227,7 @@ def test_a_fault_of_a_process_that_lightning_started(
 def test_a_signal_ends_the_run_in_order(
     number: signal.Signals, who: str, ranks: int, distribute: str, place: Place, forks: Server
 ) -> None:
-    """Whoever gets it: all end with 128 + its number, what was finished is written and in the manifest."""
+    """Whichever process gets it, all end with 128 + its number; finished subjects have files and rows."""
     if ranks == 1 and distribute == "slab":
         pytest.skip("one process has no slabs")
     job = forks.start(*JOB, f"run.distribute={distribute}", cwd=place.folder, ranks=ranks)
@@ -249,8 +250,8 @@ def test_a_signal_ends_the_run_in_order(
 
 
 @pytest.mark.parametrize("who", ["child", "group"])
-def test_sigterm_to_processes_that_lightning_started(who: str, place: Place, forks: Server) -> None:
-    """To the child alone, or to the whole group as from docker stop or SLURM: 143."""
+def test_sigterm_ends_processes_of_lightning_with_status_143(who: str, place: Place, forks: Server) -> None:
+    """Sent to the child alone, or to the whole group as by docker stop or SLURM."""
     with started_by_lightning(place) as (process, job):
         job.until(place.out / "manifest.csv", "done")
         if who == "child":
@@ -263,8 +264,8 @@ def test_sigterm_to_processes_that_lightning_started(who: str, place: Place, for
     place.goes_on(forks)
 
 
-def test_sigterm_to_the_parent_of_spawned_processes(place: Place, forks: Server) -> None:
-    """It is no rank itself, and hands the signal on."""
+def test_the_parent_of_spawned_processes_forwards_sigterm(place: Place, forks: Server) -> None:
+    """It is not a rank itself; the status is 143."""
     with started_by_lightning(place, "trainer.strategy=ddp_spawn") as (process, job):
         job.until(place.out / "manifest.csv", "done")
         os.kill(process.pid, signal.SIGTERM)
@@ -274,8 +275,8 @@ def test_sigterm_to_the_parent_of_spawned_processes(place: Place, forks: Server)
     place.goes_on(forks)
 
 
-def test_a_spawned_process_that_is_killed(place: Place, forks: Server) -> None:
-    """torch ends the others, and the parent says so."""
+def test_a_killed_spawned_process_ends_the_run(place: Place, forks: Server) -> None:
+    """torch ends the others, and the parent returns 1."""
     with started_by_lightning(place, "trainer.strategy=ddp_spawn") as (process, job):
         job.until(place.out / "manifest.csv", "done")
         spawned = [c for c in psutil.Process(process.pid).children() if "spawn_main" in " ".join(c.cmdline())]
@@ -287,15 +288,16 @@ def test_a_spawned_process_that_is_killed(place: Place, forks: Server) -> None:
 
 
 def test_a_run_killed_at_any_moment_is_completed_by_the_next(place: Place, forks: Server) -> None:
-    """SIGKILL at 20 random moments, each followed by the same command; then nothing is missing, wrong or left over.
+    r"""SIGKILL at 20 random moments, each followed by the same command; then nothing is missing, wrong or left
+    over.
 
-    Runs that end before they are killed do not count. What was finished is then made again, so that files are replaced
-    too when the next is killed.
+    Runs that end before they are killed do not count. Finished subjects are then predicted again, so that files are
+    also being replaced when the next run is killed.
     """
     random.seed(0)
     killed, again = 0, ()
     while killed < 20:
-        # All at once, as when a machine goes down; one alone is another test.
+        # All at once, as when a machine goes down; another test kills a single process.
         job = forks.start(*JOB, *again, cwd=place.folder, ranks=1 + killed % 2)
         time.sleep(random.uniform(0.2, 1.2))
         for pid in job.pids:
@@ -318,8 +320,8 @@ def has_tmpfs(folder: Path, size: str) -> bool:
     return done.returncode == 0
 
 
-def test_a_full_disk_costs_the_subjects_that_do_not_fit(place: Place, forks: Server) -> None:
-    """Failed rows that say so, no partial file; with room, the same command does the rest."""
+def test_a_full_disk_fails_only_the_subjects_that_do_not_fit(place: Place, forks: Server) -> None:
+    """Their rows give the reason and no partial file is left; with room, the same command does the rest."""
     if not has_tmpfs(place.out, "64k"):
         pytest.skip("may not mount a file system")
     try:
@@ -340,14 +342,14 @@ def test_a_full_disk_costs_the_subjects_that_do_not_fit(place: Place, forks: Ser
         subprocess.run(["umount", str(place.out)], check=True)
 
 
-def test_a_folder_that_becomes_read_only_costs_no_finished_file(place: Place, forks: Server) -> None:
-    """The rest fails with the reason, or the run ends because the manifest cannot be kept; then it goes on."""
+def test_a_folder_that_becomes_read_only_loses_no_finished_file(place: Place, forks: Server) -> None:
+    """The rest fails with the reason, or the run ends since the manifest cannot be written; later it is completed."""
     if not has_tmpfs(place.out, "8m"):
         pytest.skip("may not mount a file system")
     try:
         job = forks.start(*JOB, cwd=place.folder)
         job.until(place.out / "manifest.csv", "done")
-        # A manifest that is open keeps a file system from being remounted, so it is covered by itself, read-only.
+        # The open manifest prevents remounting, so the folder is bind-mounted over itself, read-only.
         frozen = subprocess.run(["mount", "--bind", "-o", "ro", str(place.out), str(place.out)], capture_output=True)
         assert frozen.returncode == 0, frozen.stderr
         statuses = job.wait()
@@ -362,8 +364,8 @@ def test_a_folder_that_becomes_read_only_costs_no_finished_file(place: Place, fo
 # Subjects
 
 
-def test_broken_files_among_good_ones_cost_their_rows(place: Place, forks: Server) -> None:
-    """Truncated, empty, no NIfTI at all, and one for which the network gives NaN: each a row with the reason."""
+def test_broken_files_fail_alone_among_good_ones(place: Place, forks: Server) -> None:
+    """Truncated, empty, not NIfTI, and one for which the network gives NaN: one row each with the reason."""
     whole = (place.folder / "in/s00.nii.gz").read_bytes()
     broken = {"cut": whole[:-200], "empty": b"", "text": b"hello\n" * 100, "gz": whole[:30] + b"x" * 500}
     for name, content in broken.items():
@@ -393,10 +395,10 @@ def test_broken_files_among_good_ones_cost_their_rows(place: Place, forks: Serve
         (("+model.net.most=0",), 1, "out of memory"),
     ],
 )  # fmt: skip
-def test_out_of_memory_on_the_device(
+def test_out_of_memory_on_the_device_fails_a_subject_last(
     options: tuple[str, ...], status: int, said: str, place: Place, forks: Server
 ) -> None:
-    """First smaller batches, then sums on the host, then the subject fails."""
+    """First batches become smaller, then sums move to the host."""
     job = forks.start(*JOB, "model.net._target_=synthetic.Cramped", *options, cwd=place.folder)
     statuses = job.wait()
     assert statuses == [status], job.text

@@ -1,4 +1,4 @@
-"""Laws of odd files: whatever lies among good files costs its own row, with the reason; the others are done."""
+"""Tests odd input files: each costs only its own row, with the reason, and the other subjects are predicted."""
 
 import csv
 import json
@@ -31,7 +31,7 @@ GOOD = ["good", "müller", "[bold]", "new\nline", os.fsdecode(b"latin\xfc"), "of
 
 
 def rows(path: Path) -> dict[str, dict[str, str]]:
-    """A manifest's rows by subject, names as the operating system has them."""
+    """A manifest's rows by subject, with names as the operating system has them."""
     with open(path, newline="", encoding="utf-8") as file:
         found = list(csv.DictReader(file))
     names = [re.sub(r"\\(udc..)", lambda match: chr(int(match[1][1:], 16)), row["subject"]) for row in found]
@@ -40,7 +40,7 @@ def rows(path: Path) -> dict[str, dict[str, str]]:
 
 
 def good(folder: Path) -> dict[str, np.ndarray]:
-    """Files that are to be done, by subject."""
+    """Write files that can be predicted; returns their voxels by subject."""
     volumes = {name: noise(SHAPE, n) for n, name in enumerate(GOOD)}
     for name, volume in volumes.items():
         save(folder / "volume.nii.gz", volume, np.diag([1000, 1000, 1000, 1]) if name == "of_micron" else None)
@@ -53,7 +53,7 @@ def good(folder: Path) -> dict[str, np.ndarray]:
 
 
 def bad(folder: Path) -> dict[str, str]:
-    """Files that cannot be predicted, and what their rows have to say, by subject."""
+    """Write files that cannot be predicted; returns the error that each row must have, by subject."""
     wanted: dict[str, str] = {}
     voxels = {f"voxels {name}": (make, "reading its voxels failed") for name, make in BAD_VOXELS.items()}
     for name, (make, message) in {**BAD_HEADERS, **voxels}.items():
@@ -90,14 +90,14 @@ def bad(folder: Path) -> dict[str, str]:
 
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[Path]:
-    """A working folder, without the sparse file afterwards, which others would read."""
+    """A working folder; its sparse file is removed afterwards, since other tools would read it in full."""
     (tmp_path / "in").mkdir()
     yield tmp_path
     (tmp_path / "in/sparse.nii").unlink(missing_ok=True)
 
 
 def check(out: Path, volumes: dict[str, np.ndarray], wanted: dict[str, str], *manifests: str) -> None:
-    """Every good file is done rightly, every bad one has a row with its reason."""
+    """Assert that every good file is predicted rightly and every bad one has a row with its reason."""
     found = {name: row for manifest in manifests for name, row in rows(out / manifest).items()}
     assert found.keys() == volumes.keys() | wanted.keys()
     for name, volume in volumes.items():
@@ -110,8 +110,8 @@ def check(out: Path, volumes: dict[str, np.ndarray], wanted: dict[str, str], *ma
     assert {path.name for path in out.glob("*.nii*")} == {f"{name}_labels.nii.gz" for name in volumes}
 
 
-def test_odd_files_cost_their_rows_and_the_others_are_done(place: Path, forks: Server) -> None:
-    """All that tests know of, in one folder: exit status 1, in less than a minute, and the same again."""
+def test_odd_files_fail_alone_and_the_others_are_predicted(place: Path, forks: Server) -> None:
+    """All known kinds in one folder: exit status 1 in less than a minute, and the same when run again."""
     volumes, wanted = good(place / "in"), bad(place / "in")
     assert len(wanted) > 40
     began = time.monotonic()
@@ -128,16 +128,16 @@ def test_odd_files_cost_their_rows_and_the_others_are_done(place: Path, forks: S
 
 
 @pytest.mark.parametrize("distribute", ["subject", "slab"])
-def test_odd_files_stop_none_of_several_processes(distribute: str, place: Path, forks: Server) -> None:
-    """Nor where they share every volume."""
+def test_odd_files_fail_alone_among_several_processes(distribute: str, place: Path, forks: Server) -> None:
+    """Also if processes share every volume."""
     volumes, wanted = good(place / "in"), bad(place / "in")
     job = forks.start(*JOB, f"run.distribute={distribute}", "data.batch_size=auto", cwd=place, ranks=2)
     assert checked(job.wait()) == 1, job.text
     check(place / "outputs", volumes, wanted, "manifest.csv")
 
 
-def test_odd_files_stop_no_shard(place: Path, forks: Server) -> None:
-    """Every subject is of one of them."""
+def test_odd_files_fail_alone_among_shards(place: Path, forks: Server) -> None:
+    """Every subject belongs to exactly one shard."""
     volumes, wanted = good(place / "in"), bad(place / "in")
     for index in range(2):
         job = forks.start(*JOB, "shard.count=2", f"shard.index={index}", cwd=place)
@@ -146,7 +146,7 @@ def test_odd_files_stop_no_shard(place: Path, forks: Server) -> None:
 
 
 def test_a_dry_run_says_which_files_will_fail(place: Path, forks: Server) -> None:
-    """By name and with the reason, as far as headers tell."""
+    """By name and reason, as far as headers tell."""
     volumes, wanted = good(place / "in"), bad(place / "in")
     result = forks.run(*JOB, "run.dry_run=true", cwd=place)
     assert result.returncode == 0, result.stderr
@@ -163,10 +163,10 @@ def test_a_dry_run_says_which_files_will_fail(place: Path, forks: Server) -> Non
 
 @pytest.mark.parametrize("network", ["Touchy", "Over50"])
 @pytest.mark.parametrize("channels", [2, 30_000])
-def test_a_file_of_other_channels_fails_whatever_the_network_tells(
+def test_a_file_with_other_channels_fails_alone_for_every_network(
     network: str, channels: int, tmp_path: Path, forks: Server
 ) -> None:
-    """One that can only be asked with voxels fails for that file alone, with what it says."""
+    """If shapes do not tell the network's channels, its own error on that file is reported."""
     volume = noise(SHAPE) % 60
     save(tmp_path / "in/a.nii.gz", volume)
     save(tmp_path / "in/b.nii.gz", np.zeros((*SHAPE[:2], 2, channels), np.int16))
@@ -178,8 +178,8 @@ def test_a_file_of_other_channels_fails_whatever_the_network_tells(
     np.testing.assert_array_equal(read(tmp_path / "outputs/a_labels.nii.gz"), volume > 50)
 
 
-def test_what_is_done_shows_that_the_configuration_is_right(tmp_path: Path, forks: Server) -> None:
-    """The same command again, where only subjects are left that cannot be predicted: their rows, not a refusal."""
+def test_a_rerun_that_is_left_with_only_bad_files_is_not_refused(tmp_path: Path, forks: Server) -> None:
+    """Finished subjects prove the configuration right, so the bad files get rows."""
     save(tmp_path / "in/a.nii.gz", noise(SHAPE))
     assert forks.start(*JOB, cwd=tmp_path).wait() == [0]
     save(tmp_path / "in/b.nii.gz", np.stack([noise(SHAPE)] * 3, -1))
@@ -195,8 +195,8 @@ def test_what_is_done_shows_that_the_configuration_is_right(tmp_path: Path, fork
     assert "of 400 x 400 x 400 mm" in found["c"]["error"]
 
 
-def test_a_run_is_refused_where_no_subject_fits_the_network(tmp_path: Path, forks: Server) -> None:
-    """Of three channels all: that is the configuration's fault, or all of the data's. Status 2, nothing started."""
+def test_a_run_is_refused_if_no_subject_fits_the_network(tmp_path: Path, forks: Server) -> None:
+    """All with three channels, so the configuration or the data set is at fault. Status 2, nothing started."""
     for name in "ab":
         save(tmp_path / f"in/{name}.nii.gz", np.stack([noise(SHAPE)] * 3, -1))
     result = forks.run(*JOB, cwd=tmp_path)
@@ -209,8 +209,8 @@ def test_a_run_is_refused_where_no_subject_fits_the_network(tmp_path: Path, fork
     assert not (tmp_path / "outputs/manifest.csv").exists()
 
 
-def test_a_run_is_refused_where_no_subject_fits_the_machine(tmp_path: Path, forks: Server) -> None:
-    """Files that cannot be read at all do not count as subjects that could run."""
+def test_a_run_is_refused_if_no_subject_fits_the_machine(tmp_path: Path, forks: Server) -> None:
+    """Unreadable files do not count as subjects that would fit."""
     for n in range(2):
         save(tmp_path / f"in/far{n}.nii.gz", noise(SHAPE), np.diag([400, 400, 400, 1]))
     (tmp_path / "in/empty.nii.gz").touch()
@@ -221,15 +221,15 @@ def test_a_run_is_refused_where_no_subject_fits_the_machine(tmp_path: Path, fork
 
 
 @pytest.mark.parametrize(("wanted", "given"), [(1, 2), (1, 3), (2, 1), (4, 1)])
-def test_how_many_channels_a_network_takes_is_part_of_the_error(wanted: int, given: int) -> None:
-    """By which the subjects are told that are to fail."""
+def test_the_error_on_channels_carries_the_number_wanted(wanted: int, given: int) -> None:
+    """The subjects that will fail are identified by it."""
     with pytest.raises(ChannelsError, match=f"takes {wanted} channel") as error:
         check_network(torch.nn.Conv3d(wanted, 2, 3, padding=1), ["t1"], given, (8, 8, 8), None)
     assert error.value.wanted == wanted
 
 
-def test_a_subject_that_will_fail_is_not_read(tmp_path: Path) -> None:
-    """What its headers said is its error; it costs the others no time and no memory."""
+def test_a_subject_that_will_fail_is_never_read(tmp_path: Path) -> None:
+    """Its error comes from the header, so it takes no time and no memory."""
     save(tmp_path / "in/far.nii.gz", noise(SHAPE), np.diag([1e9, 1e9, 1e9, 1]))
     data = GridDataModule(str(tmp_path / "in"), 8, preprocess=Preprocess(spacing=1.0))
     data.setup("predict")
@@ -240,13 +240,13 @@ def test_a_subject_that_will_fail_is_not_read(tmp_path: Path) -> None:
         data.load(task)
 
 
-# What cannot be shown
+# Names that a stream cannot encode
 
 
 @pytest.mark.parametrize("log", ["plain", "rich", "json"])
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_a_name_that_a_stream_cannot_show_is_escaped(log: str, encoding: str, tmp_path: Path, forks: Server) -> None:
-    """ASCII stdout and stderr: lines, bars, tables and JSON; whatever was written stays, and the status is 0."""
+    """On ASCII and Latin-1 streams, in lines, bars, tables and JSON; files keep their names, and the status is 0."""
     names = ["müller", "脳", os.fsdecode(b"latin\xfc")]
     for n, name in enumerate(names):
         save(tmp_path / "volume.nii.gz", noise(SHAPE, n))
@@ -279,7 +279,7 @@ def test_a_name_that_a_stream_cannot_show_is_escaped(log: str, encoding: str, tm
         assert result.returncode == 0, result.stderr
 
 
-def test_what_a_wrong_configuration_says_is_escaped_too(tmp_path: Path, forks: Server) -> None:
+def test_the_message_on_a_wrong_configuration_is_escaped_too(tmp_path: Path, forks: Server) -> None:
     """One message and status 2."""
     save(tmp_path / "größer/müller.nii.gz", noise(SHAPE))
     result = forks.run("data.inputs=größer/mülle.nii.gz", "ckpt_path=null", "data.patch_size=8", cwd=tmp_path,
@@ -289,12 +289,12 @@ def test_what_a_wrong_configuration_says_is_escaped_too(tmp_path: Path, forks: S
     assert "Traceback" not in result.stderr
 
 
-# Outputs are no inputs
+# Outputs are not inputs
 
 
 @pytest.mark.parametrize("inputs", ["in/**/*.nii.gz", "in"])
-def test_a_run_never_predicts_what_a_run_has_written(inputs: str, tmp_path: Path, forks: Server) -> None:
-    """The same command again and again, its output folder inside the inputs: two subjects each time."""
+def test_a_run_never_predicts_its_own_outputs(inputs: str, tmp_path: Path, forks: Server) -> None:
+    """The same command three times, with its output folder inside the inputs: two subjects each time."""
     volumes = {name: save(tmp_path / f"in/{name}.nii.gz", noise(SHAPE, n)) for n, name in enumerate("ab")}
     words = (*JOB, f"data.inputs={inputs}", "output_dir=in/out", "run.resume=false")
     for ranks in (1, 1, 2):
@@ -311,8 +311,8 @@ def test_a_run_never_predicts_what_a_run_has_written(inputs: str, tmp_path: Path
     assert "in/out/a_labels.nii.gz lies in output_dir=in/out" in result.stderr
 
 
-def test_data_modules_know_the_output_folder(tmp_path: Path) -> None:
-    """In one's own program too, for predicting and for training."""
+def test_data_modules_leave_out_the_output_folder(tmp_path: Path) -> None:
+    """In a user's program too, for predicting and for training."""
     for name in ("in/a.nii.gz", "in/b.nii.gz", "in/out/a_image.nii.gz", "truth/a.nii.gz", "truth/b.nii.gz"):
         save(tmp_path / name, noise(SHAPE))
     pattern, out = str(tmp_path / "in/**/*.nii.gz"), tmp_path / "in/out"
@@ -321,8 +321,8 @@ def test_data_modules_know_the_output_folder(tmp_path: Path) -> None:
     assert sorted(case.subject for case in (*trained.training_cases, *trained.validation_cases)) == ["a", "b"]
 
 
-def test_labels_in_microns_lie_on_images_in_mm(tmp_path: Path, forks: Server) -> None:
-    """Volumes, distances and masks are in mm whatever unit a file has; outputs keep their input's."""
+def test_files_in_microns_and_meters_are_handled_in_mm(tmp_path: Path, forks: Server) -> None:
+    """Volumes, distances and masks are in mm for every unit; outputs keep their input's unit."""
     x = noise(SHAPE)
     save(tmp_path / "in/mm.nii.gz", x, np.diag([2, 2, 2, 1]))
     shift = np.roll((x > 50).astype(np.uint8), 1, 0)

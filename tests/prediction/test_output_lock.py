@@ -1,4 +1,4 @@
-"""Laws of the lock: one run in a folder, or the shards of one; no lock outlives its process, no leftover its writer."""
+"""Tests the output lock: one run per folder, or the shards of one run; a lock ends with its process."""
 
 import contextlib
 import os
@@ -35,7 +35,7 @@ def hidden(folder: Path) -> set[str]:
 
 @contextlib.contextmanager
 def forked(body: Callable[[], None]) -> Iterator[int]:
-    """A process that does this and ends with 0, or with 2 where a ConfigError is raised."""
+    """A process that runs the body and ends with 0, or with 2 for a ConfigError."""
     pid = os.fork()
     if not pid:
         status = 70
@@ -74,7 +74,7 @@ def holder(folder: Path, shard: tuple[int, int] = (0, 1)) -> Iterator[int]:
 
 
 def statuses(bodies: list[Callable[[], None]]) -> list[int]:
-    """How processes end that begin at once."""
+    """Exit statuses of processes that are started at the same time."""
     with contextlib.ExitStack() as stack:
         pids = [stack.enter_context(forked(body)) for body in bodies]
         return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
@@ -90,7 +90,7 @@ def kill(pid: int) -> None:
 
 @pytest.fixture
 def running(tmp_path: Path, forks: Server) -> Iterator[Run]:
-    """A run that is at its first subject."""
+    """A run at its first subject."""
     save(tmp_path / "in/a.nii.gz", noise((16, 9, 9)))
     job = forks.start(*JOB, cwd=tmp_path, env={"SLOW": "0.1"})
     job.until(tmp_path / "outputs/manifest.csv")
@@ -102,7 +102,7 @@ def running(tmp_path: Path, forks: Server) -> Iterator[Run]:
 def test_a_second_run_in_the_folder_is_refused_and_the_first_unharmed(
     running: Run, tmp_path: Path, forks: Server
 ) -> None:
-    """Status 2 and one message that says who is there; also of torchrun's processes."""
+    """Status 2 and one message that names the other run; also for torchrun's processes."""
     os.kill(running.pids[0], signal.SIGSTOP)
     for ranks, job in [(ranks, forks.start(*JOB, cwd=tmp_path, ranks=ranks)) for ranks in (1, 2)]:
         assert job.wait() == [2] * ranks, job.text
@@ -120,7 +120,7 @@ def test_a_second_run_in_the_folder_is_refused_and_the_first_unharmed(
 
 
 def test_the_lock_of_a_killed_run_is_free(running: Run, tmp_path: Path, forks: Server) -> None:
-    """Its file stays, and means nothing; the next run removes it, and what was half written."""
+    """Its file stays without effect; the next run removes it and half-written files."""
     half = tmp_path / f"outputs/.a_labels.nii.gz.{socket.gethostname()}.{running.pids[0]}.voxquilt"
     half.write_bytes(b"half")
     os.kill(running.pids[0], signal.SIGKILL)
@@ -131,7 +131,7 @@ def test_the_lock_of_a_killed_run_is_free(running: Run, tmp_path: Path, forks: S
     assert hidden(tmp_path / "outputs") == set()
 
 
-def test_looking_at_the_status_needs_no_lock(running: Run, tmp_path: Path, forks: Server) -> None:
+def test_printing_the_status_needs_no_lock(running: Run, tmp_path: Path, forks: Server) -> None:
     """It writes nothing."""
     os.kill(running.pids[0], signal.SIGSTOP)
     job = forks.start(*JOB, "run.status=true", cwd=tmp_path)
@@ -139,11 +139,11 @@ def test_looking_at_the_status_needs_no_lock(running: Run, tmp_path: Path, forks
     assert "0 of 1 subjects done" in job.text
 
 
-# Who may share a folder
+# Which runs may share a folder
 
 
 def test_a_lock_dies_with_its_process_and_leaves_no_file(tmp_path: Path) -> None:
-    """Held by another process it is refused, after SIGKILL it is not."""
+    """While another process holds it it is refused; after SIGKILL it is free."""
     for shard in ((0, 1), (3, 4)):
         with holder(tmp_path / "out", shard) as pid:
             with pytest.raises(ConfigError, match=r"another run is writing to .*out \((process \d+ on|shards of 4)"):
@@ -156,7 +156,7 @@ def test_a_lock_dies_with_its_process_and_leaves_no_file(tmp_path: Path) -> None
 
 
 def test_shards_of_one_count_share_a_folder(tmp_path: Path) -> None:
-    """In any order of coming and going; the last removes the lock's file."""
+    """They may come and go in any order; the last one removes the lock file."""
     out = tmp_path / "out"
     with locked(out, (0, 3)):
         with locked(out, (1, 3)), locked(out, (2, 3)):
@@ -169,8 +169,8 @@ def test_shards_of_one_count_share_a_folder(tmp_path: Path) -> None:
         assert (out / LOCK).read_text() == "shards of 2\n"
 
 
-def test_a_shard_beside_a_run_that_is_no_shard_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After the time that another shard could take to begin or to end."""
+def test_a_shard_beside_an_unsharded_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the time that another shard may take to begin or to end."""
     monkeypatch.setattr(voxquilt.prediction.output_lock, "_PATIENCE", 0.3)
     with holder(tmp_path / "out") as pid:
         began = time.monotonic()
@@ -180,7 +180,7 @@ def test_a_shard_beside_a_run_that_is_no_shard_is_refused(tmp_path: Path, monkey
 
 
 def test_the_first_shard_may_end_first(tmp_path: Path) -> None:
-    """The others' lock holds on."""
+    """The lock of the others stays valid."""
     first, second = locked(tmp_path, (0, 2)), locked(tmp_path, (1, 2))
     first.__enter__()
     second.__enter__()
@@ -194,8 +194,10 @@ def test_the_first_shard_may_end_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("shard", "said"), [((0, 3), "shards of 2"), ((0, 1), "shards of 2"), ((1, 2), r"process \d+ on")]
 )
-def test_others_beside_a_shard_are_refused(shard: tuple[int, int], said: str, tmp_path: Path) -> None:
-    """Another count, a run that is no shard, and the same shard again; they do the first no harm."""
+def test_only_other_shards_of_the_same_count_may_join_a_shard(
+    shard: tuple[int, int], said: str, tmp_path: Path
+) -> None:
+    """Another count, an unsharded run and the same shard again are refused, without harm to the first."""
     with holder(tmp_path / "out", (1, 2)):
         with pytest.raises(ConfigError, match=said):
             locked(tmp_path / "out", shard).__enter__()
@@ -205,7 +207,7 @@ def test_others_beside_a_shard_are_refused(shard: tuple[int, int], said: str, tm
             locked(tmp_path / "out", shard).__enter__()
 
 
-def test_shards_that_begin_and_end_at_once_never_refuse_each_other(tmp_path: Path) -> None:
+def test_simultaneous_shards_never_refuse_each_other(tmp_path: Path) -> None:
     """Eight processes, many times, each with its lock for a moment; then no file is left."""
 
     def shard(index: int) -> Callable[[], None]:
@@ -221,8 +223,8 @@ def test_shards_that_begin_and_end_at_once_never_refuse_each_other(tmp_path: Pat
         assert hidden(tmp_path / "out") == set()
 
 
-def test_of_many_runs_that_begin_at_once_one_has_the_folder(tmp_path: Path) -> None:
-    """Never two: each notes when it came and went."""
+def test_of_many_simultaneous_runs_only_one_holds_the_folder(tmp_path: Path) -> None:
+    """Each notes when it begins and ends; no two overlap."""
     notes = tmp_path / "notes"
 
     def body() -> None:
@@ -242,10 +244,10 @@ def test_of_many_runs_that_begin_at_once_one_has_the_folder(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("shard", [(0, 1), (0, 2)])
-def test_a_lock_file_that_its_holder_removed_meanwhile_is_made_anew(
+def test_a_lock_file_removed_by_its_holder_is_created_again(
     shard: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A lock on a file that nobody can find any more would keep nobody out."""
+    """A lock on a file that was unlinked would exclude nobody."""
     locks, calls = voxquilt.prediction.output_lock._try_lock, []
 
     def late(descriptor: int, kind: int) -> bool:
@@ -260,8 +262,8 @@ def test_a_lock_file_that_its_holder_removed_meanwhile_is_made_anew(
     assert hidden(tmp_path) == set()
 
 
-def test_an_error_of_the_run_is_not_one_of_the_lock(tmp_path: Path) -> None:
-    """What is raised while the lock is held arrives as it is, and the lock is free."""
+def test_an_error_of_the_run_passes_through_the_lock_unchanged(tmp_path: Path) -> None:
+    """The lock is free afterwards."""
 
     def broken() -> None:
         with locked(tmp_path):
@@ -272,29 +274,29 @@ def test_an_error_of_the_run_is_not_one_of_the_lock(tmp_path: Path) -> None:
     assert hidden(tmp_path) == set()
 
 
-def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_an_error_that_names_it(tmp_path: Path) -> None:
     """Here a file is in the way."""
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"output_dir=.*file/out cannot be written: Not a directory"):
         locked(tmp_path / "file/out").__enter__()
 
 
-# What dead processes began
+# Files of dead processes
 
 
 @pytest.fixture
 def dead() -> int:
-    """The number of a process that is no more."""
+    """The number of a process that has ended."""
     process = subprocess.Popen(["true"])
     process.wait()
     return process.pid
 
 
 @pytest.mark.parametrize("host", ["node7", "node7.cluster.example.org"])
-def test_beside_other_shards_only_what_the_dead_of_this_machine_began_is_removed(
+def test_beside_other_shards_only_files_of_dead_local_processes_are_removed(
     host: str, dead: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another shard may be writing, here or on another machine, whose processes cannot be asked."""
+    """Another shard may be writing, here or on another machine, whose processes cannot be queried."""
     monkeypatch.setattr(socket, "gethostname", lambda: host)
     living = os.getppid()
     names = {f".x_labels.nii.gz.{where}.{pid}.voxquilt" for where in (host, "node8") for pid in (dead, living)}
@@ -306,8 +308,8 @@ def test_beside_other_shards_only_what_the_dead_of_this_machine_began_is_removed
         assert hidden(tmp_path) == {LOCK}
 
 
-def test_files_that_only_look_similar_are_left(dead: int, tmp_path: Path) -> None:
-    """Of users, or of other programs."""
+def test_files_with_similar_names_are_not_removed(dead: int, tmp_path: Path) -> None:
+    """They belong to users or other programs."""
     host = socket.gethostname()
     names = {
         f"x_labels.nii.gz.{host}.{dead}.voxquilt", f".x.{host}.{dead}.voxquilt.txt", f".x.{host}.pid.voxquilt",
@@ -324,7 +326,7 @@ def test_files_that_only_look_similar_are_left(dead: int, tmp_path: Path) -> Non
 
 
 def test_a_file_that_is_being_written_survives_the_start_of_another_shard(tmp_path: Path) -> None:
-    """And appears whole."""
+    """And appears complete."""
     with locked(tmp_path, (0, 2)), replacing(tmp_path / "x_labels.nii.gz") as file:
         file.write(b"half")
         assert statuses([lambda: locked(tmp_path, (1, 2)).__enter__()]) == [0]
@@ -332,8 +334,8 @@ def test_a_file_that_is_being_written_survives_the_start_of_another_shard(tmp_pa
     assert (tmp_path / "x_labels.nii.gz").read_bytes() == b"half and half"
 
 
-def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    """An error, of the disk or of whoever writes, leaves what was there before, and nothing else."""
+def test_a_file_appears_complete_or_not_at_all(tmp_path: Path) -> None:
+    """After an error of the disk or the writer, the previous file is there and nothing else."""
     path = tmp_path / "x.nii"
     path.write_bytes(b"before")
     for error, kind in (

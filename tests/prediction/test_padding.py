@@ -1,4 +1,4 @@
-"""Law: what is padded never changes a native voxel, for every product, every way of restoring, and slabs."""
+"""Tests that padding never changes a native voxel, for every product, every way of restoring, and slabs."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -28,12 +28,12 @@ PRODUCTS = ["logits", "labels", "probabilities", "entropy", "disagreement"]
 
 
 def pointwise(x: Tensor) -> Tensor:
-    """Scores that are far off where the padding is: it holds -1000."""
+    """Scores that are far off in the padding, which holds -1000."""
     return torch.cat([0.5 - x, x - 0.5, 0.1 - 3 * x.abs()], 1)
 
 
 def slow(subject: Subject, preprocess: Preprocess, name: str, restore: str) -> np.ndarray:
-    """A product of the whole volume's scores, without patches or padding."""
+    """A product of the whole volume's scores, without patches and padding."""
     in_model, space = preprocess(subject)
     scores = pointwise(in_model["t1"].data[None].float())[0]
     product = make_products([name], len(scores))[name].product
@@ -45,7 +45,7 @@ def slow(subject: Subject, preprocess: Preprocess, name: str, restore: str) -> n
 
 
 def certain(subject: Subject, preprocess: Preprocess, restore: str) -> np.ndarray:
-    """Where rounding decides about no label: of the scores there, or with 'labels' of the nearest model voxel."""
+    """Where rounding cannot change a label: by the scores there, or for 'labels' at the nearest model voxel."""
     in_model, space = preprocess(subject)
     scores = pointwise(in_model["t1"].data[None].float())[0]
     scores = scores if restore == "labels" else resample(scores, space.maps)
@@ -56,7 +56,7 @@ def certain(subject: Subject, preprocess: Preprocess, restore: str) -> np.ndarra
 
 
 def in_slabs(subject: Subject, preprocess: Preprocess, sampler: GridSampler, stitch: Stitch, ranks: int) -> dict:
-    """What several processes make of a volume, one after the other."""
+    """The volumes of several processes, run one after the other."""
     space = preprocess.space(subject)
     parts = split_rows(sampler.grid, ranks)
     quilts = [SubjectStitcher(stitch, sampler, space, part=part, holds_all=n == 0) for n, part in enumerate(parts)]
@@ -85,7 +85,7 @@ def in_slabs(subject: Subject, preprocess: Preprocess, sampler: GridSampler, sti
 )
 @example((22, 22, 22), (2.05, 2.05, 2.05), "RAS", 16, (None, 1), "gaussian", "scores", 1, 0)
 @example((12, 5, 5), (3.0, None, None), "RAS", 2, (-1000, 5), "hann", "labels", 3, 0)
-def test_what_is_padded_never_changes_a_native_voxel(
+def test_padding_never_changes_a_native_voxel(
     shape: tuple[int, int, int],
     spacing: tuple[float | None, ...],
     orientation: str,
@@ -96,7 +96,7 @@ def test_what_is_padded_never_changes_a_native_voxel(
     ranks: int,
     seed: int,
 ) -> None:
-    """Every voxel has what the volume's own scores give; beyond the outermost of these, that one's."""
+    """Every voxel equals the result from the volume's own scores; beyond the outermost centres, these are repeated."""
     mode_of_padding, multiple = padding
     value = -1000 if mode_of_padding is None else mode_of_padding
     volume = torch.from_numpy(np.random.default_rng(seed).normal(1, 2, (1, *shape)))
@@ -127,11 +127,10 @@ def test_what_is_padded_never_changes_a_native_voxel(
     ("size", "mm", "spacing", "patch"), [(22, 0.6, 2.05, 16), (27, 0.4, 4.6, 8), (60, 1.0, 3.0, 24), (9, 1.0, 1.0, 16)]
 )
 @pytest.mark.parametrize("factor", [1, 2, 4])
-def test_a_volume_of_one_class_has_it_up_to_its_border(
+def test_a_volume_of_one_class_is_labelled_up_to_its_border(
     size: int, mm: float, spacing: float, patch: int, factor: int
 ) -> None:
-    """Also of a network with a smaller output, whose voxels at the border are partly made of padding, wherever the
-    volume fills at least one of them."""
+    """Also if the border voxels of a smaller output average padding, while the volume fills one of them."""
     network: Callable[[Tensor], Tensor] = lambda x: avg_pool3d(torch.cat([0.9 - x, x - 0.9], 1), factor)  # noqa: E731
     subject = Subject(t1=ScalarImage(tensor=torch.ones(1, *[size] * 3), affine=np.diag([mm, mm, mm, 1])))
     made = predict_volume(network, subject, patch, divisible_by=patch, preprocess=Preprocess(spacing=spacing))
@@ -140,7 +139,7 @@ def test_a_volume_of_one_class_has_it_up_to_its_border(
 
 
 def test_scores_of_the_padding_need_not_be_finite() -> None:
-    """A network that divides by the padding's zeros fails no subject, in whichever space products are made."""
+    """A network that divides by the padding's zeros fails no subject, for products in either space."""
     subject = Subject(t1=ScalarImage(tensor=torch.ones(1, 5, 5, 5)))
     for restore in ("scores", "labels"):
         made = predict_volume(
@@ -149,8 +148,8 @@ def test_scores_of_the_padding_need_not_be_finite() -> None:
         assert (made["labels"] == 1).all()
 
 
-def test_a_ramp_beyond_the_outermost_centres_is_that_voxels() -> None:
-    """Six voxels of 1 mm as two of 3 mm, whose centres lie at voxels 1 and 4."""
+def test_beyond_the_outermost_centres_the_outermost_value_is_repeated() -> None:
+    """A ramp of six voxels of 1 mm as two of 3 mm, whose centres lie at voxels 1 and 4."""
     ramp = torch.arange(6.0).reshape(1, 6, 1, 1)
     made = predict_volume(
         lambda x: x, Subject(t1=ScalarImage(ramp)), (8, 1, 1), preprocess=Preprocess(spacing=(3, None, None))

@@ -1,4 +1,4 @@
-"""Laws of a predict run: it gives what the plain loop gives, loses and mixes up no subject, and bounds its memory."""
+"""Tests predict runs: they equal the plain loop, lose and mix up no subject, and bound their memory."""
 
 import csv
 import gzip
@@ -50,7 +50,7 @@ AFFINES = [
 
 
 class Ramp(nn.Module):
-    """Scores that depend on the place in the patch, so that blends differ; to the bit the same in any batch."""
+    """Scores that depend on the position in the patch, so that blends differ; equal to the bit in any batch."""
 
     def forward(self, x: Tensor) -> Tensor:
         i, j, k = (torch.arange(n, dtype=x.dtype) for n in x.shape[2:])
@@ -59,7 +59,7 @@ class Ramp(nn.Module):
 
 
 class Several(nn.Module):
-    """Named outputs, each with its own channels and its own size."""
+    """Named outputs with different channels and sizes."""
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         return {"seg": torch.cat([50 - x, x - 50], 1), "half": avg_pool3d(x, 2), "flat": avg_pool3d(x, (1, 1, 4))}
@@ -82,7 +82,7 @@ def predict(
     options: Mapping[str, Any] | None = None,
     **data: Any,
 ) -> list[dict[str, str]]:
-    """Predict into a folder through Lightning; the rows of the manifest."""
+    """Predict into a folder through Lightning; returns the rows of the manifest."""
     module = module if isinstance(module, pl.LightningModule) else PatchPredictor(module)
     writer = VolumeWriter(folder, stitch, on_error=on_error)
     loaded = GridDataModule(inputs, patch, overlap, **data)
@@ -112,11 +112,11 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# The same as the plain loop
+# Equality with the plain loop
 
 
 def plain(folder: Path, cohort: Path, network: nn.Module, stitch: Stitch, **options: Any) -> None:
-    """What predict_volume gives, one subject after another."""
+    """The results of predict_volume, one subject after another."""
     folder.mkdir()
     for path in cohort.iterdir():
         subject = Subject(image=ScalarImage(path))
@@ -129,7 +129,7 @@ def plain(folder: Path, cohort: Path, network: nn.Module, stitch: Stitch, **opti
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """What is in the files, unpacked."""
+    """Unpacked contents of the files."""
     return {path.name: unpacked(path) for path in folder.glob("*.nii.gz")}
 
 
@@ -140,7 +140,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_a_run_writes_the_bytes_that_the_plain_loop_writes(
     mode: str, spacing: float | None, orientation: str | None, cohort: Path, tmp_path: Path
 ) -> None:
-    """Whatever the batch size: batches span subjects, and volumes smaller than a patch are among them."""
+    """For every batch size: batches span subjects, and some volumes are smaller than a patch."""
     stitch = Stitch(mode, ["labels", "probabilities"])
     preprocess = Preprocess(orientation, spacing)
     options = {"patch_size": 8, "patch_overlap": 4, "preprocess": preprocess}
@@ -152,23 +152,23 @@ def test_a_run_writes_the_bytes_that_the_plain_loop_writes(
         rows = predict(folder, cohort, Ramp(), stitch=stitch, preprocess=preprocess, batch_size=batch_size)
         assert set(statuses(rows).values()) == {"done"}
         found = files(folder)
-        # Voxels first: they tell what differs, where bytes alone do not. Then headers and the signs of zeros.
+        # Voxels first, since their failure shows what differs; the bytes add headers and the signs of zeros.
         for name in expected:
             np.testing.assert_array_equal(read(folder / name), read(tmp_path / "plain" / name), err_msg=name)
         assert found == expected
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 7])
-def test_the_number_of_loading_threads_changes_nothing(workers: int, cohort: Path, tmp_path: Path) -> None:
-    """Also more threads than subjects, padding, and a grid that is made divisible."""
+def test_the_number_of_loading_threads_does_not_change_the_files(workers: int, cohort: Path, tmp_path: Path) -> None:
+    """Also with more threads than subjects, padding, and a grid that is made divisible."""
     options = {"padding_mode": "reflect", "divisible_by": (4, 1, 6), "batch_size": 4}
     plain(tmp_path / "plain", cohort, Ramp(), Stitch(), patch_size=(8, 7, 6), patch_overlap=4, **options)
     predict(tmp_path / "run", cohort, Ramp(), patch=(8, 7, 6), num_workers=workers, **options)
     assert files(tmp_path / "run") == files(tmp_path / "plain")
 
 
-def test_outputs_of_different_sizes_are_the_plain_loops(cohort: Path, tmp_path: Path) -> None:
-    """Each output has an aggregator of its own, also where a batch holds patches of three subjects."""
+def test_outputs_of_different_sizes_equal_the_plain_loop(cohort: Path, tmp_path: Path) -> None:
+    """Each output has its own aggregator, also if a batch holds patches of three subjects."""
     stitch = Stitch("gaussian", {"seg": ["labels"], "half": ["image"], "flat": ["image"]})
     plain(tmp_path / "plain", cohort, Several(), stitch, patch_size=8, patch_overlap=4, divisible_by=4)
     module = PatchPredictor(Several(), output="resampled")
@@ -178,8 +178,8 @@ def test_outputs_of_different_sizes_are_the_plain_loops(cohort: Path, tmp_path: 
                                                    "exact_seg_labels.nii.gz"]  # fmt: skip
 
 
-def test_products_of_an_output_that_is_not_there_are_an_error(cohort: Path, tmp_path: Path) -> None:
-    """A slip in stitch.products does not fall back on the defaults."""
+def test_products_of_an_unknown_output_are_an_error(cohort: Path, tmp_path: Path) -> None:
+    """A misspelt name in stitch.products does not fall back to the defaults."""
     stitch = Stitch(products={"sge": ["probabilities"]})
     rows = predict(tmp_path, cohort / "exact.nii.gz", PatchPredictor(Several(), output="resampled"), stitch=stitch)
     assert "stitch.products names ['sge']; the network's outputs are ['seg', 'half', 'flat']" in errors(rows)["exact"]
@@ -190,7 +190,7 @@ def test_products_of_an_output_that_is_not_there_are_an_error(cohort: Path, tmp_
 
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true", "16-true", "bf16-mixed"])
 def test_labels_are_exact_in_every_precision(precision: Any, cohort: Path, tmp_path: Path) -> None:
-    """Locations and affines are no floats of the batch: half precision rounds none of them."""
+    """Locations and affines are not cast with the batch, so half precision rounds none of them."""
     rows = predict(tmp_path, cohort, Over50(), options={"precision": precision}, batch_size=3)
     assert set(statuses(rows).values()) == {"done"}
     for name in SHAPES:
@@ -203,7 +203,7 @@ def test_labels_are_exact_in_every_precision(precision: Any, cohort: Path, tmp_p
 
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 50])
 def test_subjects_that_share_a_batch_are_not_mixed_up(batch_size: int, tmp_path: Path) -> None:
-    """Each subject is a constant of its own, and comes back as that constant."""
+    """Each subject holds a constant and comes back as that constant."""
     for n in range(12):
         save(tmp_path / f"in/s{n:02}.nii", np.full((5 + n, 4 + n % 3, 9 - n % 4), n + 1, np.float32))
     rows = predict(tmp_path / "out", tmp_path / "in", Plus(100), batch_size=batch_size, num_workers=2)
@@ -215,7 +215,7 @@ def test_subjects_that_share_a_batch_are_not_mixed_up(batch_size: int, tmp_path:
 
 
 def test_images_become_channels_in_the_configured_order(tmp_path: Path) -> None:
-    """Whatever the files' types: a uint8 and a float32 image, either way round, by patterns and by a table."""
+    """For any file types: a uint8 and a float32 image in either order, by patterns and by a table."""
     a = save(tmp_path / "in/s1_a.nii", noise((9, 8, 10), 1).astype(np.uint8)).astype(np.float32)
     b = save(tmp_path / "in/s1_b.nii", noise((9, 8, 10), 2).astype(np.float32) / 4)
     (tmp_path / "in/table.csv").write_text("subject,b,a\ns1,s1_b.nii,s1_a.nii\n")
@@ -229,8 +229,8 @@ def test_images_become_channels_in_the_configured_order(tmp_path: Path) -> None:
         np.testing.assert_array_equal(read(tmp_path / "out/s1_image.nii.gz"), expected)
 
 
-def test_a_4d_files_volumes_are_channels_too(tmp_path: Path) -> None:
-    """Channels last in the file, before the next image's in the batch; subjects may differ in their number."""
+def test_the_volumes_of_a_4d_file_are_channels(tmp_path: Path) -> None:
+    """Last in the file, before the next image's in the batch; their number may differ between subjects."""
     four = save(tmp_path / "a.nii", noise((9, 8, 10, 2), 1).astype(np.float32))
     save(tmp_path / "b.nii", noise((9, 8, 10), 2))
     save(tmp_path / "c.nii", four[..., ::-1].copy())
@@ -240,7 +240,7 @@ def test_a_4d_files_volumes_are_channels_too(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read(tmp_path / "out/c_image.nii.gz"), four[..., 1] - four[..., 0])
 
 
-def test_intensities_are_changed_before_the_network(tmp_path: Path) -> None:
+def test_intensity_transforms_run_before_the_network(tmp_path: Path) -> None:
     """In turn for every image, or by the image's name."""
     a = save(tmp_path / "s_a.nii", noise((9, 8, 10), 1).astype(np.float32))
     b = save(tmp_path / "s_b.nii", noise((9, 8, 10), 2).astype(np.float32))
@@ -254,8 +254,8 @@ def test_intensities_are_changed_before_the_network(tmp_path: Path) -> None:
         np.testing.assert_array_equal(read(tmp_path / "out/s_image.nii.gz"), expected)
 
 
-def test_a_lower_resolution_output_lies_where_its_voxels_are(tmp_path: Path) -> None:
-    """Half of the voxels of a ramp, brought back from a padded grid: the ramp, but for voxels next to the padding."""
+def test_a_lower_resolution_output_is_restored_in_place(tmp_path: Path) -> None:
+    """Half of the voxels of a ramp, restored from a padded grid: the ramp, except next to the padding."""
     ramp = np.broadcast_to(np.arange(21, dtype=np.float32)[:, None, None] * 10, (21, 8, 12)).copy()
     save(tmp_path / "in/r.nii", ramp)
     stitch = Stitch("crop", {"half": ["image"], "flat": ["image"]})
@@ -266,8 +266,8 @@ def test_a_lower_resolution_output_lies_where_its_voxels_are(tmp_path: Path) -> 
     np.testing.assert_allclose(read(tmp_path / "r_flat_image.nii.gz"), ramp, rtol=1e-6)
 
 
-def test_a_grid_that_a_lower_resolution_does_not_divide_is_refused(tmp_path: Path) -> None:
-    """The subject fails and says why, rather than being shifted by half a voxel."""
+def test_a_grid_that_the_output_factor_does_not_divide_fails_the_subject(tmp_path: Path) -> None:
+    """Its row gives the reason; otherwise it would be shifted by half a voxel."""
     save(tmp_path / "in/r.nii", noise((21, 8, 12)))
     (row,) = predict(tmp_path, tmp_path / "in", PatchPredictor(Several(), output="resampled"))
     assert "not a multiple of downsampling_factor" in row["error"]
@@ -277,7 +277,7 @@ def test_a_grid_that_a_lower_resolution_does_not_divide_is_refused(tmp_path: Pat
 
 
 def test_every_product_is_a_function_of_the_scores(tmp_path: Path) -> None:
-    """Logits as they are, probabilities their soft-max (channels last), labels their arg-max."""
+    """Logits are the scores, probabilities their soft-max (channels last), labels their arg-max."""
     x = save(tmp_path / "in/a.nii", noise((9, 8, 10)).astype(np.float32) / 10 + 45)
     names = ["labels", "probabilities", "logits"]
     rows = predict(tmp_path / "out", tmp_path / "in", Over50(), stitch=Stitch("crop", names))
@@ -290,8 +290,8 @@ def test_every_product_is_a_function_of_the_scores(tmp_path: Path) -> None:
     assert read(tmp_path / "out/a_probabilities.nii.gz").dtype == np.float32
 
 
-def test_one_channel_is_an_image_until_there_is_a_threshold(tmp_path: Path) -> None:
-    """The default product of one channel is `image`; stitch.threshold makes labels of it."""
+def test_one_channel_is_an_image_unless_a_threshold_is_set(tmp_path: Path) -> None:
+    """The default product is `image`, and labels with stitch.threshold."""
     x = save(tmp_path / "in/a.nii", noise((9, 8, 10)))
     predict(tmp_path / "image", tmp_path / "in", Plus(1), stitch=Stitch("crop"))
     assert list(files(tmp_path / "image")) == ["a_image.nii.gz"]
@@ -303,8 +303,8 @@ def test_one_channel_is_an_image_until_there_is_a_threshold(tmp_path: Path) -> N
     assert "need stitch.threshold" in errors(rows)["a"]
 
 
-def test_sigmoid_gives_a_label_map_for_each_channel(tmp_path: Path) -> None:
-    """Several labels per voxel: 4-D, channels last, each above the threshold by itself."""
+def test_sigmoid_gives_one_label_map_per_channel(tmp_path: Path) -> None:
+    """In a 4-D file, channels last, each thresholded separately."""
     x = save(tmp_path / "in/a.nii", noise((9, 8, 10)).astype(np.float32) / 10 + 45)
     for threshold, limit in ((None, 0.5), (0.9, 0.9)):
         stitch = Stitch("crop", activation="sigmoid", threshold=threshold)
@@ -318,7 +318,7 @@ def test_sigmoid_gives_a_label_map_for_each_channel(tmp_path: Path) -> None:
 
 
 def test_labels_have_one_type_for_all_subjects(tmp_path: Path) -> None:
-    """300 classes need uint16, also for a subject that has only class 0."""
+    """300 classes need uint16, even for a subject with class 0 alone."""
     save(tmp_path / "in/high.nii", np.full((4, 4, 4), 299, np.float32))
     save(tmp_path / "in/zero.nii", np.zeros((4, 4, 4), np.float32))
 
@@ -333,7 +333,7 @@ def test_labels_have_one_type_for_all_subjects(tmp_path: Path) -> None:
         assert (labels == value).all()
 
 
-def test_class_names_are_written_into_label_files_alone(tmp_path: Path) -> None:
+def test_class_names_are_written_into_label_files_only(tmp_path: Path) -> None:
     """As JSON in a header extension."""
     save(tmp_path / "in/a.nii", noise((4, 4, 4)))
     stitch = Stitch(products=["labels", "logits"], class_names=["Hintergrund", "Gehirn ß"])
@@ -346,7 +346,7 @@ def test_class_names_are_written_into_label_files_alone(tmp_path: Path) -> None:
 
 
 def test_labels_are_postprocessed_in_native_space(tmp_path: Path) -> None:
-    """Callables see (1, I, J, K) of the file's own axes; one that changes the shape fails the subject."""
+    """Callables get (1, I, J, K) on the file's axes; one that changes the shape fails the subject."""
     save(tmp_path / "in/a.nii", noise((4, 5, 6)), AFFINES[1])
     seen: list[tuple[int, ...]] = []
 
@@ -366,8 +366,8 @@ def test_labels_are_postprocessed_in_native_space(tmp_path: Path) -> None:
     assert not files(tmp_path / "bad")
 
 
-def test_the_manifest_says_what_was_done(tmp_path: Path) -> None:
-    """Patches of the grid, seconds, files, and the labels' volume in ml by the file's own spacing."""
+def test_the_manifest_has_patches_seconds_files_and_volumes(tmp_path: Path) -> None:
+    """The labels' volume is in ml by the file's own spacing."""
     x = save(tmp_path / "in/a.nii", noise((12, 8, 8)), np.diag([1, 2, 3, 1.0]))
     (row,) = predict(tmp_path / "out", tmp_path / "in", Over50())
     assert (row["subject"], row["status"], row["outputs"], row["error"]) == ("a", "done", "a_labels.nii.gz", "")
@@ -380,7 +380,7 @@ def test_the_manifest_says_what_was_done(tmp_path: Path) -> None:
 
 
 class Alive:
-    """Counts objects of one kind that live at the same time."""
+    """Counts the objects of a kind that are alive at the same time."""
 
     def __init__(self) -> None:
         self.now = self.most = self.all = 0
@@ -421,7 +421,7 @@ def many(tmp_path: Path) -> Path:
 def test_at_most_one_subject_more_than_there_are_threads_is_in_memory(
     workers: int, batch_size: int, tmp_path: Path
 ) -> None:
-    """Volumes that are loaded ahead, and the one that is cut; with 12 subjects of 8 patches and a slow network."""
+    """Volumes loaded ahead, and the one being cut; 12 subjects of 8 patches, with a slow network."""
     for n in range(12):
         save(tmp_path / f"in/s{n:02}.nii", np.full((12, 12, 12), n, np.float32))
 
@@ -440,15 +440,15 @@ def test_at_most_one_subject_more_than_there_are_threads_is_in_memory(
 
 @pytest.mark.parametrize("batch_size", [1, 8, 64])
 def test_a_batch_may_span_many_tiny_subjects(batch_size: int, many: Path, tmp_path: Path) -> None:
-    """Eight subjects end in one batch, four times as many as the writer's queue holds: no deadlock."""
+    """Eight subjects end in one batch, four times as many as the writer's queue holds, without deadlock."""
     rows = predict(tmp_path / "out", many, Plus(0), batch_size=batch_size, num_workers=2)
     assert statuses(rows) == {f"s{n:02}": "done" for n in range(20)}
     for n in range(20):
         assert (read(tmp_path / f"out/s{n:02}_image.nii.gz") == n).all()
 
 
-def test_the_network_waits_for_a_slow_disk(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At most two finished subjects wait for the writer, besides the one that is handed over and the one begun."""
+def test_a_slow_disk_makes_the_network_wait(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most two finished subjects are queued, besides the one being handed over and the one begun."""
     alive = Alive()
     volumes, start = SubjectStitcher.volumes, SubjectStitcher.__init__
 
@@ -470,15 +470,15 @@ def test_the_network_waits_for_a_slow_disk(many: Path, tmp_path: Path, monkeypat
 
 
 class Slow(nn.Module):
-    """Over50, a twentieth of a second a batch."""
+    """Over50 that takes 0.05 s per batch."""
 
     def forward(self, x: Tensor) -> Tensor:
         time.sleep(0.0 if isinstance(x, FakeTensor) else 0.05)
         return torch.cat([50 - x, x - 50], 1)
 
 
-def test_seconds_are_a_subjects_own_and_not_those_that_it_waited(tmp_path: Path) -> None:
-    """Ten that are read at once, predicted one after the other: together they take about what the run takes."""
+def test_seconds_of_a_subject_exclude_waiting_for_others(tmp_path: Path) -> None:
+    """Ten are read at once and predicted in turn; their seconds add up to about those of the run."""
     for n in range(10):
         save(tmp_path / f"in/{n}.nii", noise((8, 8, 8)))
     began = time.perf_counter()
@@ -493,8 +493,8 @@ def test_seconds_are_a_subjects_own_and_not_those_that_it_waited(tmp_path: Path)
     assert all(float(row["seconds"]) >= 0.01 for row in shared)
 
 
-def test_predictions_are_not_kept(tmp_path: Path) -> None:
-    """At any time a few outputs of the network live, however many batches there are."""
+def test_predictions_are_not_kept_in_memory(tmp_path: Path) -> None:
+    """Only a few outputs of the network are alive at any time."""
     save(tmp_path / "in/a.nii", noise((40, 12, 12)))
     alive = Alive()
 
@@ -515,7 +515,7 @@ def test_predictions_are_not_kept(tmp_path: Path) -> None:
 
 @pytest.fixture
 def touchy(tmp_path: Path) -> Path:
-    """Seven subjects of one to eight patches; `raises`, `nan` and `shape` hold the voxel that Touchy fails at."""
+    """Seven subjects of one to eight patches; `raises`, `nan` and `shape` hold the voxel at which Touchy fails."""
     for n, name in enumerate(["a", "nan", "b", "raises", "c", "shape", "z"]):
         x = noise((8 + 4 * (n % 2), 8, 12), n) % 60
         x[-1, -1, -1] = {"nan": 88, "raises": 77, "shape": 66}.get(name, 0)
@@ -523,8 +523,8 @@ def touchy(tmp_path: Path) -> Path:
     return tmp_path / "touchy"
 
 
-def test_a_subject_that_the_network_fails_at_fails_alone(touchy: Path, tmp_path: Path) -> None:
-    """An error, NaN, and a wrong shape: three rows that say so, no file of them, and the others are right."""
+def test_a_subject_on_which_the_network_fails_fails_alone(touchy: Path, tmp_path: Path) -> None:
+    """An error, NaN, and a wrong shape: three rows that say so and no files; the other subjects are right."""
     rows = predict(tmp_path / "out", touchy, Touchy(), num_workers=2)
     assert errors(rows).keys() == {"nan", "raises", "shape"}
     assert "ValueError: there is a 77" in errors(rows)["raises"]
@@ -537,8 +537,8 @@ def test_a_subject_that_the_network_fails_at_fails_alone(touchy: Path, tmp_path:
 
 
 @pytest.mark.parametrize("batch_size", [3, 5])
-def test_an_error_costs_the_subjects_that_share_its_batch(batch_size: int, touchy: Path, tmp_path: Path) -> None:
-    """Which batch raised is known, which patch of it is not; NaN is known to be one subject's."""
+def test_an_exception_fails_all_subjects_of_its_batch(batch_size: int, touchy: Path, tmp_path: Path) -> None:
+    """It does not tell which patch caused it; NaN can be attributed to one subject."""
     rows = predict(tmp_path / "out", touchy, Touchy(), batch_size=batch_size)
     failed = errors(rows)
     assert {"nan", "raises", "shape"} <= failed.keys()
@@ -550,8 +550,8 @@ def test_an_error_costs_the_subjects_that_share_its_batch(batch_size: int, touch
         np.testing.assert_array_equal(read(tmp_path / f"out/{name}_labels.nii.gz"), read(touchy / f"{name}.nii") > 50)
 
 
-def test_what_is_left_of_a_failed_subject_is_not_predicted(tmp_path: Path) -> None:
-    """Of 36 patches, those that were cut before the first came back wrong."""
+def test_remaining_patches_of_a_failed_subject_are_not_predicted(tmp_path: Path) -> None:
+    """Of 36, only those cut before the first came back wrong."""
     save(tmp_path / "in/a.nii", noise((40, 12, 12)))
     calls: list[int] = []
 
@@ -568,8 +568,8 @@ def test_what_is_left_of_a_failed_subject_is_not_predicted(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("error", [KeyError("odd"), StopIteration("odd"), MemoryError("odd")])
-def test_an_error_of_a_transform_costs_its_own_subject(workers: int, error: Exception, tmp_path: Path) -> None:
-    """Any exception, in the main thread or in a loading one, with its type and its text."""
+def test_an_error_in_a_transform_fails_only_its_subject(workers: int, error: Exception, tmp_path: Path) -> None:
+    """Any exception, in the main or a loading thread, with its type and text."""
     for name in ("a", "b", "c"):
         save(tmp_path / f"in/{name}.nii", np.full((8, 8, 8), ord(name), np.float32))
 
@@ -586,8 +586,8 @@ def test_an_error_of_a_transform_costs_its_own_subject(workers: int, error: Exce
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_a_file_that_cannot_be_read_costs_its_own_subject(workers: int, tmp_path: Path) -> None:
-    """Truncated, no NIfTI, empty, NaN: also first, last and side by side; a missing image is named."""
+def test_a_file_that_cannot_be_read_fails_only_its_subject(workers: int, tmp_path: Path) -> None:
+    """Truncated, not NIfTI, empty, NaN: also first, last and side by side; a missing image is named."""
     good = noise((20, 20, 20))
     for name in ("b", "f"):
         save(tmp_path / f"in/{name}.nii.gz", good)
@@ -614,16 +614,16 @@ def test_a_file_that_cannot_be_read_costs_its_own_subject(workers: int, tmp_path
         np.testing.assert_array_equal(read(tmp_path / f"out/{name}_labels.nii.gz"), good > 50)
 
 
-def test_every_subject_may_fail(tmp_path: Path) -> None:
-    """A run without a single batch ends, with a row for each."""
+def test_a_run_in_which_every_subject_fails_ends_with_their_rows(tmp_path: Path) -> None:
+    """Without a single batch."""
     for n in range(5):
         (tmp_path / f"{n}.nii").write_bytes(b"")
     rows = predict(tmp_path / "out", tmp_path, Over50(), num_workers=2)
     assert statuses(rows) == {str(n): "failed" for n in range(5)}
 
 
-def test_on_error_raise_stops_at_the_first(touchy: Path, tmp_path: Path) -> None:
-    """The message names the subject and the reason; what was finished stays, and is in the manifest."""
+def test_on_error_raise_stops_at_the_first_failure(touchy: Path, tmp_path: Path) -> None:
+    """The message names subject and reason; finished subjects stay, in files and manifest."""
     with pytest.raises(RunError, match=r"raises: ValueError: there is a 77 \(run\.on_error=raise stops here"):
         predict(
             tmp_path, [touchy / f"{n}.nii" for n in ("a", "raises", "z")], Touchy(), on_error="raise", num_workers=0
@@ -634,8 +634,8 @@ def test_on_error_raise_stops_at_the_first(touchy: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("bad", ["first", "last"])
-def test_on_error_raise_sees_files_and_the_writer_too(bad: str, tmp_path: Path) -> None:
-    """A file that cannot be read and a product that cannot be made stop the run as well, also as its last subject."""
+def test_on_error_raise_also_stops_at_unreadable_files_and_write_errors(bad: str, tmp_path: Path) -> None:
+    """Also if the last subject is the one that fails."""
     save(tmp_path / "in/m.nii", noise((4, 4, 4)))
     (tmp_path / f"in/{'a' if bad == 'first' else 'z'}.nii").write_bytes(b"")
     with pytest.raises(RunError, match="the file is empty"):
@@ -644,8 +644,8 @@ def test_on_error_raise_sees_files_and_the_writer_too(bad: str, tmp_path: Path) 
         predict(tmp_path / "out", tmp_path / "in/m.nii", Over50(), stitch=Stitch(threshold=1), on_error="raise")
 
 
-def test_a_run_that_ends_early_does_not_claim_to_be_done(tmp_path: Path) -> None:
-    """limit_predict_batches: the subject that is open and those that were not reached fail, and have no file."""
+def test_a_run_that_ends_early_reports_unfinished_subjects_as_failed(tmp_path: Path) -> None:
+    """With limit_predict_batches: the open subject and those not reached, which have no file."""
     for name in ("a", "b", "c"):
         save(tmp_path / f"in/{name}.nii", noise((12, 8, 8)))  # two patches
     for limit, done in ((1, set()), (2, {"a"}), (3, {"a"}), (4, {"a", "b"})):
@@ -656,7 +656,7 @@ def test_a_run_that_ends_early_does_not_claim_to_be_done(tmp_path: Path) -> None
 
 
 def test_outputs_never_overwrite_inputs(tmp_path: Path) -> None:
-    """An input called like another's output fails that other subject, and keeps its bytes; also through a link."""
+    """A subject whose output would have an input's name fails, and the input keeps its bytes; also by a link."""
     x = save(tmp_path / "a.nii.gz", noise((4, 4, 4)))
     save(tmp_path / "out/a_labels.nii.gz", x + 1)
     before = (tmp_path / "out/a_labels.nii.gz").read_bytes()
@@ -668,7 +668,7 @@ def test_outputs_never_overwrite_inputs(tmp_path: Path) -> None:
 
 
 def test_two_subjects_never_share_a_file(tmp_path: Path) -> None:
-    """Subject a's output b_seg and subject a_b's output seg have one name: the second fails."""
+    """Output b_seg of subject a and output seg of subject a_b have one name: the second subject fails."""
     save(tmp_path / "in/a.nii", noise((4, 4, 4), 1))
     save(tmp_path / "in/a_b.nii", noise((4, 4, 4), 2))
 
@@ -683,7 +683,7 @@ def test_two_subjects_never_share_a_file(tmp_path: Path) -> None:
 
 
 def test_an_output_folder_that_vanishes_fails_subjects_not_the_process(tmp_path: Path) -> None:
-    """The writer's error is the subject's, with the file's name."""
+    """The row has the writer's error with the file's name."""
     save(tmp_path / "in/a.nii", noise((4, 4, 4)))
     (tmp_path / "out/a_labels.nii.gz").mkdir(parents=True)  # a folder where the file should go
     rows = predict(tmp_path / "out", tmp_path / "in", Over50())
@@ -691,11 +691,11 @@ def test_an_output_folder_that_vanishes_fails_subjects_not_the_process(tmp_path:
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.endswith(".tmp")]
 
 
-# Other people's modules
+# User-defined modules
 
 
 class Own(pl.LightningModule):
-    """A user's module, whose predict_step does what it likes."""
+    """A user's module with a predict_step of its own."""
 
     def __init__(self, step: Any) -> None:
         super().__init__()
@@ -705,8 +705,8 @@ class Own(pl.LightningModule):
         return self.step(batch.data)
 
 
-def test_a_predict_step_of_ones_own_works_with_the_writer(cohort: Path, tmp_path: Path) -> None:
-    """It gives a tensor, or tensors by name; and it gets the batch with its data."""
+def test_a_user_defined_predict_step_works_with_the_writer(cohort: Path, tmp_path: Path) -> None:
+    """It returns a tensor or tensors by name, and gets the batch with its data."""
     predict(tmp_path / "tensor", cohort, Own(lambda x: torch.cat([50 - x, x - 50], 1)), batch_size=4)
     predict(tmp_path / "named", cohort, Own(lambda x: {"seg": torch.cat([50 - x, x - 50], 1)}), batch_size=4)
     for name in SHAPES:
@@ -728,15 +728,15 @@ def test_a_predict_step_of_ones_own_works_with_the_writer(cohort: Path, tmp_path
         (lambda x: x[..., :3], "has shape (3, 1, 8, 8, 3) for patches of (8, 8, 8)"),
     ],
 )
-def test_what_a_predict_step_may_not_give_is_said(step: Any, message: str, tmp_path: Path) -> None:
-    """No slice of a wrong batch is taken for a patch."""
+def test_an_invalid_result_of_a_predict_step_is_an_error(step: Any, message: str, tmp_path: Path) -> None:
+    """A slice of a wrong batch is never taken for a patch."""
     save(tmp_path / "a.nii", noise((16, 8, 8)))
     rows = predict(tmp_path / "out", tmp_path, Own(step), batch_size=3)
     assert message in errors(rows)["a"]
 
 
-def test_stop_iteration_does_not_end_a_run_in_silence(tmp_path: Path) -> None:
-    """In a network it is an error like others; in a predict_step of one's own it ends Lightning's loop, and shows."""
+def test_stop_iteration_is_not_a_silent_end_of_the_run(tmp_path: Path) -> None:
+    """In a network it is an ordinary error; in a user's predict_step it ends Lightning's loop and is reported."""
     for name in ("a", "b", "c"):
         save(tmp_path / f"in/{name}.nii", np.full((8, 8, 8), ord(name), np.float32))
 
@@ -756,7 +756,7 @@ def test_stop_iteration_does_not_end_a_run_in_silence(tmp_path: Path) -> None:
     assert statuses(rows) == {"a": "done", "b": "failed", "c": "failed"}
 
 
-def test_an_error_of_a_predict_step_of_ones_own_ends_the_run(tmp_path: Path) -> None:
+def test_an_error_in_a_user_defined_predict_step_ends_the_run(tmp_path: Path) -> None:
     """It is raised, finished subjects stay, and no thread is left."""
     for name in ("a", "b", "c"):
         save(tmp_path / f"in/{name}.nii", np.full((8, 8, 8), ord(name), np.float32))
@@ -773,13 +773,13 @@ def test_an_error_of_a_predict_step_of_ones_own_ends_the_run(tmp_path: Path) -> 
 
 
 def test_the_writer_needs_the_data_module(tmp_path: Path) -> None:
-    """Without a GridDataModule there is nothing to quilt, and the message says so."""
+    """Without a GridDataModule there is nothing to stitch, and the message says so."""
     with pytest.raises(ConfigError, match="VolumeWriter needs a GridDataModule at predict; the trainer has NoneType"):
         trainer(VolumeWriter(tmp_path)).predict(Own(lambda x: x), dataloaders=DataLoader([torch.zeros(1)]))
 
 
-def test_a_module_without_a_predict_step_is_told_what_to_do(cohort: Path, tmp_path: Path) -> None:
-    """Lightning's own would hand a batch to its forward, in the middle of the run; wrapped, it predicts."""
+def test_a_module_without_predict_step_is_an_error_that_says_what_to_do(cohort: Path, tmp_path: Path) -> None:
+    """Lightning's default would pass the batch to its forward in the middle of the run. Wrapped, it predicts."""
 
     class Forward(pl.LightningModule):
         def forward(self, x: Tensor) -> Tensor:
@@ -793,7 +793,7 @@ def test_a_module_without_a_predict_step_is_told_what_to_do(cohort: Path, tmp_pa
 
 
 def test_a_writer_and_a_data_module_may_be_used_again(cohort: Path, tmp_path: Path) -> None:
-    """A second run starts a new manifest and gives the same files."""
+    """A second run starts a new manifest and writes the same files."""
     writer, data = VolumeWriter(tmp_path), GridDataModule(cohort, 8, 4)
     module = PatchPredictor(Over50())
     for _ in range(2):
@@ -803,10 +803,10 @@ def test_a_writer_and_a_data_module_may_be_used_again(cohort: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(("times", "wanted"), [(1, ["done", "done"]), (2, ["failed", "done"])])
-def test_sums_without_room_on_the_device_are_begun_again_on_the_host(
+def test_sums_that_overflow_the_device_start_again_on_the_host(
     times: int, wanted: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once is made good; a second time costs the subject."""
+    """The first time nothing is lost; a second time fails the subject."""
     volumes = {name: save(tmp_path / f"in/{name}.nii", noise((9, 9, 9))) for name in ("a", "b")}
     left, make = [times], Accumulator.__init__
 

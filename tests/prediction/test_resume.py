@@ -1,4 +1,4 @@
-"""Laws of resume: what is done alike is left alone, what was made otherwise is refused by name, the rest is done."""
+"""Tests resuming: finished subjects are skipped, changed settings are refused by name, and the rest is predicted."""
 
 import csv
 import inspect
@@ -46,7 +46,7 @@ NAMES = ("a", "b", "c")
 
 
 class Place:
-    """A folder with three subjects, weights, and what runs leave in it."""
+    """A folder with three subjects, weights, and the outputs of runs."""
 
     def __init__(self, folder: Path, forks: Server, *, new: bool = True) -> None:
         self.folder, self.out, self.forks = folder, folder / "outputs", forks
@@ -65,7 +65,7 @@ class Place:
         return np.array_equal(made, read(self.folder / f"in/{name}.nii.gz") > 50)
 
     def run(self, *options: str, status: int = 0, ranks: int = 1, slow: str = "0") -> Run:
-        """A run that ends with this status."""
+        """Run the command and assert its exit status."""
         job = self.forks.start(*JOB, *options, cwd=self.folder, ranks=ranks, env={"SLOW": slow})
         assert checked(job.wait(20)) == status, job.text
         assert "Traceback" not in job.text
@@ -84,18 +84,18 @@ class Place:
         return json.loads((self.out / "run.json").read_text())
 
     def disk(self) -> dict[str, tuple[int, bytes]]:
-        """Everything in the output folder, with its time of change."""
+        """Everything in the output folder, with times of change."""
         return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in self.out.iterdir()}
 
     def redone(self, before: dict[str, tuple[int, bytes]]) -> set[str]:
-        """Subjects whose labels are not those that were there."""
+        """Subjects whose labels changed since `before`."""
         labels = {name: found for name, found in self.disk().items() if "_labels" in name}
         return {name.partition("_")[0] for name, found in labels.items() if before.get(name) != found}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, forks: Server) -> Path:
-    """A folder after its first run, to be copied back: paths and times are part of what a run remembers."""
+    """A folder after its first run. Tests copy it back in place, since fingerprints include paths and times."""
     found = Place(tmp_path_factory.mktemp("made") / "place", forks)
     weights = Over50()
     torch.nn.init.constant_(weights.bias, 3.0)
@@ -116,8 +116,8 @@ def place(made: Path, forks: Server) -> Place:
 # Nothing to do
 
 
-def test_a_second_run_does_nothing(place: Place) -> None:
-    """Status 0, rows that say skipped, no file written, and a network that would take a minute is not called."""
+def test_a_second_run_skips_every_subject(place: Place) -> None:
+    """Status 0, no file written, and a network that would take a minute is not called."""
     before, first = place.disk(), place.rows()
     job = place.run(slow="60")
     assert place.statuses() == dict.fromkeys(NAMES, "skipped")
@@ -147,7 +147,7 @@ def test_a_second_run_does_nothing(place: Place) -> None:
     ],
 )  # fmt: skip
 def test_settings_that_change_no_voxel_redo_nothing(options: tuple[str, ...], place: Place) -> None:
-    """How fast, where and under which name; weights are told by what is in them."""
+    """Speed, place and names of files; weights are identified by their content."""
     shutil.copyfile(place.folder / "w.pt", place.folder / "copy.pt")
     before = place.disk()
     place.run(*(option.format(name=place.folder.name) for option in options), slow="60")
@@ -155,7 +155,7 @@ def test_settings_that_change_no_voxel_redo_nothing(options: tuple[str, ...], pl
     assert place.redone(before) == set()
 
 
-# Made otherwise
+# Changed settings
 
 OTHERWISE = [
     ("stitch.overlap_mode=crop", 'stitch.overlap_mode was "gaussian" and is "crop"'),
@@ -197,7 +197,7 @@ OTHERWISE = [
 def test_a_setting_that_changes_outputs_is_refused_by_its_name(
     option: str, said: str, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the old and the new value, and nothing else is named."""
+    """With the old and the new value; no other setting is named."""
     monkeypatch.chdir(place.folder)
     register_resolvers()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
@@ -213,7 +213,7 @@ def test_a_setting_that_changes_outputs_is_refused_by_its_name(
 
 
 def test_a_refusal_ends_every_process_and_changes_nothing(place: Place) -> None:
-    """Status 2 and one message that names all changes, also where torchrun started the processes."""
+    """Status 2 and one message that names all changes, also for processes of torchrun."""
     before = place.disk()
     for ranks in (1, 2):
         text = place.run("data.skip=20", "run.seed=3", status=2, ranks=ranks).text
@@ -225,8 +225,8 @@ def test_a_refusal_ends_every_process_and_changes_nothing(place: Place) -> None:
     assert place.disk() == before
 
 
-def test_overwriting_redoes_what_was_made_otherwise_and_only_that(place: Place) -> None:
-    """Here a and b; c was made with the new settings before, and is skipped."""
+def test_overwriting_redoes_only_subjects_with_other_settings(place: Place) -> None:
+    """Here a and b; c already has the new settings and is skipped."""
     other = ("model.net._target_=synthetic.Over50", "callbacks.writer.overlay=false")
     place.run("data.inputs=in/c.nii.gz", *other, "run.overwrite=true")
     before = place.disk()
@@ -238,8 +238,8 @@ def test_overwriting_redoes_what_was_made_otherwise_and_only_that(place: Place) 
     assert place.statuses() == dict.fromkeys(NAMES, "skipped")
 
 
-def test_making_all_again_needs_no_permission(place: Place) -> None:
-    """run.resume=false, with any settings; the outputs are the new ones."""
+def test_run_resume_false_redoes_everything_with_any_settings(place: Place) -> None:
+    """Without run.overwrite; the outputs are the new ones."""
     before = place.disk()
     place.run("run.resume=false", "callbacks.writer.compress=false")
     assert place.statuses() == dict.fromkeys(NAMES, "done")
@@ -249,7 +249,7 @@ def test_making_all_again_needs_no_permission(place: Place) -> None:
     assert place.statuses() == dict.fromkeys(NAMES, "done")
 
 
-def test_the_order_of_images_is_a_setting(tmp_path: Path, forks: Server) -> None:
+def test_the_order_of_images_is_in_the_fingerprint(tmp_path: Path, forks: Server) -> None:
     """It is the order of the network's channels."""
     for name in ("t1", "t2"):
         save(tmp_path / f"in/a_{name}.nii.gz", noise((9, 9, 9), len(name)))
@@ -262,8 +262,8 @@ def test_the_order_of_images_is_a_setting(tmp_path: Path, forks: Server) -> None
     assert read_rows([tmp_path / "outputs/manifest.csv"])["a"].status == "skipped"
 
 
-def test_the_names_of_images_count_since_preprocessing_goes_by_them(tmp_path: Path) -> None:
-    """t1 and t2 exchanged, in the same order of files: other intensities for each."""
+def test_the_names_of_images_are_in_the_fingerprint(tmp_path: Path) -> None:
+    """If t1 and t2 swap names, preprocessing treats their files differently."""
     paths = [tmp_path / name for name in ("x.nii", "y.nii")]
     for path in paths:
         path.write_bytes(b"1")
@@ -273,7 +273,7 @@ def test_the_names_of_images_count_since_preprocessing_goes_by_them(tmp_path: Pa
 
 
 def leaves(node: Any, key: str = "") -> Iterator[str]:
-    """Full keys of everything in a configuration that is no mapping, or an empty one."""
+    """Full keys of all values of a configuration, empty mappings included."""
     if not isinstance(node, dict) or not node:
         yield key
         return
@@ -282,14 +282,14 @@ def leaves(node: Any, key: str = "") -> Iterator[str]:
 
 
 def changed(plain: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
-    """A configuration with another value of a key."""
+    """A configuration with another value for a key."""
     name, _, rest = key.partition(".")
     return {**plain, name: changed(plain.get(name) or {}, rest, value) if rest else value}
 
 
 @cache
 def composed(*options: str) -> dict[str, Any]:
-    """The configuration of predict.py, without its interpolations resolved."""
+    """The configuration of predict.py, with interpolations unresolved."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         plain = OmegaConf.to_container(compose("predict", to_overrides(options)), resolve=False)
     assert isinstance(plain, dict)
@@ -308,8 +308,8 @@ KINDS: list[tuple[str, ...]] = [
 
 
 @pytest.mark.parametrize("options", KINDS, ids=str)
-def test_every_key_changes_the_fingerprint_or_is_named_as_one_that_changes_no_voxel(options: tuple[str, ...]) -> None:
-    """Walks the whole composed configuration: a key that a later version adds counts until somebody names it."""
+def test_every_key_is_in_the_fingerprint_unless_listed_as_harmless(options: tuple[str, ...]) -> None:
+    """Walks the whole composed configuration, so a new key counts until it is listed."""
     plain = composed(*options)
     before, keys = settings(plain), [key for key in leaves(plain) if key != "run.content_hash"]
     assert {"stitch.fill", "model.average", "model.squeeze_axis", "data.patch_size", "run.seed"} <= {*keys}
@@ -323,15 +323,15 @@ def test_every_key_changes_the_fingerprint_or_is_named_as_one_that_changes_no_vo
     assert settings(plain, content=True) != before
 
 
-def test_what_is_named_as_changing_no_voxel_is_a_key() -> None:
-    """A name that no configuration has would be a slip; of the trainer's, Lightning knows."""
+def test_every_key_listed_as_harmless_exists() -> None:
+    """In the configuration or among the arguments of Lightning's Trainer."""
     keys = [f"{name}." for options in KINDS for name in leaves(composed(*options))]
     known = {f"trainer.{name}" for name in inspect.signature(pl.Trainer).parameters}
     assert [key for key in NO_VOXELS - known if not any(name.startswith(f"{key}.") for name in keys)] == []
 
 
-def test_trainer_arguments_change_no_voxel_but_precision_and_plugins_that_compute() -> None:
-    """Every argument of Lightning's Trainer; the plugin of a cluster is where a run is, not what it computes."""
+def test_of_trainer_arguments_only_precision_and_computing_plugins_count() -> None:
+    """For every argument of Lightning's Trainer; plugins for clusters only say where a run is."""
     arguments = [*inspect.signature(pl.Trainer).parameters]
     counted = [name for name in arguments if settings({"trainer": {name: "another"}}) != settings({})]
     assert sorted(counted) == ["plugins", "precision"]
@@ -340,8 +340,8 @@ def test_trainer_arguments_change_no_voxel_but_precision_and_plugins_that_comput
     assert settings({"trainer": {"plugins": [slurm, {"_target_": "x.HalfPrecision"}]}}) != settings({})
 
 
-def test_a_setting_that_is_new_and_null_leaves_earlier_outputs_as_they_are(tmp_path: Path) -> None:
-    """Null counts as not there; weights count by what is in their files, wherever they lie."""
+def test_a_new_setting_that_is_null_does_not_change_the_fingerprint(tmp_path: Path) -> None:
+    """Null counts as absent; weights count by the content of their files."""
     assert settings({"stitch": {"later": None}, "model": {"net": {"width": None}}}) == settings({})
     for name, content in (("a", b"1"), ("b", b"1"), ("c", b"2")):
         (tmp_path / name).write_bytes(content)
@@ -349,8 +349,8 @@ def test_a_setting_that_is_new_and_null_leaves_earlier_outputs_as_they_are(tmp_p
     assert a == b != c
 
 
-def test_settings_are_told_apart_by_value_and_kind() -> None:
-    """Each of these gives its own digest; a section that is not there is as good as an empty one."""
+def test_the_digest_distinguishes_values_and_types_of_settings() -> None:
+    """Each of these differs; an absent section equals an empty one."""
     kinds: list[Any] = [None, 0, 1, True, "1", "null", [], [0], [0, 1], [1, 0], [[0], 1], {"a": 1}]
     digests = [
         Resume(Path(), {"data": {"skip": kind}, "model": {"ckpt_path": None}}).settings_digest for kind in kinds
@@ -375,8 +375,8 @@ def test_a_changed_input_is_refused_and_named_and_only_it_is_redone(place: Place
     assert place.right("b")
 
 
-def test_a_touched_or_moved_input_is_the_same_where_content_counts(place: Place) -> None:
-    """run.content_hash=true: the time of change and the folder do not matter, a changed voxel does."""
+def test_with_content_hash_a_touched_or_moved_input_is_unchanged(place: Place) -> None:
+    """Time of change and folder do not matter; a changed voxel does."""
     hashed = ("run.content_hash=true", "run.overwrite=true")
     text = place.run("run.content_hash=true", status=2).text
     assert "run.content_hash was false and is true (3 subjects: a, b, c)" in text
@@ -395,16 +395,16 @@ def test_a_touched_or_moved_input_is_the_same_where_content_counts(place: Place)
     ).text  # fmt: skip
 
 
-def test_a_touched_input_is_refused_where_time_counts(place: Place) -> None:
-    """The default looks at path, size and time of change only."""
+def test_without_content_hash_a_touched_input_is_refused(place: Place) -> None:
+    """By default only path, size and time of change are compared."""
     os.utime(place.folder / "in/a.nii.gz", (1, 1))
     assert "its input files changed (1 subject: a)" in place.run(status=2).text
 
 
 @pytest.mark.parametrize("content", [False, True])
 @pytest.mark.parametrize("part", ["a.hdr", "a.img", "mask_a.nii"])
-def test_each_file_of_a_subject_counts(part: str, content: bool, tmp_path: Path) -> None:
-    """The .img of a .hdr, and a mask of data.skip."""
+def test_every_file_of_a_subject_is_in_the_fingerprint(part: str, content: bool, tmp_path: Path) -> None:
+    """The .img beside a .hdr, and a mask of data.skip."""
     for name in ("a.hdr", "a.img", "mask_a.nii"):
         (tmp_path / name).write_bytes(b"1")
     case, mask = find_cases(str(tmp_path / "a.hdr"))[0], str(tmp_path / "mask_{subject}.nii")
@@ -414,19 +414,19 @@ def test_each_file_of_a_subject_counts(part: str, content: bool, tmp_path: Path)
     assert inputs([case], mask, content=content) != before
 
 
-def test_a_moved_mask_is_the_same_where_content_counts(tmp_path: Path) -> None:
-    """The pattern of data.skip is a place, as that of the inputs; without content_hash it is a setting."""
+def test_with_content_hash_a_moved_mask_is_unchanged(tmp_path: Path) -> None:
+    """Like the inputs, data.skip then only says where files are; without content_hash it is a setting."""
     plain = [{"data": {"skip": f"{folder}/{{subject}}.nii"}} for folder in ("here", "there")]
     assert settings(plain[0], content=True) == settings(plain[1], content=True)
     assert settings(plain[0]) != settings(plain[1])
     assert settings({"data": {"skip": 3}}, content=True) != settings({"data": {"skip": 4}}, content=True)
 
 
-# What is left to do
+# Which subjects are predicted
 
 
-def test_a_deleted_output_is_made_again(place: Place) -> None:
-    """Only that subject's; until then the status says that it is missing."""
+def test_a_deleted_output_is_predicted_again(place: Place) -> None:
+    """Only that subject's; until then the status reports it as missing."""
     before = place.disk()
     (place.out / "b_labels.nii.gz").unlink()
     assert "2 of 3 subjects done, 0 failed, 1 missing" in place.run("run.status=true", status=1).text
@@ -437,7 +437,7 @@ def test_a_deleted_output_is_made_again(place: Place) -> None:
 
 
 def test_a_new_subject_is_added_and_a_failed_one_is_tried_again(place: Place) -> None:
-    """Others are skipped; while one fails the status is 1."""
+    """The others are skipped; the status is 1 as long as one fails."""
     place.subject("d", 7)
     (place.folder / "in/e.nii.gz").write_bytes(b"")
     before = place.disk()
@@ -456,8 +456,8 @@ def test_a_new_subject_is_added_and_a_failed_one_is_tried_again(place: Place) ->
     assert "5 of 5 subjects done, 0 failed, 0 missing" in place.run("run.status=true").text
 
 
-def test_a_run_over_one_subject_forgets_no_others(place: Place) -> None:
-    """Rows of the others stay: done ones, and failed ones with their reason; the full run then skips what is done."""
+def test_a_run_over_one_subject_keeps_the_rows_of_the_others(place: Place) -> None:
+    """Done ones, and failed ones with their reason; the full run then skips what is done."""
     (place.folder / "in/d.nii.gz").write_bytes(b"")
     place.run(status=1)
     before = place.disk()
@@ -470,8 +470,8 @@ def test_a_run_over_one_subject_forgets_no_others(place: Place) -> None:
     assert place.redone(before) == {"b"}
 
 
-def test_rows_of_shards_count_in_a_whole_run_and_the_other_way_round(place: Place) -> None:
-    """One folder, whoever wrote there last."""
+def test_shards_and_unsharded_runs_count_each_others_rows(place: Place) -> None:
+    """In one folder, whichever wrote last."""
     before = place.disk()
     for index in range(2):
         place.run(f"shard.index={index}", "shard.count=2", slow="60")
@@ -485,8 +485,8 @@ def test_rows_of_shards_count_in_a_whole_run_and_the_other_way_round(place: Plac
     assert "3 of 3 subjects done" in place.run("run.status=true", "shard.count=2").text
 
 
-def test_the_latest_row_counts_among_manifests(place: Place) -> None:
-    """What shards overwrote is theirs; going back is refused again."""
+def test_the_latest_row_of_all_manifests_counts(place: Place) -> None:
+    """Subjects that shards overwrote have the shards' settings; going back is refused again."""
     place.run("shard.index=0", "shard.count=2", "run.seed=1", "run.overwrite=true")
     ours = set(place.statuses("manifest_0_of_2.csv"))
     assert f"({len(ours)} subject" in place.run(status=2).text
@@ -495,8 +495,8 @@ def test_the_latest_row_counts_among_manifests(place: Place) -> None:
     assert "3 subjects" in place.run("run.seed=1", status=2).text
 
 
-def test_a_run_that_died_while_it_overwrote_shards_leaves_nothing_that_looks_done(place: Place) -> None:
-    """Files may be of either run then: rows of the shards' manifests must not count again."""
+def test_after_a_run_died_while_overwriting_shards_nothing_counts_as_done(place: Place) -> None:
+    """Files may be of either run then, so rows in the shards' manifests must not count."""
     for index in range(2):
         place.run(f"shard.index={index}", "shard.count=2", "run.seed=1", "run.overwrite=true")
     job = place.forks.start(*JOB, "run.overwrite=true", cwd=place.folder, env={"SLOW": "60"})
@@ -519,8 +519,8 @@ def written(path: Path, *rows: Row) -> bytes:
 
 
 @given(cut=st.integers(1, 400))
-def test_a_torn_last_line_is_no_row(cut: int, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Wherever a crash cut it, also within its fingerprint; the rows before count."""
+def test_a_truncated_last_line_is_not_a_row(cut: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Wherever a crash cut it, also within the fingerprint; the rows before count."""
     path = tmp_path_factory.getbasetemp() / "torn.csv"
     rows = [
         Row("a", "done", ("a_labels.nii.gz",), 3, 1.5, "", 2.25, 1, fingerprint="0123-4567"),
@@ -535,8 +535,8 @@ def test_a_torn_last_line_is_no_row(cut: int, tmp_path_factory: pytest.TempPathF
     assert list(read_rows([path]).values()) == rows[: max(0, lines - 1)]
 
 
-def test_a_run_goes_on_after_a_torn_line(place: Place) -> None:
-    """The subject whose row was lost is made again, without a word about its fingerprint."""
+def test_a_run_continues_after_a_truncated_line(place: Place) -> None:
+    """The subject whose row was lost is predicted again, without a message about its fingerprint."""
     manifest, before = place.out / "manifest.csv", place.disk()
     manifest.write_bytes(manifest.read_bytes()[:-8])
     place.run()
@@ -544,8 +544,8 @@ def test_a_run_goes_on_after_a_torn_line(place: Place) -> None:
     assert place.redone(before) == {"c"}
 
 
-def test_outputs_of_a_version_without_fingerprints_are_not_overwritten_unasked(place: Place) -> None:
-    """Such a manifest has fewer columns; it does not say how its outputs were made."""
+def test_outputs_without_fingerprints_are_not_overwritten_unless_asked(place: Place) -> None:
+    """Manifests of earlier versions have fewer columns and do not tell the settings."""
     with open(place.out / "manifest.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["subject", "status", "outputs", "patches", "seconds", "error", "volume_ml", "skipped"])
@@ -561,15 +561,15 @@ def test_outputs_of_a_version_without_fingerprints_are_not_overwritten_unasked(p
 
 
 def test_settings_that_are_no_longer_on_record_are_still_refused(place: Place) -> None:
-    """Without run.json nobody knows what changed, but the fingerprint does not fit."""
+    """Without run.json the message cannot name the change, but the fingerprint differs."""
     (place.out / "run.json").unlink()
     assert "with settings that are no longer on record (3 subjects: a, b, c)" in place.run("run.seed=1", status=2).text
     place.run(slow="60")
     assert place.statuses() == dict.fromkeys(NAMES, "skipped")
 
 
-def test_nonsense_beside_the_manifest_does_no_harm(tmp_path: Path) -> None:
-    """Other tables and records that match the pattern, numbers that are none, bytes that are no text."""
+def test_invalid_tables_beside_the_manifest_are_ignored(tmp_path: Path) -> None:
+    """Other tables and records that match the pattern, invalid numbers, and bytes that are not text."""
     written(tmp_path / "manifest.csv", Row("a", "done", ("a.nii",)), Row("b", "done", ("b.nii",)), Row("c", "done"))
     for name in ("a.nii", "c.nii"):
         (tmp_path / name).touch()
@@ -583,8 +583,8 @@ def test_nonsense_beside_the_manifest_does_no_harm(tmp_path: Path) -> None:
     assert finished(tmp_path / "no") == {}
 
 
-def test_the_later_of_two_rows_counts_wherever_it_stands(tmp_path: Path) -> None:
-    """By the time that it was written, not by the file's name; of equal ones the last in the file."""
+def test_the_later_of_two_rows_counts_in_whichever_file(tmp_path: Path) -> None:
+    """By the time of writing, not the file's name; of equal times, the last in the file."""
     new, old = (
         Row("a", status, ("a.nii",), finished=at) for status, at in (("failed", "2026-02"), ("done", "2026-01"))
     )
@@ -599,8 +599,8 @@ def test_the_later_of_two_rows_counts_wherever_it_stands(tmp_path: Path) -> None
     assert read_rows([tmp_path / "manifest.csv"])["a"].status == "done"
 
 
-def test_a_subject_that_is_not_made_again_stays_in_no_manifest_as_done(tmp_path: Path) -> None:
-    """The record of a run says so before its first subject; and it leaves one row for each when it ends."""
+def test_a_subject_to_be_redone_is_not_done_in_any_manifest(tmp_path: Path) -> None:
+    """From before a run's first subject on; at its end the manifest has one row per subject."""
     (tmp_path / "a.nii").touch()
     written(tmp_path / "manifest_0_of_2.csv", Row("a", "done", ("a.nii",), finished="2020", fingerprint="old"))
     plan = RunPlan(Group(None), [], [], ["a", "b"], [], {})
@@ -617,8 +617,8 @@ def test_a_subject_that_is_not_made_again_stays_in_no_manifest_as_done(tmp_path:
     assert (told["subjects"], told["done"], told["failed"], told["missing"]) == (2, 1, 1, 0)
 
 
-def test_todo_compares_case_by_case(tmp_path: Path) -> None:
-    """Done, made otherwise, failed, gone and new, in one folder."""
+def test_todo_compares_each_subject(tmp_path: Path) -> None:
+    """Done, made with other settings, failed, missing and new, in one folder."""
     (tmp_path / "in").mkdir()
     for name in "abcde":
         (tmp_path / f"in/{name}.nii").write_text(name)
@@ -649,8 +649,8 @@ def test_todo_compares_case_by_case(tmp_path: Path) -> None:
     assert Resume(tmp_path / "out", {"data": {"skip": 1}}, skip_done=False).todo(cases).done == {}
 
 
-def test_files_of_an_earlier_making_do_not_stay_beside_the_new(place: Place) -> None:
-    """Fewer products, another suffix: what is in the folder was made in one way. Other people's files stay."""
+def test_files_of_replaced_outputs_are_removed(place: Place) -> None:
+    """With fewer products or another suffix. Files of the user's stay."""
     place.run("stitch.products=[labels,entropy]", "run.overwrite=true")
     assert (place.out / "a_entropy.nii.gz").exists()
     (place.out / "a_notes.txt").write_text("mine")
@@ -660,8 +660,8 @@ def test_files_of_an_earlier_making_do_not_stay_beside_the_new(place: Place) -> 
     assert [name for name in names if name.startswith("b_")] == ["b_entropy.nii.gz", "b_labels.nii.gz"]
 
 
-def test_a_run_that_dies_while_it_makes_again_does_not_forget_the_files_that_were(place: Place, forks: Server) -> None:
-    """Killed before anything was made: the next run still knows what to take away."""
+def test_a_run_killed_while_redoing_still_leads_to_removal_of_old_files(place: Place, forks: Server) -> None:
+    """Killed before it wrote anything: the next run still knows which files to remove."""
     place.run("stitch.products=[labels,entropy]", "run.overwrite=true")
     job = forks.start(*JOB, "run.overwrite=true", cwd=place.folder, env={"SLOW": "60"})
     job.until(place.out / "run.json", '"running"')

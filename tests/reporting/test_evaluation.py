@@ -1,4 +1,4 @@
-"""Laws of evaluating a run: metrics.csv has every subject and class, by the written files, and says what is wrong."""
+"""Tests the evaluation of a run: metrics.csv has every subject and class, by the written files, and every error."""
 
 import csv
 from pathlib import Path
@@ -31,7 +31,7 @@ def metrics(folder: Path, name: str = "metrics.csv") -> list[dict[str, str]]:
 
 
 def place(folder: Path, *subjects: str, affine: np.ndarray | None = None) -> None:
-    """Scans, and truths that are right but for some voxels."""
+    """Scans, and reference labels that are right except for some voxels."""
     for seed, name in enumerate(subjects):
         scan = save(folder / f"in/{name}.nii", noise((12, 10, 9), seed), affine)
         truth = (scan > 50).astype(np.uint8)
@@ -39,8 +39,8 @@ def place(folder: Path, *subjects: str, affine: np.ndarray | None = None) -> Non
         save(folder / f"truth/{name}.nii", truth, affine)
 
 
-def test_a_run_with_labels_says_how_good_it_is(tmp_path: Path, forks: Server) -> None:
-    """A row per subject and class with what the two files give, a picture, and a table; oblique voxels."""
+def test_a_run_with_reference_labels_writes_metrics(tmp_path: Path, forks: Server) -> None:
+    """A row per subject and class computed from both files, a picture and a table; voxels are oblique."""
     place(tmp_path, "a", "b", affine=OBLIQUE)
     names = "stitch.class_names=[background,bright]"
     job = forks.start("data.inputs=in", LABELS, names, "run.surface_tolerance=0.3", *JOB, cwd=tmp_path)
@@ -74,8 +74,8 @@ def test_a_run_with_labels_says_how_good_it_is(tmp_path: Path, forks: Server) ->
     assert "±" in job.text
 
 
-def test_subjects_that_were_done_before_are_compared_too(tmp_path: Path, forks: Server) -> None:
-    """The second run predicts nothing; labels are no setting that changes outputs, and failed subjects are said."""
+def test_subjects_done_before_are_evaluated_too(tmp_path: Path, forks: Server) -> None:
+    """The second run predicts nothing, since data.labels is not in the fingerprint; failed subjects are reported."""
     place(tmp_path, "a", "b")
     (tmp_path / "in/c.nii").write_bytes(b"no image")
     save(tmp_path / "truth/c.nii", np.zeros((3, 3, 3), np.uint8))
@@ -94,8 +94,8 @@ def test_subjects_that_were_done_before_are_compared_too(tmp_path: Path, forks: 
     assert rows[2]["dice"] == rows[2]["volume_ml"] == ""
 
 
-def test_two_processes_and_two_shards_compare_each_subject_once(tmp_path: Path, forks: Server) -> None:
-    """By the process that keeps the manifest; a shard has a file of its own."""
+def test_each_subject_is_evaluated_once_by_processes_and_shards(tmp_path: Path, forks: Server) -> None:
+    """By the process that keeps the manifest; each shard writes a file of its own."""
     place(tmp_path, "a", "b", "c")
     both = forks.start("data.inputs=in", LABELS, "output_dir=two", *JOB, cwd=tmp_path, ranks=2)
     assert checked(both.wait()) == 0, both.text
@@ -109,8 +109,8 @@ def test_two_processes_and_two_shards_compare_each_subject_once(tmp_path: Path, 
     assert sorted(map(str, parts[0] + parts[1])) == sorted(map(str, metrics(tmp_path / "two")))
 
 
-def test_a_tables_column_names_the_labels(tmp_path: Path, forks: Server) -> None:
-    """It is no image, with or without an evaluation."""
+def test_a_column_of_the_table_may_name_the_labels(tmp_path: Path, forks: Server) -> None:
+    """It is not an image, with or without an evaluation."""
     place(tmp_path, "a", "b")
     (tmp_path / "table.csv").write_text("subject,t1,label\nx,in/a.nii,truth/a.nii\ny,in/b.nii,truth/b.nii\n")
     job = forks.start("data.inputs=table.csv", *JOB, cwd=tmp_path)
@@ -118,8 +118,8 @@ def test_a_tables_column_names_the_labels(tmp_path: Path, forks: Server) -> None
     assert [row["subject"] for row in metrics(tmp_path / "outputs")] == ["x", "y"]
 
 
-def test_a_label_that_cannot_be_compared_is_a_row_and_status_1(tmp_path: Path, forks: Server) -> None:
-    """Another grid, another affine, numbers that are no labels, a class too many; the others are compared."""
+def test_an_invalid_reference_label_is_a_row_and_status_1(tmp_path: Path, forks: Server) -> None:
+    """Another grid or affine, values that are not labels, an unknown class; other subjects are evaluated."""
     place(tmp_path, "a", "affine", "class", "gone", "grid", "half")
     save(tmp_path / "truth/affine.nii", np.zeros((12, 10, 9), np.uint8), np.diag([1, 1, 2, 1]))
     save(tmp_path / "truth/class.nii", np.full((12, 10, 9), 7, np.uint8))
@@ -141,8 +141,8 @@ def test_a_label_that_cannot_be_compared_is_a_row_and_status_1(tmp_path: Path, f
     assert "1 of 6 subjects compared" in job.text
 
 
-def test_a_label_that_is_missing_is_said_and_is_no_failure(tmp_path: Path, forks: Server) -> None:
-    """A cohort is often labelled in part; without any label nothing is started."""
+def test_a_missing_reference_label_is_reported_but_not_a_failure(tmp_path: Path, forks: Server) -> None:
+    """Cohorts are often labelled in part. If no label exists at all, nothing is started."""
     place(tmp_path, "a", "b")
     (tmp_path / "truth/b.nii").unlink()
     job = forks.start("data.inputs=in", LABELS, *JOB, cwd=tmp_path)
@@ -150,12 +150,12 @@ def test_a_label_that_is_missing_is_said_and_is_no_failure(tmp_path: Path, forks
     assert [row["error"] for row in metrics(tmp_path / "outputs")] == ["", "there is no label file truth/b.nii"]
     none = forks.start("data.inputs=in", "data.labels=nowhere/{subject}.nii", "output_dir=none", *JOB, cwd=tmp_path)
     assert checked(none.wait()) == 2
-    assert "voxquilt: data.labels=nowhere/{subject}.nii: no subject has such a file (looked from" in none.text
+    assert "voxquilt: data.labels=nowhere/{subject}.nii: no subject has such a file (relative to" in none.text
     assert not (tmp_path / "none").exists()
 
 
-def test_metrics_that_cannot_be_written_do_not_undo_the_run(tmp_path: Path, forks: Server) -> None:
-    """Status 1, not 2: labels are there."""
+def test_a_run_whose_metrics_cannot_be_written_keeps_its_outputs(tmp_path: Path, forks: Server) -> None:
+    """Status 1, not 2: the labels were written."""
     place(tmp_path, "a")
     (tmp_path / "outputs/metrics.csv").mkdir(parents=True)
     job = forks.start("data.inputs=in", LABELS, *JOB, cwd=tmp_path)
@@ -169,7 +169,7 @@ def test_metrics_that_cannot_be_written_do_not_undo_the_run(tmp_path: Path, fork
 
 
 def evaluated(folder: Path, subjects: dict[str, tuple[np.ndarray, np.ndarray]], **options: object) -> list[Score]:
-    """Predictions (as they would be written) and truths."""
+    """Evaluate predictions, as they would be written, against reference labels."""
     cases, rows = [], []
     for name, (made, truth) in subjects.items():
         save(folder / f"{name}_labels.nii", made)
@@ -181,7 +181,7 @@ def evaluated(folder: Path, subjects: dict[str, tuple[np.ndarray, np.ndarray]], 
 
 
 def cube(*classes: int) -> np.ndarray:
-    """A plane of each class."""
+    """A cube with one plane per class."""
     volume = np.zeros((6, 4, 4), np.uint8)
     for n, value in enumerate(classes):
         volume[n] = value
@@ -192,8 +192,8 @@ def table(scores: list[Score]) -> dict[tuple[str, str], float]:
     return {(s.subject, s.name): s.agreement.dice for s in scores if s.agreement}
 
 
-def test_classes_are_those_that_any_subject_has(tmp_path: Path) -> None:
-    """A class that a subject lacks on both sides is empty there, one that only one side has is 0."""
+def test_metrics_have_every_class_that_any_subject_has(tmp_path: Path) -> None:
+    """A class that a subject lacks on both sides is empty there; one that only one side has gets 0."""
     scores = evaluated(tmp_path, {"a": (cube(1, 2), cube(1)), "b": (cube(4), cube(4, 4))})
     nan = pytest.approx(float("nan"), nan_ok=True)
     assert table(scores) == {
@@ -203,8 +203,8 @@ def test_classes_are_those_that_any_subject_has(tmp_path: Path) -> None:
     assert table(named) == {("a", "one"): 1, ("a", "two"): nan}
 
 
-def test_several_labels_a_voxel_are_compared_channel_by_channel(tmp_path: Path) -> None:
-    """In a 4-D label file, or one file for each channel; another number of channels is an error."""
+def test_several_labels_per_voxel_are_compared_by_channel(tmp_path: Path) -> None:
+    """In a 4-D file or one file per channel; another number of channels is an error."""
     made = np.stack([cube(1, 1), cube(0, 1), cube()], -1)
     truth = np.stack([cube(1), cube(0, 255), cube()], -1)
     nan = pytest.approx(float("nan"), nan_ok=True)
@@ -219,14 +219,14 @@ def test_several_labels_a_voxel_are_compared_channel_by_channel(tmp_path: Path) 
     assert score.failed
 
 
-def test_labels_of_other_types_are_taken_as_they_are(tmp_path: Path) -> None:
-    """Whole numbers in floats are labels; negative ones are not."""
+def test_whole_numbers_in_float_files_are_labels(tmp_path: Path) -> None:
+    """Negative ones are not."""
     assert table(evaluated(tmp_path, {"a": (cube(3), cube(3).astype(np.float64))})) == {("a", "3"): 1}
     (score,) = evaluated(tmp_path, {"a": (cube(3), cube(3).astype(np.int16) - 1)})
     assert "holds -1, which is not a label" in score.error
 
 
-def test_a_subject_without_labels_says_what_was_written(tmp_path: Path) -> None:
+def test_a_run_that_wrote_no_labels_is_an_error_that_lists_its_files(tmp_path: Path) -> None:
     """Such as after stitch.products=[probabilities]."""
     save(tmp_path / "truth/a.nii", cube(1))
     evaluation = Evaluation(tmp_path, [SubjectFiles("a", {})], str(tmp_path / "truth/{subject}.nii"), None, 1.0)
@@ -236,8 +236,8 @@ def test_a_subject_without_labels_says_what_was_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("classes", [0, 1, 100])
-def test_a_picture_is_made_of_any_number_of_classes(tmp_path: Path, classes: int) -> None:
-    """None, one, a hundred; infinite distances and empty cells are left out of it."""
+def test_the_plot_accepts_any_number_of_classes(tmp_path: Path, classes: int) -> None:
+    """None, one, a hundred; infinite distances and empty cells are left out."""
     inf, nan = float("inf"), float("nan")
     found = [Agreement(0.5, 0.4, 3, 1, 2), Agreement(0, 0, inf, 0, 1), Agreement(nan, nan, nan, 0, 0)]
     scores = [Score(f"s{n}", f"class {c}", one) for c in range(classes) for n, one in enumerate(found)]
@@ -246,8 +246,8 @@ def test_a_picture_is_made_of_any_number_of_classes(tmp_path: Path, classes: int
         assert picture.size[0] == 100 * min(6 + 0.25 * classes, 40)
 
 
-def test_labels_that_are_not_written_cannot_be_compared(tmp_path: Path, forks: Server) -> None:
-    """Said before the run."""
+def test_an_evaluation_without_written_labels_is_refused(tmp_path: Path, forks: Server) -> None:
+    """Before the run."""
     place(tmp_path, "a")
     job = forks.start("data.inputs=in", LABELS, "stitch.products=[entropy]", *JOB, cwd=tmp_path)
     assert checked(job.wait()) == 2
@@ -256,8 +256,8 @@ def test_labels_that_are_not_written_cannot_be_compared(tmp_path: Path, forks: S
 
 
 @pytest.mark.filterwarnings("ignore:monai.metrics:FutureWarning")
-def test_the_brain_of_colin27_is_found_as_well_as_published(tmp_path: Path, forks: Server) -> None:
-    """The example network at 2 mm against the brain mask that comes with the image, on the image's own 1 mm grid."""
+def test_the_brain_of_colin27_is_segmented_as_well_as_published(tmp_path: Path, forks: Server) -> None:
+    """The example network at 2 mm against the brain mask that comes with the image, on the image's 1 mm grid."""
     (tmp_path / "table.csv").write_text(f"subject,t1,label\ncolin,{fetch('colin27_t1')},{fetch('colin27_brain')}\n")
     grid = ("preprocess.spacing=2", "data.patch_size=96", "data.patch_overlap=48", "trainer=cpu", "output_dir=out")
     labels = f"data.labels={tmp_path}/{{subject}}_brain.nii.gz"
@@ -277,8 +277,8 @@ def test_the_brain_of_colin27_is_found_as_well_as_published(tmp_path: Path, fork
     assert 1000 < float(row["true_volume_ml"]) < float(row["volume_ml"]) < 2500
 
 
-def test_labels_of_every_blend_are_compared_each_by_itself(tmp_path: Path, forks: Server) -> None:
-    """Of stitch.compare too, and of several outputs the first's: rows, table and picture tell them apart."""
+def test_labels_of_each_blend_are_evaluated_separately(tmp_path: Path, forks: Server) -> None:
+    """Of stitch.compare too; of several outputs, the first's. Rows, table and picture tell them apart."""
     case = SubjectFiles("a", {"image": tmp_path / "none.nii"})
     for name, made in {"seg_labels": cube(1), "seg_labels_crop": cube(1, 1), "other_labels": cube(0, 1)}.items():
         save(tmp_path / f"a_{name}.nii", made)

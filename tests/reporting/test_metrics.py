@@ -1,4 +1,4 @@
-"""Laws of metrics: Dice, surface Dice, the Hausdorff distance and volumes are what their definitions say, in mm."""
+"""Tests metrics: Dice, surface Dice, the Hausdorff distance and volumes equal their definitions, in mm."""
 
 from math import inf, isnan, nan
 
@@ -17,13 +17,13 @@ OBLIQUE = np.array([[0.5, 0.1, 0, 3], [-0.1, 0.5, 0.2, -4], [0, 0.3, 1.5, 5], [0
 
 
 def surface(volume: np.ndarray, value: int) -> list[tuple[int, ...]]:
-    """Voxel by voxel."""
+    """Surface voxels, found voxel by voxel."""
     inside = {tuple(index) for index in np.argwhere(volume == value).tolist()}
     return [v for v in inside if any(tuple(np.add(v, step).tolist()) not in inside for step in NEIGHBOURS)]
 
 
 def plain(labels: np.ndarray, truth: np.ndarray, affine: np.ndarray, tolerance: float) -> dict[int, Agreement]:
-    """The definitions, slowly."""
+    """The definitions as slow loops."""
     found = {}
     for value in sorted({*labels.ravel().tolist(), *truth.ravel().tolist()} - {0}):
         a, b = labels == value, truth == value
@@ -55,17 +55,17 @@ VOLUMES = SHAPES.flatmap(
 
 @settings(deadline=None, max_examples=150)
 @given(VOLUMES, st.sampled_from([np.eye(4), np.diag([-0.5, 1.5, 3.1, 1]), OBLIQUE]), st.sampled_from([0.4, 1.0, 2.3]))
-def test_metrics_are_their_definitions(
+def test_metrics_equal_their_definitions(
     volumes: tuple[np.ndarray, np.ndarray], affine: np.ndarray, tolerance: float
 ) -> None:
-    """Against a reference that goes voxel by voxel, for classes that either has, also with oblique axes."""
+    """By a slow voxel-wise reference, for classes of either volume, with oblique axes too."""
     same(agreements(*volumes, affine, tolerance), plain(*volumes, affine, tolerance))
 
 
 @settings(deadline=None, max_examples=50)
 @given(VOLUMES)
 def test_swapping_labels_and_truth_swaps_only_the_volumes(volumes: tuple[np.ndarray, np.ndarray]) -> None:
-    """All else is symmetric."""
+    """All other metrics are symmetric."""
     a, b = agreements(*volumes, OBLIQUE, 1.0), agreements(*volumes[::-1], OBLIQUE, 1.0)
     for value, one in a.items():
         other = b[value]
@@ -76,8 +76,8 @@ def test_swapping_labels_and_truth_swaps_only_the_volumes(volumes: tuple[np.ndar
 
 @pytest.mark.filterwarnings("ignore:monai.metrics:FutureWarning")
 @pytest.mark.parametrize("seed", range(4))
-def test_metrics_are_monais(seed: int) -> None:
-    """Balls that were moved, at 0.5 x 1 x 2 mm; MONAI counts surfaces and distances the same way."""
+def test_metrics_equal_those_of_monai(seed: int) -> None:
+    """For shifted balls at 0.5 x 1 x 2 mm; MONAI counts surfaces and distances alike."""
     rng = np.random.default_rng(seed)
     grid, spacing = np.stack(np.meshgrid(*[np.arange(24)] * 3, indexing="ij")), (0.5, 1.0, 2.0)
 
@@ -96,7 +96,7 @@ def test_metrics_are_monais(seed: int) -> None:
     assert found.dice == pytest.approx(dice, abs=1e-12)
 
 
-def test_a_perfect_class_is_perfect() -> None:
+def test_equal_masks_have_perfect_metrics() -> None:
     """Dice and surface Dice 1, distance 0, also at the volume's border and for a single voxel."""
     labels = np.zeros((5, 4, 3), np.uint8)
     labels[:2] = 1
@@ -111,8 +111,8 @@ def test_a_perfect_class_is_perfect() -> None:
         )
 
 
-def test_a_class_that_one_of_them_lacks_is_infinitely_far() -> None:
-    """Dice and surface Dice 0, infinite distance, volumes as they are; a class that both lack is not there."""
+def test_a_class_missing_on_one_side_is_infinitely_far() -> None:
+    """Dice and surface Dice 0, true volumes; a class that both lack has no row."""
     labels, truth = np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8)
     labels[0, 0, :2], truth[3] = 1, 3
     found = agreements(labels, truth, np.diag([10, 10, 10, 1]), 1.0)
@@ -123,8 +123,8 @@ def test_a_class_that_one_of_them_lacks_is_infinitely_far() -> None:
     assert agreements(truth * 0, truth * 0, np.eye(4), 1.0) == {}
 
 
-def test_values_may_be_large_and_far_apart() -> None:
-    """FreeSurfer's 2035, and more than 65535: the result is that of small numbers."""
+def test_label_values_may_be_large_and_far_apart() -> None:
+    """FreeSurfer's 2035, and more than 65535: the result equals that for small numbers."""
     rng = np.random.default_rng(0)
     small = rng.integers(0, 4, (2, 8, 7, 6))
     wanted = agreements(*small.astype(np.uint8), OBLIQUE, 1.0)
@@ -135,8 +135,8 @@ def test_values_may_be_large_and_far_apart() -> None:
         assert list(found.values()) == list(wanted.values())
 
 
-def test_a_shift_of_two_voxels_is_two_voxels_of_mm() -> None:
-    """Along k at 3 mm: everything is at most 6 mm off, the faces exactly."""
+def test_a_shift_by_two_voxels_is_a_distance_of_two_spacings() -> None:
+    """Along k at 3 mm: all distances are at most 6 mm, those of the faces exactly 6."""
     labels, truth = np.zeros((9, 9, 20), np.uint8), np.zeros((9, 9, 20), np.uint8)
     labels[2:7, 2:7, 3:12], truth[2:7, 2:7, 5:14] = 1, 1
     found = agreements(labels, truth, np.diag([1, 1, 3, 1]), 1.0)[1]

@@ -1,4 +1,4 @@
-"""Laws of the picture: where the planes lie, which side is up, and where the outlines run."""
+"""Tests the overlay picture: which planes it shows, which side is up, and where outlines run."""
 
 import tracemalloc
 from itertools import permutations, product
@@ -18,7 +18,7 @@ ORIENTATIONS = [np.array([*zip(p, f, strict=True)]) for p in permutations(range(
 
 
 def drawn(image: np.ndarray, labels: np.ndarray, affine: np.ndarray, folder: Path) -> np.ndarray:
-    """The picture, (height, width, 3)."""
+    """The picture as an array (height, width, 3)."""
     path = folder / "overlay.png"
     overlay_png(image, labels, affine, path)
     with Image.open(path) as picture:
@@ -37,8 +37,8 @@ def panels(picture: np.ndarray, sizes: list[tuple[int, int]]) -> list[np.ndarray
     return found
 
 
-def test_of_several_masks_the_last_is_drawn() -> None:
-    """Channels count from 1; a single one holds labels already."""
+def test_where_masks_overlap_the_last_is_drawn() -> None:
+    """Channels count from 1; a single channel holds labels already."""
     labels = np.arange(8, dtype=np.int16).reshape(1, 2, 2, 2)
     assert np.shares_memory(flat(labels), labels)
     masks = np.array([[1, 1, 0, 0], [0, 9, 0, 0], [0, 0, 0, 1]], np.uint8).reshape(3, 4, 1, 1)
@@ -49,8 +49,8 @@ def is_colour(panel: np.ndarray, label: int) -> np.ndarray:
     return (panel == PALETTE[(label - 1) % len(PALETTE)]).all(axis=-1)
 
 
-def test_pictures_that_are_compared_have_one_choice_of_planes_and_greys() -> None:
-    """Where nothing is outlined, a volume with other labels looks the same; a darker one looks as much darker."""
+def test_compared_pictures_share_planes_and_grey_levels() -> None:
+    """A volume with other labels looks equal where nothing is outlined; a darker one looks as much darker."""
     rng = np.random.default_rng(0)
     image = rng.uniform(10, 200, (12, 14, 16))
     truth, labels = np.zeros((2, 12, 14, 16), np.uint8)
@@ -73,8 +73,8 @@ def test_pictures_that_are_compared_have_one_choice_of_planes_and_greys() -> Non
         overlay(image, labels, affine, planes_of=truth[:5])
 
 
-def test_pictures_below_each_other_have_their_captions() -> None:
-    """Each under its own, nothing of it lost."""
+def test_stacked_pictures_keep_their_captions() -> None:
+    """Each under its own picture, complete."""
     pictures = [Image.new("RGB", (60, 30), colour) for colour in ("red", "blue")]
     found = np.asarray(stacked([("first", pictures[0]), ("", pictures[1])]))
     assert found.shape == (2 * (30 + LINE), 60, 3)
@@ -85,7 +85,7 @@ def test_pictures_below_each_other_have_their_captions() -> None:
 
 
 def test_outlines_are_the_two_outermost_pixels_of_the_mask(tmp_path: Path) -> None:
-    """With 10 pixels a voxel, the coloured pixels are the mask minus its erosion by 2, in all three planes."""
+    """With 10 pixels per voxel, coloured pixels are the mask minus its erosion by 2, in all three planes."""
     labels = np.zeros((40, 40, 40), dtype=np.int16)
     labels[5:18, 20:31, 3:12] = 1
     labels[9:14, 23:28, 6:9] = 0  # a hole, which has an outline too
@@ -99,7 +99,7 @@ def test_outlines_are_the_two_outermost_pixels_of_the_mask(tmp_path: Path) -> No
 
 
 def test_a_label_that_touches_the_edge_has_a_closed_outline(tmp_path: Path) -> None:
-    """Where everything is one label, the outline is the picture's frame."""
+    """If everything is one label, the outline is the picture's frame."""
     volume = np.ones((40, 40, 40), dtype=np.uint8)
     for panel in panels(drawn(volume, volume, np.eye(4), tmp_path), [(400, 400)] * 3):
         frame = np.ones((400, 400), dtype=bool)
@@ -108,7 +108,7 @@ def test_a_label_that_touches_the_edge_has_a_closed_outline(tmp_path: Path) -> N
 
 
 def test_every_label_has_its_own_colour_until_the_palette_repeats(tmp_path: Path) -> None:
-    """Neighbouring labels are told apart; label 8 looks like label 1."""
+    """Label 8 looks like label 1."""
     labels = np.zeros((40, 40, 40), dtype=np.uint64)
     labels[:10], labels[10:20], labels[20:] = 1, 2, 1 + len(PALETTE)
     axial = panels(drawn(np.zeros(labels.shape), labels, np.eye(4), tmp_path), [(400, 400)] * 3)[2]
@@ -134,7 +134,7 @@ def test_right_and_anterior_and_superior_are_right_or_up(axis: int, expected: tu
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS, ids=str)
 def test_the_picture_does_not_depend_on_the_order_of_the_axes(orientation: np.ndarray, tmp_path: Path) -> None:
-    """All 48 flips and permutations of an oblique, anisotropic volume give the same picture, pixel by pixel."""
+    """All 48 flips and permutations of an oblique, anisotropic volume give equal pixels."""
     rng = np.random.default_rng(0)
     image = rng.integers(0, 1000, (12, 17, 9)).astype(np.int16)
     labels = (ndimage.gaussian_filter(rng.random(image.shape), 2) > 0.5).astype(np.int16)
@@ -144,16 +144,16 @@ def test_the_picture_does_not_depend_on_the_order_of_the_axes(orientation: np.nd
     np.testing.assert_array_equal(picture, drawn(image, labels, affine, tmp_path))
 
 
-def test_lengths_are_true(tmp_path: Path) -> None:
-    """60 x 100 x 120 mm at 4 pixels per mm, so that the lowest plane is 400 pixels high, whatever the voxels are."""
+def test_lengths_in_the_picture_are_proportional_to_mm(tmp_path: Path) -> None:
+    """60 x 100 x 120 mm at 4 pixels per mm, so that the lowest plane is 400 pixels high, for any voxel size."""
     labels = np.zeros((60, 50, 40), dtype=np.uint8)
     picture = drawn(labels, labels, np.diag([1, 2, 3, 1]), tmp_path)
     assert len(panels(picture, [(480, 400), (480, 240), (400, 240)])) == 3
     assert picture.shape == (480 + 2 * MARGIN, 400 + 240 + 240 + 6 * MARGIN, 3)
 
 
-def test_letters_are_drawn_in_the_margins(tmp_path: Path) -> None:
-    """Each plane has four letters around it, and none on it."""
+def test_orientation_letters_are_drawn_in_the_margins(tmp_path: Path) -> None:
+    """Four around each plane, and none on it."""
     empty = np.zeros((40, 40, 40), dtype=np.uint8)
     picture = drawn(empty, empty, np.eye(4), tmp_path)
     assert not any(panel.any() for panel in panels(picture, [(400, 400)] * 3))
@@ -161,8 +161,8 @@ def test_letters_are_drawn_in_the_margins(tmp_path: Path) -> None:
     assert letters == 12
 
 
-def test_grey_runs_from_the_1st_to_the_99th_percentile_of_what_is_not_zero(tmp_path: Path) -> None:
-    """Neither the empty background nor one glaring voxel decides how bright the head is."""
+def test_grey_spans_the_1st_to_99th_percentile_of_nonzero_voxels(tmp_path: Path) -> None:
+    """So neither the background nor a single bright voxel decides the brightness."""
     image = np.zeros((40, 40, 40), dtype=np.int16)
     image[10:30, 10:30, 10:30] = np.arange(100, 120)
     image[20, 20, 20] = 30000
@@ -184,8 +184,10 @@ def test_grey_runs_from_the_1st_to_the_99th_percentile_of_what_is_not_zero(tmp_p
         ((3000, 2, 2), (2, 2 + 1600 + 1600)),
     ],
 )
-def test_thin_and_long_volumes_are_drawn(shape: tuple[int, ...], size: tuple[int, int], tmp_path: Path) -> None:
-    """At least one pixel and at most 1600 along every axis, the margins aside."""
+def test_thin_and_long_volumes_have_1_to_1600_pixels_per_axis(
+    shape: tuple[int, ...], size: tuple[int, int], tmp_path: Path
+) -> None:
+    """Without the margins."""
     volume = np.ones(shape, dtype=np.uint8)
     height, width, _ = drawn(volume, volume, np.eye(4), tmp_path).shape
     assert abs(height - 2 * MARGIN - size[0]) <= 1
@@ -194,14 +196,14 @@ def test_thin_and_long_volumes_are_drawn(shape: tuple[int, ...], size: tuple[int
 
 @pytest.mark.parametrize("value", [0, 7, -3, 1e30, np.nan, np.inf])
 def test_a_constant_image_is_black_or_white(value: float, tmp_path: Path) -> None:
-    """An image without contrast is drawn without a warning, and without invented contrast."""
+    """Without a warning and without invented contrast."""
     image = np.full((20, 20, 20), value, dtype=np.float32)
     for panel in panels(drawn(image, np.zeros(image.shape, int), np.eye(4), tmp_path), [(400, 400)] * 3):
         assert panel.min() == panel.max()
 
 
 def test_a_mask_as_an_image_is_white_on_black(tmp_path: Path) -> None:
-    """Two values, one of them 0: the percentiles of the other are one number, yet both are seen."""
+    """Both percentiles of its nonzero voxels are one number, and both values are still visible."""
     mask = np.zeros((40, 40, 40), dtype=bool)
     mask[10:30, 10:30, 10:30] = True
     panel = panels(drawn(mask, np.zeros(mask.shape, int), np.eye(4), tmp_path), [(400, 400)] * 3)[0]
@@ -210,7 +212,7 @@ def test_a_mask_as_an_image_is_white_on_black(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_a_large_volume_is_not_copied(order: str, tmp_path: Path) -> None:
-    """The memory taken is that of planes, also for flipped and Fortran-ordered volumes."""
+    """Only planes take memory, also for flipped and Fortran-ordered volumes."""
     image = np.ones((300, 300, 300), dtype=np.uint8, order=order)  # type: ignore[call-overload]
     tracemalloc.start()
     overlay_png(image, image, np.diag([-1, -1, 1, 1]), tmp_path / "overlay.png")
@@ -220,14 +222,14 @@ def test_a_large_volume_is_not_copied(order: str, tmp_path: Path) -> None:
 
 
 def test_shapes_that_differ_are_an_error(tmp_path: Path) -> None:
-    """The message gives both shapes, and nothing is written."""
+    """The message has both shapes, and nothing is written."""
     with pytest.raises(InputError, match=r"the image is \(4, 4, 4\) and the labels are \(4, 4, 5\)"):
         overlay_png(np.ones((4, 4, 4)), np.ones((4, 4, 5), dtype=int), np.eye(4), tmp_path / "overlay.png")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
-    """A name that is taken by a folder is an error, without a temporary file beside it."""
+def test_a_picture_that_cannot_be_written_leaves_no_temporary_file(tmp_path: Path) -> None:
+    """A folder of that name is an error."""
     (tmp_path / "overlay.png").mkdir()
     volume = np.ones((4, 4, 4), dtype=int)
     with pytest.raises(OutputError, match=r"overlay\.png: writing failed"):

@@ -1,4 +1,4 @@
-"""Laws of progress: counts tell the truth, bars appear on a terminal and nowhere else, and nothing is shown twice."""
+"""Tests progress reports: counts are true, bars appear on terminals only, and nothing is shown twice."""
 
 import csv
 import io
@@ -36,8 +36,8 @@ def done(subject: str, patches: int, skipped: int = 0) -> Row:
     return Row(subject, "done", patches=patches, skipped=skipped)
 
 
-def test_all_is_done_only_when_the_last_file_is_written() -> None:
-    """A subject's last patch counts with its row."""
+def test_progress_is_complete_only_when_the_last_file_is_written() -> None:
+    """The last patch of a subject counts together with its row."""
     tally = RunProgress({"a": 4, "b": 6})
     assert (tally.total, tally.subjects, tally.patches) == (10, 2, 0)
     tally.news(news(0, 4, a=4))
@@ -50,16 +50,16 @@ def test_all_is_done_only_when_the_last_file_is_written() -> None:
     assert (tally.patches, tally.done, tally.failed) == (10, 2, 0)
 
 
-def test_failed_subjects_are_counted_as_such_and_their_patches_are_not_waited_for() -> None:
-    """The total stays what it was."""
+def test_a_failed_subject_counts_as_failed_and_completes_its_patches() -> None:
+    """The total does not change."""
     tally = RunProgress({"a": 4, "b": 6})
     tally.news(news(0, 3, b=3))
     tally.row(Row("b", "failed"))
     assert (tally.patches, tally.total, tally.done, tally.failed) == (6, 10, 0, 1)
 
 
-def test_processes_that_share_a_volume_count_together() -> None:
-    """Each tells its own patches of it; each rank's own total is its latest."""
+def test_patches_of_processes_that_share_a_volume_add_up() -> None:
+    """Each reports its own patches; the latest total of each rank counts."""
     tally = RunProgress({"a": 10}, 2)
     tally.news(news(0, 3, a=3))
     tally.news(news(1, 4, a=4))
@@ -67,27 +67,27 @@ def test_processes_that_share_a_volume_count_together() -> None:
     assert (tally.patches, tally.predicted) == (8, 8)
 
 
-def test_time_left_comes_from_what_was_predicted() -> None:
-    """What data.skip left out takes no time, neither so far nor from here on."""
+def test_time_left_is_estimated_from_predicted_patches_only() -> None:
+    """Patches skipped by data.skip take no time, before or after."""
     tally = RunProgress({"a": 100, "b": 100})
     began = tally._began
     assert tally.left(began + 1) is None
     tally.news(news(0, 20, a=20))
     tally.row(done("a", 20, 80))
-    # 20 patches in 10 s; of b's 100 a fifth will come.
+    # 20 patches in 10 s; a fifth of b's 100 will be predicted.
     assert tally.rate(began + 10) == pytest.approx(2.0)
     assert tally.left(began + 10) == pytest.approx(10.0)
 
 
-def test_a_show_is_chosen_by_name_or_by_the_terminal() -> None:
-    """Without one there are lines."""
+def test_a_progress_display_is_chosen_by_name_or_by_the_terminal() -> None:
+    """Without a terminal it prints lines."""
     kinds = {"auto": PlainProgress, "plain": PlainProgress, "rich": RichProgress, "json": JsonProgress}
     assert {name: type(make_display(name)) for name in kinds} == kinds
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """Four subjects, of which one cannot be read."""
+    """Four subjects, one of which cannot be read."""
     for n in range(3):
         save(tmp_path / f"in/s{n}.nii.gz", noise((16, 12, 12 + 4 * n), n))
     (tmp_path / "in/bad.nii.gz").write_bytes(b"no image")
@@ -99,7 +99,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def on_a_terminal(*arguments: str, cwd: Path) -> tuple[int, str]:
-    """What a run shows there."""
+    """The output of a run on a terminal."""
     master, slave = pty.openpty()
     command = [sys.executable, str(ROOT / "predict.py"), *arguments]
     process = subprocess.Popen(command, cwd=cwd, stdin=slave, stdout=slave, stderr=slave, env=environment(SLOW="0.1"))
@@ -115,8 +115,8 @@ def on_a_terminal(*arguments: str, cwd: Path) -> tuple[int, str]:
     return process.wait(), shown.decode(errors="replace")
 
 
-def test_a_terminal_shows_bars_and_whole_lines(place: Path) -> None:
-    """Both bars end at 100 %, the failed subject is said, and each subject's line stands by itself."""
+def test_a_terminal_shows_bars_between_unbroken_lines(place: Path) -> None:
+    """Both bars end at 100 %, the failed subject is reported, and each subject has a line of its own."""
     status, shown = on_a_terminal(*JOB, cwd=place)
     assert status == 1, shown
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
@@ -130,7 +130,7 @@ def test_a_terminal_shows_bars_and_whole_lines(place: Path) -> None:
 
 
 def test_without_a_terminal_there_are_lines_and_no_bars(place: Path, forks: Server) -> None:
-    """One a subject, and no control characters."""
+    """One per subject, without control characters."""
     job = forks.start(*JOB, cwd=place)
     assert job.wait() == [1]
     assert "\x1b" not in job.text
@@ -140,8 +140,8 @@ def test_without_a_terminal_there_are_lines_and_no_bars(place: Path, forks: Serv
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_json_is_one_object_a_line_and_nothing_else(ranks: int, place: Path) -> None:
-    """Of all processes together: a start, each subject once, progress that grows, and an end with the exit status."""
+def test_json_progress_is_one_object_per_line_and_nothing_else(ranks: int, place: Path) -> None:
+    """For all processes together: a start, each subject once, growing progress, and an end with the exit status."""
     devices = ("trainer=cpu", f"trainer.devices={ranks}", *(["trainer.strategy=ddp"] if ranks > 1 else []))
     command = [sys.executable, str(ROOT / "predict.py"), *JOB, *devices, "run.log=json"]
     done = subprocess.run(
@@ -164,7 +164,7 @@ def test_json_is_one_object_a_line_and_nothing_else(ranks: int, place: Path) -> 
 
 
 def test_several_processes_show_nothing_twice(place: Path, forks: Server) -> None:
-    """Rank 0 says it all."""
+    """Only rank 0 prints."""
     job = forks.start(*JOB, cwd=place, ranks=2)
     assert checked(job.wait()) == 1
     for n in range(3):
@@ -173,7 +173,7 @@ def test_several_processes_show_nothing_twice(place: Path, forks: Server) -> Non
 
 
 def boards(place: Path) -> list[EventAccumulator]:
-    """Those of the runs, in their order."""
+    """TensorBoard contents of each run, in order."""
     found = [EventAccumulator(str(folder)) for folder in sorted((place / "outputs/tensorboard").iterdir())]
     for board in found:
         board.Reload()
@@ -181,7 +181,7 @@ def boards(place: Path) -> list[EventAccumulator]:
 
 
 def test_tensorboard_has_each_subjects_numbers_and_picture(place: Path, forks: Server) -> None:
-    """Steps are the subjects' numbers; volumes go by the classes' names and agree with the manifest's."""
+    """Steps are subject numbers; volumes are named by class and agree with the manifest."""
     job = forks.start(*JOB, "stitch.class_names=[background,bright]", cwd=place)
     assert job.wait() == [1], job.text
     (board,) = boards(place)
@@ -207,8 +207,8 @@ def test_tensorboard_has_each_subjects_numbers_and_picture(place: Path, forks: S
     assert all(0.3 * peak < one.value <= 1.01 * peak for one in board.Scalars("memory_mib/rank_0"))
 
 
-def test_tensorboard_shows_the_picture_that_is_written_or_the_same(place: Path, forks: Server) -> None:
-    """With callbacks.writer.overlay the file itself; a run that has nothing to do leaves nothing."""
+def test_tensorboard_shows_the_same_picture_as_the_overlay_file(place: Path, forks: Server) -> None:
+    """With callbacks.writer.overlay it is the file itself; a run without work leaves no event file."""
     for overlay in ("false", "true"):
         job = forks.start(*JOB, "data.inputs=in/s0.nii.gz", f"callbacks.writer.overlay={overlay}",
                           "run.overwrite=true", cwd=place)  # fmt: skip
@@ -222,8 +222,8 @@ def test_tensorboard_shows_the_picture_that_is_written_or_the_same(place: Path, 
             assert np.array_equal(np.asarray(Image.open(io.BytesIO(picture))), np.asarray(written))
 
 
-def test_a_run_does_without_tensorboard(place: Path, forks: Server) -> None:
-    """Where its file cannot be written, which is said once, and where it is not wanted."""
+def test_a_run_works_without_tensorboard(place: Path, forks: Server) -> None:
+    """If it is not wanted, or if its file cannot be written, which is reported once."""
     (place / "outputs").mkdir()
     (place / "outputs/tensorboard").touch()
     job = forks.start(*JOB, cwd=place)

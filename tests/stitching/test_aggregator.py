@@ -1,4 +1,4 @@
-"""Laws of the quilt: what was cut comes back, however it was cut, in whatever order; and a hole is an error."""
+"""Tests the aggregator: patches stitch to the volume for every grid, blend and order, and a hole is an error."""
 
 import gc
 import warnings
@@ -41,7 +41,7 @@ class Placed(NamedTuple):
 
 
 def random_volume(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
-    """Values over the whole range of a type, or of an int32 where the type has more."""
+    """Values over the whole range of a type, or of int32 where the type has more."""
     random = np.random.default_rng(seed)
     if dtype == torch.bool:
         return torch.from_numpy(random.random(shape) > 0.5)
@@ -58,21 +58,21 @@ def sampler_of(volume: Tensor, patch: object, overlap: object = 0, padding_mode:
 def quilt(
     aggregator: GridAggregator, patches: list[Tensor], locations: np.ndarray, order: list[int], size: int
 ) -> None:
-    """Add patches in an order, some at a time."""
+    """Add patches in the given order, several per batch."""
     for start in range(0, len(order), size):
         some = order[start : start + size]
         aggregator.add_batch(torch.stack([patches[n] for n in some]), torch.from_numpy(locations[some]))
 
 
 def output_of(aggregator: GridAggregator) -> Tensor:
-    """The output; the warning that int64 becomes int32 is tested elsewhere."""
+    """The output, without the warning that int64 becomes int32, which has a test of its own."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the output", RuntimeWarning)
         return aggregator.get_output_tensor()
 
 
 def cut_and_quilt(sampler: GridSampler, mode: str, *, seed: int = 0, size: int = 3) -> Tensor:
-    """A sampler's patches, added in random order."""
+    """Add a sampler's patches in random order."""
     aggregator = GridAggregator(sampler, mode)
     order = np.random.default_rng(seed).permutation(len(sampler)).tolist()
     patches = [sampler[n]["image"][DATA] for n in range(len(sampler))]
@@ -81,7 +81,7 @@ def cut_and_quilt(sampler: GridSampler, mode: str, *, seed: int = 0, size: int =
 
 
 def tolerance(volume: Tensor) -> float:
-    """Float32 rounding of a sum of 343 weighted patches, the most in these tests; float64 where the volume is."""
+    """Rounding of a float32 sum of 343 weighted patches, the most in these tests; float64 where the volume is."""
     return float(volume.double().abs().max()) * (1e-13 if volume.dtype == torch.float64 else 5e-6)
 
 
@@ -101,7 +101,7 @@ def test_cut_then_crop_gives_the_volume_back_exactly(
     size: int,
     seed: int,
 ) -> None:
-    """Law 1: every voxel has one owner, so values and their type are copied, whatever the shape, padding or order."""
+    """Every voxel has one owner, so values and type are copied for any shape, padding and order."""
     shape, patch, overlap = zip(*sizes, strict=True)
     if not dtype.is_floating_point and padding in (7, -1.5):
         padding = 1  # which is of any type; others could make the volume float32
@@ -122,7 +122,7 @@ def test_cut_then_average_gives_the_volume_back(
     size: int,
     seed: int,
 ) -> None:
-    """Law 1: weights sum to 1, so equal values average to themselves but for rounding, integers too."""
+    """Weights sum to 1, so equal values average to themselves up to rounding, integers included."""
     shape, patch, overlap = zip(*sizes, strict=True)
     if not dtype.is_floating_point and padding in (7, -1.5):
         padding = 1  # which is of any type; others could make the volume float32
@@ -135,7 +135,7 @@ def test_cut_then_average_gives_the_volume_back(
 @given(GEOMETRIES, st.sampled_from(MODES))
 @settings(deadline=None, max_examples=100)
 def test_the_weights_of_an_axis_are_a_partition_of_unity(sizes: tuple[tuple[int, int, int], ...], mode: str) -> None:
-    """At every voxel the weights of the patches that hold it are positive or 0, and sum to 1."""
+    """At every voxel the weights of the patches that cover it are non-negative and sum to 1."""
     grid = make_grid(*zip(*sizes, strict=True))
     for axis, starts in enumerate(grid.starts):
         weights = to_blend(mode).axis_weights(grid, axis)
@@ -151,8 +151,8 @@ def test_the_weights_of_an_axis_are_a_partition_of_unity(sizes: tuple[tuple[int,
 @pytest.mark.parametrize("mode", AVERAGING)
 @given(patch=st.integers(1, 200))
 @settings(deadline=None, max_examples=30)
-def test_windows_are_what_their_names_say(mode: str, patch: int) -> None:
-    """Positive, symmetric, and equal to the formula written down again."""
+def test_each_window_equals_its_formula(mode: str, patch: int) -> None:
+    """Positive and symmetric; the formulas are written out again here."""
     window = to_blend(mode).window(patch)  # type: ignore[attr-defined]
     np.testing.assert_allclose(window, WINDOWS[mode](patch), rtol=1e-12, atol=1e-16)
     np.testing.assert_allclose(window, window.flip(0), rtol=1e-9)
@@ -161,14 +161,14 @@ def test_windows_are_what_their_names_say(mode: str, patch: int) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_volume_of_ones_comes_back_as_ones_to_the_border(mode: str) -> None:
-    """Weights sum to 1 in corners too, where TorchIO 2.0.0a2's hann gives 0.0002."""
+    """Also in corners, where TorchIO 2.0.0a2's hann gives 0.0002."""
     sampler = sampler_of(torch.ones(1, 21, 20, 19), (8, 7, 6), (4, 6, 2))
     output = cut_and_quilt(sampler, mode)
     torch.testing.assert_close(output, torch.ones(1, 21, 20, 19), rtol=0, atol=1e-6)
 
 
 def slow_average(patches: np.ndarray, locations: np.ndarray, shape: tuple[int, ...], mode: str) -> np.ndarray:
-    """Voxel by voxel: the sum over all patches that hold it of weight times value, over the sum of the weights."""
+    """For each voxel, the sum of weight times value over the patches that cover it, divided by the sum of weights."""
     windows = [WINDOWS[mode](p) for p in patches.shape[2:]]
     output = np.zeros((patches.shape[1], *shape))
     for voxel in np.ndindex(*shape):
@@ -186,7 +186,7 @@ def slow_average(patches: np.ndarray, locations: np.ndarray, shape: tuple[int, .
 def slow_crop(
     patches: np.ndarray, locations: np.ndarray, shape: tuple[int, ...], overlap: tuple[int, ...]
 ) -> np.ndarray:
-    """Voxel by voxel: the last patch, in grid order, that holds it after half the overlap was cut off inside."""
+    """For each voxel, the last patch in grid order that covers it after half the overlap is cut off at inner faces."""
     output = np.zeros((patches.shape[1], *shape), patches.dtype)
     for voxel in np.ndindex(*shape):
         for patch, location in zip(patches, locations, strict=True):
@@ -210,7 +210,7 @@ SMALL = st.tuples(axis_sizes(7), axis_sizes(6), axis_sizes(4))
 def test_patches_that_disagree_are_blended_as_a_slow_reference_does(
     sizes: tuple[tuple[int, int, int], ...], mode: str, dtype: torch.dtype, seed: int
 ) -> None:
-    """The fast code equals loops over voxels and patches with explicit counts, in float64."""
+    """The reference loops over voxels and patches with explicit counts, in float64."""
     shape, patch, overlap = zip(*sizes, strict=True)
     grid = make_grid(shape, patch, overlap)
     patches = random_volume((len(grid), 2, *patch), dtype, seed)
@@ -229,7 +229,7 @@ def test_patches_that_disagree_are_blended_as_a_slow_reference_does(
 @given(sizes=GEOMETRIES, seed=SEEDS)
 @settings(deadline=None, max_examples=15)
 def test_the_order_of_arrival_does_not_matter(mode: str, sizes: tuple[tuple[int, int, int], ...], seed: int) -> None:
-    """Patches that disagree give one result in every order: to the bit for crop, to rounding for sums."""
+    """Patches that disagree give one result in every order: to the bit for crop, up to rounding for sums."""
     grid = make_grid(*zip(*sizes, strict=True))
     patches = list(random_volume((len(grid), 1, *grid.patch_size), torch.float32, seed))
     outputs = []
@@ -258,7 +258,7 @@ def test_integers_come_back_exactly_where_all_patches_agree(
     how: str,
     seed: int,
 ) -> None:
-    """Any blend, any order, values up to 2^20; and where one patch differs it is a mean that no one rounds."""
+    """For any blend and order, up to 2^20. Where one patch differs the result is an unrounded mean."""
     rng = np.random.default_rng(seed)
     grid = make_grid(*zip(*sizes, strict=True))
     limits = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, min(torch.iinfo(dtype).max, 2**20))
@@ -294,8 +294,8 @@ def test_integers_come_back_exactly_where_all_patches_agree(
 
 
 @pytest.mark.parametrize("mode", ["average", "hann", "gaussian"])
-def test_a_mask_that_all_patches_have_loses_no_voxel(mode: str) -> None:
-    """Ones of 90 x 108 x 90 voxels, of a type that holds no fractions."""
+def test_a_mask_on_which_all_patches_agree_loses_no_voxel(mode: str) -> None:
+    """Ones of 90 x 108 x 90 voxels, in a type without fractions."""
     sampler = GridSampler(Subject(mask=LabelMap(torch.ones(1, 90, 108, 90, dtype=torch.uint8))), 48, 8)
     aggregator = GridAggregator(sampler, mode)
     for n in range(len(sampler)):
@@ -304,7 +304,7 @@ def test_a_mask_that_all_patches_have_loses_no_voxel(mode: str) -> None:
 
 
 def test_a_mean_of_different_integers_is_not_rounded() -> None:
-    """However little one of the patches counts: the corner of a gaussian beside the middle of another."""
+    """However small one weight is: the corner of one gaussian meets the middle of another."""
     grid = make_grid((12, 12, 12), 8, 4)
     aggregator = GridAggregator(Placed(grid), "gaussian", dtype=torch.float64)
     for n in range(len(grid)):
@@ -313,8 +313,8 @@ def test_a_mean_of_different_integers_is_not_rounded() -> None:
     assert 0 < corner < 1e-4
 
 
-def test_fractions_after_integers_are_no_integers() -> None:
-    """The first batch has zeros as integers, the next one tiny floats: they are averaged as they are."""
+def test_fractions_that_follow_integers_are_not_rounded() -> None:
+    """The first batch holds integer zeros, the next one tiny floats, which are averaged as they are."""
     grid = make_grid((6, 4, 4), 4, 2)
     aggregator = GridAggregator(Placed(grid), "average")
     aggregator.add_batch(torch.zeros(1, 1, 4, 4, 4, dtype=torch.uint8), grid.locations[:1])
@@ -322,7 +322,7 @@ def test_fractions_after_integers_are_no_integers() -> None:
     assert aggregator.scores()[0, -1, 0, 0].item() == pytest.approx(1e-12)
 
 
-# What is refused, and that nothing happened then.
+# Errors, and that they change nothing.
 
 
 def ready(mode: str = "crop") -> tuple[GridAggregator, Tensor, Tensor]:
@@ -333,7 +333,7 @@ def ready(mode: str = "crop") -> tuple[GridAggregator, Tensor, Tensor]:
 
 
 def test_a_missing_patch_is_an_error_not_a_hole() -> None:
-    """The output of an incomplete volume is a LedgerError that counts the patches and names a location."""
+    """The output of an incomplete volume is a LedgerError that counts the missing patches and names a location."""
     aggregator, patches, locations = ready()
     keep = [n for n in range(len(patches)) if n not in (3, 17)]
     aggregator.add_batch(patches[keep], locations[keep])
@@ -346,7 +346,7 @@ def test_a_missing_patch_is_an_error_not_a_hole() -> None:
 
 
 def test_an_output_without_any_patch_is_an_error() -> None:
-    """As in TorchIO it is an AssertionError, but it says what is missing."""
+    """An AssertionError, as in TorchIO, but it says what is missing."""
     aggregator, patches, _ = ready()
     with pytest.raises(AssertionError, match=f"{len(patches)} of {len(patches)} patches are missing"):
         aggregator.get_output_tensor()
@@ -403,13 +403,13 @@ REJECTED = {
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", REJECTED)
-def test_a_rejected_batch_leaves_the_aggregator_as_it_was(case: str, mode: str) -> None:
-    """Law 6: a wrong batch is an error of its kind that says what came, and completing the volume then still works."""
+def test_a_rejected_batch_leaves_the_aggregator_unchanged(case: str, mode: str) -> None:
+    """Each kind of wrong batch has its error, which says what came; the volume can still be completed."""
     choose, kind, message = REJECTED[case]
     aggregator, patches, locations = ready(mode)
     aggregator.add_batch(patches[:2], locations[:2])
     before = aggregator.ledger.arrived.copy()
-    # Some of these are caught by the tests' shape checks before the function's own, so these are taken off.
+    # The shape checks that the tests add would answer some of these first, so the function is called without them.
     add = bare(GridAggregator.add_batch)
     with pytest.raises(kind) as error:
         add(aggregator, *choose(patches, locations))
@@ -425,8 +425,8 @@ def test_a_rejected_batch_leaves_the_aggregator_as_it_was(case: str, mode: str) 
 @pytest.mark.parametrize(
     "case", ["twice in one batch", "misplaced", "location of another size", "misshapen", "complex"]
 )
-def test_a_rejected_first_batch_decides_nothing(case: str, mode: str) -> None:
-    """Channels and type are those of the first batch that was taken, not of one that was refused."""
+def test_a_rejected_first_batch_fixes_neither_channels_nor_type(case: str, mode: str) -> None:
+    """Both come from the first batch that was accepted."""
     choose, kind, _ = REJECTED[case]
     aggregator, patches, locations = ready(mode)
     with pytest.raises(kind):
@@ -437,7 +437,7 @@ def test_a_rejected_first_batch_decides_nothing(case: str, mode: str) -> None:
     assert torch.equal(aggregator.get_output_tensor(), whole.get_output_tensor())
 
 
-def test_the_kinds_of_errors_are_the_built_in_ones_of_torchio() -> None:
+def test_errors_derive_from_the_built_in_types_that_torchio_raises() -> None:
     """Code that catches TorchIO's errors catches ours."""
     assert issubclass(PatchShapeError, RuntimeError)
     assert issubclass(BatchError, ValueError)
@@ -445,18 +445,18 @@ def test_the_kinds_of_errors_are_the_built_in_ones_of_torchio() -> None:
     assert issubclass(LedgerError, AssertionError)
 
 
-def test_an_unknown_overlap_mode_is_named_with_the_nearest_one() -> None:
+def test_an_unknown_overlap_mode_is_an_error_that_suggests_the_nearest() -> None:
     """A ConfigError, which is a ValueError."""
     with pytest.raises(ConfigError, match=r"overlap_mode must be one of crop, .* it is 'han'\. Did you mean hann\?"):
         GridAggregator(Placed(make_grid((4, 4, 4), 2)), "han")
 
 
-# Numbers.
+# Types and rounding.
 
 
 @pytest.mark.parametrize("mode", AVERAGING)
-def test_integers_do_not_wrap(mode: str) -> None:
-    """A constant uint8 200 averages to 200, where sums in uint8 have passed 255 many times."""
+def test_sums_of_integers_do_not_wrap(mode: str) -> None:
+    """A constant uint8 200 averages to 200, although its sums far exceed 255."""
     output = cut_and_quilt(sampler_of(torch.full((1, 20, 20, 20), 200, dtype=torch.uint8), 10, 8), mode)
     torch.testing.assert_close(output, torch.full((1, 20, 20, 20), 200.0), rtol=1e-6, atol=0)
 
@@ -464,7 +464,7 @@ def test_integers_do_not_wrap(mode: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("mode", AVERAGING)
 def test_half_precision_patches_are_summed_in_float32(mode: str, dtype: torch.dtype) -> None:
-    """343 overlapping patches of 1000.5 and of values that float16 can just hold average without loss."""
+    """343 overlapping patches of 1000.5, or of the largest float16 values, average without loss."""
     volume = torch.full((1, 13, 13, 13), 1000.5).to(dtype)
     volume[0, 6, 6, 6] = 60000.0
     output = cut_and_quilt(sampler_of(volume, 7, 6), mode)
@@ -472,8 +472,8 @@ def test_half_precision_patches_are_summed_in_float32(mode: str, dtype: torch.dt
     torch.testing.assert_close(output, volume.float(), rtol=5e-6, atol=0)
 
 
-def test_an_average_of_patches_that_disagree_is_theirs_and_not_rounded() -> None:
-    """Two int64 patches of 0 and 1 share two voxels: one half there, in float32 and without a warning."""
+def test_the_average_of_int64_patches_is_an_unrounded_float32() -> None:
+    """Two patches of 0 and 1 share two voxels: 0.5 there, without a warning."""
     grid = make_grid((6, 1, 1), (4, 1, 1), (2, 0, 0))
     aggregator = GridAggregator(Placed(grid), "average")
     batch = torch.tensor([0, 1])[:, None, None, None, None].expand(2, 1, 4, 1, 1)
@@ -482,7 +482,7 @@ def test_an_average_of_patches_that_disagree_is_theirs_and_not_rounded() -> None
 
 
 def test_labels_of_int64_become_int32_with_a_warning() -> None:
-    """As in TorchIO, since ITK reads no int64; the values stay."""
+    """As in TorchIO, since ITK does not read int64; the values stay."""
     volume = random_volume((1, 5, 5, 5), torch.int64, 0)
     sampler = sampler_of(volume, 3, 2)
     aggregator = GridAggregator(sampler)
@@ -494,7 +494,7 @@ def test_labels_of_int64_become_int32_with_a_warning() -> None:
 
 
 def test_labels_that_do_not_fit_int32_stay_int64() -> None:
-    """A value of 2^31 or below -2^31 would wrap, so it does not, and the warning says so."""
+    """Values from 2^31 on or below -2^31 would wrap; the warning says that they stay int64."""
     for value in (2**31, -(2**31) - 1):
         sampler = sampler_of(torch.full((1, 2, 2, 2), value), 2)
         aggregator = GridAggregator(sampler)
@@ -510,7 +510,7 @@ def test_labels_that_do_not_fit_int32_stay_int64() -> None:
 )
 @pytest.mark.parametrize("mode", MODES)
 def test_a_later_batch_may_have_a_narrower_type(mode: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
-    """It fits into the first one's type without loss; the other way round is refused."""
+    """It fits into the first batch's type without loss; a wider type is refused."""
     grid = make_grid((4, 2, 2), 2)
     aggregator = GridAggregator(Placed(grid), mode)
     for n, dtype in enumerate(dtypes):
@@ -519,8 +519,8 @@ def test_a_later_batch_may_have_a_narrower_type(mode: str, dtypes: tuple[torch.d
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_one_nan_stays_one_nan(mode: str) -> None:
-    """A NaN in the volume comes back where it was and nowhere else, in no mode as a NaN of ours."""
+def test_a_nan_spreads_to_no_other_voxel(mode: str) -> None:
+    """For every mode, a NaN of the volume comes back at its voxel and nowhere else."""
     volume = random_volume((1, 9, 9, 9), torch.float32, 0)
     volume[0, 4, 5, 6] = torch.nan
     output = cut_and_quilt(sampler_of(volume, 5, 4), mode)
@@ -531,8 +531,8 @@ def test_one_nan_stays_one_nan(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_patch_7_overlap_6(mode: str) -> None:
-    """A patch at every voxel, the densest grid: 343 patches on a voxel, more than a uint8 can count."""
+def test_the_densest_grid_is_averaged_without_overflow(mode: str) -> None:
+    """Patch 7, overlap 6: up to 343 patches cover a voxel, more than uint8 can count."""
     volume = random_volume((1, 14, 13, 7), torch.float32, 7)
     sampler = sampler_of(volume, 7, 6)
     assert sampler.grid.counts == (8, 7, 1)
@@ -544,8 +544,8 @@ def test_patch_7_overlap_6(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_more_than_255_patches_on_a_voxel_of_one_axis(mode: str) -> None:
-    """301 voxels a patch, 300 shared: the middle voxel lies in 301 of 400 patches."""
+def test_more_than_255_patches_may_cover_a_voxel_along_one_axis(mode: str) -> None:
+    """Patches of 301 voxels that share 300: the middle voxel lies in 301 of 400 patches."""
     volume = random_volume((1, 700, 1, 1), torch.float32, 1)
     sampler = sampler_of(volume, (301, 1, 1), (300, 0, 0))
     assert len(sampler) == 400
@@ -554,8 +554,8 @@ def test_more_than_255_patches_on_a_voxel_of_one_axis(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 6, 5), (6, 1, 5), (6, 5, 1)])
-def test_axes_of_one_voxel(mode: str, shape: tuple[int, int, int]) -> None:
-    """Slices, lines and a single voxel are volumes too."""
+def test_volumes_with_axes_of_one_voxel_come_back(mode: str, shape: tuple[int, int, int]) -> None:
+    """Slices, lines and a single voxel."""
     volume = random_volume((3, *shape), torch.float32, 2)
     patch, overlap = [min(n, 3) for n in shape], [2 if n > 1 else 0 for n in shape]
     torch.testing.assert_close(
@@ -564,27 +564,27 @@ def test_axes_of_one_voxel(mode: str, shape: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_an_axis_of_more_than_65535_voxels(mode: str) -> None:
-    """Where TorchIO's 16-bit locations overflow."""
+def test_a_volume_with_more_than_65535_voxels_along_an_axis_comes_back(mode: str) -> None:
+    """TorchIO's 16-bit locations overflow here."""
     volume = random_volume((1, 70_001, 1, 2), torch.float32, 3)
     sampler = sampler_of(volume, (9000, 1, 2), (1000, 0, 0))
     torch.testing.assert_close(cut_and_quilt(sampler, mode), volume, rtol=0, atol=tolerance(volume))
 
 
-def test_a_patch_of_the_whole_volume() -> None:
-    """One patch has weight 1 everywhere, also in gaussian's corners: exactly the volume."""
+def test_a_single_patch_has_weight_1_everywhere() -> None:
+    """Also in the corners of a gaussian: the output is exactly the volume."""
     volume = random_volume((1, 9, 8, 7), torch.float32, 4)
     for mode in MODES:
         assert torch.equal(cut_and_quilt(sampler_of(volume, (9, 8, 7), 6), mode), volume)
 
 
-# What comes out, and what it holds on to.
+# Outputs, and the memory that they keep alive.
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("padding", [None, 0])
-def test_asking_twice_gives_equal_outputs_that_do_not_alias(mode: str, padding: int | None) -> None:
-    """The output is the caller's own: changing it changes neither the next one nor the aggregator."""
+def test_outputs_of_two_calls_are_equal_and_do_not_alias(mode: str, padding: int | None) -> None:
+    """Changing an output in place changes neither the next one nor the aggregator."""
     volume = random_volume((2, 7, 7, 7), torch.float32, 5)
     sampler = sampler_of(volume, 4, 2, padding)
     aggregator = GridAggregator(sampler, mode)
@@ -597,7 +597,7 @@ def test_asking_twice_gives_equal_outputs_that_do_not_alias(mode: str, padding: 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_output_does_not_alias_the_patches(mode: str) -> None:
-    """A network may return views of its input, and buffers may be used again after a batch was added."""
+    """A network may return views of its input, and patch buffers may be reused after a batch was added."""
     volume = random_volume((1, 7, 7, 7), torch.float32, 6)
     sampler = sampler_of(volume, 4, 2)
     aggregator = GridAggregator(sampler, mode)
@@ -610,8 +610,8 @@ def test_the_output_does_not_alias_the_patches(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_network_that_returns_views_of_the_volume_leaves_it_as_it_was(mode: str) -> None:
-    """Patches that are views of the volume itself are read only: MONAI's sliding window scales them in place."""
+def test_patches_that_are_views_of_the_volume_are_not_written_to(mode: str) -> None:
+    """MONAI's sliding window scales such views in place."""
     volume = random_volume((1, 9, 9, 9), torch.float32, 7)
     kept = volume.clone()
     sampler = sampler_of(volume, 5, 2)
@@ -625,8 +625,8 @@ def test_a_network_that_returns_views_of_the_volume_leaves_it_as_it_was(mode: st
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_patches_added_in_inference_mode_can_be_read_and_changed_outside(mode: str) -> None:
-    """Inference tensors refuse both; sums are none."""
+def test_outputs_of_patches_added_in_inference_mode_can_be_changed_outside(mode: str) -> None:
+    """Inference tensors would refuse it; sums are ordinary tensors."""
     volume = random_volume((1, 7, 7, 7), torch.float32, 8)
     sampler = sampler_of(volume, 4, 2)
     aggregator = GridAggregator(sampler, mode)
@@ -644,7 +644,7 @@ def test_patches_added_in_inference_mode_can_be_read_and_changed_outside(mode: s
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_loop_without_no_grad_keeps_no_graph(mode: str) -> None:
-    """Outputs of a network that is being trained are taken without their history, which would hold every activation."""
+    """Patches with autograd history are detached, since the history would keep every activation in memory."""
     sampler = sampler_of(random_volume((1, 6, 6, 6), torch.float32, 9), 4, 2)
     weight = torch.nn.Parameter(torch.tensor(2.0))
     aggregator = GridAggregator(sampler, mode)
@@ -673,8 +673,8 @@ def test_no_reference_cycle_keeps_the_sums_alive() -> None:
         gc.enable()
 
 
-def test_the_patches_of_a_sampler_go_in_with_their_own_locations() -> None:
-    """The loop of the README: a batch of `sampler[n]` and of its LOCATION, nothing else."""
+def test_patches_of_a_sampler_are_added_by_their_own_locations() -> None:
+    """The loop of the README: a batch of `sampler[n]` with its LOCATION."""
     volume = random_volume((1, 9, 9, 9), torch.float32, 10)
     sampler = sampler_of(volume, 5, 2)
     aggregator = GridAggregator(sampler, "hann")
@@ -683,8 +683,8 @@ def test_the_patches_of_a_sampler_go_in_with_their_own_locations() -> None:
     torch.testing.assert_close(aggregator.get_output_tensor(), volume, rtol=0, atol=tolerance(volume))
 
 
-def test_a_blend_of_ones_own_can_be_given() -> None:
-    """Any positive window makes a partition of unity: here a triangle, against the slow reference."""
+def test_a_user_defined_blend_is_accepted() -> None:
+    """Any positive window makes a partition of unity; a triangle is compared with the slow reference."""
     grid = make_grid((7, 5, 4), (4, 3, 2), (2, 2, 0))
     triangle = lambda p: torch.minimum(torch.arange(1, p + 1), torch.arange(p, 0, -1)).double()  # noqa: E731
     patches = random_volume((len(grid), 1, *grid.patch_size), torch.float32, 11)
@@ -700,10 +700,10 @@ def test_a_blend_of_ones_own_can_be_given() -> None:
 
 @given(SMALL, st.tuples(*[st.integers(1, 4)] * 3), st.sampled_from(MODES), st.booleans(), SEEDS)
 @settings(deadline=None, max_examples=60)
-def test_downsampled_patches_quilt_to_the_downsampled_volume(
+def test_downsampled_patches_stitch_to_the_downsampled_volume(
     sizes: tuple[tuple[int, int, int], ...], factor: tuple[int, int, int], mode: str, pad: bool, seed: int
 ) -> None:
-    """Every f-th voxel of the patches, quilted, is every f-th voxel of the volume, for any factor along each axis."""
+    """Every f-th voxel of the patches gives every f-th voxel of the volume, for any factor along each axis."""
     shape, patch, overlap = (tuple(np.multiply(s, factor).tolist()) for s in zip(*sizes, strict=True))
     border = [o // 2 for o in overlap]
     pad = pad and not any(b % f for b, f in zip(border, factor, strict=True))
@@ -720,8 +720,8 @@ def test_downsampled_patches_quilt_to_the_downsampled_volume(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_factor_4_patch_20_overlap_8(mode: str) -> None:
-    """The case in which TorchIO 1.2.1 leaves 992 of 1000 voxels zero, or raises; here the mean of every 4 x 4 x 4."""
+def test_means_over_4_voxels_stitch_without_holes_at_overlap_8(mode: str) -> None:
+    """Factor 4, patch 20: TorchIO 1.2.1 leaves 992 of 1000 voxels zero, or raises."""
     volume = random_volume((1, 44, 32, 20), torch.float32, 12)
     sampler = sampler_of(volume, 20, 8)
     aggregator = GridAggregator(sampler, mode, downsampling_factor=4)
@@ -731,7 +731,7 @@ def test_factor_4_patch_20_overlap_8(mode: str) -> None:
 
 
 def test_a_grid_that_the_factor_does_not_divide_is_refused_before_any_patch() -> None:
-    """A GridError with the axis, the size and the factor, when the aggregator is made."""
+    """Constructing the aggregator raises a GridError with the axis, the size and the factor."""
     with pytest.raises(GridError, match="axis j: volume 30 is not a multiple of downsampling_factor 4"):
         GridAggregator(Placed(make_grid((40, 30, 40), 20, 8)), downsampling_factor=4)
 

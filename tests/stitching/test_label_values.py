@@ -1,4 +1,4 @@
-"""Laws of numbers in label files: every number is written as it is, in a type that holds it, or the subject fails."""
+"""Tests the numbers in label files: each is written exactly, in a type that holds it, or the subject fails."""
 
 import csv
 import json
@@ -41,10 +41,8 @@ def labels_of(stitch: Stitch, volume: np.ndarray) -> np.ndarray:
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(NUMBERS, min_size=3, max_size=3, unique=True), st.sampled_from(["crop", "gaussian"]), st.booleans())
-def test_classes_have_their_numbers_in_one_type_whatever_a_subject_holds(
-    numbers: list[int], mode: str, empty: bool
-) -> None:
-    """The smallest that holds all of them, also of a subject that has only class 0; post-processed classes too."""
+def test_class_numbers_have_one_type_for_all_subjects(numbers: list[int], mode: str, empty: bool) -> None:
+    """The smallest type that holds all of them, even for a subject with class 0 alone, and after post-processing."""
     volume = np.zeros((5, 4, 6), np.int64) if empty else noise((5, 4, 6)).astype(np.int64) % 3
     stitch = Stitch(mode, label_values=numbers, restore="labels" if empty else "scores")
     labels = labels_of(stitch, volume)
@@ -56,8 +54,8 @@ def test_classes_have_their_numbers_in_one_type_whatever_a_subject_holds(
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(NUMBERS, min_size=3, max_size=3), st.sampled_from([torch.int64, torch.float64]))
-def test_what_post_processing_gives_is_what_the_file_holds(numbers: list[int], dtype: torch.dtype) -> None:
-    """256 is not 0, and 1002 is not 234: the type grows, but never shrinks."""
+def test_the_file_holds_the_exact_values_of_post_processing(numbers: list[int], dtype: torch.dtype) -> None:
+    """256 does not become 0, nor 1002 234: the type grows where needed, and never shrinks."""
     volume = noise((5, 4, 6)).astype(np.int64) % 3
     stitch = Stitch(postprocess=[lambda classes: torch.tensor(numbers, dtype=dtype)[classes]])
     labels = labels_of(stitch, volume)
@@ -67,8 +65,8 @@ def test_what_post_processing_gives_is_what_the_file_holds(numbers: list[int], d
 
 
 @pytest.mark.parametrize(("target", "dtype"), [(1002, np.uint16), (256, np.uint16), (70_000, np.uint32), (7, np.uint8)])
-def test_monais_map_of_labels_writes_its_numbers(target: int, dtype: type) -> None:
-    """MapLabelValue works in the type it is told."""
+def test_numbers_of_monais_map_label_value_are_written(target: int, dtype: type) -> None:
+    """MONAI's transform works in the type it is given."""
     volume = noise((5, 4, 6)).astype(np.int64) % 2
     labels = labels_of(Stitch(postprocess=[MapLabelValue([0, 1], [0, target], dtype=np.int64)]), volume)
     assert labels.dtype == dtype
@@ -86,35 +84,35 @@ def test_monais_map_of_labels_writes_its_numbers(target: int, dtype: type) -> No
     ],
 )
 @pytest.mark.parametrize("numbers", [None, [0, 5, 9]])
-def test_what_is_no_label_fails_the_subject(transform: object, named: str, numbers: list[int] | None) -> None:
-    """Negative, fractional, not finite: the message says which."""
+def test_an_invalid_label_fails_the_subject(transform: object, named: str, numbers: list[int] | None) -> None:
+    """Negative, fractional, complex and non-finite values; the message gives the value."""
     with pytest.raises(OutputError, match=f"post-processing gave .*({named})"):
         labels_of(Stitch(postprocess=[transform], label_values=numbers), noise((4, 4, 4)).astype(np.int64) % 2)  # type: ignore[list-item]
 
 
-def test_post_processing_that_gives_no_class_is_said() -> None:
-    """With label_values it gives classes; without them numbers."""
+def test_post_processing_that_leaves_the_classes_is_an_error() -> None:
+    """With label_values post-processing must return classes; without, any label number."""
     with pytest.raises(
         OutputError, match=r"gave 7, which is not a class: stitch\.label_values has numbers for classes 0 to 2"
     ):
         labels_of(Stitch(postprocess=[lambda c: c * 0 + 7], label_values=[0, 5, 9]), np.zeros((4, 4, 4), np.int64))
 
 
-def test_masks_that_are_post_processed_keep_their_numbers_too() -> None:
-    """Several labels a voxel are a volume each."""
+def test_post_processed_masks_keep_their_numbers() -> None:
+    """Here 300, for outputs with several labels per voxel."""
     masks = np.asfortranarray(np.ones((2, 3, 3, 3), np.uint8))
     assert (to_labels(masks, [lambda m: m * 300]) == 300).all()
 
 
 @pytest.mark.parametrize("bad", [[0, 0, 1], [0, -1, 2], [0, 1.5, 2], [0, True, 2], [], 5, "012", [0, 2**53 + 1, 1]])
-def test_numbers_that_are_none_are_refused(bad: object) -> None:
-    """Before anything is read."""
+def test_invalid_label_values_are_refused(bad: object) -> None:
+    """Before any file is read."""
     with pytest.raises(ConfigError, match=r"stitch\.label_values"):
         check_label_values(bad)
 
 
-def test_there_is_a_number_for_each_class_and_each_name() -> None:
-    """As many as the network has classes, or two of a threshold; none for masks."""
+def test_label_values_match_the_classes_and_class_names_in_number() -> None:
+    """One per class, two with a threshold, none for masks."""
     with pytest.raises(ConfigError, match=r"2 numbers and .* 3 names"):
         Stitch(label_values=[0, 7], class_names=["a", "b", "c"])
     with pytest.raises(ConfigError, match="2 numbers; the network's output has 3 classes"):
@@ -128,8 +126,8 @@ def test_there_is_a_number_for_each_class_and_each_name() -> None:
     np.testing.assert_array_equal(made["labels"][0], np.where(noise((4, 4, 4)) > 50, 512, 0))
 
 
-def test_outputs_without_labels_may_have_any_number_of_classes() -> None:
-    """The numbers are of the output whose labels are written."""
+def test_label_values_concern_only_the_output_with_labels() -> None:
+    """Other outputs may have any number of classes."""
     stitch = Stitch(products={"organ": ["labels"], "tissue": ["probabilities"]}, label_values=[0, 900])
     subject = Subject(t1=ScalarImage(torch.from_numpy(noise((4, 4, 4)))[None].float()))
     made = predict_volume(lambda x: {"organ": three(x)[:, :2], "tissue": three(x)}, subject, 4, stitch=stitch)
@@ -137,15 +135,15 @@ def test_outputs_without_labels_may_have_any_number_of_classes() -> None:
     assert made["tissue_probabilities"].shape == (3, 4, 4, 4)
 
 
-def test_classes_are_drawn_by_their_place_not_by_their_number() -> None:
-    """1002 and 9 are the first and the second that are no background."""
+def test_overlay_colours_follow_the_order_of_classes_not_their_numbers() -> None:
+    """1002 and 9 are drawn as the first and the second foreground class."""
     labels = np.array([0, 1002, 9, 77], np.uint16).reshape(1, 4, 1, 1)
     assert flat(labels, [0, 1002, 9]).ravel().tolist() == [0, 1, 2, 0]
     assert flat(labels, [77, 1002, 9]).ravel().tolist() == [0, 2, 3, 1]
 
 
-def test_names_volumes_metrics_and_pictures_go_by_the_numbers_of_the_file(tmp_path: Path, forks: Server) -> None:
-    """A run with label_values and compare: every place that names a class names the right one."""
+def test_names_volumes_metrics_and_pictures_use_the_numbers_of_the_file(tmp_path: Path, forks: Server) -> None:
+    """A run with label_values and compare, whose outputs all name the right classes."""
     scan = save(tmp_path / "in/a.nii", noise((12, 10, 9)))
     truth = np.where(scan > 50, 1002, 0).astype(np.int16)
     truth[:3] = 0

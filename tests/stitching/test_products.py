@@ -1,4 +1,4 @@
-"""Laws of products: what is made of scores, voxel by voxel, after they were brought to native resolution."""
+"""Tests products: how scores at native resolution become labels, probabilities, images and measures of uncertainty."""
 
 import errno
 import os
@@ -61,7 +61,7 @@ def products_of(scores: Tensor, names: Sequence[str] | None = None, **options: o
 def test_labels_are_the_arg_max(
     classes: int, shape: tuple[int, int, int], dtype: torch.dtype, values: int, seed: int
 ) -> None:
-    """The class with the highest score, the first of those that tie, as numpy has it."""
+    """As numpy's: the class with the highest score, and the first of those that tie."""
     scores = torch.from_numpy(np.random.default_rng(seed).integers(0, values, (classes, *shape))).to(dtype)
     (labels,) = products_of(scores).values()
     assert labels.dtype == np.uint8
@@ -70,7 +70,7 @@ def test_labels_are_the_arg_max(
 
 @pytest.mark.parametrize("classes", [2, 3, 40])
 def test_ties_go_to_the_first_class(classes: int) -> None:
-    """Where all scores are equal the label is 0, the background; where the last two are, it is the first of them."""
+    """Background where all scores are equal, else the first of the classes that tie."""
     scores = torch.zeros(classes, 33, 17, 9)
     assert not products_of(scores)["labels"].any()
     scores[-2:] = 1
@@ -79,7 +79,7 @@ def test_ties_go_to_the_first_class(classes: int) -> None:
 
 @pytest.mark.parametrize(("classes", "dtype"), [(2, np.uint8), (256, np.uint8), (257, np.uint16), (65_537, np.uint32)])
 def test_labels_have_the_smallest_type_that_holds_all_classes(classes: int, dtype: type) -> None:
-    """Of the classes that could be, not of those that are: one type for all subjects of a run. The last one fits."""
+    """By the number of possible classes, so that all subjects of a run share a type."""
     assert ArgMax().form(classes) == (1, np.dtype(dtype))
     for best in (0, classes - 1):
         scores = torch.zeros(classes, 1, 2, 1)
@@ -93,7 +93,7 @@ def test_labels_have_the_smallest_type_that_holds_all_classes(classes: int, dtyp
     ("activation", "threshold", "limit"), [(None, 0.3, 0.3), ("none", 2.0, 2.0), ("sigmoid", 0.25, np.log(1 / 3))]
 )
 def test_one_channel_is_thresholded(activation: str | None, threshold: float, limit: float) -> None:
-    """1 strictly above the threshold of the activated score."""
+    """Label 1 where the activated score is strictly above the threshold."""
     scores = torch.tensor([-3, limit - 1e-3, limit, limit + 1e-3, 3], dtype=torch.float64).reshape(1, 5, 1, 1)
     labels = products_of(scores, activation=activation, threshold=threshold)["labels"]
     assert labels.dtype == np.uint8
@@ -102,8 +102,8 @@ def test_one_channel_is_thresholded(activation: str | None, threshold: float, li
         assert labels[0, 2, 0, 0] == 0
 
 
-def test_several_labels_per_voxel_are_a_volume_each() -> None:
-    """With sigmoid each channel is thresholded by itself, at 0.5 unless asked otherwise: (C, I, J, K) of 0 and 1."""
+def test_sigmoid_gives_one_binary_volume_per_label() -> None:
+    """Each channel is thresholded separately, at 0.5 by default: (C, I, J, K) of 0 and 1."""
     scores = torch.from_numpy(np.random.default_rng(0).normal(size=(3, 4, 5, 6)))
     labels = products_of(scores, activation="sigmoid")["labels"]
     assert labels.dtype == np.uint8
@@ -118,7 +118,7 @@ def test_several_labels_per_voxel_are_a_volume_each() -> None:
 @given(st.integers(2, 6), st.sampled_from(FLOATS), SEEDS)
 @settings(deadline=None, max_examples=40)
 def test_probabilities_are_the_soft_max_and_sum_to_1(channels: int, dtype: torch.dtype, seed: int) -> None:
-    """In float32 whatever the scores are, also where exp would overflow."""
+    """In float32 for scores of every type, also where exp would overflow."""
     scores = torch.from_numpy(np.random.default_rng(seed).normal(0, 300, (channels, 4, 3, 2))).to(dtype)
     probabilities = products_of(scores, ["probabilities"])["probabilities"]
     assert probabilities.dtype == np.float32
@@ -130,8 +130,8 @@ def test_probabilities_are_the_soft_max_and_sum_to_1(channels: int, dtype: torch
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.uint8, torch.int32])
-def test_products_of_every_type_of_scores(dtype: torch.dtype) -> None:
-    """Logits and images are the scores as float32, sigmoid probabilities in 0 to 1: also of half and integer scores."""
+def test_float_products_are_float32_for_every_type_of_scores(dtype: torch.dtype) -> None:
+    """Logits and images equal the scores; sigmoid probabilities lie in 0 to 1, for half and integer scores too."""
     scores = torch.arange(24).reshape(2, 3, 4, 1).to(dtype)
     made = products_of(scores, ["logits", "probabilities", "labels"], activation="sigmoid")
     assert {name: data.dtype for name, data in made.items()} == {
@@ -146,8 +146,8 @@ def test_products_of_every_type_of_scores(dtype: torch.dtype) -> None:
     np.testing.assert_array_equal(image, scores[:1].float())
 
 
-def test_probabilities_that_the_network_gives_are_taken_as_they_are() -> None:
-    """activation=none, or =applied where they were made before they were averaged."""
+def test_probabilities_from_the_network_are_not_activated_again() -> None:
+    """With activation=none, or =applied where they were activated before averaging."""
     scores = torch.from_numpy(np.random.default_rng(0).dirichlet([1, 1, 1], (2, 3, 4))).movedim(-1, 0).float()
     for activation in ("none", "applied"):
         made = products_of(scores, ["probabilities", "labels"], activation=activation)
@@ -155,8 +155,8 @@ def test_probabilities_that_the_network_gives_are_taken_as_they_are() -> None:
         np.testing.assert_array_equal(made["labels"], scores.argmax(0, keepdim=True))
 
 
-def test_volumes_are_laid_out_as_files_want_them() -> None:
-    """i runs fastest in memory, so that writing needs no copy."""
+def test_volumes_have_the_memory_layout_of_files() -> None:
+    """Axis i is contiguous, so that writing needs no copy."""
     volume = products_of(torch.rand(2, 3, 4, 5))["labels"]
     assert volume[0].flags.f_contiguous
     assert products_of(torch.rand(2, 3, 4, 5), ["logits"])["logits"].transpose(3, 2, 1, 0).flags.f_contiguous is False
@@ -175,8 +175,8 @@ def test_volumes_are_laid_out_as_files_want_them() -> None:
         (5, {"activation": "sigmoid"}, ["labels"]),
     ],
 )
-def test_the_default_product_follows_from_the_output(channels: int, options: dict, names: list[str]) -> None:
-    """Labels of several channels, or of one with a threshold; else the image. An empty list is no choice either."""
+def test_the_default_product_depends_on_the_output(channels: int, options: dict, names: list[str]) -> None:
+    """Labels for several channels or one with a threshold, else the image. An empty list counts as unset."""
     assert list(make_products(None, channels, **options)) == names
     assert list(make_products([], channels, **options)) == names
 
@@ -208,8 +208,8 @@ def test_a_product_that_an_output_does_not_have_is_an_error(
         ({"overlap_mode": "gauss"}, "overlap_mode must be one of"),
     ],
 )
-def test_words_that_a_stitch_does_not_know_are_refused_when_it_is_made(settings_: dict, message: str) -> None:
-    """Before anything is predicted; the nearest word is suggested."""
+def test_a_stitch_refuses_unknown_words_on_construction(settings_: dict, message: str) -> None:
+    """Before anything is predicted; the message suggests the nearest word."""
     with pytest.raises(ConfigError, match=message):
         Stitch(**settings_)
 
@@ -227,8 +227,8 @@ def test_words_that_a_stitch_does_not_know_are_refused_when_it_is_made(settings_
     ],
 )
 @pytest.mark.parametrize("restore", ["scores", "labels"])
-def test_scores_that_are_not_finite_are_an_error(value: float, names: list[str], restore: str) -> None:
-    """One NaN in the last slab is found, whatever is made of the scores: an arg-max would hide it."""
+def test_non_finite_scores_are_an_error(value: float, names: list[str], restore: str) -> None:
+    """A single NaN in the last slab is detected for every product; an arg-max would hide it."""
     image = torch.zeros(1, 40, 5, 5)
     image[0, 39, 4, 4] = 1
     with pytest.raises(OutputError, match="the network's output is NaN or infinite"):
@@ -241,7 +241,7 @@ def test_scores_that_are_not_finite_are_an_error(value: float, names: list[str],
         )
 
 
-# The whole way, in native space.
+# From patches to native space.
 
 
 def predicted(network: object, subject: Subject, patch: object = 4, overlap: object = 2, **options: object) -> dict:
@@ -265,7 +265,7 @@ def test_an_identity_network_gives_the_image_back(
     batch_size: int,
     seed: int,
 ) -> None:
-    """Cut, quilt and the way back, also where the volume is smaller than a patch: exactly for crop."""
+    """From cutting to native space, also for a volume smaller than a patch; exact for crop."""
     volume = torch.from_numpy(np.random.default_rng(seed).normal(0, 100, (1, *shape))).float()
     subject = Subject(t1=ScalarImage(tensor=volume, affine=LPS))
     made = predicted(
@@ -280,8 +280,8 @@ def test_an_identity_network_gives_the_image_back(
     np.testing.assert_allclose(made["image"], volume, rtol=0, atol=0 if mode == "crop" else 2e-4)
 
 
-def test_channels_are_those_of_all_images_in_their_order() -> None:
-    """A network sees t1's two channels, then flair's, whatever their types."""
+def test_input_channels_follow_the_order_of_images() -> None:
+    """The two channels of t1, then that of flair, for any mix of types."""
     data = torch.from_numpy(np.random.default_rng(0).integers(0, 100, (3, 5, 6, 7)))
     subject = Subject(t1=ScalarImage(data[:2].short()), flair=ScalarImage(data[2:].float()))
     seen = []
@@ -290,8 +290,8 @@ def test_channels_are_those_of_all_images_in_their_order() -> None:
     np.testing.assert_array_equal(logits, data.float())
 
 
-def test_scores_are_interpolated_and_then_turned_into_labels() -> None:
-    """Between a voxel of class 0 and one of class 1 lies class 2, the second choice of both."""
+def test_scores_are_interpolated_before_labels_are_taken() -> None:
+    """Between voxels of class 0 and 1 lies class 2, the second choice of both."""
     scores = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.9, 0.9]])
     subject = Subject(t1=ScalarImage(torch.zeros(1, 4, 1, 1)))
     made = predicted(
@@ -310,8 +310,8 @@ def test_scores_are_interpolated_and_then_turned_into_labels() -> None:
 
 @pytest.mark.parametrize("mode", ["crop", "average", "hann", "gaussian"])
 @pytest.mark.parametrize("factor", [(2, 2, 2), (4, 1, 2)])
-def test_an_output_smaller_than_its_patch_is_brought_back_to_its_place(mode: str, factor: tuple[int, int, int]) -> None:
-    """Means over `factor` voxels of a ramp, padded and overlapping, in LPS: the ramp again, but for the border."""
+def test_an_output_smaller_than_its_patch_is_restored_in_place(mode: str, factor: tuple[int, int, int]) -> None:
+    """Means over `factor` voxels of a ramp, padded and overlapping, in LPS: the ramp again, except at the border."""
     i, j, k = np.indices((17, 14, 12)).astype(np.float32)
     ramp = 3 * i - 2 * j + k
     subject = Subject(t1=ScalarImage(tensor=torch.from_numpy(ramp), affine=LPS))
@@ -329,8 +329,8 @@ def test_an_output_smaller_than_its_patch_is_brought_back_to_its_place(mode: str
     np.testing.assert_allclose(made["image"][inner], ramp[inner[1:]], rtol=0, atol=1e-4)
 
 
-def test_a_volume_that_an_output_does_not_divide_is_refused() -> None:
-    """A GridError that says what must be a multiple; divisible_by makes it one."""
+def test_a_volume_that_is_not_a_multiple_of_the_factor_is_refused() -> None:
+    """The GridError says what must be a multiple; divisible_by is the remedy."""
     subject = Subject(t1=ScalarImage(torch.zeros(1, 9, 8, 8)))
     with pytest.raises(GridError, match="axis i: volume 9 is not a multiple of downsampling_factor 2"):
         predicted(lambda x: avg_pool3d(x, 2), subject)
@@ -338,7 +338,7 @@ def test_a_volume_that_an_output_does_not_divide_is_refused() -> None:
 
 
 def test_named_outputs_have_products_and_resolutions_of_their_own() -> None:
-    """A network that returns several outputs: `<output>_<product>` each, as if it had been alone."""
+    """Each gets `<output>_<product>`, equal to that of a network with this output alone."""
     volume = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 12, 8, 8))).float()
     subject = Subject(t1=ScalarImage(volume))
 
@@ -357,8 +357,8 @@ def test_named_outputs_have_products_and_resolutions_of_their_own() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.uint8, torch.bool])
 @pytest.mark.parametrize("mode", ["crop", "gaussian"])
 @pytest.mark.parametrize("spacing", [None, 2.0])
-def test_networks_may_give_any_type(dtype: torch.dtype, mode: str, spacing: float | None) -> None:
-    """Half precision under autocast, or whole numbers: every product can be made of it, blended or not."""
+def test_products_accept_network_outputs_of_any_type(dtype: torch.dtype, mode: str, spacing: float | None) -> None:
+    """Half precision under autocast and integers, blended or not."""
     volume = torch.from_numpy(np.random.default_rng(0).integers(0, 2, (1, 6, 6, 6))).float()
     made = predicted(
         lambda x: torch.cat([1 - x, x], 1).to(dtype),
@@ -385,13 +385,13 @@ def test_networks_may_give_any_type(dtype: torch.dtype, mode: str, spacing: floa
     ],
 )
 def test_an_output_of_another_shape_is_an_error(network: object, message: str) -> None:
-    """Law 6: the message says what came and what was wanted."""
+    """The message says what came and what was wanted."""
     with pytest.raises(PatchShapeError, match=message):
         predicted(network, Subject(t1=ScalarImage(torch.zeros(1, 8, 8, 8))))
 
 
-def test_other_outputs_than_before_are_an_error() -> None:
-    """A network that drops an output for some patches leaves a hole in it."""
+def test_a_change_of_output_names_between_patches_is_an_error() -> None:
+    """A network that omits an output for some patches would leave a hole in it."""
     calls: list[int] = []
 
     def network(x: Tensor) -> dict[str, Tensor]:
@@ -402,15 +402,15 @@ def test_other_outputs_than_before_are_an_error() -> None:
         predicted(network, Subject(t1=ScalarImage(torch.zeros(1, 8, 8, 8))))
 
 
-def test_a_network_that_fails_on_one_patch_fails_the_volume() -> None:
-    """A NaN in one patch is an error, not a black spot."""
+def test_a_nan_in_one_patch_fails_the_volume() -> None:
+    """It is an error, not a black spot."""
     subject = Subject(t1=ScalarImage(torch.arange(512.0).reshape(1, 8, 8, 8)))
     with pytest.raises(OutputError, match="NaN or infinite"):
         predicted(lambda x: torch.where(x == 511, torch.nan, x), subject)
 
 
-def test_the_caller_keeps_its_image() -> None:
-    """A network that works in place sees its own copy."""
+def test_the_callers_image_is_not_changed() -> None:
+    """A network that works in place gets a copy."""
     volume = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 6, 6, 6))).float()
     kept = volume.clone()
     made = predicted(lambda x: x.mul_(2), Subject(t1=ScalarImage(volume)), stitch=Stitch("crop"))
@@ -418,8 +418,8 @@ def test_the_caller_keeps_its_image() -> None:
     np.testing.assert_array_equal(made["image"], kept * 2)
 
 
-def test_post_processing_sees_labels_in_native_space() -> None:
-    """In turn, as (C, I, J, K) tensors, on labels only; the type stays, and so must the shape."""
+def test_post_processing_gets_labels_in_native_space() -> None:
+    """Callables run in turn on (C, I, J, K) label tensors only; type and shape must stay."""
     volume = torch.zeros(1, 6, 5, 4)
     volume[0, 0, 0, 0] = 1
     subject = Subject(t1=ScalarImage(tensor=volume, affine=LPS))
@@ -442,7 +442,7 @@ def test_post_processing_sees_labels_in_native_space() -> None:
         predicted(lambda x: torch.cat([x, x], 1), subject, stitch=Stitch(postprocess=[lambda labels: labels[0]]))
 
 
-def test_a_label_map_is_an_input_like_any_other() -> None:
+def test_a_label_map_can_be_an_input() -> None:
     """It is cut beside the image and not interpolated linearly."""
     labels = torch.tensor([0, 8]).byte().reshape(1, 2, 1, 1)
     subject = Subject(seg=LabelMap(labels))
@@ -474,16 +474,16 @@ def test_entropy_is_that_of_the_distribution_in_nats(classes: int, activation: s
     np.testing.assert_allclose(entropy[0], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_entropy_is_zero_where_certain_and_greatest_where_all_classes_are_alike() -> None:
-    """The limits 0 and ln(classes), without NaN where a probability is 0 or by rounding above 1."""
+def test_entropy_runs_from_0_if_certain_to_ln_classes_if_uniform() -> None:
+    """Without NaN for a probability of 0 or one that rounding takes above 1."""
     p = torch.tensor([[1.0000001, 0.25, 0.0], [0, 0.25, 0], [0, 0.25, 1], [0, 0.25, 0]]).reshape(4, 3, 1, 1)
     entropy = products_of(p, ["entropy"], activation="none")["entropy"]
     np.testing.assert_allclose(entropy.ravel(), [0, np.log(4), 0], atol=1e-6)
 
 
 @pytest.mark.parametrize("activation", ["sigmoid", "applied_sigmoid"])
-def test_labels_of_their_own_have_an_entropy_and_a_threshold_of_their_own(activation: str) -> None:
-    """Several labels per voxel stay several, also when probabilities were averaged before; ln(2) at p = 0.5."""
+def test_each_label_of_a_sigmoid_output_has_its_own_entropy_and_threshold(activation: str) -> None:
+    """Also if probabilities were averaged before; the entropy is ln(2) at p = 0.5."""
     scores = torch.tensor([[0.0, 3.0], [-3.0, 0.1]]).reshape(2, 2, 1, 1)
     given = scores.sigmoid() if activation == "applied_sigmoid" else scores
     made = products_of(given, ["entropy", "labels", "probabilities"], activation=activation)
@@ -497,7 +497,7 @@ def test_labels_of_their_own_have_an_entropy_and_a_threshold_of_their_own(activa
 
 
 def spread(patches: Tensor, sampler: GridSampler, mode: str) -> np.ndarray:
-    """The definition, voxel by voxel in float64: the weighted variance of (n, C, ...) probabilities, by channel."""
+    """The weighted variance of probabilities (n, C, ...) per channel, voxel by voxel in float64."""
     grid = sampler.grid
     i, j, k = (to_blend(mode).axis_weights(grid, axis) for axis in range(3))
     stacked = torch.zeros(len(grid), patches.shape[1], *grid.shape, dtype=torch.float64)
@@ -518,10 +518,10 @@ def spread(patches: Tensor, sampler: GridSampler, mode: str) -> np.ndarray:
     SEEDS,
 )
 @settings(deadline=None, max_examples=60)
-def test_disagreement_is_the_weighted_variance_of_what_patches_say(
+def test_disagreement_is_the_weighted_variance_over_patches(
     mode: str, activation: str | None, channels: int, size: int, seed: int
 ) -> None:
-    """Summed over classes; of several labels and of one channel each by itself. Exactly 0 where one patch covers."""
+    """Summed over exclusive classes, per channel otherwise; exactly 0 where one patch covers a voxel."""
     if channels == 1 and activation == "softmax":
         return  # refused, see above
     subject = Subject(t1=ScalarImage(torch.zeros(1, 9, 7, 5)))
@@ -550,7 +550,7 @@ def test_disagreement_is_the_weighted_variance_of_what_patches_say(
 
 
 def test_disagreement_of_an_image_keeps_small_differences_of_large_values() -> None:
-    """The difference of squares cancels: in float32 a spread of 1 around 10,000 would drown."""
+    """A spread of 1 around 10,000, which a difference of squares in float32 would lose by cancellation."""
     subject = Subject(t1=ScalarImage(torch.zeros(1, 8, 4, 4)))
     values = iter([9_999.0, 10_001.0])
     made = predicted(
@@ -566,15 +566,15 @@ OBLIQUE = np.array([[0, -1.5, 0, 3], [1.1, 0, 0, 2], [0, 0, 2, 1], [0, 0, 0, 1.0
 
 
 def varying(x: Tensor) -> Tensor:
-    """A network that sees less at its borders, so that blends differ."""
+    """A network that sees less at patch borders, so that blends differ."""
     p = torch.linspace(-1, 1, x.shape[-1])
     return torch.cat([x - 50 + 30 * p, 50 - x - 20 * p.square(), 10 * p.expand_as(x)], 1)
 
 
 @pytest.mark.parametrize("spacing", [None, 1.7])
 @pytest.mark.parametrize("restore", ["scores", "labels"])
-def test_labels_of_several_blends_from_one_pass_are_those_of_a_pass_each(spacing: float | None, restore: str) -> None:
-    """The network sees every patch once; overlap_mode's own are among them, if asked for."""
+def test_comparing_blends_in_one_pass_equals_one_pass_per_blend(spacing: float | None, restore: str) -> None:
+    """The network sees every patch once; the blend of overlap_mode is included if listed."""
     subject = Subject(t1=ScalarImage(HEAD, affine=OBLIQUE))
     options = {"batch_size": 3, "preprocess": Preprocess(spacing=spacing)}
     modes = ["crop", "average", "hann", "gaussian"]
@@ -590,8 +590,8 @@ def test_labels_of_several_blends_from_one_pass_are_those_of_a_pass_each(spacing
     assert len({made[f"labels_{mode}"].tobytes() for mode in modes}) == 4
 
 
-def test_blends_of_an_image_and_of_named_outputs_are_compared_too() -> None:
-    """Names are <output>_<product>_<mode>; what has no labels is compared as an image. Labels are post-processed."""
+def test_blends_of_images_and_named_outputs_can_be_compared() -> None:
+    """Names are <output>_<product>_<mode>; outputs without labels are compared as images. Labels are post-processed."""
     subject = Subject(t1=ScalarImage(HEAD))
     made = predicted(
         lambda x: {"seg": varying(x), "image": varying(x)[:, :1]},
@@ -608,8 +608,8 @@ def test_blends_of_an_image_and_of_named_outputs_are_compared_too() -> None:
 
 @pytest.mark.parametrize("orientation", ["RAS", "SPL", "AIL"])
 @pytest.mark.parametrize("spacing", [None, 0.7, 1.7, (0.8, 2.3, 1.1)])
-def test_labels_restored_as_labels_are_the_nearest_of_model_space(orientation: str, spacing: object) -> None:
-    """Each native voxel has the label of the model voxel nearest to it in the world; scores are still interpolated."""
+def test_restoring_labels_takes_the_nearest_model_voxel(orientation: str, spacing: object) -> None:
+    """With restore="labels" labels are nearest in world space; scores are still interpolated."""
     subject = Subject(t1=ScalarImage(HEAD, affine=OBLIQUE))
     preprocess = Preprocess(orientation, spacing)  # type: ignore[arg-type]
     model_subject, space = preprocess(subject)
@@ -638,10 +638,10 @@ def test_labels_restored_as_labels_are_the_nearest_of_model_space(orientation: s
 
 @given(st.integers(2, 12), st.tuples(*[st.integers(1, 4)] * 3), st.sampled_from([0.1, 1.0, 10.0]), st.integers(0, 999))
 @settings(deadline=None, max_examples=100)
-def test_the_winner_between_voxels_is_among_the_contenders(
+def test_the_contenders_include_every_class_that_can_win(
     classes: int, shape: tuple[int, int, int], contrast: float, seed: int
 ) -> None:
-    """At voxels and anywhere between them; with large differences few contend, and whole numbers tie often."""
+    """At and between voxels; the scores have large differences, where few contend, and integers, which often tie."""
     rng = np.random.default_rng(seed)
     scores = torch.from_numpy(
         rng.normal(0, 1, (classes, *shape)).round(1) + contrast * rng.normal(size=(classes, 1, 1, 1))
@@ -658,10 +658,10 @@ def test_the_winner_between_voxels_is_among_the_contenders(
 @pytest.mark.parametrize("orientation", ["RAS", "SPL"])
 @pytest.mark.parametrize("spacing", [0.6, 1.4, (0.8, 2.3, 1.1)])
 @pytest.mark.parametrize("whole", [False, True])
-def test_leaving_out_what_cannot_win_changes_no_label(
+def test_skipping_classes_that_cannot_win_changes_no_label(
     orientation: str, spacing: object, whole: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Equal at every voxel, ties included, to the arg-max of every class interpolated; and less is interpolated."""
+    """Equal, ties included, to the arg-max of all classes interpolated, while fewer are interpolated."""
     rng = np.random.default_rng(7)
     image = zoom(rng.uniform(0, 10, (4, 3, 5)), (18, 14, 14), order=1).astype(np.float32)[None]
     monkeypatch.setattr("voxquilt.stitching.native_products._TILE", 7)
@@ -697,8 +697,8 @@ def test_leaving_out_what_cannot_win_changes_no_label(
 
 @pytest.mark.parametrize("orientation", ["RAS", "SPL", "AIL"])
 @pytest.mark.parametrize("longest", [0, 1, 2])
-def test_a_product_in_a_file_equals_one_in_memory(tmp_path: Path, orientation: str, longest: int) -> None:
-    """Whatever native axis slabs come along; the file has no name, so nothing stays behind."""
+def test_a_product_backed_by_a_file_equals_one_in_memory(tmp_path: Path, orientation: str, longest: int) -> None:
+    """For slabs along every native axis; the file is unlinked, so nothing stays behind."""
     volume = np.moveaxis(np.concatenate([HEAD, HEAD], 1), 1, longest + 1)
     subject = Subject(t1=ScalarImage(volume, affine=OBLIQUE))
     model_subject, space = Preprocess(orientation, 1.7)(subject)
@@ -725,10 +725,8 @@ def test_a_product_in_a_file_equals_one_in_memory(tmp_path: Path, orientation: s
             path.unlink()
 
 
-def test_a_disk_without_room_for_a_product_is_an_error_before_it_is_written_to(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A mapped file that outgrows its disk would kill the process."""
+def test_a_full_disk_is_an_error_before_a_product_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writing to a mapped file beyond the end of its disk would kill the process."""
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -1,4 +1,4 @@
-"""Law 4 for one volume: parts that aggregate their own rows and hand each other heads give what one process gives."""
+"""Tests volumes that several processes share: parts that exchange their boundary planes give what one process gives."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -25,7 +25,7 @@ from voxquilt.stitching.stitch import Stitch
 from voxquilt.stitching.streaming import FinishedPlanes, boundary, planes_of
 from voxquilt.stitching.subject_stitcher import SubjectStitcher
 
-# Per axis: patch size, overlap as a share of what there can be, voxels beside the first patch.
+# Per axis: patch size, overlap as a share of the largest possible, voxels beside the first patch.
 AXES = st.tuples(st.integers(1, 7), st.integers(0, 3), st.integers(0, 9))
 LONG = ((7, 3, 9), (3, 1, 2), (2, 0, 1))  # a plane is in up to seven rows
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -43,7 +43,7 @@ def cut(grid: Grid, axis: int, cuts: Sequence[int]) -> list[Part]:
 
 
 def skip(grid: Grid, parts: Sequence[Part], which: str, rng: np.random.Generator) -> list[int]:
-    """Numbers of patches that are not predicted."""
+    """Choose the patches that are not predicted; returns their numbers."""
     if which == "part":
         return [int(n) for n in parts[rng.integers(len(parts))].patches(grid)]
     share = {"none": 0, "some": 0.3, "most": 0.85, "all": 1}[which]
@@ -53,7 +53,7 @@ def skip(grid: Grid, parts: Sequence[Part], which: str, rng: np.random.Generator
 def play(
     team: Sequence[GridAggregator | SubjectStitcher], steps: list[list[Callable[[], None]]], rng: np.random.Generator
 ) -> None:
-    """Let each process take its steps in turn, and at the end the head of the next: in any order among processes."""
+    """Run the steps of the processes in any interleaving; each joins the next one's head after its own steps."""
     waiting = set(range(len(team) - 1))
     favour = rng.permutation(len(team)) if rng.random() < 0.5 else None
     while waiting or any(steps):
@@ -81,7 +81,7 @@ def play(
 @example(LONG, "hann", 0, [1, 2, 3], "none", 1, torch.float32, None, 0)
 @example(LONG, "crop", 0, [1, 2, 3], "some", 1, torch.int16, None, 0)
 @example(LONG, "gaussian", 0, [1, 2, 3], "part", 1, torch.float32, None, 0)
-def test_planes_of_all_parts_are_those_of_one_process(
+def test_planes_of_all_parts_equal_those_of_one_process(
     axes: tuple[tuple[int, int, int], ...],
     mode: str,
     axis: int,
@@ -92,7 +92,7 @@ def test_planes_of_all_parts_are_those_of_one_process(
     summed: torch.dtype | None,
     seed: int,
 ) -> None:
-    """Each part's own, and the first of the next beside them; crop to the bit; the memory of all goes back."""
+    """To the bit for crop; each part finishes the next one's first planes too, and all memory is returned."""
     grid, rng = to_grid(axes), np.random.default_rng(seed)
     if factor == 2:
         doubled = to_grid(tuple((2 * p, 2 * half, 2 * more) for p, half, more in axes))
@@ -163,7 +163,7 @@ NAMES = ["labels", "logits", "probabilities", "entropy", "disagreement"]
 )
 @example(LONG, "average", "crop", "scores", (0, [1, 2, 3]), "some", ("AIL", 0.7), 0)
 @example(LONG, "crop", "hann", "labels", (0, [1, 2, 3]), "part", ("SPL", 1.9), 0)
-def test_volumes_of_all_parts_are_those_of_one_process(
+def test_volumes_of_all_parts_equal_those_of_one_process(
     axes: tuple[tuple[int, int, int], ...],
     mode: str,
     other: str | None,
@@ -173,7 +173,7 @@ def test_volumes_of_all_parts_are_those_of_one_process(
     model: tuple[str | None, float | None],
     seed: int,
 ) -> None:
-    """Two named outputs, one of them smaller, and every product; the owner may be any process."""
+    """Two named outputs, one of them smaller, and every product; any process may be the owner."""
     doubled = to_grid(tuple((2 * p, 2 * half, more) for p, half, more in axes))
     overlap = tuple(o - o % 4 for o in doubled.patch_overlap)  # steps that a factor of 2 divides
     rng, affine = np.random.default_rng(seed), np.diag([-1.3, 0.8, 1.0, 1.0])
@@ -183,7 +183,7 @@ def test_volumes_of_all_parts_are_those_of_one_process(
     grid = sampler.grid
     parts = split_rows(grid, team) if isinstance(team, int) else cut(grid, *team)
     skipped = skip(grid, parts, which, rng)
-    # A class per voxel leads by 2 at least in whatever mean of patches.
+    # At each voxel one class leads by at least 2 in every mean of patches.
     outputs = {}
     for name, channels, factor in (("seg", 3, 1), ("small", 2, 2)):
         truth = torch.from_numpy(rng.integers(0, channels, [n // factor for n in grid.shape]))
@@ -242,13 +242,13 @@ def test_volumes_of_all_parts_are_those_of_one_process(
             np.testing.assert_array_equal(volume[sure], expected[name][sure])
 
 
-# Who predicts what.
+# How rows are shared.
 
 
 @settings(deadline=None, max_examples=200)
 @given(st.tuples(AXES, AXES, AXES), st.integers(1, 12))
-def test_split_deals_every_row_once_and_evenly(axes: tuple[tuple[int, int, int], ...], ranks: int) -> None:
-    """Contiguous, along one axis, none empty, and along no other axis would the largest be a smaller share."""
+def test_split_assigns_every_row_once_and_evenly(axes: tuple[tuple[int, int, int], ...], ranks: int) -> None:
+    """Shares are contiguous, along one axis and not empty; along no other axis would the largest be smaller."""
     grid = to_grid(axes)
     parts = split_rows(grid, ranks)
     axis = parts[0].axis
@@ -269,7 +269,7 @@ def test_split_deals_every_row_once_and_evenly(axes: tuple[tuple[int, int, int],
         assert numbers == grid.streaming_order.tolist()
 
 
-def test_two_processes_share_the_axis_that_can_be_halved() -> None:
+def test_split_chooses_the_axis_with_the_smallest_largest_share() -> None:
     """Three rows along i would leave one process two thirds; four along k leave it a half."""
     assert split_rows(make_grid((30, 10, 40), 10), 2) == [Part(2, 0, 2), Part(2, 2, 4)]
     assert split_rows(make_grid((30, 10, 40), 10), 3) == [Part(0, 0, 1), Part(0, 1, 2), Part(0, 2, 3)]
@@ -278,10 +278,10 @@ def test_two_processes_share_the_axis_that_can_be_halved() -> None:
 
 @settings(deadline=None, max_examples=100)
 @given(st.tuples(AXES, AXES, AXES), st.sampled_from([*BLENDS]), st.integers(0, 2), CUTS)
-def test_planes_are_finished_by_one_part_each(
+def test_each_plane_is_finished_by_exactly_one_part(
     axes: tuple[tuple[int, int, int], ...], mode: str, axis: int, cuts: list[int]
 ) -> None:
-    """And what is exchanged at a boundary, one plane more included, fits into the ring: as many planes as a patch."""
+    """The planes exchanged at a boundary, and one more, fit into the ring of a patch's length."""
     grid, blend = to_grid(axes), to_blend(mode)
     parts = cut(grid, axis, cuts)
     assert [plane for part in parts for plane in planes_of(part, grid, blend)] == list(range(grid.shape[axis]))
@@ -293,10 +293,10 @@ def test_planes_are_finished_by_one_part_each(
 
 @settings(deadline=None, max_examples=50)
 @given(st.tuples(AXES, AXES, AXES), st.integers(1, 4), SKIPS, st.integers(0, 99))
-def test_every_part_predicts_something(
+def test_every_part_predicts_at_least_one_patch(
     axes: tuple[tuple[int, int, int], ...], ranks: int, which: str, seed: int
 ) -> None:
-    """Its own patches that are not skipped, row by row; or one that is, which tells the outputs' channels."""
+    """Its patches that are not skipped, row by row; if all are, one of them, which tells the number of channels."""
     grid = to_grid(axes)
     sampler = GridSampler(
         Subject(t1=ScalarImage(torch.zeros(1, *grid.shape))), grid.patch_size, grid.patch_overlap, None
@@ -308,19 +308,19 @@ def test_every_part_predicts_something(
         assert patches_to_predict(sampler, skipped, part) == ([n for n in own if n not in skipped] or own[:1])
 
 
-# Nobody waits.
+# When heads are ready.
 
 
 @pytest.mark.parametrize("mode", [*BLENDS])
-def test_a_head_is_there_long_before_the_end(mode: str) -> None:
-    """Rows of a long part that lie behind the boundary are not waited for, nor is the next part."""
+def test_a_head_is_ready_before_the_part_is_finished(mode: str) -> None:
+    """It waits neither for rows behind the boundary nor for the next part."""
     grid = make_grid((40, 4, 4), (8, 4, 4), (4, 0, 0))  # rows at 0, 4, ..., 32
     aggregator = GridAggregator(Placed(grid), mode, consumer=lambda slab: None, part=Part(0, 3, 7))
     there = []
     for n in range(3, 7):
         aggregator.add_batch(torch.ones(1, 1, 8, 4, 4), grid.locations[n : n + 1])
         there.append(aggregator.head() is not None)
-    # Planes 12 to 16, or of crop plane 14 alone.
+    # Planes 12 to 16; for crop, plane 14 alone.
     assert there == ([True] * 4 if mode == "crop" else [False, True, True, True])
     (head,) = aggregator.head() or []
     assert head.shape == (1, 1 if mode == "crop" else 5, 4, 4)
@@ -329,7 +329,7 @@ def test_a_head_is_there_long_before_the_end(mode: str) -> None:
 
 
 def test_heads_of_crop_never_wait_for_the_next_part() -> None:
-    """Each voxel has one owner, also where parts are single rows and a plane is in many of them."""
+    """Each voxel has one owner, also where parts are single rows and a plane lies in many of them."""
     grid = make_grid((12, 2, 2), (8, 2, 2), (6, 0, 0))  # rows at 0, 2, 4
     aggregator = GridAggregator(Placed(grid), "crop", consumer=lambda slab: None, part=Part(0, 1, 2))
     aggregator.add_batch(torch.ones(1, 1, 8, 2, 2), grid.locations[1:2])
@@ -337,8 +337,8 @@ def test_heads_of_crop_never_wait_for_the_next_part() -> None:
     assert not aggregator.finished
 
 
-def test_heads_can_be_sent_from_inference_mode() -> None:
-    """They are no inference tensors, which could not be changed outside of it."""
+def test_heads_made_in_inference_mode_are_ordinary_tensors() -> None:
+    """Inference tensors could not be changed outside of it."""
     grid = make_grid((12, 2, 2), (8, 2, 2), (4, 0, 0))
     with torch.inference_mode():
         aggregator = GridAggregator(Placed(grid), "hann", consumer=lambda slab: None, part=Part(0, 1, 2))
@@ -347,7 +347,7 @@ def test_heads_can_be_sent_from_inference_mode() -> None:
         assert aggregator.head()
 
 
-# What is refused.
+# Errors.
 
 
 def two(part: Part, mode: str = "hann", skipped: Sequence[int] = ()) -> tuple[GridAggregator, Grid]:
@@ -357,7 +357,7 @@ def two(part: Part, mode: str = "hann", skipped: Sequence[int] = ()) -> tuple[Gr
 
 @pytest.mark.parametrize("mode", [*BLENDS])
 def test_a_patch_of_another_part_is_refused_and_named(mode: str) -> None:
-    """Before or behind; it changes nothing."""
+    """Before or behind this one; the refused batch changes nothing."""
     for own, others in ((0, 1), (1, 0)):
         aggregator, grid = two(Part(0, own, own + 1), mode, skipped=[others])
         with pytest.raises(
@@ -368,8 +368,8 @@ def test_a_patch_of_another_part_is_refused_and_named(mode: str) -> None:
             aggregator.check_finished()
 
 
-def test_a_join_is_refused_before_the_own_patches_twice_and_at_the_end() -> None:
-    """And in an aggregator that has no parts."""
+def test_a_head_is_joined_once_after_the_own_patches_and_not_at_the_last_part() -> None:
+    """An aggregator without parts refuses it too."""
     first, grid = two(Part(0, 0, 1))
     second, _ = two(Part(0, 1, 2))
     ones = torch.ones(1, 1, 8, 4, 4)
@@ -392,7 +392,7 @@ def test_a_join_is_refused_before_the_own_patches_twice_and_at_the_end() -> None
 
 
 def test_a_head_of_another_shape_or_type_is_refused_and_changes_nothing() -> None:
-    """Other planes, channels, type, or without the weights that skipping needs."""
+    """Other planes, channels or type, or no weights where skipping needs them."""
     first, grid = two(Part(0, 0, 1))
     first.add_batch(torch.ones(1, 2, 8, 4, 4), grid.locations[:1])
     right = torch.ones(2, 5, 4, 4)
@@ -416,8 +416,8 @@ def test_a_part_needs_a_consumer_and_its_own_axis_and_rows() -> None:
             Part(axis, first, stop)
 
 
-def test_the_owner_wants_every_plane_of_every_product_once() -> None:
-    """No volume with holes, none from a process that has no room, and no planes of another form."""
+def test_the_owner_requires_every_plane_of_every_product_once() -> None:
+    """Missing, repeated and misshapen planes are refused, as is collecting on a process that is not the owner."""
     grid = make_grid((12, 4, 4), (8, 4, 4), (4, 0, 0))
     space = Preprocess()(Subject(t1=ScalarImage(torch.zeros(1, 12, 4, 4)))).space
     stitch = Stitch("average", ["logits", "labels"])

@@ -1,4 +1,4 @@
-"""Law 3: streaming equals not streaming, to the bit for crop and to float32 rounding otherwise."""
+"""Tests streaming: it equals aggregating the whole volume, to the bit for crop and to float32 rounding otherwise."""
 
 import gc
 import weakref
@@ -30,7 +30,7 @@ from voxquilt.stitching.stitch import Stitch
 from voxquilt.stitching.streaming import FinishedPlanes
 from voxquilt.stitching.subject_stitcher import SubjectStitcher
 
-# Per axis: patch size, overlap as a share of what there can be, voxels beside the first patch.
+# Per axis: patch size, overlap as a share of the largest possible, voxels beside the first patch.
 AXES = st.tuples(st.integers(1, 7), st.integers(0, 3), st.integers(0, 12))
 
 
@@ -44,7 +44,7 @@ def streamed(
     buffers: BufferPool | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, list[tuple[int, int]]]:
-    """The volume put together from slabs, and their planes."""
+    """The volume assembled from slabs, and the planes of each slab."""
     pieces: list[Tensor] = []
     planes: list[tuple[int, int]] = []
 
@@ -71,7 +71,7 @@ def streamed(
     st.sampled_from([torch.float16, torch.float32, torch.float64]),
     st.sampled_from([None, torch.bfloat16, torch.float32, torch.float64]),
 )
-def test_slabs_put_together_are_the_volume(
+def test_streamed_planes_assemble_to_the_volume(
     axes: tuple[tuple[int, int, int], ...],
     mode: str,
     axis: int,
@@ -80,7 +80,7 @@ def test_slabs_put_together_are_the_volume(
     given_type: torch.dtype,
     summed: torch.dtype | None,
 ) -> None:
-    """Law 3, for every axis, type and order within a start; the planes come in order, each once."""
+    """For every axis, type and order within a start; planes come in order, each once."""
     grid, rng = to_grid(axes), np.random.default_rng(seed)
     patches = torch.from_numpy(rng.normal(size=(len(grid), 2, *grid.patch_size))).to(given_type)
     whole = GridAggregator(Placed(grid), mode, dtype=summed)
@@ -98,8 +98,8 @@ def test_slabs_put_together_are_the_volume(
 
 
 @pytest.mark.parametrize("mode", [*BLENDS])
-def test_memory_that_another_volume_used_leaves_no_trace(mode: str) -> None:
-    """A second and smaller volume in the first one's memory is as right as the first."""
+def test_reused_buffers_do_not_leak_a_previous_volume(mode: str) -> None:
+    """The second volume is smaller than the one whose buffers it reuses."""
     buffers, rng = BufferPool(), np.random.default_rng(0)
     places = []
     for shape in ((20, 9, 11), (14, 8, 10), (20, 9, 11)):
@@ -115,7 +115,7 @@ def test_memory_that_another_volume_used_leaves_no_trace(mode: str) -> None:
 
 
 def test_sums_that_would_fill_a_gpu_are_kept_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At most half of what is free, torch's own reserve included, goes to sums; the host itself is never asked."""
+    """Sums take at most half of the free memory, torch's reserve included; host memory is not queried."""
     free, reserved, allocated = 4 * 2**30, 3 * 2**30, 1 * 2**30
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * 2**30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
@@ -126,8 +126,8 @@ def test_sums_that_would_fill_a_gpu_are_kept_on_the_host(monkeypatch: pytest.Mon
     assert choose_device(host, 2**60) == host
 
 
-def test_streaming_keeps_a_patch_of_planes_whatever_the_length() -> None:
-    """The ring has as many planes as a patch has, for a volume of 30 and of 3,000 planes."""
+def test_the_ring_holds_as_many_planes_as_a_patch_for_any_length() -> None:
+    """For volumes of 30 and of 3,000 planes."""
     for length in (30, 3000):
         buffers = BufferPool()
         grid = make_grid((length, 5, 6), (8, 5, 6), (4, 0, 0))
@@ -138,7 +138,7 @@ def test_streaming_keeps_a_patch_of_planes_whatever_the_length() -> None:
 
 
 def test_a_patch_that_comes_too_early_is_refused_and_named() -> None:
-    """A patch of a later start would overwrite planes that are not complete; nothing of its batch is taken."""
+    """A patch of a later start would overwrite incomplete planes; nothing of its batch is added."""
     grid = make_grid((12, 4, 4), (6, 4, 2), (2, 0, 0))
     aggregator = GridAggregator(Placed(grid), "average", consumer=lambda slab: None)
     with pytest.raises(LedgerError, match="starts at 4 along i came while 2 of those at 0 are missing"):
@@ -148,8 +148,8 @@ def test_a_patch_that_comes_too_early_is_refused_and_named() -> None:
     assert aggregator.ledger.missing == 0
 
 
-def test_a_patch_for_planes_that_have_left_is_refused() -> None:
-    """It can only be a repeated one, and is named as such."""
+def test_a_patch_for_planes_already_handed_over_is_refused() -> None:
+    """It can only be a repeated patch, and the message says so."""
     grid = make_grid((12, 4, 4), (6, 4, 4), (2, 0, 0))
     aggregator = GridAggregator(Placed(grid), "average", consumer=lambda slab: None)
     aggregator.add_batch(torch.ones(2, 1, 6, 4, 4), grid.locations[:2])
@@ -158,7 +158,7 @@ def test_a_patch_for_planes_that_have_left_is_refused() -> None:
 
 
 def test_a_streaming_aggregator_has_no_output_tensor() -> None:
-    """Its planes have gone to the consumer: asking for the whole is an error, not a wrong volume."""
+    """Its planes went to the consumer: asking for the output is an error, not a wrong volume."""
     grid = make_grid((4, 4, 4), 4, 0)
     aggregator = GridAggregator(Placed(grid), consumer=lambda slab: None)
     aggregator.add_batch(torch.ones(1, 1, 4, 4, 4), grid.locations)
@@ -178,7 +178,7 @@ AXIS_MAPS = st.tuples(st.floats(0.3, 3.0), st.booleans(), st.floats(-2, 2), st.i
     st.lists(st.integers(1, 3), min_size=9, max_size=9),
     st.integers(1, 400),
 )
-def test_planes_restored_as_they_come_equal_the_whole(
+def test_planes_restored_one_by_one_equal_the_restored_volume(
     shape: tuple[int, int, int],
     axes: list[int],
     lines: tuple[tuple[float, bool, float, int, bool], ...],
@@ -186,7 +186,7 @@ def test_planes_restored_as_they_come_equal_the_whole(
     cuts: list[int],
     voxels: int,
 ) -> None:
-    """To the bit, for every permutation, flip, scale and shift, and every way to cut planes into slabs."""
+    """To the bit, for every permutation, flip, scale and shift, and every division into slabs."""
     source = torch.from_numpy(np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32))
     maps = []
     for a, (scale, flip, offset, size, whole) in zip(axes, lines, strict=True):
@@ -214,10 +214,10 @@ def test_planes_restored_as_they_come_equal_the_whole(
 @pytest.mark.parametrize("spacing", [None, 1.7, (0.8, 2.3, 1.1)])
 @pytest.mark.parametrize("orientation", ["RAS", "SPL", "AIL"])
 @pytest.mark.parametrize("mode", [*BLENDS])
-def test_streamed_labels_are_those_of_the_whole_score_volume(
+def test_streamed_labels_equal_those_of_the_whole_score_volume(
     mode: str, orientation: str, spacing: float | tuple[float, float, float] | None
 ) -> None:
-    """Whole scores, interpolated to native space and then arg-maxed, give the same labels and scores."""
+    """Whole scores that are interpolated and then arg-maxed give the same labels and scores."""
     rng = np.random.default_rng(3)
     affine = np.diag([1.5, 1.1, 2.0, 1.0]) @ np.array([[0, -1, 0, 3], [1, 0, 0, 2], [0, 0, 1, 1], [0, 0, 0, 1.0]])
     subject = Subject(t1=ScalarImage(tensor=rng.normal(size=(1, 17, 14, 21)).astype(np.float32), affine=affine))
@@ -252,7 +252,7 @@ def test_streamed_labels_are_those_of_the_whole_score_volume(
     st.integers(1, 5),
     st.integers(0, 99),
 )
-def test_every_output_and_product_is_that_of_the_whole(
+def test_every_streamed_output_and_product_equals_the_unstreamed(
     axes: tuple[tuple[int, int, int], ...],
     mode: str,
     orientation: str | None,
@@ -260,7 +260,7 @@ def test_every_output_and_product_is_that_of_the_whole(
     size: int,
     seed: int,
 ) -> None:
-    """Law 3 for what is written: two named outputs, one of them smaller, in any order that streaming takes."""
+    """Two named outputs, one of them smaller, for any order of patches that streaming accepts."""
     doubled = to_grid(tuple((2 * p, 2 * half, 2 * more) for p, half, more in axes))
     overlap = tuple(o - o % 4 for o in doubled.patch_overlap)  # steps that a factor of 2 divides
     rng, affine = np.random.default_rng(seed), np.diag([-1.3, 0.8, 1.0, 1.0])
@@ -303,7 +303,7 @@ def test_every_output_and_product_is_that_of_the_whole(
 
 
 def test_a_finished_subject_is_freed_without_the_garbage_collector() -> None:
-    """No cycle holds the volumes of a Quilt: a cohort's memory does not depend on when Python collects."""
+    """No reference cycle holds the volumes of a SubjectStitcher."""
     native = Frame((6, 6, 6), np.eye(4))
     gc.collect()
     gc.disable()

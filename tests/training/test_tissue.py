@@ -1,4 +1,4 @@
-"""The tissue experiment: a real training on a real brain, and what its network promises."""
+"""Tests the tissue experiment: a real training on a real brain, and the properties of its network."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def network(seed: int) -> torch.nn.Module:
-    """The experiment's network with random weights, as it predicts."""
+    """The experiment's network with random weights, in prediction mode."""
     net = OmegaConf.merge(
         OmegaConf.load(ROOT / "conf/model/net/dynunet.yaml"),
         OmegaConf.load(ROOT / "conf/experiment/tissue.yaml").model.net,
@@ -32,8 +32,8 @@ def network(seed: int) -> torch.nn.Module:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
-def test_patches_that_overlap_by_the_networks_reach_give_what_the_whole_volume_gives(seed: int) -> None:
-    """To 1e-5, at every voxel: each is owned by a patch whose border is 20 voxels or more away."""
+def test_patches_overlapping_by_the_receptive_field_equal_the_whole_volume(seed: int) -> None:
+    """To 1e-5 at every voxel: its patch extends at least 20 voxels beyond it."""
     brain = ScalarImage(tissue_table().parent / "anterior_t1.nii.gz").data[:, 40:140, 20:100, 40:132] / 127.5 - 1
     subject = Subject(t1=ScalarImage(tensor=brain))
     options = {"divisible_by": 4, "stitch": Stitch("crop", products=["logits"])}
@@ -41,14 +41,14 @@ def test_patches_that_overlap_by_the_networks_reach_give_what_the_whole_volume_g
     patches = predict_volume(network(seed), subject, 64, 40, **options)["logits"]  # type: ignore[arg-type]
     assert whole.std() > 0.01
     assert np.abs(whole - patches).max() < 1e-5
-    # The control: with borders of 4 voxels it is not so.
+    # Control: with borders of 4 voxels they differ.
     close = predict_volume(network(seed), subject, 64, 8, **options)["logits"]  # type: ignore[arg-type]
     assert np.abs(whole - close).max() > 1e-4
 
 
 @pytest.mark.slow
-def test_a_minute_of_training_tells_tissues_apart(forks: Server, tmp_path: Path) -> None:
-    """On the half of the brain that was not trained on; then the checkpoint predicts with nothing else."""
+def test_a_minute_of_training_separates_tissues(forks: Server, tmp_path: Path) -> None:
+    """On the half of the brain not trained on; then the checkpoint predicts without further settings."""
     run = forks.start(
         "experiment=tissue", "trainer.max_epochs=2", "trainer.check_val_every_n_epoch=2", "trainer.accelerator=cpu",
         "output_dir=trained", cwd=tmp_path, script="train",

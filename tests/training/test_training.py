@@ -1,4 +1,4 @@
-"""Training: patches are cut where they should be, whatever process cuts them; what is trained predicts."""
+"""Tests training: where patches are cut and by which process, what validation computes, what checkpoints predict."""
 
 import io
 import os
@@ -61,7 +61,7 @@ NET = (
 
 @pytest.fixture(scope="module")
 def blobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Noisy images in images/ and what is bright in them in labels/."""
+    """Noisy images in images/ and their bright regions in labels/."""
     folder = tmp_path_factory.mktemp("blobs")
     rng = np.random.default_rng(0)
     for name in ("images", "labels"):
@@ -90,7 +90,7 @@ def numbered(shape: tuple[int, int, int]) -> LabelledVolume:
 
 
 def net() -> UNet:
-    """A small one, the same each time."""
+    """A small network with the same weights each time."""
     torch.manual_seed(0)
     return UNet(3, 1, 2, channels=(4, 8), strides=(2,))
 
@@ -106,8 +106,8 @@ def cases_of(count: int, column: list[str] | None = None) -> list[SubjectFiles]:
 # Patches
 
 
-def test_image_and_label_of_a_random_patch_come_from_one_place() -> None:
-    """The label at a voxel of a patch is the label of the voxel whose number the image patch holds there."""
+def test_image_and_label_of_a_random_patch_are_cut_at_one_location() -> None:
+    """The label of a patch voxel is that of the voxel whose number the image patch holds."""
     volume = numbered((12, 9, 14))
     patches = RandomPatches([volume], (6, 5, 4), 50)
     for n in range(len(patches)):
@@ -116,17 +116,17 @@ def test_image_and_label_of_a_random_patch_come_from_one_place() -> None:
         assert torch.equal(volume.label.flatten()[patch["image"].flatten().long()], patch["label"].flatten())
 
 
-def test_balanced_patches_hold_a_rare_class_as_often_as_is_asked() -> None:
-    """With balanced=0.5, half of the patches are centred on the class that has one voxel."""
+def test_balanced_patches_centre_on_a_rare_class_as_often_as_asked() -> None:
+    """With balanced=0.5, half of them centre on a class of one voxel."""
     patches = RandomPatches([numbered((40, 40, 40))], (4, 4, 4), 400, balanced=0.5)
     share = np.mean([bool((patches[n]["label"] == 3).any()) for n in range(len(patches))])
     assert 0.4 < share < 0.6
 
 
 def unevenness(volume: LabelledVolume, masks: list[torch.Tensor], draws: int, seed: int) -> float:
-    """Chi-square of how often each mask holds a balanced patch's centre, against equally often.
+    r"""Chi-square of how often each mask holds the centre of a balanced patch, against equal frequencies.
 
-    A patch of one voxel is its centre.
+    Patches are one voxel large, so that a patch is its centre.
     """
     patches = RandomPatches([volume], (1, 1, 1), draws, balanced=1.0, seed=seed)
     voxels = torch.tensor([int(patches[n]["image"]) for n in range(draws)])
@@ -140,10 +140,10 @@ def unevenness(volume: LabelledVolume, masks: list[torch.Tensor], draws: int, se
     exponents=st.lists(st.integers(0, 4), min_size=2, max_size=5).filter(lambda some: max(some) - min(some) >= 2),
     first=st.integers(1, 9), channels=st.booleans(), seed=st.integers(0, 2**32 - 1),
 )  # fmt: skip
-def test_each_class_is_drawn_as_often_however_many_voxels_it_has(
+def test_every_class_is_drawn_equally_often_whatever_its_size(
     exponents: list[int], first: int, channels: bool, seed: int
 ) -> None:
-    """One class of 6 to 1296 times another's voxels: counts pass a chi-square test that drawing by voxel fails."""
+    """One class is 6 to 1296 times larger; counts pass a chi-square test that drawing by voxel would fail."""
     sizes = [6**e for e in exponents]
     shape = (16, 22, 20)
     image = torch.arange(np.prod(shape), dtype=torch.float32).reshape(1, *shape)
@@ -168,8 +168,8 @@ def test_unbalanced_patches_reach_every_voxel() -> None:
     assert {int(patches[n]["image"].min()) for n in range(len(patches))} == {0, 9}
 
 
-def test_each_class_and_each_mask_has_its_centres() -> None:
-    """Positions lie in their class: by value for one channel, background left out; for several, in each mask."""
+def test_centres_of_balanced_patches_lie_in_their_class_or_mask() -> None:
+    """By value for one channel, without background; for several channels, in each mask."""
     label = torch.zeros(1, 5, 6, 7, dtype=torch.uint8)
     label[0, 2:4] = 7
     label[0, 4, 0, 0] = 9
@@ -181,8 +181,8 @@ def test_each_class_and_each_mask_has_its_centres() -> None:
     assert [len(some) for some in centres_of(masks)] == [16, 32]
 
 
-def test_augmentation_is_the_same_whenever_a_patch_is_made() -> None:
-    """Patch n depends on the seed and n alone; image and label are flipped together, and only the image gets noise."""
+def test_augmentation_depends_on_the_seed_and_patch_number_only() -> None:
+    """Image and label are flipped together, and only the image gets noise."""
 
     def made(seed: int) -> list[dict[str, torch.Tensor]]:
         augment = Compose([
@@ -212,7 +212,7 @@ def test_augmentation_is_the_same_whenever_a_patch_is_made() -> None:
 def test_an_epoch_has_every_patch_once_and_the_ranks_share_it(
     volumes: int, per: int, group: int, ranks: int, epoch: int, seed: int
 ) -> None:
-    """Together the ranks have what one process has, but for a rest below their number; few volumes are open."""
+    """Together the ranks have the patches of one process, except a rest below their number; few volumes are open."""
 
     def numbers(rank: int, count: int) -> list[int]:
         order = EpochOrder(volumes, per, group=group, seed=seed, rank=rank, ranks=count)
@@ -225,7 +225,7 @@ def test_an_epoch_has_every_patch_once_and_the_ranks_share_it(
     assert sorted(alone) == list(range(epoch * total, (epoch + 1) * total))
     each = [numbers(rank, ranks) for rank in range(ranks)]
     assert len({len(some) for some in each}) == 1
-    # In turns they are the order of one process, so batches together are its batches.
+    # Taken in turn they are the order of one process, so batches of all ranks together are its batches.
     together = [n for some in zip(*each, strict=True) for n in some]
     assert together == alone[: total // ranks * ranks]
     for first in range(0, total, group * per):
@@ -235,8 +235,10 @@ def test_an_epoch_has_every_patch_once_and_the_ranks_share_it(
 
 @settings(deadline=None)
 @given(st.integers(1, 9), st.integers(0, 9), st.integers(1, 4), st.integers(0, 3))
-def test_each_volume_is_read_once_an_epoch_and_few_are_in_memory(count: int, kept: int, group: int, epoch: int) -> None:
-    """What fits is read once for good; of the others a group is open."""
+def test_each_volume_is_read_once_per_epoch_and_few_are_in_memory(
+    count: int, kept: int, group: int, epoch: int
+) -> None:
+    """Volumes that fit the cache are read once for good; of the others one group is open at a time."""
     reads: list[int] = []
 
     def load(n: int) -> LabelledVolume:
@@ -260,7 +262,7 @@ def test_each_volume_is_read_once_an_epoch_and_few_are_in_memory(count: int, kep
 @settings(deadline=None)
 @given(st.integers(2, 30), st.data())
 def test_folds_are_disjoint_complete_and_even(count: int, data: st.DataObject) -> None:
-    """Every subject validates in one fold and trains in the others; sizes differ by one at most."""
+    """Every subject validates in one fold and trains in the others; fold sizes differ by at most one."""
     folds, seed = data.draw(st.integers(2, count)), data.draw(st.integers(0, 3))
     parts = [make_split(cases_of(count), folds, fold, seed) for fold in range(folds)]
     validating = [case.subject for part in parts for case in part.validation]
@@ -272,16 +274,16 @@ def test_folds_are_disjoint_complete_and_even(count: int, data: st.DataObject) -
     assert parts == [make_split(cases_of(count), folds, fold, seed) for fold in range(folds)]
 
 
-def test_a_column_says_who_trains_and_who_validates() -> None:
-    """Words, or numbers of folds; other words leave a subject out."""
+def test_a_table_column_assigns_subjects_to_training_and_validation() -> None:
+    """By words or numbers of folds; other words leave a subject out."""
     words = make_split(cases_of(4, ["train", "VAL", "test", "train"]), 5, column="split")
     assert [[c.subject for c in part] for part in words] == [["s00", "s03"], ["s01"]]
     numbers = make_split(cases_of(4, ["0", "1", "2", "1"]), 5, 1, column="split")
     assert [[c.subject for c in part] for part in numbers] == [["s00", "s02"], ["s01", "s03"]]
 
 
-def test_a_split_that_leaves_nobody_to_train_is_refused() -> None:
-    """So are folds that are more than the subjects, a fold that is none of them, and a column that is not there."""
+def test_a_split_without_training_subjects_is_refused() -> None:
+    """So are more folds than subjects, a fold that does not exist, and a missing column."""
     for arguments, message in (
         ((cases_of(2, ["val", "val"]), 5, 0, 0, "split"), r"no subject is left to train on: 2 .* has: val"),
         ((cases_of(2), 3), r"data\.folds=3 needs .* there are 2"),
@@ -296,7 +298,7 @@ def test_a_split_that_leaves_nobody_to_train_is_refused() -> None:
 
 
 def test_a_missing_label_and_one_on_another_grid_are_named(blobs: Path, tmp_path: Path) -> None:
-    """The first before anything is read, the other from headers alone; training never goes on beside them."""
+    """The first before anything is read, the second from headers alone; training never goes on without them."""
     with pytest.raises(ConfigError, match=r"s0: its label .*nowhere/s0\.nii\.gz does not exist"):
         TrainingDataModule(blobs / "images", "nowhere/{subject}.nii.gz", 16)
     for n in range(5):
@@ -307,7 +309,7 @@ def test_a_missing_label_and_one_on_another_grid_are_named(blobs: Path, tmp_path
 
 
 def relabelled(blobs: Path, folder: Path, subject: str, value: float, channels: int = 1) -> str:
-    """The blobs' labels, one voxel of one subject's changed; a file of several masks where asked. Their pattern."""
+    """The blobs' labels with one voxel of one subject changed, optionally as several masks; returns their pattern."""
     folder.mkdir(exist_ok=True)
     for n in range(5):
         file = nib.load(blobs / f"labels/s{n}.nii.gz")
@@ -322,10 +324,10 @@ def relabelled(blobs: Path, folder: Path, subject: str, value: float, channels: 
 @pytest.mark.parametrize("cache", [None, 0])
 @pytest.mark.parametrize("subject", ["s0", "s2"])  # one trains, one validates
 @pytest.mark.parametrize(("value", "shown"), [(0.5, "0.5"), (-1, "-1"), (-0.25, "-0.25")])
-def test_a_label_that_is_no_class_is_named_before_training(
+def test_an_invalid_label_value_is_named_before_training(
     value: float, shown: str, subject: str, cache: float | None, blobs: Path, tmp_path: Path
 ) -> None:
-    """One voxel of one subject, also of those that are not kept in memory and those that validate."""
+    """One voxel of one subject, whether it is cached or not, in training or validation."""
     pattern = relabelled(blobs, tmp_path / "odd", subject, value)
     data = TrainingDataModule(blobs / "images", pattern, 16, cache=cache)
     assert [case.subject for case in data.validation_cases] == ["s2"]
@@ -339,7 +341,7 @@ def test_a_label_that_is_no_class_is_named_before_training(
 def test_a_label_beyond_the_networks_classes_is_named_before_training(
     value: int, subject: str, cache: float | None, blobs: Path, tmp_path: Path
 ) -> None:
-    """Once it is known how many there are; the highest that the network has is one of them."""
+    """As soon as the number of classes is known; the highest class itself is accepted."""
     data = TrainingDataModule(blobs / "images", relabelled(blobs, tmp_path / "odd", subject, value), 16, cache=cache)
     data.classes = 2
     message = rf"^{subject}: its label has class {value}; the network gives 2, 0 to 1\."
@@ -350,7 +352,7 @@ def test_a_label_beyond_the_networks_classes_is_named_before_training(
 
 
 def test_a_subject_with_other_channels_is_named_before_training(blobs: Path, tmp_path: Path) -> None:
-    """Of labels by task, and of images; from headers."""
+    """For labels of each task and for images, from headers."""
     two = relabelled(blobs, tmp_path / "two", "s1", 1, channels=2)
     for task, classes, message in (
         (
@@ -372,7 +374,7 @@ def test_a_subject_with_other_channels_is_named_before_training(blobs: Path, tmp
 
 
 def test_an_unknown_keyword_of_the_training_data_is_named(blobs: Path) -> None:
-    """A keyword is never dropped; those that type checkers know are those that there are."""
+    """No keyword is dropped silently; those declared for type checkers are those that exist."""
     with pytest.raises(TypeError, match="'batchsize'"):
         data_of(blobs, batchsize=2)
     assert TrainingKeywords.__annotations__ == TrainingOptions.__annotations__
@@ -381,7 +383,7 @@ def test_an_unknown_keyword_of_the_training_data_is_named(blobs: Path) -> None:
 
 
 def test_a_validation_subject_that_cannot_be_read_ends_validation_with_its_name(blobs: Path, tmp_path: Path) -> None:
-    """Its voxels are cut off after the headers were checked; no mean is taken over the subjects that are left."""
+    """It is truncated after the headers were checked; no mean is computed over the remaining subjects."""
     shutil.copytree(blobs / "images", tmp_path / "images")
     data = TrainingDataModule(tmp_path / "images", f"{blobs}/labels/{{subject}}.nii.gz", 16)
     data.setup("fit")
@@ -393,7 +395,7 @@ def test_a_validation_subject_that_cannot_be_read_ends_validation_with_its_name(
 
 
 def test_volumes_smaller_than_the_patch_are_padded(blobs: Path) -> None:
-    """A patch larger than the volume holds all of it."""
+    """The patch then holds the whole volume."""
     data = TrainingDataModule(blobs / "images", f"{blobs}/labels/{{subject}}.nii.gz", 32)
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
@@ -404,7 +406,7 @@ def test_volumes_smaller_than_the_patch_are_padded(blobs: Path) -> None:
 
 
 def fitted(blobs: Path, folder: Path, epochs: int = 1, **options: object) -> tuple[Trainer, PatchTrainer]:
-    """Trained in this process."""
+    """Train in this process."""
     module = PatchTrainer(net(), DiceCELoss(to_onehot_y=True, softmax=True), stitch=Stitch("hann"))
     trainer = Trainer(
         max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
@@ -416,7 +418,7 @@ def fitted(blobs: Path, folder: Path, epochs: int = 1, **options: object) -> tup
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
-    """Lightning warns of few workers and of few steps."""
+    """Lightning warns about few workers and few steps."""
     import warnings
 
     with warnings.catch_warnings():
@@ -424,8 +426,8 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def test_validation_is_what_predicting_gives(blobs: Path, tmp_path: Path) -> None:
-    """val_dice is the mean over subjects of class_dice of predict_volume's labels and the label file."""
+def test_validation_metrics_equal_those_of_predicting(blobs: Path, tmp_path: Path) -> None:
+    """val_dice is the mean over subjects of class_dice between predict_volume's labels and the label file."""
     trainer, module = fitted(blobs, tmp_path, folds=2)
     data = trainer.datamodule  # type: ignore[attr-defined]
     module.eval()
@@ -442,7 +444,7 @@ def test_validation_is_what_predicting_gives(blobs: Path, tmp_path: Path) -> Non
 
 
 def test_a_label_without_a_class_in_the_network_is_named(blobs: Path, tmp_path: Path) -> None:
-    """The subject, the class, and what the network has."""
+    """With the subject, the class, and the classes that the network has."""
     for n in range(5):
         file = nib.load(blobs / f"labels/s{n}.nii.gz")
         nib.save(nib.Nifti1Image(file.get_fdata().astype(np.uint8) * 2, file.affine), tmp_path / f"s{n}.nii.gz")
@@ -459,10 +461,10 @@ def test_a_label_without_a_class_in_the_network_is_named(blobs: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("ranks", "subject", "cache"), [(1, "s1", "null"), (1, "s2", "0"), (2, "s2", "0"), (2, "s4", "0")]
 )
-def test_the_command_names_the_one_label_and_does_not_advise_to_go_on(
+def test_the_command_names_only_the_invalid_label(
     ranks: int, subject: str, cache: str, forks: Server, blobs: Path, tmp_path: Path
 ) -> None:
-    """Before training, with status 2 in all processes, whichever of them reads it."""
+    """Before training, with status 2 in all processes, whichever reads it; it does not suggest resuming."""
     relabelled(blobs, blobs / f"odd_{subject}", subject, 7)
     text = train(forks, blobs, tmp_path, f"data.cache={cache}", ranks=ranks, labels=f"odd_{subject}", status=2)
     assert text.count(f"voxquilt: {subject}: its label has class 7; the network gives 2, 0 to 1.") == 1
@@ -493,7 +495,7 @@ def test_a_schedule_ends_at_zero(schedule: object) -> None:
 def train(
     forks: Server, blobs: Path, cwd: Path, *arguments: str, ranks: int = 1, labels: str = "labels", status: int = 0
 ) -> str:
-    """train.py on the blobs; what it printed."""
+    """Run train.py on the blobs; returns its output."""
     run = forks.start(
         f"data.inputs={blobs}/images", f"data.labels={blobs}/{labels}/{{subject}}.nii.gz", "data.patch_size=16",
         "trainer.accelerator=cpu", "trainer.check_val_every_n_epoch=1", *NET, *arguments,
@@ -504,12 +506,12 @@ def train(
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Of a checkpoint, which holds plain types alone."""
+    """Weights of a checkpoint, which holds plain types only."""
     return torch.load(checkpoint, weights_only=True)["state_dict"]
 
 
 def test_a_checkpoint_predicts_with_nothing_but_inputs(forks: Server, blobs: Path, tmp_path: Path) -> None:
-    """It brings patch size, model space, intensities, network and class names; what the user says wins."""
+    """It carries patch size, model space, intensities, network and class names; the user's settings override them."""
     train(
         forks, blobs, tmp_path, "trainer.max_epochs=2", "stitch.class_names=[none,blob]", "preprocess.spacing=1.5",
         "preprocess.intensity=[{_target_: monai.transforms.NormalizeIntensity}]", "stitch.overlap_mode=hann",
@@ -556,11 +558,11 @@ def uninterrupted(forks: Server, blobs: Path, tmp_path_factory: pytest.TempPathF
     ("stop", "status", "workers"),
     [("epochs=2", 0, 0), ("epochs=2", 0, 2), ("steps=11", 130, 0), ("steps=11", 130, 2), ("steps=16", 130, 0)],
 )
-def test_a_training_that_goes_on_ends_where_one_that_was_not_interrupted_does(
+def test_a_resumed_training_ends_with_the_weights_of_an_uninterrupted_one(
     stop: str, status: int, workers: int, forks: Server, blobs: Path, tmp_path: Path,
     uninterrupted: dict[str, torch.Tensor],
 ) -> None:  # fmt: skip
-    """Weights are equal to the bit: data, optimizer and schedule go on where they were, within an epoch too."""
+    """To the bit: data, optimizer and schedule continue where they stopped, within an epoch too."""
     fault = ("+callbacks.fault._target_=synthetic.StopAfter", f"+callbacks.fault.{stop}")
     text = train(forks, blobs, tmp_path, *GOING_ON, f"data.num_workers={workers}", *fault, status=status)
     assert (" goes on." in text) == (status == 130)
@@ -583,7 +585,7 @@ def finished(forks: Server, blobs: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def kept(folder: Path) -> dict[str, bytes]:
-    """Checkpoints by name."""
+    """Contents of checkpoints by file name."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -598,10 +600,10 @@ def kept(folder: Path) -> dict[str, bytes]:
         (("best.ckpt",), ("-m", "output_dir=outputs,new")),
     ],
 )
-def test_a_training_overwrites_no_other(
+def test_a_training_does_not_overwrite_another(
     there: tuple[str, ...], more: tuple[str, ...], forks: Server, blobs: Path, tmp_path: Path, finished: Path
 ) -> None:
-    """Refused before anything is written, with the three ways on; a training that starts from elsewhere is another."""
+    """Refused before anything is written, with three remedies, also for a start from a checkpoint elsewhere."""
     folder = tmp_path / "outputs/checkpoints"
     folder.mkdir(parents=True)
     for name in there:
@@ -619,10 +621,10 @@ def test_a_training_overwrites_no_other(
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_training_that_may_overwrite_leaves_nothing_of_the_other(
+def test_an_overwriting_training_removes_all_checkpoints_of_the_other(
     ranks: int, forks: Server, blobs: Path, tmp_path: Path, finished: Path
 ) -> None:
-    """Not even a best.ckpt where nothing validates; but only once it has begun, and never what it goes on from."""
+    """Even best.ckpt if nothing validates; only once it has begun, and never the checkpoint it resumes from."""
     folder = tmp_path / "outputs/checkpoints"
     shutil.copytree(finished / "checkpoints", folder)
     (folder / "notes.txt").write_text("mine")
@@ -649,10 +651,8 @@ def test_a_training_that_may_overwrite_leaves_nothing_of_the_other(
     assert torch.load(folder / "last.ckpt", weights_only=True)["epoch"] == 1
 
 
-def test_processes_that_lightning_starts_come_after_the_question_who_may_write(
-    forks: Server, blobs: Path, tmp_path: Path
-) -> None:
-    """They find what rank 0 wrote, if they come late, and ask nothing; the same command again is refused once."""
+def test_only_rank_0_checks_for_another_trainings_checkpoints(forks: Server, blobs: Path, tmp_path: Path) -> None:
+    """Later processes find rank 0's own checkpoints and do not ask; the same command again is refused once."""
     more = (*ONE, "trainer=ddp", "trainer.devices=2", "logger=null")
     train(forks, blobs, tmp_path, *more)
     assert {"last.ckpt"} <= kept(tmp_path / "outputs/checkpoints").keys()
@@ -660,7 +660,7 @@ def test_processes_that_lightning_starts_come_after_the_question_who_may_write(
 
 
 def refusal(blobs: Path, *overrides: str) -> str:
-    """What the checks of train.py say of a training that is to go on; nothing if it may."""
+    """The message of train.py's checks on a training that is to be resumed; empty if they pass."""
     register_resolvers()
     GlobalHydra.instance().clear()
     typed = to_overrides([
@@ -697,10 +697,10 @@ CHANGES = [
 ]
 
 
-def test_a_training_goes_on_with_what_it_began_with(
+def test_a_training_resumes_only_with_its_own_settings_and_data(
     forks: Server, blobs: Path, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What would train something else is refused, by its key with both values; nothing is written."""
+    """Each change is refused by its key with both values; nothing is written."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(blobs, "moved")
     for folder, name, other in (("images", "s3", "s2"), ("labels", "s4", "s0")):
@@ -714,7 +714,7 @@ def test_a_training_goes_on_with_what_it_began_with(
         for line in named:
             assert line in found
     text = train(forks, blobs, tmp_path, *ONE, "trainer.max_epochs=2", f"ckpt_path={last}", *CHANGES[0][0], status=2)
-    # And nothing is named that only follows from it, such as the overlap of validation's patches.
+    # Nothing that only follows from it is named, such as the overlap of validation's patches.
     assert text.startswith(
         f"voxquilt: {last} was trained with other settings or data:\n  {CHANGES[0][1][0]}\n  A training resumes"
     )
@@ -722,10 +722,10 @@ def test_a_training_goes_on_with_what_it_began_with(
     assert not (tmp_path / "outputs").exists()
 
 
-def test_what_changes_nothing_of_what_is_trained_may_change(
+def test_settings_that_do_not_affect_training_may_change_on_resume(
     forks: Server, blobs: Path, tmp_path: Path, finished: Path
 ) -> None:
-    """Where the data lies, how a patch size is written, how it is validated, and with how many workers."""
+    """Where the data is, how a patch size is written, validation, and the number of workers."""
     shutil.copytree(blobs, tmp_path / "moved")
     text = train(
         forks, blobs, tmp_path, *ONE, "trainer.max_epochs=2", f"ckpt_path={finished}/checkpoints/last.ckpt",
@@ -754,10 +754,10 @@ def test_what_changes_nothing_of_what_is_trained_may_change(
         ),
     ],
 )
-def test_a_training_with_nothing_to_go_on_with_is_one_message(
+def test_a_checkpoint_that_cannot_be_resumed_is_one_message(
     arguments: list[str], message: str, forks: Server, blobs: Path, tmp_path: Path, finished: Path
 ) -> None:
-    """The epochs are done, or the file is none of a training, or of another network; status 2, no traceback."""
+    """All epochs are done, or the file is not a training's, or of another network; status 2, no traceback."""
     last = finished / "checkpoints/last.ckpt"
     content = torch.load(last, weights_only=True)
     torch.save(content["state_dict"], tmp_path / "net.pt")
@@ -770,10 +770,10 @@ def test_a_training_with_nothing_to_go_on_with_is_one_message(
     assert not (tmp_path / "outputs/checkpoints").exists()
 
 
-def test_a_checkpoint_that_does_not_say_how_it_was_trained_goes_on_with_a_warning(
+def test_a_checkpoint_without_training_settings_resumes_with_a_warning(
     forks: Server, blobs: Path, tmp_path: Path, finished: Path
 ) -> None:
-    """As those of earlier versions."""
+    """Earlier versions wrote such checkpoints."""
     content = torch.load(finished / "checkpoints/last.ckpt", weights_only=True)
     del content["voxquilt_training"]
     torch.save(content, tmp_path / "old.ckpt")
@@ -783,7 +783,7 @@ def test_a_checkpoint_that_does_not_say_how_it_was_trained_goes_on_with_a_warnin
 
 
 def test_means_are_over_the_subjects_that_have_a_metric() -> None:
-    """A class that neither label nor prediction has counts nowhere, as one that a subject has no number for."""
+    """A class that neither label nor prediction has is left out, as is one for which a subject has no value."""
     nan = float("nan")
     found = [
         Validated("a", {"dice": 0.5, "dice_x": 0.5, "dice_y": nan}),
@@ -798,8 +798,8 @@ def test_means_are_over_the_subjects_that_have_a_metric() -> None:
     assert mean_metrics([], "image") == {}
 
 
-def test_metrics_of_a_subject_by_hand() -> None:
-    """Background is left out of labels and counts among masks; an image's PSNR is over the span of what is wanted."""
+def test_metrics_of_a_subject_equal_values_computed_by_hand() -> None:
+    """Background counts among masks but not among labels; PSNR is relative to the span of the reference image."""
     labels, truth = torch.tensor([0, 0, 1, 1, 2, 0]), torch.tensor([0, 1, 1, 1, 0, 0])
     volume = (1, 6, 1, 1)
     found = metrics_of("segmentation", labels.reshape(volume), truth.reshape(volume), ["none", "x", "y", "z"])
@@ -813,7 +813,7 @@ def test_metrics_of_a_subject_by_hand() -> None:
 
 
 def test_two_processes_train_and_validate_as_one(forks: Server, blobs: Path, tmp_path: Path) -> None:
-    """With batches half as large each: the same losses, metrics and weights but for rounding; subjects counted once."""
+    """With half the batch size: the same losses, metrics and weights up to rounding, and subjects counted once."""
     common = (
         "trainer.max_epochs=2",
         "data.patches_per_volume=4",
@@ -833,7 +833,7 @@ def test_two_processes_train_and_validate_as_one(forks: Server, blobs: Path, tmp
 
 
 def curves(folder: Path) -> dict[str, list[float]]:
-    """What TensorBoard's event files hold."""
+    """Scalars in TensorBoard's event files."""
     (events,) = {
         path.parent for path in (folder / "tensorboard").rglob("events.out.tfevents.*") if "hparams" not in str(path)
     }
@@ -843,7 +843,7 @@ def curves(folder: Path) -> dict[str, list[float]]:
 
 
 def pictures(folder: Path) -> list[np.ndarray]:
-    """Those of the one validation subject, in order."""
+    """Pictures of the single validation subject, in order."""
     (events,) = {path.parent for path in (folder / "tensorboard").rglob("events*") if "hparams" not in str(path)}
     found = EventAccumulator(str(events), size_guidance={"images": 0})
     found.Reload()
@@ -852,7 +852,7 @@ def pictures(folder: Path) -> list[np.ndarray]:
 
 
 def test_tensorboard_has_curves_pictures_and_hyperparameters(forks: Server, blobs: Path, tmp_path: Path) -> None:
-    """Losses fall; a picture of each validation subject after each validation; settings with the final metrics."""
+    """Losses fall; a picture per validation subject and validation; settings with the final metrics."""
     train(forks, blobs, tmp_path, "trainer.max_epochs=6", "model.optimizer.lr=0.01")
     found = curves(tmp_path / "outputs")
     assert len(found["train_loss"]) == len(found["val_dice"]) == 6
@@ -869,7 +869,7 @@ def test_tensorboard_has_curves_pictures_and_hyperparameters(forks: Server, blob
         assert np.array_equal(picture[half:], below)  # the same in every epoch
         caption = stacked([(f"s2: prediction, epoch {n}, step {16 * n}", Image.fromarray(picture[LINE:half]))])
         assert np.array_equal(picture[:half], caption)
-        # The planes and greys of the prediction are the truth's: only outlines differ.
+        # The prediction has the planes and grey levels of the truth: only outlines differ.
         plain = ~outlined & ~(picture[LINE:half] == PALETTE[0]).all(axis=-1)
         assert np.array_equal(picture[LINE:half][plain], picture[half + LINE :][plain])
     text = b"".join(path.read_bytes() for path in (tmp_path / "outputs/tensorboard").rglob("events*"))
@@ -877,8 +877,8 @@ def test_tensorboard_has_curves_pictures_and_hyperparameters(forks: Server, blob
     assert b"final/val_dice" in text
 
 
-def test_several_labels_a_voxel_train(forks: Server, blobs: Path, tmp_path: Path) -> None:
-    """Two masks, from two files, one of them in the other; the checkpoint predicts both, each by itself."""
+def test_a_network_with_several_labels_per_voxel_trains(forks: Server, blobs: Path, tmp_path: Path) -> None:
+    """Two nested masks from two files; the checkpoint predicts each separately."""
     (tmp_path / "core").mkdir()
     for n in range(5):
         file = nib.load(blobs / f"labels/s{n}.nii.gz")
@@ -897,8 +897,8 @@ def test_several_labels_a_voxel_train(forks: Server, blobs: Path, tmp_path: Path
     assert nib.load(tmp_path / "outputs/s0_labels.nii.gz").shape == (24, 28, 20, 2)
 
 
-def test_an_image_out_of_an_image_trains(forks: Server, blobs: Path, tmp_path: Path) -> None:
-    """The error falls below that of the noisy image; the checkpoint predicts an image of floats."""
+def test_a_network_from_image_to_image_trains(forks: Server, blobs: Path, tmp_path: Path) -> None:
+    """Its error falls below that of the noisy image; the checkpoint predicts an image of floats."""
     (tmp_path / "clean").mkdir()
     noise = []
     for n in range(5):
@@ -952,7 +952,7 @@ SMALL = {
 def test_an_experiment_trains_and_its_checkpoint_predicts(
     forks: Server, blobs: Path, tmp_path: Path, experiment: str
 ) -> None:
-    """With its network made small; nothing is said to predict.py but inputs and checkpoint."""
+    """With a smaller network; predict.py gets only inputs and checkpoint."""
     inputs, labels = f"data.inputs={blobs}/images", f"data.labels={blobs}/labels/{{subject}}.nii.gz"
     if experiment == "multimodal":
         for n in range(5):
@@ -977,7 +977,7 @@ def test_weights_can_be_averaged_and_training_can_stop_early(forks: Server, blob
     """callbacks=[train,ema,early_stopping]: the checkpoint has the averaged weights, and fewer epochs are trained."""
     common = ("trainer.max_epochs=12", "model.optimizer.lr=0.01", "data.patches_per_volume=4")
     train(forks, blobs, tmp_path, *common, "output_dir=plain")
-    # With weights that hardly move no validation is better than the first.
+    # With weights that hardly change no validation is better than the first.
     train(
         forks, blobs, tmp_path, *common, "output_dir=both", "callbacks=[train,ema,early_stopping]",
         "callbacks.ema.decay=1.0", "callbacks.early_stopping.patience=2",
@@ -989,8 +989,8 @@ def test_weights_can_be_averaged_and_training_can_stop_early(forks: Server, blob
     assert not all(torch.equal(plain[key], both[key]) for key in plain)
 
 
-def test_a_loss_that_is_no_number_ends_the_training_with_what_to_do(forks: Server, blobs: Path, tmp_path: Path) -> None:
-    """Status 1, one message with epoch, step and subjects; what was saved before stays."""
+def test_a_loss_that_is_not_finite_ends_the_training_with_a_remedy(forks: Server, blobs: Path, tmp_path: Path) -> None:
+    """Status 1, one message with epoch, step and subjects; earlier checkpoints stay."""
     run = forks.start(
         f"data.inputs={blobs}/images", f"data.labels={blobs}/labels/{{subject}}.nii.gz", "data.patch_size=16", *NET,
         "trainer.accelerator=cpu", "model.optimizer.lr=1e30", "model.schedule=null", "trainer.max_epochs=3",
@@ -1005,10 +1005,10 @@ def test_a_loss_that_is_no_number_ends_the_training_with_what_to_do(forks: Serve
 
 
 @pytest.mark.parametrize(("signal", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
-def test_a_training_that_is_stopped_leaves_its_last_state(
+def test_a_stopped_training_saves_its_last_state(
     forks: Server, blobs: Path, tmp_path: Path, signal: str, status: int
 ) -> None:
-    """And says how to go on; what it says works."""
+    """And prints the command to resume, which works."""
     arguments = (
         f"data.inputs={blobs}/images", f"data.labels={blobs}/labels/{{subject}}.nii.gz", "data.patch_size=16", *NET,
         "trainer.accelerator=cpu",
@@ -1026,10 +1026,10 @@ def test_a_training_that_is_stopped_leaves_its_last_state(
     assert torch.load(last, weights_only=True)["epoch"] == done + 1
 
 
-def test_training_in_mixed_precision_with_workers_and_a_cache_of_nothing(
+def test_worker_processes_without_a_cache_cut_the_patches_of_the_main_process(
     forks: Server, blobs: Path, tmp_path: Path
 ) -> None:
-    """Patches of volumes that are read each time, cut by worker processes, are those that the main process cuts."""
+    """Volumes are read each time. With trainer.precision=bf16-mixed the weights stay float32."""
     common = ("trainer.max_epochs=2", "data.patches_per_volume=4")
     train(forks, blobs, tmp_path, *common, "output_dir=plain")
     train(forks, blobs, tmp_path, *common, "output_dir=other", "data.cache=0", "data.num_workers=2")
@@ -1042,8 +1042,8 @@ def test_training_in_mixed_precision_with_workers_and_a_cache_of_nothing(
 
 
 @pytest.mark.parametrize(("net", "size"), [("unet", 32), ("dynunet", 32), ("segresnet", 32), ("swinunetr", 64)])
-def test_each_network_of_the_configuration_takes_the_patch_it_says(net: str, size: int) -> None:
-    """What comes out has the patch's shape."""
+def test_the_output_of_each_configured_network_has_the_size_of_the_patch(net: str, size: int) -> None:
+    """For a patch size that its file in conf/ allows."""
     node = OmegaConf.to_container(OmegaConf.load(ROOT / f"conf/model/net/{net}.yaml"))
     found = check_network(PatchNetwork([build(node, "net")]), ["image"], 1, (size,) * 3, ["a", "b"])  # type: ignore[arg-type]
     assert found is not None
@@ -1069,10 +1069,10 @@ def test_each_network_of_the_configuration_takes_the_patch_it_says(net: str, siz
         (["model.net._target_=monai.networks.nets.UNett"], "model cannot be built"),
     ],
 )
-def test_a_training_that_cannot_be_is_one_message_and_status_2(
+def test_an_impossible_training_is_one_message_and_status_2(
     forks: Server, blobs: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
-    """Before anything is trained, without a traceback; nothing is written."""
+    """Before anything is trained or written, without a traceback."""
     run = forks.start(
         f"data.inputs={blobs}/images", f"data.labels={blobs}/labels/{{subject}}.nii.gz", "data.patch_size=16",
         "trainer.accelerator=cpu", *NET, *arguments, cwd=tmp_path, script="train",
@@ -1083,10 +1083,8 @@ def test_a_training_that_cannot_be_is_one_message_and_status_2(
     assert not (tmp_path / "outputs").exists()
 
 
-def test_labels_are_trained_on_by_the_numbers_that_they_have_in_files(
-    forks: Server, blobs: Path, tmp_path: Path
-) -> None:
-    """0 and 1002: the same training as of 0 and 1; the checkpoint brings the numbers to predicting."""
+def test_label_values_of_files_are_mapped_to_classes_for_training(forks: Server, blobs: Path, tmp_path: Path) -> None:
+    """0 and 1002 train like 0 and 1; the checkpoint passes the numbers on to predicting."""
     shutil.copytree(blobs / "images", tmp_path / "images")
     (blobs / "numbers").mkdir()
     for path in (blobs / "labels").iterdir():
@@ -1116,8 +1114,8 @@ def test_labels_are_trained_on_by_the_numbers_that_they_have_in_files(
         assert message in train(forks, blobs, tmp_path, more, "output_dir=wrong", status=2)
 
 
-def test_a_network_with_a_smaller_output_is_not_trained(forks: Server, blobs: Path, tmp_path: Path) -> None:
-    """A label would not lie on it: one message, not the loss's."""
+def test_training_a_network_with_a_smaller_output_is_refused(forks: Server, blobs: Path, tmp_path: Path) -> None:
+    """Labels would not match it: one message, not the loss's error."""
     net = ("~model/net", "+model.net._target_=torch.nn.Conv3d", "+model.net.in_channels=1", "+model.net.out_channels=2")
     run = forks.start(
         f"data.inputs={blobs}/images", f"data.labels={blobs}/labels/{{subject}}.nii.gz", "data.patch_size=16", *net,

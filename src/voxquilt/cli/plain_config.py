@@ -73,7 +73,7 @@ def check_weights(plain: Mapping[Any, Any]) -> None:
             continue
         file = Path(os.path.expanduser(str(path)))
         if not os.path.isfile(file):
-            raise ConfigError(f"ckpt_path: there is no file {path} (looked from {Path.cwd()}).{meant(file)}")
+            raise ConfigError(f"ckpt_path: there is no file {path} (relative to {Path.cwd()}).{meant(file)}")
         check_is_weights(file)
 
 

@@ -17,6 +17,7 @@ from voxquilt.data.discovery import SubjectFiles, find_cases, label_files
 from voxquilt.distributed.environment import is_external, is_first
 from voxquilt.errors import ConfigError
 from voxquilt.models.weights.detect import check_has_network
+from voxquilt.stitching.products.registry import PRODUCTS
 
 
 def check_predict(cfg: DictConfig) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def _check_inputs(plain: Mapping[str, Any]) -> None:
     check_image_names(plain["preprocess"].get("intensity"), cases)
     mask = data.get("skip")
     if isinstance(mask, str) and not any(os.path.isfile(mask.replace("{subject}", case.subject)) for case in cases):
-        raise ConfigError(f"data.skip={mask}: no subject has such a mask (looked from {Path.cwd()}).")
+        raise ConfigError(f"data.skip={mask}: no subject has such a mask (relative to {Path.cwd()}).")
     if data.get("labels") is not None:
         _check_labels(data["labels"], plain["stitch"].get("products"), cases)
 
@@ -72,11 +73,12 @@ def _check_inputs(plain: Mapping[str, Any]) -> None:
 def _check_labels(labels: Any, products: Any, cases: list[SubjectFiles]) -> None:
     lists = products.values() if isinstance(products, Mapping) else [products]
     names = [name for names in lists for name in names or ()]
-    if names and "labels" not in names:
+    # Products of others may be labels too.
+    if names and "labels" not in names and all(name in PRODUCTS.own for name in names):
         raise ConfigError(f"data.labels={labels} is compared with labels; add them to stitch.products={products}.")
     files = (path for case in cases for path in label_files(case, labels).values())
     if not any(map(os.path.isfile, files)):
-        raise ConfigError(f"data.labels={labels}: no subject has such a file (looked from {Path.cwd()}).")
+        raise ConfigError(f"data.labels={labels}: no subject has such a file (relative to {Path.cwd()}).")
 
 
 def _check_targets(node: Any, allowed: Any, key: str = "") -> None:

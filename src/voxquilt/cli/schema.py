@@ -27,6 +27,7 @@ from voxquilt.cli.value_checks import (
     shard_number,
     threshold_or_mask,
     word,
+    word_or_node,
 )
 from voxquilt.geometry.frame import parse_axcodes, to_spacing
 from voxquilt.stitching.blend_registry import BLENDS
@@ -53,8 +54,8 @@ PREPROCESS = Section(
 )
 STITCH = Section(
     {
-        "overlap_mode": word(BLENDS),
-        "products": by_name(list_of("labels", word(PRODUCTS))),
+        "overlap_mode": word_or_node(BLENDS),
+        "products": by_name(list_of("labels", word_or_node(PRODUCTS))),
         "compare": list_of("crop,hann", word(BLENDS)),
         "activation": anything,  # follows from model.activation and model.average
         "threshold": or_null(number("must be a number or null")),

@@ -24,6 +24,11 @@ def word(allowed: Iterable[str]) -> Check:
     return lambda value, key: check_name(value, allowed, key)
 
 
+def word_or_node(allowed: Iterable[str]) -> Check:
+    """One of the allowed words, or a node with the _target_ of a class of the user's own."""
+    return lambda value, key: None if isinstance(value, Mapping) and "_target_" in value else word(allowed)(value, key)
+
+
 def flag(value: Any, key: str) -> None:
     """True or false."""
     if not isinstance(value, bool):

@@ -1,7 +1,7 @@
 """Combines the members of an ensemble, flipped patches, named outputs and 2-D networks into one network."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain, combinations, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from voxquilt.errors import ConfigError, OutputError
 from voxquilt.geometry.frame import AXES
 from voxquilt.models.ensemble import Ensemble
+from voxquilt.models.flip_augmentation import flip_back, flip_combinations, flip_copy
 from voxquilt.vocabulary import ACTIVATIONS, AVERAGES, OFFLOAD, OUTPUTS, check_name
 
 Named = dict[str, Tensor]
@@ -53,8 +54,7 @@ class PatchNetwork(nn.Module):
         channels_last: bool = False,
     ) -> None:
         super().__init__()
-        if any(axis not in (0, 1, 2) for axis in flips) or len(set(flips)) != len(flips):
-            raise ConfigError(f"flips must be different axes out of 0, 1, 2; they are {list(flips)}.")
+        self._flips = flip_combinations(flips)
         if squeeze_axis not in (None, 0, 1, 2):
             raise ConfigError(f"squeeze_axis must be null, 0, 1 or 2; it is {squeeze_axis!r}.")
         if not isinstance(offload, bool):
@@ -71,7 +71,6 @@ class PatchNetwork(nn.Module):
         self.layout = check_name(output, OUTPUTS, "output")
         self.flips = tuple(flips)
         self._outputs = outputs
-        self._flips = list(chain.from_iterable(combinations(flips, n) for n in range(len(flips) + 1)))
         self._squeeze = None if squeeze_axis is None else squeeze_axis + 2
         check_name(activation or "none", ACTIVATIONS, "activation")
         probabilities = check_name(average, AVERAGES, "average") == "probabilities"
@@ -105,12 +104,11 @@ class PatchNetwork(nn.Module):
             with self.networks.ready(n) as member:
                 network = self._calls[n] if self._calls else member
                 for axes in self._flips:
-                    spatial = [axis + 2 for axis in axes]
                     # A copy for each run, since networks may work in place.
-                    inputs = self._squeeze_axis(patches if is_single else patches.flip(spatial))
+                    inputs = self._squeeze_axis(patches if is_single else flip_copy(patches, axes))
                     outputs = self._name_outputs(network(_channels_last(inputs) if self._channels_last else inputs))
                     unsqueezed = {name: self._unsqueeze_axis(name, output) for name, output in outputs.items()}
-                    yield {name: self._activate(_flip(output, spatial)) for name, output in unsqueezed.items()}
+                    yield {name: self._activate(flip_back(output, axes)) for name, output in unsqueezed.items()}
 
     def _squeeze_axis(self, patches: Tensor) -> Tensor:
         if self._squeeze is None:
@@ -155,7 +153,7 @@ class PatchNetwork(nn.Module):
             raise OutputError(f"{problem}; choose others by model.outputs{example}.")
         return kept
 
-    def _name_tuple(self, output: Sequence[Any]) -> Named:
+    def _name_tuple(self, output: Sequence[object]) -> dict[str, Any]:
         names = self._outputs or [f"out{n}" for n in range(len(output))]
         if len(names) != len(output):
             raise OutputError(
@@ -191,10 +189,6 @@ def to_activation(name: str | None) -> Callable[[Tensor], Tensor]:
         return lambda batch: batch.float().softmax(1) if batch.shape[1] > 1 else batch
     functions = {"softmax": lambda batch: batch.float().softmax(1), "sigmoid": lambda batch: batch.float().sigmoid()}
     return functions.get(name, _unchanged)
-
-
-def _flip(batch: Tensor, dims: list[int]) -> Tensor:
-    return batch.flip(dims) if dims else batch  # flipping along nothing would copy
 
 
 def _channels_last(tensor: Tensor) -> Tensor:

@@ -117,9 +117,11 @@ class VolumeWriter(Callback):
     @property
     def status(self) -> int:
         """The exit status of the last run: 0 all done, 1 some failed or the run broke off, 128 + n after signal n."""
-        if self._status is None:
-            return self.outcome.get("exit_status") or 0
-        return self._status
+        if self._status is not None:
+            return self._status
+        outcome = self.outcome  # of a run in processes that Lightning started; without one there was no run
+        status = outcome.get("exit_status") if outcome else 0
+        return BROKEN if status is None else status
 
     @property
     def outcome(self) -> dict[str, Any]:

@@ -1,0 +1,110 @@
+"""Tests that products and blends of other packages work with the real command, as docs/extending.md shows."""
+
+import csv
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from packages import install_documented
+from synthetic import noise, read, run, save
+
+from voxquilt import GridAggregator, GridSampler, Stitch
+from voxquilt.errors import ConfigError
+from voxquilt.stitching.blend import Windowed
+
+JOB = (
+    "data.inputs=in", "data.patch_size=8", "data.patch_overlap=4", "model=state_dict",
+    "model.net._target_=synthetic.Over50", "ckpt_path=null", "callbacks.writer.tensorboard=false",
+    "callbacks.writer.compress=false",
+)  # fmt: skip
+SHAPE = (9, 12, 10)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with one volume, whose subject's name ends like that of a product."""
+    save(tmp_path / "in/x_labels.nii", noise(SHAPE))
+    return tmp_path
+
+
+def margins() -> np.ndarray:
+    """The documented margin of Over50's scores: tanh of half their difference."""
+    return np.abs(np.tanh(noise(SHAPE) - 50.0))
+
+
+def check_margin(place: Path) -> None:
+    np.testing.assert_allclose(read(place / "outputs/x_labels_margin.nii"), margins(), atol=1e-5)
+    np.testing.assert_array_equal(read(place / "outputs/x_labels_labels.nii"), noise(SHAPE) > 50)
+    with open(place / "outputs/manifest.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["outputs"] == "x_labels_labels.nii;x_labels_margin.nii"
+    assert row["kinds"] == "labels;map"
+
+
+def test_a_package_adds_a_product_by_one_file_and_one_line(place: Path) -> None:
+    """The command refuses the name without the package, and writes the product with it."""
+    arguments = (*JOB, "stitch.products=[labels,margin]")
+    done = run("predict.py", *arguments, cwd=place)
+    assert done.returncode == 2
+    assert "stitch.products must be one of labels, probabilities, logits, entropy, disagreement, image;" in done.stderr
+    package = install_documented("margin.py", place / "package")
+    done = run("predict.py", *arguments, cwd=place, env={"PYTHONPATH": str(package)})
+    assert done.returncode == 0, done.stderr
+    check_margin(place)
+
+
+def test_a_product_in_the_working_folder_is_chosen_by_its_class(place: Path) -> None:
+    """Without a package; a class that is not a product is one message and status 2."""
+    shutil.copy(install_documented("margin.py", place / "package") / "margin.py", place)
+    done = run("predict.py", *JOB, "stitch.products=[labels,{_target_: margin.Margin}]", cwd=place)
+    assert done.returncode == 0, done.stderr
+    check_margin(place)
+    done = run("predict.py", *JOB, "stitch.products=[{_target_: builtins.dict}]", "output_dir=other", cwd=place)
+    assert done.returncode == 2
+    assert done.stderr.startswith("voxquilt: products are names or Products, which have a name"), done.stderr
+    assert "Traceback" not in done.stderr
+    done = run("predict.py", *JOB, "stitch.overlap_mode={_target_: builtins.dict}", "output_dir=other", cwd=place)
+    assert done.returncode == 2
+    assert done.stderr == "voxquilt: overlap_mode must be the name of a blend or a Blend; it is {}.\n"
+
+
+def test_a_package_adds_a_blend_by_one_file_and_one_line(place: Path) -> None:
+    """Labels of a pointwise network do not depend on the blend; the name is refused without the package."""
+    arguments = (*JOB, "stitch.overlap_mode=triangle", "stitch.products=[labels,logits]", "stitch.compare=[triangle]")
+    done = run("predict.py", *arguments, cwd=place)
+    assert done.returncode == 2
+    assert "stitch.overlap_mode must be one of crop, average, hann, gaussian; it is 'triangle'" in done.stderr
+    package = install_documented("triangle.py", place / "package")
+    done = run("predict.py", *arguments, cwd=place, env={"PYTHONPATH": str(package)})
+    assert done.returncode == 0, done.stderr
+    for name in ("labels", "labels_triangle"):
+        np.testing.assert_array_equal(read(place / f"outputs/x_labels_{name}.nii"), noise(SHAPE) > 50)
+    np.testing.assert_allclose(read(place / "outputs/x_labels_logits.nii")[..., 1], noise(SHAPE) - 50.0, atol=1e-4)
+
+
+def test_the_documented_blend_is_a_partition_of_unity_with_triangular_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a Blend in Python: a voxel that two patches cover is their mean, weighted 1, 2, ..., 2, 1."""
+    monkeypatch.syspath_prepend(str(install_documented("triangle.py", tmp_path / "package")))
+    from triangle import TRIANGLE  # type: ignore[import-not-found]
+
+    assert isinstance(TRIANGLE, Windowed)
+    sampler = GridSampler(torch.zeros(1, 6, 4, 4), 4, (2, 0, 0))
+    aggregator = GridAggregator(sampler, TRIANGLE)
+    patches = torch.stack([torch.zeros(1, 4, 4, 4), torch.ones(1, 4, 4, 4)])
+    aggregator.add_batch(patches, sampler.locations)
+    # Voxels 2 and 3 lie in both patches: at 2 with weights 2 and 1, at 3 with 1 and 2.
+    torch.testing.assert_close(
+        aggregator.get_output_tensor()[0, :, 0, 0], torch.tensor([0.0, 0.0, 1 / 3, 2 / 3, 1.0, 1.0])
+    )
+
+
+def test_unknown_products_and_blends_are_refused_by_the_constructor() -> None:
+    """The nearest name is suggested."""
+    with pytest.raises(ConfigError, match=r"products must be one of labels, .* Did you mean entropy\?"):
+        Stitch(products=["entropi"])
+    with pytest.raises(ConfigError, match=r"overlap_mode must be one of crop, .* Did you mean hann\?"):
+        Stitch("han")
