@@ -275,7 +275,7 @@ def test_integers_come_back_exactly_where_all_patches_agree(
     for n in order:
         aggregator.add_batch(patches[[n]], grid.locations[[n]])
     output = torch.cat(slabs, 1) if how == "streamed" else aggregator.scores()
-    averages = aggregator._blend.averages
+    averages = to_blend(blend).averages
     if averages or not skipped:
         assert output.dtype == (summed or (torch.float32 if averages else dtype))
     else:

@@ -10,6 +10,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from voxquilt.errors import BatchError, PatchShapeError
+from voxquilt.geometry.frame import Triple
 from voxquilt.geometry.grid import Grid
 from voxquilt.stitching.blend import Blend
 from voxquilt.stitching.buffer_pool import BufferPool
@@ -64,7 +65,10 @@ class Accumulator:
         of_weights = types.sums if types.sums.is_floating_point else torch.float32
         kept = [(channels, types.sums), (1, of_weights)][: 1 if fill is None else 2]
         self._memory = [buffers.take(n * self._voxels, dtype, device) for n, dtype in kept]
-        self._planes = [self._view_planes(n, channels, ring=window is not None) for n, (channels, _) in enumerate(kept)]
+        self._planes = [
+            _view_planes(memory, channels, grid.shape, axis, window)
+            for memory, (channels, _) in zip(self._memory, kept, strict=True)
+        ]
         # A blend that copies writes every voxel, unless patches are missing.
         self._blank = [blend.averages, True][: len(kept)]
         for planes, blank in zip(self._planes, self._blank, strict=True):
@@ -201,18 +205,6 @@ class Accumulator:
     def _voxels(self) -> int:
         return prod(self.grid.shape) // self.grid.shape[self._axis] * self._window
 
-    def _view_planes(self, number: int, channels: int, *, ring: bool) -> Tensor:
-        shape = list(self.grid.shape)
-        shape[self._axis] = self._window
-        with torch.inference_mode(False):
-            flat = self._memory[number][: channels * self._voxels]
-            if not ring or self._axis == 2:
-                # Patches are contiguous along k: the sums must be so too, or adding takes at least twice as long.
-                return flat.view(channels, *shape)
-            # Plane by plane, so that finished planes are contiguous.
-            del shape[self._axis]
-            return flat.view(self._window, channels, *shape).movedim(0, self._axis + 1)
-
     def _pieces(self, plane: int, count: int) -> Iterator[tuple[int, int, int]]:
         """(first plane, number of planes, index in the ring) of planes that are adjacent in the ring."""
         stop = plane + count
@@ -221,6 +213,20 @@ class Accumulator:
             count = min(stop - plane, self._window - kept)
             yield plane, count, kept
             plane += count
+
+
+def _view_planes(memory: Tensor, channels: int, shape: Triple, axis: int, window: int | None) -> Tensor:
+    """Memory as (C, I, J, K) planes along an axis: all of them, or a ring of so many."""
+    kept = list(shape)
+    kept[axis] = shape[axis] if window is None else window
+    with torch.inference_mode(False):
+        flat = memory[: channels * prod(kept)]
+        if window is None or axis == 2:
+            # Patches are contiguous along k: the sums must be so too, or adding takes at least twice as long.
+            return flat.view(channels, *kept)
+        # Plane by plane, so that finished planes are contiguous.
+        del kept[axis]
+        return flat.view(window, channels, *kept).movedim(0, axis + 1)
 
 
 def _select_patch(planes: Tensor, axis: int, starts: list[int], patch: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -89,22 +90,19 @@ class GridAggregator:
         fill: float | Sequence[float] = 0.0,
         part: Part | None = None,
     ) -> None:
-        if part is not None and (consumer is None or part.axis != axis):
-            raise ConfigError(
-                f"{part} is aggregated while streaming along its axis: give a consumer and axis={part.axis}."
-            )
+        _check_part(part, consumer, axis)
         self.factor = to_triple(downsampling_factor, "downsampling_factor", minimum=1)
         self.padding = sampler.padding
         self.grid = sampler.grid.downsampled(self.factor)
         part = part or all_rows(self.grid, axis)
         self.ledger = Ledger(sampler.grid, skipped, part)
         self.device = torch.device(device)
-        self.dtype = dtype
-        self._blend = to_blend(overlap_mode)
-        self._axis = axis
-        self._fill = fill if self.ledger.skipped else None
-        self._buffers = buffers or BufferPool()
-        self._consumer = consumer
+        self._axis, self._consumer = axis, consumer
+        blend, window = to_blend(overlap_mode), None if consumer is None else self.grid.patch_size[axis]
+        fills = fill if self.ledger.skipped else None
+        self._type_of_sums = partial(SumType.of_patches, blend=blend, wanted=dtype, fill=fills)
+        buffers = buffers or BufferPool()
+        self._open = partial(Accumulator, self.grid, blend, axis, window, buffers=buffers, fill=fills)
         self._stream: SlabStream | None = None
         self._sums: Accumulator | None = None
 
@@ -128,7 +126,9 @@ class GridAggregator:
             return
         # Without the graph, which would hold every activation of a network that is called without no_grad.
         batch = batch.detach()
-        sums = self._sums or self._make_accumulator(batch)
+        sums = self._sums or self._open(
+            channels=batch.shape[1], types=self._type_of_sums(batch.dtype), device=self.device
+        )
         sums.check(batch.shape, batch.dtype)
         stream = self._stream
         if self._consumer is not None:
@@ -208,13 +208,7 @@ class GridAggregator:
             LedgerError: a patch is missing.
             GridError: the padding is not a multiple of downsampling_factor.
         """
-        output = self.scores()
-        kept = []
-        for axis, n, f, (before, after) in zip(AXES, self.grid.shape, self.factor, self.padding, strict=True):
-            if before % f or after % f:
-                raise GridError(f"axis {axis}: padding {before}, {after} is not a multiple of downsampling_factor {f}.")
-            kept.append(slice(before // f, n - after // f))
-        output = output[:, kept[0], kept[1], kept[2]]
+        output = _without_padding(self.scores(), self.padding, self.factor)
         return _without_int64(output) if output.dtype == torch.int64 else output.clone()
 
     def to(self, device: torch.device) -> None:
@@ -237,20 +231,6 @@ class GridAggregator:
             )
         return self._sums
 
-    def _make_accumulator(self, batch: Tensor) -> Accumulator:
-        """An accumulator for the channels and the type of a batch."""
-        return Accumulator(
-            self.grid,
-            self._blend,
-            self._axis,
-            None if self._consumer is None else self.grid.patch_size[self._axis],
-            channels=batch.shape[1],
-            types=SumType.of_patches(batch.dtype, self._blend, self.dtype, self._fill),
-            device=self.device,
-            buffers=self._buffers,
-            fill=self._fill,
-        )
-
 
 def _check_batch(batch: Tensor, locations: Tensor | np.ndarray, patch_size: Triple, factor: Triple) -> None:
     if batch.ndim != 5:
@@ -265,6 +245,20 @@ def _check_batch(batch: Tensor, locations: Tensor | np.ndarray, patch_size: Trip
             f"patches of {tuple(batch.shape[2:])} voxels: the shape does not match the shape of the target "
             f"location, {patch_size}{after}."
         )
+
+
+def _check_part(part: Part | None, consumer: object, axis: int) -> None:
+    if part is not None and (consumer is None or part.axis != axis):
+        raise ConfigError(f"{part} is aggregated while streaming along its axis: give a consumer and axis={part.axis}.")
+
+
+def _without_padding(output: Tensor, padding: Padding, factor: Triple) -> Tensor:
+    kept = []
+    for axis, n, f, (before, after) in zip(AXES, output.shape[1:], factor, padding, strict=True):
+        if before % f or after % f:
+            raise GridError(f"axis {axis}: padding {before}, {after} is not a multiple of downsampling_factor {f}.")
+        kept.append(slice(before // f, n - after // f))
+    return output[:, kept[0], kept[1], kept[2]]
 
 
 def _without_int64(output: Tensor) -> Tensor:
