@@ -87,7 +87,7 @@ def test_parts_on_the_device_and_on_the_host_equal_one_process(mode: str, skippe
     stitch = Stitch(mode, ["logits", "disagreement"], fill=0)
 
     def quilted(device: str, part: Part, *, whole: bool) -> SubjectStitcher:
-        quilt = SubjectStitcher(stitch, sampler, space, skipped=skipped, part=part, whole=whole)
+        quilt = SubjectStitcher(stitch, sampler, space, skipped=skipped, part=part, holds_all=whole)
         for n in patches_to_predict(sampler, skipped, part):
             quilt.add({"": patches[n : n + 1].to(device)}, [n])
         return quilt
@@ -95,7 +95,7 @@ def test_parts_on_the_device_and_on_the_host_equal_one_process(mode: str, skippe
     parts = split_rows(sampler.grid, 3)
     expected = quilted("cpu", Part(parts[0].axis, 0, parts[-1].stop), whole=True).volumes()
     for devices in (("cuda", "cpu", "cuda"), ("cpu", "cuda", "cuda")):
-        team = [quilted(d, part, whole=n == 0) for n, (d, part) in enumerate(zip(devices, parts, strict=True))]
+        team = [quilted(d, part, holds_all=n == 0) for n, (d, part) in enumerate(zip(devices, parts, strict=True))]
         for quilt, following in reversed(list(pairwise(team))):
             head = following.head()
             assert head is not None

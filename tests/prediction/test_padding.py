@@ -59,7 +59,7 @@ def in_slabs(subject: Subject, preprocess: Preprocess, sampler: GridSampler, sti
     """The volumes of several processes, run one after the other."""
     space = preprocess.space(subject)
     parts = split_rows(sampler.grid, ranks)
-    quilts = [SubjectStitcher(stitch, sampler, space, part=part, whole=n == 0) for n, part in enumerate(parts)]
+    quilts = [SubjectStitcher(stitch, sampler, space, part=part, holds_all=n == 0) for n, part in enumerate(parts)]
     for part, quilt in zip(parts, quilts, strict=True):
         for number in patches_to_predict(sampler, [], part):
             quilt.add({"": pointwise(sampler.cut("t1", number)[None].float())}, [number])

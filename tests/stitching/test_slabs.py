@@ -207,7 +207,7 @@ def test_volumes_of_all_parts_equal_those_of_one_process(
 
     owner = int(rng.integers(len(parts)))
     quilts = [
-        SubjectStitcher(stitch, sampler, space, skipped=skipped, part=part, whole=n == owner)
+        SubjectStitcher(stitch, sampler, space, skipped=skipped, part=part, holds_all=n == owner)
         for n, part in enumerate(parts)
     ]
     play(
@@ -422,7 +422,7 @@ def test_the_owner_requires_every_plane_of_every_product_once() -> None:
     space = Preprocess()(Subject(t1=ScalarImage(torch.zeros(1, 12, 4, 4)))).space
     stitch = Stitch("average", ["logits", "labels"])
     owner, second = (
-        SubjectStitcher(stitch, Placed(grid), space, part=Part(0, n, n + 1), whole=n == 0) for n in range(2)
+        SubjectStitcher(stitch, Placed(grid), space, part=Part(0, n, n + 1), holds_all=n == 0) for n in range(2)
     )
     assert owner.head() == []
     assert second.head() is None

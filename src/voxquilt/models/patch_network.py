@@ -147,10 +147,10 @@ class PatchNetwork(nn.Module):
         invalid = [name for name, tensor in kept.items() if not isinstance(tensor, Tensor)]
         if invalid or not kept:
             example = f", such as model.outputs={_first_named(output)}" if isinstance(output, (tuple, list)) else ""
-            raise OutputError(
-                f"the network's outputs {invalid or list(named)} are not tensors; choose others by "
-                f"model.outputs{example}."
+            problem = (
+                f"the network's outputs {invalid} are not tensors" if invalid else "no tensors are left of outputs"
             )
+            raise OutputError(f"{problem}; choose others by model.outputs{example}.")
         return kept
 
     def _name_tuple(self, output: Sequence[object]) -> dict[str, Any]:

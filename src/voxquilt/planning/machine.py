@@ -47,13 +47,13 @@ def _cgroups_available(root: Path) -> list[int]:
 def _read_remaining(folder: Path, limit: str, used: str, files: str) -> int | None:
     """Bytes that a cgroup leaves; None where it has no limit."""
     try:
-        most = int((folder / limit).read_text())  # 'max', which is no limit, is a ValueError
-        taken = int((folder / used).read_text())
+        limit_bytes = int((folder / limit).read_text())  # 'max', which is no limit, is a ValueError
+        usage = int((folder / used).read_text())
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         return None
     # Files that were read stay in memory until it is needed for something else.
-    return most - taken + int(stat.get(files, 0)) if most < _UNLIMITED else None
+    return limit_bytes - usage + int(stat.get(files, 0)) if limit_bytes < _UNLIMITED else None
 
 
 def disk_free(folder: Path) -> int:

@@ -1,4 +1,4 @@
-"""The LightningDataModule of a predict run: a grid of patches per subject, and subjects dealt to processes."""
+"""Provides the LightningDataModule of a predict run: a grid of patches per subject, and subjects dealt to processes."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -53,9 +53,15 @@ class _Run:
 class GridDataModule(LightningDataModule):
     """Wraps a GridSampler around each subject and serves their patches for `Trainer.predict`.
 
-        data = GridDataModule("scans", patch_size=96, patch_overlap=24, batch_size=4)
-        trainer = Trainer(callbacks=[VolumeWriter("outputs")], logger=False)
-        trainer.predict(PatchPredictor(network), data, return_predictions=False)
+    >>> import tempfile, torch, voxquilt
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> voxquilt.ScalarImage(tensor=torch.rand(1, 20, 18, 16)).save(folder / "sub-01.nii.gz")
+    >>> data = GridDataModule(folder / "sub-01.nii.gz", patch_size=16, patch_overlap=8, batch_size=4)
+    >>> data.setup("predict")
+    >>> [batch.data.shape for batch in data.predict_dataloader()]
+    [torch.Size([4, 1, 16, 16, 16])]
+
+    In a run, `Trainer(callbacks=[VolumeWriter("outputs")]).predict(PatchPredictor(network), data)` does both.
 
     Args:
         inputs, images: See `voxquilt.data.discovery.find_cases`.

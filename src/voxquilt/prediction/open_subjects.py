@@ -145,7 +145,7 @@ class OpenSubjects:
                 memory=self._memory,
                 skipped=work.skipped,
                 part=work.part,
-                whole=not work.task.team or self._shared.collects(work.task),
+                holds_all=not work.task.team or self._shared.collects(work.task),
                 layout=self._data.layout,
             )
         return self._open[work]

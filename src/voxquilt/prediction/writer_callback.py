@@ -39,9 +39,16 @@ class VolumeWriter(Callback):
     A subject that fails becomes a row of the manifest, and the run goes on. With several processes, rank 0 keeps the
     manifest for all, and no process ends before all have finished: they agree on the exit status.
 
-        writer = VolumeWriter("outputs", Stitch("hann", products=["labels", "entropy"]))
-        trainer = Trainer(callbacks=[writer], logger=False)
-        trainer.predict(PatchPredictor(network), GridDataModule("scans", patch_size=96), return_predictions=False)
+    >>> import tempfile, voxquilt
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> voxquilt.ScalarImage(tensor=torch.rand(1, 20, 18, 16)).save(folder / "sub-01.nii.gz")
+    >>> writer = VolumeWriter(folder / "outputs", Stitch("hann", products=["labels", "entropy"]), log="plain")
+    >>> predictor = voxquilt.PatchPredictor(torch.nn.Conv3d(1, 2, 3, padding=1))
+    >>> trainer = Trainer(accelerator="cpu", callbacks=[writer], logger=False, enable_progress_bar=False)
+    >>> data = voxquilt.GridDataModule(folder / "sub-01.nii.gz", patch_size=16, patch_overlap=8)
+    >>> trainer.predict(predictor, data, return_predictions=False)
+    >>> writer.rows[0].outputs
+    ('sub-01_labels.nii.gz', 'sub-01_entropy.nii.gz')
 
     Args:
         output_dir: Folder of the outputs; made if it is missing.

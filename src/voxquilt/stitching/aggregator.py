@@ -40,11 +40,10 @@ class GridAggregator:
     integer patches agree on a voxel, their mean is exactly that integer.
 
     >>> import voxquilt
-    >>> subject = voxquilt.Subject(t1=voxquilt.ScalarImage(tensor=torch.rand(1, 20, 18, 16)))
-    >>> sampler = voxquilt.GridSampler(subject, patch_size=8, patch_overlap=4)
+    >>> sampler = voxquilt.GridSampler(torch.rand(1, 20, 18, 16), patch_size=8, patch_overlap=4)
     >>> aggregator = GridAggregator(sampler, "hann")
     >>> for patch in sampler:
-    ...     outputs = patch["t1"]["data"][None] + 1  # a network's outputs for a batch of one patch
+    ...     outputs = patch["image"]["data"][None] + 1  # a network's outputs for a batch of one patch
     ...     aggregator.add_batch(outputs, patch["location"][None])
     >>> aggregator.get_output_tensor().shape
     torch.Size([1, 20, 18, 16])

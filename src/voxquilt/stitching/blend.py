@@ -1,4 +1,4 @@
-"""Weights by which overlapping patches share a voxel: a partition of unity along each axis.
+"""Provides the weights by which overlapping patches share a voxel: a partition of unity along each axis.
 
 Along one axis, patch n gets the weight  u_n(x) = w(x - s_n) / sum_m w(x - s_m)  at voxel x. A grid is a Cartesian
 product and a patch's weight is the product of its three u, so over all patches the weights of a voxel sum to

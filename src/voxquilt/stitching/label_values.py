@@ -1,4 +1,4 @@
-"""Turns classes into the numbers of a label file, by post-processing and the number of each class, and counts them."""
+"""Turns classes into the numbers of label files, by post-processing and the number of each class."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -37,8 +37,7 @@ def to_labels(
     if processed.max() >= len(label_values):
         raise OutputError(
             f"post-processing gave {processed.max()}, which is not a class: stitch.label_values has numbers for "
-            f"classes 0 to {len(label_values) - 1}. Leave it out where post-processing itself gives the numbers of the "
-            f"file."
+            f"classes 0 to {len(label_values) - 1}. Leave it out if post-processing gives the numbers of the file."
         )
     numbers = np.array(label_values, classes.dtype)
     labels = classes if processed is classes else processed.astype(classes.dtype)

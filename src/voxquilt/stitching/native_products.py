@@ -29,7 +29,7 @@ class NativeGrid:
         shape: Voxels of the scores along i, j, k.
         channels: Channels of the scores.
         planes: The scores' planes that are finished here; the plane behind them comes too.
-        whole: Whether volumes are whole, with room for the planes of other processes.
+        holds_all: Whether volumes are whole, with room for the planes of other processes.
         scratch: Where volumes that are too large for memory are kept.
     """
 
@@ -38,7 +38,7 @@ class NativeGrid:
     shape: Triple
     channels: int
     planes: range
-    whole: bool
+    holds_all: bool
     scratch: Scratch | None
 
     @property
@@ -66,7 +66,7 @@ class NativeGrid:
             restorer.axis,
             self.scratch,
             planes=restorer.native,
-            whole=self.whole,
+            holds_all=self.holds_all,
         )
 
 

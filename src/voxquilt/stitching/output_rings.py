@@ -75,7 +75,7 @@ class RingOpener:
         space: The mapping back to native space.
         ledger: Records the patches that come.
         memory: Where sums and volumes are kept.
-        whole: Whether volumes are whole, with room for the planes of other processes.
+        holds_all: Whether volumes are whole, with room for the planes of other processes.
         layout: How outputs lie in patches; see `voxquilt.geometry.output_layout.factor_of`.
     """
 
@@ -84,7 +84,7 @@ class RingOpener:
     space: Space
     ledger: Ledger
     memory: Memory
-    whole: bool
+    holds_all: bool
     layout: str
 
     def open(self, name: str, patches: Tensor) -> list[Ring]:
@@ -113,7 +113,7 @@ class RingOpener:
         for plan in plans:
             fill = plan.fill if self.ledger.skipped else None
             finished = planes_of(part, scores, plan.blend)
-            native = NativeGrid(maps, part.axis, scores.shape, channels, finished, self.whole, self.memory.scratch)
+            native = NativeGrid(maps, part.axis, scores.shape, channels, finished, self.holds_all, self.memory.scratch)
             products = NativeProducts(plan.specs, native)
             sums = Accumulator(
                 scores,

@@ -62,7 +62,7 @@ class OutputVolumes:
         axis: The native axis along which planes come.
         scratch: Keeps arrays that are too large for memory; None keeps all in memory.
         planes: The native planes along the axis that are stored here; None for all.
-        whole: Whether there is room for all planes, of which others are placed here, or only for these.
+        holds_all: Whether there is room for all planes, of which others are placed here, or only for these.
     """
 
     def __init__(
@@ -74,14 +74,14 @@ class OutputVolumes:
         scratch: Scratch | None = None,
         *,
         planes: range | None = None,
-        whole: bool = True,
+        holds_all: bool = True,
     ) -> None:
         self._products = products
         self._axis = axis
         self._filled = range(shape[axis]) if planes is None else planes
-        self._first = 0 if whole else self._filled.start
+        self._first = 0 if holds_all else self._filled.start
         kept = list(shape)
-        kept[axis] = shape[axis] if whole else len(self._filled)
+        kept[axis] = shape[axis] if holds_all else len(self._filled)
         self.arrays: dict[str, np.ndarray] = {}
         """(C, I, J, K) by product: in memory in the order of NIfTI files, in scratch files in the order of planes."""
         self._holes: dict[str, np.ndarray] = {}
@@ -133,7 +133,7 @@ class OutputVolumes:
         into[...] = array
         planes[...] = False
 
-    def check_whole(self) -> None:
+    def check_complete(self) -> None:
         """Raises LedgerError, naming a product and its first missing plane, when planes are missing."""
         for name, holes in self._holes.items():
             if holes.any():

@@ -42,7 +42,7 @@ class SubjectStitcher:
         skipped: Numbers of patches, in all parts, that are not predicted. If no patches remain, add any one patch
             nonetheless: it shows the outputs' channels and is otherwise not used.
         part: The rows whose patches come here; None for all.
-        whole: Whether this process is the owner, which holds whole volumes.
+        holds_all: Whether this process is the owner, which holds whole volumes.
         layout: How outputs lie in patches; see `voxquilt.geometry.output_layout.factor_of`.
 
     Raises:
@@ -58,14 +58,14 @@ class SubjectStitcher:
         memory: Memory | None = None,
         skipped: Iterable[int] = (),
         part: Part | None = None,
-        whole: bool = True,
+        holds_all: bool = True,
         layout: str = "auto",
     ) -> None:
         self.stitch = stitch
         self.part = part or all_rows(placed.grid, placed.grid.streaming_axis)
-        self.whole = whole
+        self.holds_all = holds_all
         self._ledger = Ledger(placed.grid, skipped, self.part)
-        self._opener = RingOpener(stitch, placed.padding, space, self._ledger, memory or Memory(), whole, layout)
+        self._opener = RingOpener(stitch, placed.padding, space, self._ledger, memory or Memory(), holds_all, layout)
         self._is_empty = self._ledger.missing == 0
         self._rings: dict[str, list[Ring]] = {}
         self._labels: dict[str, np.ndarray] = {}
@@ -151,7 +151,7 @@ class SubjectStitcher:
             PatchShapeError: an array of another shape or type.
             LedgerError: some of the planes are here already.
         """
-        if not self.whole or name not in self._products:
+        if not self.holds_all or name not in self._products:
             raise BatchError(f"{self.part} has no room for planes of {name!r}; it has products {list(self._products)}.")
         product, volumes = self._products[name]
         volumes.place(product, where, array)
@@ -164,12 +164,12 @@ class SubjectStitcher:
             LedgerError: a patch is missing, or another part's planes.
             OutputError: post-processing changed a volume's shape, or gave numbers that are not labels.
         """
-        if not self.whole:
+        if not self.holds_all:
             raise BatchError(f"{self.part} keeps no whole volumes: its planes are in parts().")
         self._check_finished()
         finished: dict[str, np.ndarray] = {}
         for name, (product, volumes) in self._products.items():
-            volumes.check_whole()
+            volumes.check_complete()
             volume = volumes.arrays[product]
             finished[name] = self._label_volume(name, volume) if volumes.kind(product) == LABELS else volume
         return finished
