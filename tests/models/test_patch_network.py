@@ -212,9 +212,9 @@ def test_wrong_options_are_refused_by_the_constructor(options: dict[str, Any], m
         (lambda x: (x, 3), None, r"outputs \['out1'\] are not tensors"),
         (lambda x: {"seg": x, "epoch": 3}, None, r"outputs \['epoch'\] are not tensors"),
         (lambda x: {"seg": x}, ["sge"], r"names \['sge'\]; the network gives \['seg'\]"),
-        (lambda x: {}, None, "are not tensors"),
+        (lambda x: {}, None, "no tensors are left"),
         (lambda x: x[0], None, r"has shape \(3, 5, 4, 6\); wanted is \(B, C, I, J, K\)"),
-        (lambda x: (x, x), [None, None], "are not tensors"),
+        (lambda x: (x, x), [None, None], "no tensors are left"),
     ],
 )
 def test_an_unusable_output_is_an_error_that_describes_it(

@@ -52,6 +52,7 @@ class Accumulator:
         self.channels, self.types, self.device = channels, types, device
         self.grid, self.blend, self._axis, self._buffers = grid, blend, axis, buffers
         self._window = grid.shape[axis] if window is None else window
+        self._voxels = prod(grid.shape) // grid.shape[axis] * self._window
         self._fill = fill
         weights = [blend.axis_weights(grid, n) for n in range(3)]
         self._weights = [w.to(device, types.sums) for w in weights] if blend.averages else []
@@ -121,7 +122,7 @@ class Accumulator:
         starts = [along[n] + skip for along, n, skip in zip(self.grid.starts, place, first, strict=True)]
         dim, plane = self._axis + 1, starts[self._axis]
         columns = [_select_patch(planes, self._axis, starts, patch) for planes in self._planes]
-        for start, count, kept in self._pieces(plane, patch.shape[dim]):
+        for start, count, kept in _pieces(plane, patch.shape[dim], self._window):
             into, *covers = (planes.narrow(dim, kept, count) for planes in columns)
             values = patch.narrow(dim, start - plane, count)
             if self.blend.averages:
@@ -139,7 +140,7 @@ class Accumulator:
         dim = self._axis + 1
         for kept, planes in zip(self._planes, raw, strict=True):
             values = planes.to(self.device)
-            for plane, count, place in self._pieces(start, planes.shape[dim]):
+            for plane, count, place in _pieces(start, planes.shape[dim], self._window):
                 into, other = kept.narrow(dim, place, count), values.narrow(dim, plane - start, count)
                 if self.blend.averages:
                     into.add_(other)
@@ -152,7 +153,7 @@ class Accumulator:
         Yields:
             The first plane of a piece, and its tensors.
         """
-        for plane, count, place in self._pieces(start, stop - start):
+        for plane, count, place in _pieces(start, stop - start, self._window):
             yield plane, [planes.narrow(self._axis + 1, place, count) for planes in self._planes]
 
     def finish(self, raw: list[Tensor]) -> Shaped[Tensor, "c i j k"]:
@@ -170,9 +171,14 @@ class Accumulator:
                 channel.masked_fill_(empty, fill)
         return planes.to(self.types.output)
 
+    def finish_all(self) -> None:
+        """Finish every plane, where the whole volume is in memory."""
+        for _, raw in self.raw(0, self.grid.shape[self._axis]):
+            self.finish(raw)
+
     def clear(self, start: int, stop: int) -> None:
         """Clear the memory of the planes `start` to `stop` for the planes that follow."""
-        for _, count, place in self._pieces(start, stop - start):
+        for _, count, place in _pieces(start, stop - start, self._window):
             for planes, blank in zip(self._planes, self._blank, strict=True):
                 if blank:
                     planes.narrow(self._axis + 1, place, count).zero_()
@@ -197,10 +203,6 @@ class Accumulator:
             self._buffers.give(memory)
         self._memory, self._planes = [], []
 
-    @property
-    def _voxels(self) -> int:
-        return prod(self.grid.shape) // self.grid.shape[self._axis] * self._window
-
     def _view_planes(self, number: int, channels: int, *, ring: bool) -> Tensor:
         shape = list(self.grid.shape)
         shape[self._axis] = self._window
@@ -213,14 +215,15 @@ class Accumulator:
             del shape[self._axis]
             return flat.view(self._window, channels, *shape).movedim(0, self._axis + 1)
 
-    def _pieces(self, plane: int, count: int) -> Iterator[tuple[int, int, int]]:
-        """(first plane, number of planes, index in the ring) of planes that are adjacent in the ring."""
-        stop = plane + count
-        while plane < stop:
-            kept = plane % self._window
-            count = min(stop - plane, self._window - kept)
-            yield plane, count, kept
-            plane += count
+
+def _pieces(plane: int, count: int, window: int) -> Iterator[tuple[int, int, int]]:
+    """(first plane, number of planes, index in memory) of planes that lie together in a ring of `window` planes."""
+    stop = plane + count
+    while plane < stop:
+        place = plane % window
+        count = min(stop - plane, window - place)
+        yield plane, count, place
+        plane += count
 
 
 def _select_patch(planes: Tensor, axis: int, starts: list[int], patch: Tensor) -> Tensor:

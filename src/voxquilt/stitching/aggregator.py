@@ -20,6 +20,8 @@ from voxquilt.stitching.ledger import Ledger
 from voxquilt.stitching.streaming import FinishedPlanes, SlabStream
 from voxquilt.stitching.sum_type import SumType
 
+_UNKNOWN = "channels and type are unknown, as every patch is skipped: add an empty batch (0, C, I, J, K)."
+
 
 @runtime_checkable
 class Placed(Protocol):
@@ -89,10 +91,8 @@ class GridAggregator:
         fill: float | Sequence[float] = 0.0,
         part: Part | None = None,
     ) -> None:
-        if part is not None and (consumer is None or part.axis != axis):
-            raise ConfigError(
-                f"{part} is aggregated while streaming along its axis: give a consumer and axis={part.axis}."
-            )
+        if part is not None:
+            _check_part(part, axis, streams=consumer is not None)
         self.factor = to_triple(downsampling_factor, "downsampling_factor", minimum=1)
         self.padding = sampler.padding
         self.grid = sampler.grid.downsampled(self.factor)
@@ -143,8 +143,7 @@ class GridAggregator:
         for patch, number in zip(batch, numbers, strict=True):
             sums.add(patch, number)
         if self.finished:
-            for _, raw in sums.raw(0, self.grid.shape[self._axis]):
-                sums.finish(raw)
+            sums.finish_all()
 
     @property
     def finished(self) -> bool:
@@ -175,8 +174,8 @@ class GridAggregator:
         if self.ledger.part.stop == self.grid.counts[self.ledger.part.axis]:
             raise BatchError(f"no part follows {self.ledger.part}: there is no head to join.")
         self.ledger.check_complete()
-        _ = self._accumulator
-        assert self._stream is not None
+        if self._stream is None:
+            raise BatchError(_UNKNOWN)
         self._stream.join(head)
 
     def check_finished(self) -> None:
@@ -195,8 +194,9 @@ class GridAggregator:
         self.ledger.check_complete()
         if self._consumer is not None:
             raise BatchError("a streaming aggregator hands its planes to the consumer and keeps no volume.")
-        sums = self._accumulator
-        return sums.planes.to(sums.types.output)
+        if self._sums is None:
+            raise BatchError(_UNKNOWN)
+        return self._sums.planes.to(self._sums.types.output)
 
     def get_output_tensor(self) -> Shaped[Tensor, "c i j k"]:
         """The finished volume, without the sampler's padding.
@@ -208,13 +208,7 @@ class GridAggregator:
             LedgerError: a patch is missing.
             GridError: the padding is not a multiple of downsampling_factor.
         """
-        output = self.scores()
-        kept = []
-        for axis, n, f, (before, after) in zip(AXES, self.grid.shape, self.factor, self.padding, strict=True):
-            if before % f or after % f:
-                raise GridError(f"axis {axis}: padding {before}, {after} is not a multiple of downsampling_factor {f}.")
-            kept.append(slice(before // f, n - after // f))
-        output = output[:, kept[0], kept[1], kept[2]]
+        output = _without_padding(self.scores(), self.padding, self.factor)
         return _without_int64(output) if output.dtype == torch.int64 else output.clone()
 
     def to(self, device: torch.device) -> None:
@@ -229,27 +223,19 @@ class GridAggregator:
             self._sums.close()
         self._sums = None
 
-    @property
-    def _accumulator(self) -> Accumulator:
-        if self._sums is None:
-            raise BatchError(
-                "every patch is skipped, so channels and type are unknown: add an empty batch (0, C, I, J, K)."
-            )
-        return self._sums
-
     def _make_accumulator(self, batch: Tensor) -> Accumulator:
         """An accumulator for the channels and the type of a batch."""
+        window = None if self._consumer is None else self.grid.patch_size[self._axis]
+        types = SumType.of_patches(batch.dtype, self._blend, self.dtype, self._fill)
         return Accumulator(
-            self.grid,
-            self._blend,
-            self._axis,
-            None if self._consumer is None else self.grid.patch_size[self._axis],
-            channels=batch.shape[1],
-            types=SumType.of_patches(batch.dtype, self._blend, self.dtype, self._fill),
-            device=self.device,
-            buffers=self._buffers,
-            fill=self._fill,
-        )
+            self.grid, self._blend, self._axis, window, channels=batch.shape[1], types=types,
+            device=self.device, buffers=self._buffers, fill=self._fill,
+        )  # fmt: skip
+
+
+def _check_part(part: Part, axis: int, *, streams: bool) -> None:
+    if part.axis != axis or not streams:
+        raise ConfigError(f"{part} is aggregated while streaming along its axis: give a consumer and axis={part.axis}.")
 
 
 def _check_batch(batch: Tensor, locations: Tensor | np.ndarray, patch_size: Triple, factor: Triple) -> None:
@@ -265,6 +251,15 @@ def _check_batch(batch: Tensor, locations: Tensor | np.ndarray, patch_size: Trip
             f"patches of {tuple(batch.shape[2:])} voxels: the shape does not match the shape of the target "
             f"location, {patch_size}{after}."
         )
+
+
+def _without_padding(output: Tensor, padding: Padding, factor: Triple) -> Tensor:
+    kept = []
+    for axis, n, f, (before, after) in zip(AXES, output.shape[1:], factor, padding, strict=True):
+        if before % f or after % f:
+            raise GridError(f"axis {axis}: padding {before}, {after} is not a multiple of downsampling_factor {f}.")
+        kept.append(slice(before // f, n - after // f))
+    return output[:, *kept]
 
 
 def _without_int64(output: Tensor) -> Tensor:

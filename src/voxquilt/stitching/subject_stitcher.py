@@ -80,7 +80,7 @@ class SubjectStitcher:
             OutputError: outputs that are not finite, or a product that cannot be made of an output.
         """
         if not self._rings:
-            self._check_names(outputs)
+            _check_names(self.stitch.products, outputs)
             self._rings = {name: self._opener.open(name, patches) for name, patches in outputs.items()}
         if outputs.keys() != self._rings.keys():
             raise PatchShapeError(f"the network's outputs are {list(outputs)} after {list(self._rings)}.")
@@ -213,14 +213,14 @@ class SubjectStitcher:
             raise LedgerError("no patch has come, so the outputs are unknown; add one patch even if all are skipped.")
         return self._all_rings
 
-    def _check_names(self, outputs: Outputs) -> None:
-        wanted = self.stitch.products
-        unknown = sorted(set(wanted) - outputs.keys()) if isinstance(wanted, Mapping) else []
-        if unknown:
-            raise OutputError(f"stitch.products names {unknown}; the network's outputs are {list(outputs)}.")
-
     def _label_volume(self, name: str, classes: np.ndarray) -> np.ndarray:
         """Labels as files hold them; computed once, since classes are replaced in place."""
         if name not in self._labels:
             self._labels[name] = to_labels(classes, self.stitch.postprocess, self.stitch.label_values)
         return self._labels[name]
+
+
+def _check_names(wanted: object, outputs: Outputs) -> None:
+    unknown = sorted(set(wanted) - outputs.keys()) if isinstance(wanted, Mapping) else []
+    if unknown:
+        raise OutputError(f"stitch.products names {unknown}; the network's outputs are {list(outputs)}.")
