@@ -353,7 +353,7 @@ def test_other_images_than_those_trained_on_are_refused(forks: Server, place: Pa
         ({}, ["t1", "t2"], 2, (16, 16, 16), None, r"takes 1 channel; subjects have 2 \(t1, t2\)"),
         ({"in_channels": 3}, ["t1"], 1, (16, 16, 16), None, r"takes 3 channels; subjects have 1 \(t1\)"),
         ({"channels": (4, 8, 8, 8), "strides": (2, 2, 2)}, ["t1"], 1, (16, 20, 16), None,
-         r"wanted is a multiple of 8 \(j has 20\)\. data\.patch_size=\[16, 24, 16\] would do"),
+         r"wanted is a multiple of 8 \(j has 20\)\. data\.patch_size=\[16, 24, 16\] would work"),
         ({}, ["t1"], 1, (16, 16, 16), ["a", "b", "c"], r"3 names \(a, b, c\); the network gives 2 channels"),
     ],
 )  # fmt: skip
@@ -382,5 +382,5 @@ def test_a_patch_that_the_strides_do_not_divide_is_refused_before_the_run(forks:
     net = unet(channels=[4, 8, 8, 8], strides=[2, 2, 2])
     checkpoint(place / "deep.ckpt", SETTINGS | {"model": {"net": deep}}, net)
     text = predict(forks, place, "ckpt_path=deep.ckpt", "data.patch_size=20", wanted=2)
-    assert "data.patch_size=[24, 24, 24] would do" in text
+    assert "data.patch_size=[24, 24, 24] would work" in text
     assert not list((place / "outputs").glob("*.nii.gz"))

@@ -1064,7 +1064,7 @@ def test_the_output_of_each_configured_network_has_the_size_of_the_patch(net: st
         (["data.patch_overlap=20"], "data.patch_overlap"),
         (["ckpt_path=nowhere.ckpt"], "ckpt_path: there is no file nowhere.ckpt"),
         (["task=segmentatoin"], "segmentation"),
-        (["data.patch_size=17"], "data.patch_size=[18, 18, 18] would do"),
+        (["data.patch_size=17"], "data.patch_size=[18, 18, 18] would work"),
         (["model.net.in_channels=2"], "the network takes 2 channels; subjects have 1 (image)"),
         (["model.net._target_=monai.networks.nets.UNett"], "model cannot be built"),
     ],

@@ -10,7 +10,6 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from voxquilt.errors import BatchError, PatchShapeError
-from voxquilt.geometry.frame import Triple
 from voxquilt.geometry.grid import Grid
 from voxquilt.stitching.blend import Blend
 from voxquilt.stitching.buffer_pool import BufferPool
@@ -53,6 +52,7 @@ class Accumulator:
         self.channels, self.types, self.device = channels, types, device
         self.grid, self.blend, self._axis, self._buffers = grid, blend, axis, buffers
         self._window = grid.shape[axis] if window is None else window
+        self._voxels = prod(grid.shape) // grid.shape[axis] * self._window
         self._fill = fill
         weights = [blend.axis_weights(grid, n) for n in range(3)]
         self._weights = [w.to(device, types.sums) for w in weights] if blend.averages else []
@@ -65,10 +65,7 @@ class Accumulator:
         of_weights = types.sums if types.sums.is_floating_point else torch.float32
         kept = [(channels, types.sums), (1, of_weights)][: 1 if fill is None else 2]
         self._memory = [buffers.take(n * self._voxels, dtype, device) for n, dtype in kept]
-        self._planes = [
-            _view_planes(memory, channels, grid.shape, axis, window)
-            for memory, (channels, _) in zip(self._memory, kept, strict=True)
-        ]
+        self._planes = [self._view_planes(n, channels, ring=window is not None) for n, (channels, _) in enumerate(kept)]
         # A blend that copies writes every voxel, unless patches are missing.
         self._blank = [blend.averages, True][: len(kept)]
         for planes, blank in zip(self._planes, self._blank, strict=True):
@@ -125,7 +122,7 @@ class Accumulator:
         starts = [along[n] + skip for along, n, skip in zip(self.grid.starts, place, first, strict=True)]
         dim, plane = self._axis + 1, starts[self._axis]
         columns = [_select_patch(planes, self._axis, starts, patch) for planes in self._planes]
-        for start, count, kept in self._pieces(plane, patch.shape[dim]):
+        for start, count, kept in _pieces(plane, patch.shape[dim], self._window):
             into, *covers = (planes.narrow(dim, kept, count) for planes in columns)
             values = patch.narrow(dim, start - plane, count)
             if self.blend.averages:
@@ -143,7 +140,7 @@ class Accumulator:
         dim = self._axis + 1
         for kept, planes in zip(self._planes, raw, strict=True):
             values = planes.to(self.device)
-            for plane, count, place in self._pieces(start, planes.shape[dim]):
+            for plane, count, place in _pieces(start, planes.shape[dim], self._window):
                 into, other = kept.narrow(dim, place, count), values.narrow(dim, plane - start, count)
                 if self.blend.averages:
                     into.add_(other)
@@ -156,7 +153,7 @@ class Accumulator:
         Yields:
             The first plane of a piece, and its tensors.
         """
-        for plane, count, place in self._pieces(start, stop - start):
+        for plane, count, place in _pieces(start, stop - start, self._window):
             yield plane, [planes.narrow(self._axis + 1, place, count) for planes in self._planes]
 
     def finish(self, raw: list[Tensor]) -> Shaped[Tensor, "c i j k"]:
@@ -174,9 +171,14 @@ class Accumulator:
                 channel.masked_fill_(empty, fill)
         return planes.to(self.types.output)
 
+    def finish_all(self) -> None:
+        """Finish every plane, where the whole volume is in memory."""
+        for _, raw in self.raw(0, self.grid.shape[self._axis]):
+            self.finish(raw)
+
     def clear(self, start: int, stop: int) -> None:
         """Clear the memory of the planes `start` to `stop` for the planes that follow."""
-        for _, count, place in self._pieces(start, stop - start):
+        for _, count, place in _pieces(start, stop - start, self._window):
             for planes, blank in zip(self._planes, self._blank, strict=True):
                 if blank:
                     planes.narrow(self._axis + 1, place, count).zero_()
@@ -201,32 +203,27 @@ class Accumulator:
             self._buffers.give(memory)
         self._memory, self._planes = [], []
 
-    @property
-    def _voxels(self) -> int:
-        return prod(self.grid.shape) // self.grid.shape[self._axis] * self._window
+    def _view_planes(self, number: int, channels: int, *, ring: bool) -> Tensor:
+        shape = list(self.grid.shape)
+        shape[self._axis] = self._window
+        with torch.inference_mode(False):
+            flat = self._memory[number][: channels * self._voxels]
+            if not ring or self._axis == 2:
+                # Patches are contiguous along k: the sums must be so too, or adding takes at least twice as long.
+                return flat.view(channels, *shape)
+            # Plane by plane, so that finished planes are contiguous.
+            del shape[self._axis]
+            return flat.view(self._window, channels, *shape).movedim(0, self._axis + 1)
 
-    def _pieces(self, plane: int, count: int) -> Iterator[tuple[int, int, int]]:
-        """(first plane, number of planes, index in the ring) of planes that are adjacent in the ring."""
-        stop = plane + count
-        while plane < stop:
-            kept = plane % self._window
-            count = min(stop - plane, self._window - kept)
-            yield plane, count, kept
-            plane += count
 
-
-def _view_planes(memory: Tensor, channels: int, shape: Triple, axis: int, window: int | None) -> Tensor:
-    """Memory as (C, I, J, K) planes along an axis: all of them, or a ring of so many."""
-    kept = list(shape)
-    kept[axis] = shape[axis] if window is None else window
-    with torch.inference_mode(False):
-        flat = memory[: channels * prod(kept)]
-        if window is None or axis == 2:
-            # Patches are contiguous along k: the sums must be so too, or adding takes at least twice as long.
-            return flat.view(channels, *kept)
-        # Plane by plane, so that finished planes are contiguous.
-        del kept[axis]
-        return flat.view(window, channels, *kept).movedim(0, axis + 1)
+def _pieces(plane: int, count: int, window: int) -> Iterator[tuple[int, int, int]]:
+    """(first plane, number of planes, index in memory) of planes that lie together in a ring of `window` planes."""
+    stop = plane + count
+    while plane < stop:
+        place = plane % window
+        count = min(stop - plane, window - place)
+        yield plane, count, place
+        plane += count
 
 
 def _select_patch(planes: Tensor, axis: int, starts: list[int], patch: Tensor) -> Tensor:

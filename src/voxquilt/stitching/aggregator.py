@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -20,6 +19,8 @@ from voxquilt.stitching.buffer_pool import BufferPool
 from voxquilt.stitching.ledger import Ledger
 from voxquilt.stitching.streaming import FinishedPlanes, SlabStream
 from voxquilt.stitching.sum_type import SumType
+
+_UNKNOWN = "channels and type are unknown, as every patch is skipped: add an empty batch (0, C, I, J, K)."
 
 
 @runtime_checkable
@@ -90,19 +91,20 @@ class GridAggregator:
         fill: float | Sequence[float] = 0.0,
         part: Part | None = None,
     ) -> None:
-        _check_part(part, consumer, axis)
+        if part is not None:
+            _check_part(part, axis, streams=consumer is not None)
         self.factor = to_triple(downsampling_factor, "downsampling_factor", minimum=1)
         self.padding = sampler.padding
         self.grid = sampler.grid.downsampled(self.factor)
         part = part or all_rows(self.grid, axis)
         self.ledger = Ledger(sampler.grid, skipped, part)
         self.device = torch.device(device)
-        self._axis, self._consumer = axis, consumer
-        blend, window = to_blend(overlap_mode), None if consumer is None else self.grid.patch_size[axis]
-        fills = fill if self.ledger.skipped else None
-        self._type_of_sums = partial(SumType.of_patches, blend=blend, wanted=dtype, fill=fills)
-        buffers = buffers or BufferPool()
-        self._open = partial(Accumulator, self.grid, blend, axis, window, buffers=buffers, fill=fills)
+        self.dtype = dtype
+        self._blend = to_blend(overlap_mode)
+        self._axis = axis
+        self._fill = fill if self.ledger.skipped else None
+        self._buffers = buffers or BufferPool()
+        self._consumer = consumer
         self._stream: SlabStream | None = None
         self._sums: Accumulator | None = None
 
@@ -126,9 +128,7 @@ class GridAggregator:
             return
         # Without the graph, which would hold every activation of a network that is called without no_grad.
         batch = batch.detach()
-        sums = self._sums or self._open(
-            channels=batch.shape[1], types=self._type_of_sums(batch.dtype), device=self.device
-        )
+        sums = self._sums or self._make_accumulator(batch)
         sums.check(batch.shape, batch.dtype)
         stream = self._stream
         if self._consumer is not None:
@@ -143,8 +143,7 @@ class GridAggregator:
         for patch, number in zip(batch, numbers, strict=True):
             sums.add(patch, number)
         if self.finished:
-            for _, raw in sums.raw(0, self.grid.shape[self._axis]):
-                sums.finish(raw)
+            sums.finish_all()
 
     @property
     def finished(self) -> bool:
@@ -175,8 +174,8 @@ class GridAggregator:
         if self.ledger.part.stop == self.grid.counts[self.ledger.part.axis]:
             raise BatchError(f"no part follows {self.ledger.part}: there is no head to join.")
         self.ledger.check_complete()
-        _ = self._accumulator
-        assert self._stream is not None
+        if self._stream is None:
+            raise BatchError(_UNKNOWN)
         self._stream.join(head)
 
     def check_finished(self) -> None:
@@ -195,8 +194,9 @@ class GridAggregator:
         self.ledger.check_complete()
         if self._consumer is not None:
             raise BatchError("a streaming aggregator hands its planes to the consumer and keeps no volume.")
-        sums = self._accumulator
-        return sums.planes.to(sums.types.output)
+        if self._sums is None:
+            raise BatchError(_UNKNOWN)
+        return self._sums.planes.to(self._sums.types.output)
 
     def get_output_tensor(self) -> Shaped[Tensor, "c i j k"]:
         """The finished volume, without the sampler's padding.
@@ -223,13 +223,19 @@ class GridAggregator:
             self._sums.close()
         self._sums = None
 
-    @property
-    def _accumulator(self) -> Accumulator:
-        if self._sums is None:
-            raise BatchError(
-                "every patch is skipped, so channels and type are unknown: add an empty batch (0, C, I, J, K)."
-            )
-        return self._sums
+    def _make_accumulator(self, batch: Tensor) -> Accumulator:
+        """An accumulator for the channels and the type of a batch."""
+        window = None if self._consumer is None else self.grid.patch_size[self._axis]
+        types = SumType.of_patches(batch.dtype, self._blend, self.dtype, self._fill)
+        return Accumulator(
+            self.grid, self._blend, self._axis, window, channels=batch.shape[1], types=types,
+            device=self.device, buffers=self._buffers, fill=self._fill,
+        )  # fmt: skip
+
+
+def _check_part(part: Part, axis: int, *, streams: bool) -> None:
+    if part.axis != axis or not streams:
+        raise ConfigError(f"{part} is aggregated while streaming along its axis: give a consumer and axis={part.axis}.")
 
 
 def _check_batch(batch: Tensor, locations: Tensor | np.ndarray, patch_size: Triple, factor: Triple) -> None:
@@ -247,18 +253,13 @@ def _check_batch(batch: Tensor, locations: Tensor | np.ndarray, patch_size: Trip
         )
 
 
-def _check_part(part: Part | None, consumer: object, axis: int) -> None:
-    if part is not None and (consumer is None or part.axis != axis):
-        raise ConfigError(f"{part} is aggregated while streaming along its axis: give a consumer and axis={part.axis}.")
-
-
 def _without_padding(output: Tensor, padding: Padding, factor: Triple) -> Tensor:
     kept = []
     for axis, n, f, (before, after) in zip(AXES, output.shape[1:], factor, padding, strict=True):
         if before % f or after % f:
             raise GridError(f"axis {axis}: padding {before}, {after} is not a multiple of downsampling_factor {f}.")
         kept.append(slice(before // f, n - after // f))
-    return output[:, kept[0], kept[1], kept[2]]
+    return output[:, *kept]
 
 
 def _without_int64(output: Tensor) -> Tensor:

@@ -88,7 +88,13 @@ class SubjectStitcher:
             if len(patches) != len(numbers):
                 raise BatchError(f"output {name!r} has {len(patches)} patches for {len(numbers)} numbers.")
         numbers = [] if self._is_empty else [int(number) for number in numbers]
-        batches = [pair for name, patches in outputs.items() for pair in self._average(name, patches[: len(numbers)])]
+        batches: list[tuple[SlabStream, Tensor]] = []
+        for name, patches in outputs.items():
+            averages: dict[Averaged, Tensor] = {None: patches[: len(numbers)]}
+            for ring in self._rings[name]:
+                if ring.averaged is not None and ring.averaged not in averages:
+                    averages[ring.averaged] = ring.averaged(averages[None])
+                batches.append((ring.stream, averages[ring.averaged]))
         for stream, patches in batches:
             stream.check(patches.shape, patches.dtype, numbers)
         self._ledger.enter(numbers)
@@ -109,8 +115,8 @@ class SubjectStitcher:
         if self.part.first == 0:
             return []
         heads = [ring.stream.head() for ring in self._all_rings]
-        complete = [head for head in heads if head is not None]
-        return [planes for head in complete for planes in head] if heads and len(complete) == len(heads) else None
+        ready = [head for head in heads if head is not None]
+        return [planes for head in ready for planes in head] if heads and len(ready) == len(heads) else None
 
     def join(self, head: list[Tensor]) -> None:
         """Add the `head` of the part that follows.
@@ -207,14 +213,6 @@ class SubjectStitcher:
             raise LedgerError("no patch has come, so the outputs are unknown; add one patch even if all are skipped.")
         return self._all_rings
 
-    def _average(self, name: str, patches: Tensor) -> Iterator[tuple[SlabStream, Tensor]]:
-        """For each ring of an output its stream, and the values of patches that it averages."""
-        values: dict[Averaged, Tensor] = {None: patches}
-        for ring in self._rings[name]:
-            if ring.averaged is not None and ring.averaged not in values:
-                values[ring.averaged] = ring.averaged(patches)
-            yield ring.stream, values[ring.averaged]
-
     def _label_volume(self, name: str, classes: np.ndarray) -> np.ndarray:
         """Labels as files hold them; computed once, since classes are replaced in place."""
         if name not in self._labels:
@@ -223,7 +221,6 @@ class SubjectStitcher:
 
 
 def _check_names(wanted: object, outputs: Outputs) -> None:
-    """Raises OutputError for products of outputs that the network does not have."""
     unknown = sorted(set(wanted) - outputs.keys()) if isinstance(wanted, Mapping) else []
     if unknown:
         raise OutputError(f"stitch.products names {unknown}; the network's outputs are {list(outputs)}.")
