@@ -150,10 +150,11 @@ def test_every_public_name_resolves() -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_has_at_most_300_lines_and_a_docstring(module: str) -> None:
-    """The docstring says what the module provides."""
+    """The docstring begins with a statement of what the module provides, not with a question."""
     text = MODULES[module].read_text("utf-8")
     assert len(text.splitlines()) <= 300
-    assert ast.get_docstring(ast.parse(text))
+    docstring = ast.get_docstring(ast.parse(text)) or ""
+    assert docstring.partition("\n")[0].endswith((".", ":")), docstring
 
 
 def test_modules_and_classes_are_small() -> None:
