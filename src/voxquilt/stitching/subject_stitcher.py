@@ -90,7 +90,8 @@ class SubjectStitcher:
         numbers = [] if self._is_empty else [int(number) for number in numbers]
         batches: list[tuple[SlabStream, Tensor]] = []
         for name, patches in outputs.items():
-            averages: dict[Averaged, Tensor] = {None: patches[: len(numbers)]}
+            # Without the graph, which would hold every activation of a network that is called without no_grad.
+            averages: dict[Averaged, Tensor] = {None: patches[: len(numbers)].detach()}
             for ring in self._rings[name]:
                 if ring.averaged is not None and ring.averaged not in averages:
                     averages[ring.averaged] = ring.averaged(averages[None])
