@@ -207,9 +207,9 @@ CONTENDERS = {
 def reference(patches: list[Tensor], mode: str) -> Tensor:
     """Labels where a plain float64 sum is sure of them, 255 elsewhere."""
     from voxquilt.geometry.grid import make_grid
-    from voxquilt.stitching.blend import BLENDS
+    from voxquilt.stitching.blend import to_blend
 
-    grid, blend = make_grid(SHAPE, PATCH, OVERLAP), BLENDS[mode]
+    grid, blend = make_grid(SHAPE, PATCH, OVERLAP), to_blend(mode)
     i, j, k = (blend.axis_weights(grid, axis) for axis in range(3))
     sums = torch.zeros(len(patches[0]), *SHAPE, dtype=torch.float64)
     for n in range(len(grid)):

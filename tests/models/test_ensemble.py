@@ -291,7 +291,7 @@ def test_a_network_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiling_torchscript_is_an_error() -> None:
     """It would silently have no effect."""
-    with pytest.raises(ConfigError, match="compile=true does nothing for TorchScript"):
+    with pytest.raises(ConfigError, match="compile=true has no effect on TorchScript"):
         PatchPredictor(torch.jit.script(nets(1)[0]), compile=True)
 
 
