@@ -26,6 +26,9 @@ from voxquilt.geometry.frame import Frame
 _PER_MM = {1: 1e-3, 3: 1e3}
 # A quaternion stored with three digits is shorter than this; a longer one is not a rounded rotation.
 _LONGEST = 1.01
+# By how much the square of a unit quaternion's length may exceed 1 in float32, as nibabel has it: a normalised one lies
+# within, so that a written affine is read back as it was.
+_ROUNDING = 3 * float(np.finfo(np.float32).eps)
 # DEFLATE packs at most so many bytes into one; a header that claims more is wrong.
 _MOST_PACKED = 1032
 
@@ -215,7 +218,7 @@ def _affine(header: Nifti1Header) -> np.ndarray:
         length = float(np.linalg.norm(quaternion))
         if length > _LONGEST:
             raise HeaderDataError(f"its quaternion has length {length:.4g}; that of a rotation is at most 1")
-        if length > 1:
+        if length**2 > 1 + _ROUNDING:
             for field, value in zip(fields, quaternion / length, strict=True):
                 header[field] = value
     affine = np.array(header.get_best_affine(), dtype=np.float64)
