@@ -10,8 +10,8 @@ import torch
 from packages import install_documented
 from synthetic import noise, read, run, save
 
-from voxquilt import GridAggregator, GridSampler, Stitch
-from voxquilt.errors import ConfigError
+from voxquilt import GridAggregator, GridSampler, Stitch, predict_volume
+from voxquilt.errors import ConfigError, OutputError
 from voxquilt.stitching.blend import Windowed
 
 JOB = (
@@ -108,3 +108,39 @@ def test_unknown_products_and_blends_are_refused_by_the_constructor() -> None:
         Stitch(products=["entropi"])
     with pytest.raises(ConfigError, match=r"overlap_mode must be one of crop, .* Did you mean hann\?"):
         Stitch("han")
+
+
+class Own:
+    """A product of the mean score, with what a test spoils of it."""
+
+    def __init__(self, name: str = "own", kind: str = "map", shape: str = "right") -> None:
+        self.name, self.kind, self.shape = name, kind, shape
+
+    def form(self, channels: int) -> tuple[int, np.dtype]:
+        return 1, np.dtype(np.float32)
+
+    def __call__(self, scores: torch.Tensor) -> torch.Tensor:
+        mean = scores.float().mean(0)[None]
+        return {"right": mean, "no channel": mean[0], "one voxel": mean[:, :1, :1, :1], "two": scores[:2]}[self.shape]
+
+
+@pytest.mark.parametrize("shape", ["no channel", "one voxel", "two"])
+def test_a_product_of_another_shape_is_an_error_and_not_repeated_over_the_volume(shape: str) -> None:
+    """Arrays would be broadcast without an error; the right one is the mean of the scores."""
+    volume = torch.rand(1, 7, 6, 5)
+
+    def network(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x, 3 * x], 1)
+
+    right = predict_volume(network, volume, 4, stitch=Stitch("crop", products=[Own()]))["own"]
+    np.testing.assert_allclose(right, 2 * volume, rtol=1e-6)
+    with pytest.raises(OutputError, match=r"the product Own gave .* wanted is a tensor of shape \(1, "):
+        predict_volume(network, volume, 4, stitch=Stitch("crop", products=[Own(shape=shape)]))
+
+
+def test_a_product_needs_a_known_kind_and_a_name_of_its_own() -> None:
+    """An unknown kind, and two files that would have one name."""
+    with pytest.raises(ConfigError, match=r"the kind of the product 'own' must be one of labels, map, image"):
+        Stitch(products=[Own(kind="maps")])
+    with pytest.raises(ConfigError, match="two products have the name 'labels'"):
+        Stitch(products=["labels", Own("labels")])

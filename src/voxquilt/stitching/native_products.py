@@ -9,7 +9,7 @@ from voxquilt.geometry.frame import Triple
 from voxquilt.geometry.space import AxisMaps, Where
 from voxquilt.geometry.streamed_resample import Piece, Restorer
 from voxquilt.stitching.output_volumes import OutputVolumes, Scratch
-from voxquilt.stitching.products.base import Product, check_finite
+from voxquilt.stitching.products.base import Product, check_finite, compute
 from voxquilt.stitching.products.labels import ArgMax, contenders
 from voxquilt.stitching.products.spec import ProductSpec
 from voxquilt.stitching.streaming import FinishedPlanes
@@ -123,12 +123,14 @@ def _paths(specs: Mapping[str, ProductSpec], grid: NativeGrid) -> Iterator[Produ
         if spec.in_model:
             restorer = grid.make_restorer(linear=spec.product.form(grid.channels)[1].kind == "f")
             volumes = grid.make_volumes({name: spec.product}, restorer)
-            yield ProductPath(_InModel(spec.product, grid.read), restorer, _OfModelProduct(name), volumes)
+            yield ProductPath(
+                _InModel(spec.product, grid.channels, grid.read), restorer, _OfModelProduct(name), volumes
+            )
     of_scores = {name: spec.product for name, spec in specs.items() if not spec.in_model}
     if not of_scores:
         return
     if grid.copies or not all(isinstance(product, ArgMax) for product in of_scores.values()):
-        restorer, after = grid.make_restorer(), _OfScores(of_scores)
+        restorer, after = grid.make_restorer(), _OfScores(of_scores, grid.channels)
     else:
         restorer, after = grid.make_restorer(tile=_TILE), _Labels(list(of_scores))
     yield ProductPath(_scores_of, restorer, after, grid.make_volumes(of_scores, restorer))
@@ -143,6 +145,7 @@ class _InModel:
     """Computes a product in model space; scores outside `read` are not checked."""
 
     product: Product
+    channels: int
     read: Where
 
     def __call__(self, finished: FinishedPlanes) -> Iterator[tuple[int, Tensor]]:
@@ -154,7 +157,7 @@ class _InModel:
             along, where = self.read[axis], list(self.read)
             where[axis] = slice(max(along.start - start, 0), max(along.stop - start, 0))
             check_finite(planes[:, *where])
-            yield start, self.product(planes)
+            yield start, compute(self.product, planes, self.channels)
 
 
 @dataclass(frozen=True)
@@ -172,12 +175,13 @@ class _OfScores:
     """Computes products of interpolated scores."""
 
     products: Mapping[str, Product]
+    channels: int
 
     def __call__(self, piece: Piece) -> Iterator[tuple[str, Tensor]]:
         scores = piece.restored()
         check_finite(scores)
         for name, product in self.products.items():
-            yield name, product(scores)
+            yield name, compute(product, scores, self.channels)
 
 
 @dataclass(frozen=True)

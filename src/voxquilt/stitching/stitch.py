@@ -12,7 +12,7 @@ from voxquilt.stitching.blend import Blend, to_blend
 from voxquilt.stitching.products.base import Product
 from voxquilt.stitching.products.registry import PRODUCTS
 from voxquilt.stitching.products.spec import ProductSpec, make_products
-from voxquilt.vocabulary import ACTIVATIONS, APPLIED, RESTORES, check_label_values, check_name
+from voxquilt.vocabulary import ACTIVATIONS, APPLIED, IMAGE, LABELS, MAP, RESTORES, check_label_values, check_name
 
 Products = Sequence[str | Product]
 
@@ -62,8 +62,7 @@ class Stitch:
         _ = self.blends
         product_lists = self.products.values() if isinstance(self.products, Mapping) else [self.products]
         for products in product_lists:
-            for product in products or ():
-                _check_product(product)
+            _check_products(products or ())
         if len(set(self.compare)) != len(self.compare):
             raise ConfigError(f"stitch.compare names an overlap mode twice: {list(self.compare)}.")
         check_name(self.activation or "none", (*ACTIVATIONS, *APPLIED), "activation")
@@ -108,6 +107,15 @@ class Stitch:
         return specs
 
 
+def _check_products(products: Products) -> None:
+    names: dict[object, object] = {}
+    for product in products:
+        _check_product(product)
+        name = product if isinstance(product, str) else getattr(product, "name", None)
+        if names.setdefault(name, product) != product:
+            raise ConfigError(f"two products have the name {name!r}, so that one file would replace the other.")
+
+
 def _check_product(product: object) -> None:
     if isinstance(product, str):
         PRODUCTS.check(product, "products")
@@ -118,3 +126,4 @@ def _check_product(product: object) -> None:
             f"products are names or Products, which have a name of letters, digits and '_' for their files, a kind, "
             f"form(channels) and __call__(scores); this one is {product!r} with the name {name!r}."
         )
+    check_name(product.kind, (LABELS, MAP, IMAGE), f"the kind of the product {name!r}")

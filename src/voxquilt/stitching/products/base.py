@@ -50,6 +50,28 @@ def check_finite(scores: Scores) -> None:
         raise OutputError(NOT_FINITE)
 
 
+def compute(product: Product, scores: Scores, channels: int) -> Voxels:
+    """A product of scores, whose shape is checked, since another shape could be stored without an error.
+
+    Args:
+        product: The product.
+        scores: Averages that it is computed from.
+        channels: Channels of the network's output.
+
+    Raises:
+        OutputError: the product is not a tensor of the shape that `form` promises.
+    """
+    voxels = product(scores)
+    wanted = product.form(channels)[0], *scores.shape[1:]
+    if not isinstance(voxels, Tensor) or tuple(voxels.shape) != wanted:
+        given = tuple(voxels.shape) if isinstance(voxels, Tensor) else type(voxels).__name__
+        raise OutputError(
+            f"the product {type(product).__name__} gave {given} for scores of shape {tuple(scores.shape)}; wanted is a "
+            f"tensor of shape {wanted}."
+        )
+    return voxels
+
+
 @dataclass(frozen=True)
 class Activated:
     """Gives activated scores as float32: probabilities; or, with the activation 'none', logits and images.

@@ -8,7 +8,7 @@ from torch import Tensor
 from voxquilt.errors import OutputError
 from voxquilt.stitching.products.base import ACTIVATIONS, Activation, Product
 from voxquilt.stitching.products.registry import PRODUCTS
-from voxquilt.vocabulary import APPLIED
+from voxquilt.vocabulary import APPLIED, IMAGE, LABELS, MAP, check_name
 
 # A score whose soft-max or sigmoid differs from 1 by less than 1e-13.
 _CERTAIN = 30.0
@@ -116,7 +116,9 @@ def _name(product: str | Product) -> str:
 
 def _spec(product: str | Product, output: NetworkOutput) -> ProductSpec:
     spec = PRODUCTS.load(product)(output) if isinstance(product, str) else product
-    return spec if isinstance(spec, ProductSpec) else ProductSpec(spec)
+    spec = spec if isinstance(spec, ProductSpec) else ProductSpec(spec)
+    check_name(spec.product.kind, (LABELS, MAP, IMAGE), f"the kind of the product {_name(product)!r}")
+    return spec
 
 
 def background(channels: int, activation: str | None, fill: float | Sequence[float] | None = None) -> list[float]:
