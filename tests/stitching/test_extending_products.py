@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -144,3 +145,56 @@ def test_a_product_needs_a_known_kind_and_a_name_of_its_own() -> None:
         Stitch(products=[Own(kind="maps")])
     with pytest.raises(ConfigError, match="two products have the name 'labels'"):
         Stitch(products=["labels", Own("labels")])
+
+
+class Second:
+    """Labels of the second best class."""
+
+    name, kind = "second", "labels"
+
+    def __init__(self, dtype: type = np.uint8) -> None:
+        self.dtype = dtype
+
+    def form(self, channels: int) -> tuple[int, np.dtype]:
+        return 1, np.dtype(self.dtype)
+
+    def __call__(self, scores: torch.Tensor) -> torch.Tensor:
+        return scores.topk(2, 0).indices[1:]
+
+
+@pytest.mark.parametrize("values", [None, [7, 5, 0], [0, 1002, 70_000]])
+def test_labels_of_another_package_get_the_numbers_of_their_classes(values: list[int] | None) -> None:
+    """In a type that holds them, whatever type the product has; and post-processed, as our own labels are."""
+    volume = torch.rand(1, 7, 6, 5)
+    weights = torch.tensor([1.0, -1.0, 0.25])
+
+    def network(x: torch.Tensor) -> torch.Tensor:
+        return (x - 0.5) * weights[:, None, None, None]
+
+    scores = (volume[0].numpy() - 0.5)[None] * weights.numpy()[:, None, None, None]
+    wanted = np.argsort(scores, 0)[1]
+    stitch = Stitch("crop", products=[Second(), "labels"], label_values=values)
+    volumes = predict_volume(network, volume, 4, stitch=stitch)
+    for name, classes in (("second", wanted), ("labels", np.argmax(scores, 0))):
+        np.testing.assert_array_equal(volumes[name][0], np.array(values or [0, 1, 2])[classes])
+    turned = replace(stitch, postprocess=[lambda classes: 2 - classes])
+    second = predict_volume(network, volume, 4, stitch=turned)["second"]
+    np.testing.assert_array_equal(second[0], np.array(values or [0, 1, 2])[2 - wanted])
+
+
+def test_labels_of_another_type_or_beyond_the_classes_are_refused() -> None:
+    """Signed and floating-point types, and a class without a number."""
+    volume = torch.rand(1, 5, 5, 5)
+    for dtype in (np.int16, np.float32):
+        with pytest.raises(
+            OutputError, match=f"'second' holds labels, which have an unsigned type; it has {np.dtype(dtype)}"
+        ):
+            predict_volume(lambda x: torch.cat([x, -x], 1), volume, 4, stitch=Stitch(products=[Second(dtype)]))
+
+    class Beyond(Second):
+        def __call__(self, scores: torch.Tensor) -> torch.Tensor:
+            return torch.full_like(scores[:1], 2)
+
+    stitch = Stitch(products=[Beyond()], label_values=[0, 9])
+    with pytest.raises(OutputError, match="a product of labels gave 2, which is not a class"):
+        predict_volume(lambda x: torch.cat([x, -x], 1), volume, 4, stitch=stitch)

@@ -19,8 +19,8 @@ def to_labels(
     """The numbers of a label file for a volume of classes.
 
     Args:
-        classes: Class indices, or a mask per channel, in an unsigned type that also holds `label_values`. Without
-            post-processing they are replaced in place.
+        classes: Class indices, or a mask per channel, in an unsigned type. They are replaced in place if the type also
+            holds `label_values` and there is no post-processing.
         postprocess: Callables on a (C, I, J, K) int64 tensor, applied in turn.
         label_values: The number of each class; None for the classes themselves.
 
@@ -35,12 +35,13 @@ def to_labels(
         # Post-processing such as MapLabelValue may give larger numbers.
         return processed.astype(np.promote_types(classes.dtype, np.min_scalar_type(processed.max())), copy=False)
     if processed.max() >= len(label_values):
+        source = "post-processing" if postprocess else "a product of labels"
         raise OutputError(
-            f"post-processing gave {processed.max()}, which is not a class: stitch.label_values has numbers for "
-            f"classes 0 to {len(label_values) - 1}. Leave it out if post-processing gives the numbers of the file."
+            f"{source} gave {processed.max()}, which is not a class: stitch.label_values has numbers for "
+            f"classes 0 to {len(label_values) - 1}. Leave it out if {source} gives the numbers of the file."
         )
-    numbers = np.array(label_values, classes.dtype)
-    labels = classes if processed is classes else processed.astype(classes.dtype)
+    dtype = np.promote_types(classes.dtype, np.min_scalar_type(max(label_values)))
+    numbers, labels = np.array(label_values, dtype), processed.astype(dtype, copy=False)
     for plane in iterate_planes(labels):
         plane[...] = numbers[plane]
     return labels

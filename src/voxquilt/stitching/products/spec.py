@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from voxquilt.errors import OutputError
@@ -118,6 +119,9 @@ def _spec(product: str | Product, output: NetworkOutput) -> ProductSpec:
     spec = PRODUCTS.load(product)(output) if isinstance(product, str) else product
     spec = spec if isinstance(spec, ProductSpec) else ProductSpec(spec)
     check_name(spec.product.kind, (LABELS, MAP, IMAGE), f"the kind of the product {_name(product)!r}")
+    dtype = np.dtype(spec.product.form(output.channels)[1])
+    if spec.product.kind == LABELS and dtype.kind != "u":
+        raise OutputError(f"the product {_name(product)!r} holds labels, which have an unsigned type; it has {dtype}.")
     return spec
 
 
