@@ -2,7 +2,7 @@
 
 import csv
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,8 @@ from synthetic import noise, read, run, save
 
 from voxquilt import GridAggregator, GridSampler, Stitch, predict_volume
 from voxquilt.errors import ConfigError, OutputError
-from voxquilt.stitching.blend import Windowed
+from voxquilt.geometry.grid import Grid
+from voxquilt.stitching.blend import Blend, Windowed
 
 JOB = (
     "data.inputs=in", "data.patch_size=8", "data.patch_overlap=4", "model=state_dict",
@@ -198,3 +199,43 @@ def test_labels_of_another_type_or_beyond_the_classes_are_refused() -> None:
     stitch = Stitch(products=[Beyond()], label_values=[0, 9])
     with pytest.raises(OutputError, match="a product of labels gave 2, which is not a class"):
         predict_volume(lambda x: torch.cat([x, -x], 1), volume, 4, stitch=stitch)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """A blend with given weights in every patch."""
+
+    along: tuple[float, ...]
+    averages: bool = True
+
+    def axis_weights(self, grid: Grid, axis: int) -> torch.Tensor:
+        patch = grid.patch_size[axis]
+        return torch.tensor(self.along, dtype=torch.float64)[:patch].expand(grid.counts[axis], -1).clone()
+
+
+@pytest.mark.parametrize(
+    ("blend", "message"),
+    [
+        (Shares((0.5,) * 5), r"sum to 0\.5 to 1 along axis i, and must sum to 1"),
+        (Shares((1.0,) * 4), r"gives weights of shape \(3, 4\) along axis i; wanted is \(3, 5\)"),
+        (Windowed(lambda patch: torch.zeros(patch, dtype=torch.float64)), "sum to nan to nan .* positive everywhere"),
+        (Windowed(lambda patch: torch.ones(patch - 1, dtype=torch.float64)), r"gives shape \(4,\) for patches of 5"),
+        (Shares((0.5, 1.0, 1.0, 1.0, 0.5), averages=False), "must sum to 1"),
+    ],
+)
+def test_a_blend_whose_weights_do_not_share_every_voxel_out_is_refused(blend: Blend, message: str) -> None:
+    """As the choices are made; otherwise all outputs would be scaled without an error."""
+    with pytest.raises(ConfigError, match=message):
+        Stitch(blend)
+
+
+def test_a_blend_that_fails_on_the_real_grid_alone_is_refused_there() -> None:
+    """A window that is zero for larger patches only; a grid of one patch takes weights of 1 to copy from."""
+    window = Windowed(lambda patch: torch.full((patch,), float(patch < 6), dtype=torch.float64))
+    with pytest.raises(ConfigError, match="positive everywhere"):
+        predict_volume(torch.nn.Identity(), torch.rand(1, 8, 8, 8), 6, stitch=Stitch(window))
+    sampler = GridSampler(torch.rand(1, 4, 4, 4), 4)
+    halves = Shares((1.0,) * 4, averages=False)
+    whole = GridAggregator(sampler, halves)
+    whole.add_batch(torch.full((1, 1, 4, 4, 4), 3.0), sampler.locations)
+    assert (whole.get_output_tensor() == 3).all()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from voxquilt.errors import BatchError, PatchShapeError
 from voxquilt.geometry.grid import Grid
-from voxquilt.stitching.blend import Blend
+from voxquilt.stitching.blend import Blend, checked_weights
 from voxquilt.stitching.buffer_pool import BufferPool
 from voxquilt.stitching.sum_type import SumType
 
@@ -54,7 +54,7 @@ class Accumulator:
         self._window = grid.shape[axis] if window is None else window
         self._voxels = prod(grid.shape) // grid.shape[axis] * self._window
         self._fill = fill
-        weights = [blend.axis_weights(grid, n) for n in range(3)]
+        weights = [checked_weights(blend, grid, n) for n in range(3)]
         self._weights = [w.to(device, types.sums) for w in weights] if blend.averages else []
         self._owned = [] if blend.averages else [[_owned_interval(w) for w in along] for along in weights]
         patch = grid.patch_size if blend.averages else (0,)

@@ -14,6 +14,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from voxquilt.errors import ConfigError
+from voxquilt.geometry.frame import AXES
 from voxquilt.geometry.grid import Grid
 from voxquilt.stitching.blend_registry import BLENDS
 
@@ -62,6 +63,10 @@ class Windowed:
     def axis_weights(self, grid: Grid, axis: int) -> AxisWeights:
         patch = grid.patch_size[axis]
         window = self.window(patch)
+        if tuple(window.shape) != (patch,):
+            raise ConfigError(
+                f"the window {self.window!r} gives shape {tuple(window.shape)} for patches of {patch} voxels."
+            )
         total = torch.zeros(grid.shape[axis], dtype=torch.float64)
         for start in grid.starts[axis]:
             total[start : start + patch] += window
@@ -108,3 +113,29 @@ def to_blend(overlap_mode: str | Blend) -> Blend:
     if not isinstance(overlap_mode, Blend):
         raise ConfigError(f"overlap_mode must be the name of a blend or a Blend; it is {overlap_mode!r}.")
     return overlap_mode
+
+
+def checked_weights(blend: Blend, grid: Grid, axis: int) -> AxisWeights:
+    """A blend's weights along an axis, once they are known to share every voxel out.
+
+    Raises:
+        ConfigError: (a ValueError) weights of another shape or that do not sum to 1, which would change all outputs
+            without an error; or fractions, if voxels are copied.
+    """
+    weights, patch = blend.axis_weights(grid, axis), grid.patch_size[axis]
+    if tuple(weights.shape) != (grid.counts[axis], patch):
+        raise ConfigError(
+            f"{blend!r} gives weights of shape {tuple(weights.shape)} along axis {AXES[axis]}; wanted is "
+            f"{(grid.counts[axis], patch)}, patches along the axis and voxels of a patch."
+        )
+    total = torch.zeros(grid.shape[axis], dtype=torch.float64)
+    for start, along in zip(grid.starts[axis], weights, strict=True):
+        total[start : start + patch] += along
+    if not torch.allclose(total, torch.ones_like(total), rtol=0, atol=1e-9):
+        raise ConfigError(
+            f"the weights of {blend!r} sum to {float(total.min()):.6g} to {float(total.max()):.6g} along axis "
+            f"{AXES[axis]}, and must sum to 1 in every voxel; a window must be positive everywhere."
+        )
+    if not blend.averages and not ((weights == 0) | (weights == 1)).all():
+        raise ConfigError(f"{blend!r} copies voxels (averages is False), so its weights must be 0 or 1.")
+    return weights

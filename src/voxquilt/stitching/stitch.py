@@ -8,12 +8,15 @@ from functools import cached_property
 from torch import Tensor
 
 from voxquilt.errors import ConfigError
-from voxquilt.stitching.blend import Blend, to_blend
+from voxquilt.geometry.grid import make_grid
+from voxquilt.stitching.blend import Blend, checked_weights, to_blend
 from voxquilt.stitching.products.base import Product
 from voxquilt.stitching.products.registry import PRODUCTS
 from voxquilt.stitching.products.spec import ProductSpec, make_products
 from voxquilt.vocabulary import ACTIVATIONS, APPLIED, IMAGE, LABELS, MAP, RESTORES, check_label_values, check_name
 
+# Patches that overlap, the last one moved back.
+_GRID = make_grid((11, 5, 5), 5, 2)
 Products = Sequence[str | Product]
 
 
@@ -59,7 +62,8 @@ class Stitch:
     label_values: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        _ = self.blends
+        for blend in self.blends.values():  # of another package, say; before anything is started
+            _ = checked_weights(blend, _GRID, axis=0)
         product_lists = self.products.values() if isinstance(self.products, Mapping) else [self.products]
         for products in product_lists:
             _check_products(products or ())
