@@ -83,7 +83,7 @@ def bound(patches: list[Tensor], device: str) -> Job:
 
 
 def voxquilt(mode: str) -> Callable[[list[Tensor], str], Job]:
-    """The streaming Quilt of the predict loop."""
+    """The streaming SubjectStitcher of the predict loop."""
 
     def prepare(patches: list[Tensor], device: str) -> Job:
         import numpy as np
