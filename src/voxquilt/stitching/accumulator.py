@@ -57,8 +57,7 @@ class Accumulator:
         self.channels, self.types, self.device = channels, types, device
         self.grid, self.blend, self._axis, self._buffers = grid, blend, axis, buffers
         self._window = grid.shape[axis] if window is None else window
-        self._voxels = prod(grid.shape) // grid.shape[axis] * self._window
-        self._fill = fill
+        voxels, self._fill = prod(grid.shape) // grid.shape[axis] * self._window, fill
         weights = [checked_weights(blend, grid, n) for n in range(3)]
         self._weights = [upload(w.to(types.sums), device) for w in weights] if blend.averages else []
         self._owned = [] if blend.averages else [[_owned_interval(w) for w in along] for along in weights]
@@ -69,8 +68,10 @@ class Accumulator:
         # weight that it was multiplied with.
         of_weights = types.sums if types.sums.is_floating_point else torch.float32
         kept = [(channels, types.sums), (1, of_weights)][: 1 if fill is None else 2]
-        self._memory = [buffers.take(n * self._voxels, dtype, device) for n, dtype in kept]
-        self._planes = [self._view_planes(n, channels, ring=window is not None) for n, (channels, _) in enumerate(kept)]
+        self._memory = [buffers.take(n * voxels, dtype, device) for n, dtype in kept]
+        self._planes = [
+            _view_planes(memory, n, grid, axis, window) for memory, (n, _) in zip(self._memory, kept, strict=True)
+        ]
         # A blend that copies writes every voxel, unless patches are missing.
         self._blank = [blend.averages, True][: len(kept)]
         for planes, blank in zip(self._planes, self._blank, strict=True):
@@ -218,17 +219,19 @@ class Accumulator:
                 for cover in covers:
                     cover.fill_(1)
 
-    def _view_planes(self, number: int, channels: int, *, ring: bool) -> Tensor:
-        shape = list(self.grid.shape)
-        shape[self._axis] = self._window
-        with torch.inference_mode(False):
-            flat = self._memory[number][: channels * self._voxels]
-            if not ring or self._axis == 2:
-                # Patches are contiguous along k: the sums must be so too, or adding takes at least twice as long.
-                return flat.view(channels, *shape)
-            # Plane by plane, so that finished planes are contiguous.
-            del shape[self._axis]
-            return flat.view(self._window, channels, *shape).movedim(0, self._axis + 1)
+
+def _view_planes(memory: Shaped[Tensor, " n"], channels: int, grid: Grid, axis: int, window: int | None) -> Tensor:
+    """The first of some memory as planes (C, I, J, K) of the whole volume or, of a ring, only `window` of them."""
+    shape = list(grid.shape)
+    shape[axis] = window or shape[axis]
+    with torch.inference_mode(False):
+        flat = memory[: channels * prod(shape)]
+        if window is None or axis == 2:
+            # Patches are contiguous along k: the sums must be so too, or adding takes at least twice as long.
+            return flat.view(channels, *shape)
+        # Plane by plane, so that finished planes are contiguous.
+        del shape[axis]
+        return flat.view(window, channels, *shape).movedim(0, axis + 1)
 
 
 def _pieces(plane: int, count: int, window: int) -> Iterator[tuple[int, int, int]]:

@@ -10,9 +10,10 @@ from voxquilt.geometry.frame import Triple
 from voxquilt.geometry.space import AxisMaps, Where
 from voxquilt.geometry.streamed_resample import Piece, Restorer, Slab
 from voxquilt.stitching.device_transfer import Progress
-from voxquilt.stitching.execution import ON_HOST, Execution
+from voxquilt.stitching.execution import Execution
 from voxquilt.stitching.finite_check import FiniteCheck
-from voxquilt.stitching.kernels.loading import LabelKernel, label_rule, load_restore_labels
+from voxquilt.stitching.kernels.label_rule import label_rule
+from voxquilt.stitching.kernels.loading import LabelKernel, load_restore_labels
 from voxquilt.stitching.output_volumes import OutputVolumes, Scratch
 from voxquilt.stitching.products.base import Product, compute
 from voxquilt.stitching.products.labels import ArgMax, contenders
@@ -48,9 +49,9 @@ class NativeGrid:
     planes: range
     holds_all: bool
     scratch: Scratch | None
-    device: torch.device = torch.device("cpu")
-    execution: Execution = ON_HOST
-    keeps: bool = False
+    device: torch.device
+    execution: Execution
+    keeps: bool
 
     @property
     def copies(self) -> bool:

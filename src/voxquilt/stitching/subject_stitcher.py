@@ -77,8 +77,7 @@ class SubjectStitcher:
             PatchShapeError: an output of another shape than the grid wants, or other outputs than before.
             BatchError: another number of patches than of numbers, or complex numbers.
             LedgerError: a patch came twice or too early.
-            OutputError: outputs that are not finite (on a device, this is found when the subject is finished), or a
-                product that cannot be made of an output.
+            OutputError: outputs that are not finite (on a device: when finished), or that a product cannot be made of.
         """
         if not self._rings:
             _check_names(self.stitch.products, outputs)
@@ -140,7 +139,7 @@ class SubjectStitcher:
 
         Raises:
             LedgerError: a patch is missing, or the head of the part that follows.
-            OutputError: outputs on a device that are not finite.
+            OutputError: outputs are not finite.
         """
         self._finish()
         for name, (product, volumes) in self._products.items():
@@ -165,8 +164,7 @@ class SubjectStitcher:
         Raises:
             BatchError: this process does not hold whole volumes.
             LedgerError: a patch is missing, or another part's planes.
-            OutputError: outputs on a device that are not finite; or post-processing changed a volume's shape, or gave
-                numbers that are not labels.
+            OutputError: outputs are not finite, or post-processing gave another shape or numbers that are not labels.
         """
         if not self.holds_all:
             raise BatchError(f"{self.part} keeps no whole volumes: its planes are in parts().")
@@ -184,7 +182,7 @@ class SubjectStitcher:
         return {name: volumes.kind(product) for name, (product, volumes) in self._products.items()}
 
     def to(self, device: torch.device) -> None:
-        """Move all sums to another device, and keep those to come there; products that a device keeps go to the host."""
+        """Move all sums to another device, and keep those to come there; products go to the host."""
         self._opener = replace(self._opener, memory=replace(self._opener.memory, device=device))
         for ring in self._all_rings:
             ring.stream.to(device)
@@ -210,10 +208,9 @@ class SubjectStitcher:
         }
 
     def _finish(self) -> None:
-        rings = self._require_rings()
-        for ring in rings:
+        for ring in self._require_rings():
             ring.stream.check_finished()
-        for ring in rings:
+        for ring in self._all_rings:
             ring.products.finish()
 
     def _require_rings(self) -> list[Ring]:

@@ -5,6 +5,8 @@ given. So there are no atomics, and sums depend neither on how patches are batch
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import no_type_check
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from voxquilt.geometry.grid import Grid
 from voxquilt.stitching.device_transfer import on_device, upload
 
 # Values per program; not tuned.
-_VALUES, _ALONG_K = 1024, 64
+_VALUES, _ALONG_K, _CHANNELS = 1024, 64, 32
 _PATCHES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SUMS = (torch.float32, torch.float64)
 
@@ -29,8 +31,8 @@ class BlendAdd:
         grid: Where patches lie.
         axis: Axis along which patches come and along which sums are a ring.
         weights: (patches along the axis, patch size) for i, j and k, on the device and in the type of the sums.
-        planes: The sums (C, I, J, K) and, if patches are skipped, the sums of weights (1, I, J, K), with one plane along
-            `axis` for each plane of the ring, and contiguous along k.
+        planes: The sums (C, I, J, K) and, if patches are skipped, the sums of weights (1, I, J, K), contiguous along k.
+            Those of a ring have only its planes along `axis`.
     """
 
     def __init__(self, grid: Grid, axis: int, weights: Sequence[Tensor], planes: Sequence[Tensor]) -> None:
@@ -58,10 +60,7 @@ class BlendAdd:
         starts = self._grid.locations[list(numbers)]
         (i0, j0, k0), (i1, j1, k1) = starts[:, :3].min(0).tolist(), starts[:, 3:].max(0).tolist()
         channels, patch = batch.shape[1], batch.shape[2:]
-        # Each program reads neighbours in memory, which are channels if the network's outputs are channels last.
-        block_c = 1 if batch.stride(4) == 1 else min(32, triton.next_power_of_2(channels))
-        block_k = min(_ALONG_K, triton.next_power_of_2(patch[2]))
-        block_j = max(1, min(_VALUES // block_c // block_k, triton.next_power_of_2(patch[1])))
+        block_c, block_j, block_k = _tile(batch)
         tiles_k = -(-(k1 - k0) // block_k)
         programs = -(-(j1 - j0) // block_j) * tiles_k, i1 - i0, -(-channels // block_c)
         _add[programs](
@@ -73,10 +72,21 @@ class BlendAdd:
         )  # fmt: skip
 
 
+def _tile(batch: Tensor) -> tuple[int, int, int]:
+    """Channels, j and k of a program's tile: neighbours in memory, which with outputs channels last are channels."""
+    c, j, k = (triton.next_power_of_2(batch.shape[n]) for n in (1, 3, 4))
+    k = min(_ALONG_K, k)
+    if batch.stride(4) == 1:
+        j = min(_VALUES // k, j)
+        return min(_VALUES // k // j, c), j, k
+    c = min(_CHANNELS, c)
+    return c, min(max(1, _VALUES // k // c), j), k
+
+
 def _runs(positions: np.ndarray) -> Iterator[tuple[int, int]]:
     """First and last index, end exclusive, of patches that follow each other in streaming order."""
     edges = [0, *(np.flatnonzero(np.diff(positions) != 1) + 1).tolist(), len(positions)]
-    return zip(edges[:-1], edges[1:], strict=True)
+    return pairwise(edges)
 
 
 # Integers that differ from launch to launch or from subject to subject must not lead to another compilation.
@@ -88,6 +98,7 @@ _PLAIN = [
 
 
 @triton.jit(do_not_specialize=_PLAIN)
+@no_type_check
 def _add(
     batch, sums, covers, table, weights_i, weights_j, weights_k,
     batch_b, batch_c, batch_i, batch_j, batch_k, sums_c, sums_i, sums_j, covers_i, covers_j,
@@ -137,6 +148,5 @@ def _add(
             if HAS_COVERS:
                 cover += share.to(cover.dtype)
     tl.store(into, total, mask=wanted)
-    if HAS_COVERS:
-        if tl.program_id(2) == 0:
-            tl.store(over, cover, mask=within)
+    if HAS_COVERS and tl.program_id(2) == 0:
+        tl.store(over, cover, mask=within)

@@ -1,8 +1,7 @@
-"""Loads Triton kernels where they can run, and says which products of labels they make."""
+"""Loads Triton kernels where they can run."""
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from typing import Protocol, runtime_checkable
@@ -12,26 +11,9 @@ from torch import Tensor
 
 from voxquilt.geometry.grid import Grid
 from voxquilt.geometry.space import AxisMaps, Neighbours
-from voxquilt.stitching.products.base import ACTIVATIONS, Product
-from voxquilt.stitching.products.labels import ArgMax, Threshold
+from voxquilt.stitching.kernels.label_rule import LabelRule
 
 log = logging.getLogger("voxquilt")
-
-ARG_MAX, ABOVE, SIGMOID_ABOVE = 0, 1, 2
-
-
-@dataclass(frozen=True)
-class LabelRule:
-    """What labels are made of the scores of a voxel.
-
-    Args:
-        mode: ARG_MAX is the first class with the highest score; ABOVE, for each channel, whether its score is above the
-            threshold; SIGMOID_ABOVE whether the score's sigmoid is.
-        threshold: The threshold.
-    """
-
-    mode: int
-    threshold: float = 0.0
 
 
 @runtime_checkable
@@ -50,22 +32,12 @@ class LabelKernel(Protocol):
     def __call__(self, scores: Tensor, offsets: Sequence[int], where: Sequence[slice], labels: Tensor) -> None: ...
 
 
-def label_rule(product: Product) -> LabelRule | None:
-    """The rule of a product that kernels make; None for other products, which torch computes."""
-    if type(product) is ArgMax:
-        return LabelRule(ARG_MAX)
-    if type(product) is Threshold and product.activation in (ACTIVATIONS["none"], ACTIVATIONS["sigmoid"]):
-        mode = SIGMOID_ABOVE if product.activation is ACTIVATIONS["sigmoid"] else ABOVE
-        return LabelRule(mode, product.threshold)
-    return None
-
-
 # Kernels are imported only where they are used, since Triton does not exist on every system.
 
 
 @cache
 def kernels_run_on(device: torch.device) -> bool:
-    """Whether kernels can run on a device: a CUDA device with Triton, which CUDA builds of torch for Linux bring along."""
+    """Whether kernels can run on a device: on CUDA with Triton, which CUDA builds of torch for Linux bring along."""
     if device.type != "cuda" or find_spec("triton") is None:
         return False
     try:

@@ -5,6 +5,7 @@ that no interpolated score is written to memory, whatever the number of classes.
 """
 
 from collections.abc import Sequence
+from typing import no_type_check
 
 import torch
 import triton
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from voxquilt.geometry.space import AxisMaps, Neighbours
 from voxquilt.stitching.device_transfer import on_device, upload
-from voxquilt.stitching.kernels.loading import ARG_MAX, SIGMOID_ABOVE, LabelRule
+from voxquilt.stitching.kernels.label_rule import ARG_MAX, SIGMOID_ABOVE, LabelRule
 
 # Native voxels of a program's tile; not tuned.
 _WIDE, _HIGH = 64, 8
@@ -96,6 +97,7 @@ _PLAIN = [
 
 
 @triton.jit(do_not_specialize=_PLAIN)
+@no_type_check
 def _restore(
     scores, labels, not_finite, pairs_d, shares_d, pairs_h, shares_h, pairs_w, shares_w,
     scores_d, scores_h, scores_w, scores_c, origin, labels_d, labels_h, labels_w, labels_c,
@@ -118,18 +120,18 @@ def _restore(
     if FAR:
         low_h, high_h, low_w, high_w = low_h.to(tl.int64), high_h.to(tl.int64), low_w.to(tl.int64), high_w.to(tl.int64)
     low_h, high_h, low_w, high_w = low_h * scores_h, high_h * scores_h, low_w * scores_w, high_w * scores_w
-    share_d = tl.load(shares_d + first_d + d)
-    share_h = tl.load(shares_h + first_h + h, mask=in_h, other=0)[:, None]
-    share_w = tl.load(shares_w + first_w + w, mask=in_w, other=0)[None, :]
+    number = tl.float64 if DOUBLE else tl.float32
+    share_d = tl.load(shares_d + first_d + d).to(number)
+    share_h = tl.load(shares_h + first_h + h, mask=in_h, other=0).to(number)[:, None]
+    share_w = tl.load(shares_w + first_w + w, mask=in_w, other=0).to(number)[None, :]
     at_ll, at_lh = low_h[:, None] + low_w[None, :], low_h[:, None] + high_w[None, :]
     at_hl, at_hh = high_h[:, None] + low_w[None, :], high_h[:, None] + high_w[None, :]
-    number = tl.float64 if DOUBLE else tl.float32
     best = tl.full((BLOCK_H, BLOCK_W), float("-inf"), number)
     label = tl.full((BLOCK_H, BLOCK_W), 0, tl.int32)
     finite = tl.full((BLOCK_H, BLOCK_W), 1, tl.int1)
     into = labels + d.to(tl.int64) * labels_d + h.to(tl.int64)[:, None] * labels_h + w.to(tl.int64)[None, :] * labels_w
+    below = scores + origin + low_d
     for c in range(channels):
-        below = scores + c.to(tl.int64) * scores_c + origin + low_d
         # Scores at the corners of the cell around each voxel: at the lower or higher neighbour along d, h and w.
         s000 = tl.load(below + at_ll, mask=inside, other=0).to(number)
         s001 = tl.load(below + at_lh, mask=inside, other=0).to(number) if LERP_W else s000
@@ -167,7 +169,9 @@ def _restore(
             # In single precision, as activations are.
             score = s000.to(tl.float32)
             score = 1 / (1 + tl.exp(-score)) if MODE == _SIGMOID_ABOVE else score
-            tl.store(into + c.to(tl.int64) * labels_c, (score > threshold).to(labels.dtype.element_ty), mask=inside)
+            tl.store(into, (score > threshold).to(labels.dtype.element_ty), mask=inside)
+            into += labels_c
+        below += scores_c
     if MODE == _ARG_MAX:
         tl.store(into, label.to(labels.dtype.element_ty), mask=inside)
     # Several programs may write, but all of them the same.
@@ -175,7 +179,8 @@ def _restore(
 
 
 @triton.jit
+@no_type_check
 def _lerp(low, high, share):
     """torch.lerp's formula; the nearer of the two is the one that is corrected."""
     near_low = share < 0.5
-    return tl.where(near_low, low, high) + tl.where(near_low, share, share - 1).to(low.dtype) * (high - low)
+    return tl.where(near_low, low, high) + tl.where(near_low, share, share - 1) * (high - low)
