@@ -29,6 +29,7 @@ from voxquilt.geometry.grid import Grid, make_grid
 from voxquilt.geometry.resample import resample
 from voxquilt.geometry.slab_split import Part, split_rows
 from voxquilt.geometry.space import AxisMap, AxisMaps, Space
+from voxquilt.geometry.streamed_resample import Restorer
 from voxquilt.stitching.blend import to_blend
 from voxquilt.stitching.blend_registry import BLENDS
 from voxquilt.stitching.execution import Execution
@@ -215,20 +216,32 @@ def to_maps(axes: Sequence[int], sizes: Sequence[tuple[int, float, int]]) -> tup
     MAPS,
     st.sampled_from([1, 2, 3, 14]),
     st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    st.integers(0, 2),
+    st.integers(1, 4),
     st.integers(0, 999),
 )
 def test_the_kernel_makes_the_labels_of_torch(
-    axes: tuple[Sequence[int], tuple[tuple[int, float, int], ...]], classes: int, dtype: torch.dtype, seed: int
+    axes: tuple[Sequence[int], tuple[tuple[int, float, int], ...]],
+    classes: int,
+    dtype: torch.dtype,
+    axis: int,
+    step: int,
+    seed: int,
 ) -> None:
-    """Through all permutations, flips and spacings."""
+    """Through all permutations, flips and spacings, while planes come along any axis."""
     maps, shape = to_maps(*axes)
     scores = torch.randn(classes, *shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
     expected = resample(scores, maps)
     labels = torch.full((1, *expected.shape[1:]), 99, dtype=torch.uint8)
     two = torch.cat([expected, torch.full_like(expected[:1], -torch.inf)]).topk(2, 0).values
     sure = two[0] - two[1] > 1e-6
-    made = restored(LabelRule(ARG_MAX), maps, scores, labels)
-    assert torch.equal(made[0][sure], expected.argmax(0)[sure].to(torch.uint8))
+    restorer = Restorer(maps, axis, (shape[0], shape[1], shape[2]))
+    kernel = loading.load_restore_labels(LabelRule(ARG_MAX), maps, restorer.neighbours, torch.zeros(1))
+    for start in range(0, shape[axis], step):
+        for slab in restorer.slabs(start, scores.narrow(axis + 1, start, min(step, shape[axis] - start))):
+            offsets = [slab.start if n == axis else 0 for n in range(3)]
+            kernel(slab.planes, offsets, slab.where, labels[:, *slab.where])
+    assert torch.equal(labels[0][sure], expected.argmax(0)[sure].to(torch.uint8))
 
 
 @pytest.mark.parametrize(("classes", "dtype"), [(105, torch.uint8), (300, torch.uint16), (257, torch.uint32)])
@@ -413,6 +426,18 @@ def test_deferred_products_are_those_of_the_host(
     for name, volume in expected.items():
         assert made[name].dtype == volume.dtype
         np.testing.assert_array_equal(made[name], volume, err_msg=name)
+
+
+@pytest.mark.parametrize("execution", [DEFERRED, KERNELS])
+@pytest.mark.parametrize("highest", [255, 300, 70000])
+def test_labels_of_any_type_stay_on_a_device(execution: Execution, highest: int) -> None:
+    """With one, two and four bytes per voxel."""
+    sampler, space = subject_in("SAR", None, (4, 4, 4))
+    stitch = Stitch("crop", ["labels"], label_values=[0, highest, 7])
+    run = partial(volumes_of, stitch, sampler, space, {"": scores_for(sampler, 3, seed=0)})
+    expected, made = run(execution=HOST)["labels"], run(execution=execution)["labels"]
+    assert made.dtype == np.min_scalar_type(highest)
+    np.testing.assert_array_equal(made, expected)
 
 
 @pytest.mark.parametrize("moved", [False, True])

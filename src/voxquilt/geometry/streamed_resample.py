@@ -155,9 +155,7 @@ class Restorer:
     def _piece(self, planes: Tensor, start: int, where: Where) -> Piece:
         if planes.device not in self._copies:
             # Once, and without waiting for the device.
-            self._copies[planes.device] = [
-                tuple(t.to(planes.device, non_blocking=True) for t in along) for along in self._neighbours
-            ]
+            self._copies[planes.device] = [_moved(along, planes.device) for along in self._neighbours]
         neighbours: list[Neighbours] = []
         on_device: list[Neighbours] = []
         for n, (m, w) in enumerate(zip(self._maps, where, strict=True)):
@@ -174,3 +172,8 @@ class Restorer:
         """Neighbours along the streaming axis in the order in which the scores' planes come."""
         below, above, share = self._neighbours[self.axis]
         return (below, above, share) if self._ascending else (below.flip(0), above.flip(0), share.flip(0))
+
+
+def _moved(neighbours: Neighbours, device: torch.device) -> Neighbours:
+    below, above, share = (tensor.to(device, non_blocking=True) for tensor in neighbours)
+    return below, above, share

@@ -211,7 +211,8 @@ class Accumulator:
             values = patch.narrow(dim, start - plane, count)
             if self.blend.averages:
                 shares = weights.narrow(self._axis, start - plane, count)
-                into.addcmul_(values.to(into), shares)
+                # On a GPU, a conversion of its own would be one kernel more.
+                into.addcmul_(values.to(into.device) if into.is_cuda else values.to(into), shares)
                 for cover in covers:
                     cover.add_(shares)
             else:

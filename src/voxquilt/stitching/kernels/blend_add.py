@@ -4,6 +4,9 @@ A program owns a tile of the ring and adds the patches that cover it one after t
 given. So there are no atomics, and sums depend neither on how patches are batched nor on chance.
 """
 
+# Triton exists on Linux only, and its kernels are launched by an index.
+# pyright: reportMissingImports=false, reportIndexIssue=false
+
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import no_type_check
@@ -89,7 +92,7 @@ def _runs(positions: np.ndarray) -> Iterator[tuple[int, int]]:
     return pairwise(edges)
 
 
-# Integers that differ from launch to launch or from subject to subject must not lead to another compilation.
+# What differs from launch to launch or from subject to subject must not lead to another compilation.
 _PLAIN = [
     "batch_b", "batch_i", "batch_j", "sums_c", "sums_i", "sums_j", "covers_i", "covers_j",
     "window_i", "window_j", "window_k", "patch_i", "patch_j", "patch_k", "channels", "first", "count",
@@ -97,7 +100,7 @@ _PLAIN = [
 ]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_PLAIN)
+@triton.jit(do_not_specialize=_PLAIN, do_not_specialize_on_alignment=["batch"])
 @no_type_check
 def _add(
     batch, sums, covers, table, weights_i, weights_j, weights_k,

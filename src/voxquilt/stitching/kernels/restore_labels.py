@@ -4,6 +4,9 @@ A program interpolates a tile of native voxels class by class and keeps the best
 that no interpolated score is written to memory, whatever the number of classes.
 """
 
+# Triton exists on Linux only, and its kernels are launched by an index.
+# pyright: reportMissingImports=false, reportIndexIssue=false
+
 from collections.abc import Sequence
 from typing import no_type_check
 
@@ -89,14 +92,14 @@ class RestoreLabels:
             )  # fmt: skip
 
 
-# Integers that differ from launch to launch or from subject to subject must not lead to another compilation.
+# What differs from launch to launch or from subject to subject must not lead to another compilation.
 _PLAIN = [
     "scores_d", "scores_h", "scores_c", "origin", "labels_d", "labels_h", "labels_w", "labels_c",
     "first_d", "first_h", "first_w", "count_h", "count_w", "channels", "threshold",
 ]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_PLAIN)
+@triton.jit(do_not_specialize=_PLAIN, do_not_specialize_on_alignment=["scores", "labels"])
 @no_type_check
 def _restore(
     scores, labels, not_finite, pairs_d, shares_d, pairs_h, shares_h, pairs_w, shares_w,
