@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from grids import Placed, to_grid
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -220,6 +220,9 @@ def to_maps(axes: Sequence[int], sizes: Sequence[tuple[int, float, int]]) -> tup
     st.integers(1, 4),
     st.integers(0, 999),
 )
+@example(((0, 1, 2), ((5, 0.6, 4), (4, -0.7, 3), (5, 1.3, 6))), 3, torch.float32, 0, 2, 0)
+@example(((2, 0, 1), ((5, 0.6, 4), (4, -0.7, 3), (5, 1.3, 6))), 3, torch.float32, 1, 2, 0)
+@example(((1, 2, 0), ((5, -0.6, 4), (4, 0.7, 3), (5, 1.3, 6))), 14, torch.float64, 1, 1, 0)
 def test_the_kernel_makes_the_labels_of_torch(
     axes: tuple[Sequence[int], tuple[tuple[int, float, int], ...]],
     classes: int,
@@ -346,6 +349,8 @@ def volumes_of(
         quilt.add({name: patches[some] for name, patches in outputs.items()}, some)
         if moved and first <= len(order) // 2 < first + size:
             quilt.to(torch.device("cpu"))
+            for name, volumes in quilt._products.values():
+                assert volumes.on_device(name, (slice(0, 1), slice(0, 1), slice(0, 1))) is None
     assert quilt.complete
     return quilt.volumes()
 
@@ -512,7 +517,8 @@ def test_padding_that_is_not_finite_is_no_error() -> None:
         patch[:, :, :, : max(0, k - k0)] = torch.nan
     assert patches.isnan().any()
     for execution in (HOST, DEFERRED, KERNELS):
-        made = volumes_of(Stitch("hann", ["labels"]), sampler, space, {"": patches}, execution=execution)
+        stitch = Stitch("hann", ["labels", "disagreement"])
+        made = volumes_of(stitch, sampler, space, {"": patches}, execution=execution)
         assert made["labels"].shape == (1, 4, 4, 2)
 
 
