@@ -21,6 +21,7 @@ from voxquilt.cli.exit_status import FAILED, NOT_STARTED, ExitStatus, forget_sta
 from voxquilt.cli.inherited_settings import inherit
 from voxquilt.cli.overrides import to_overrides
 from voxquilt.cli.predict_config import check_predict
+from voxquilt.cli.quick_imports import quick_imports
 from voxquilt.cli.resolvers import register_resolvers
 from voxquilt.cli.shard_status import print_status
 from voxquilt.cli.suggestions import check_script, check_typed, explain
@@ -66,7 +67,8 @@ def run_predict(cfg: DictConfig) -> int:
         folder = Path(plain["output_dir"]).expanduser().resolve()
         cases = find_cases(plain["data"].get("inputs"), plain["data"].get("images"), output_dir=folder)
         return print_status(cases, folder, plain["shard"]["count"])
-    from voxquilt.cli.predict_run import run  # imports torch
+    with quick_imports():
+        from voxquilt.cli.predict_run import run  # imports torch
 
     return run(plain, inherited)
 
@@ -79,7 +81,8 @@ def run_train(cfg: DictConfig) -> int:
     """
     _drop_script(cfg, "train")
     plain = check_train(cfg)
-    from voxquilt.cli.train_run import fit  # imports torch
+    with quick_imports():
+        from voxquilt.cli.train_run import fit  # imports torch
 
     return fit(plain)
 
