@@ -3,6 +3,8 @@
 Heavy imports stand inside functions, so that a wrong configuration is answered in a second.
 """
 
+import atexit
+import gc
 import os
 import sys
 import traceback
@@ -21,6 +23,7 @@ from voxquilt.cli.exit_status import FAILED, NOT_STARTED, ExitStatus, forget_sta
 from voxquilt.cli.inherited_settings import inherit
 from voxquilt.cli.overrides import to_overrides
 from voxquilt.cli.predict_config import check_predict
+from voxquilt.cli.quick_hydra import quick_hydra
 from voxquilt.cli.quick_imports import quick_imports
 from voxquilt.cli.resolvers import register_resolvers
 from voxquilt.cli.shard_status import print_status
@@ -90,6 +93,7 @@ def run_train(cfg: DictConfig) -> int:
 def _main(name: str, task: Callable[[DictConfig], int]) -> None:
     escape_streams()
     forget_statuses()
+    atexit.register(gc.freeze)  # the process ends at once, without a last look at every module for garbage
     try:
         sys.argv[1:] = _prepare_arguments(sys.argv[1:], name)
         register_resolvers()
@@ -137,7 +141,7 @@ def _run_hydra(name: str, task: Callable[[DictConfig], int]) -> None:
         with _environment(_FULL_ERROR, wanted):  # in a run, and in processes that it starts, it is the user's
             return _run_task(task, cfg)
 
-    with _environment(_FULL_ERROR, "1"):
+    with _environment(_FULL_ERROR, "1"), quick_hydra():
         hydra.main(config_path=str(conf_dir()), config_name=name, version_base="1.3")(guarded)()
 
 

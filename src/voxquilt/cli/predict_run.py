@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from voxquilt.cli.exit_status import DONE, FAILED
 from voxquilt.cli.inherited_settings import check_images
 from voxquilt.cli.instantiate import build, check_classes
+from voxquilt.cli.quick_imports import paused_collector
 from voxquilt.cli.run_report import report_run
 from voxquilt.distributed.child_processes import SpawnedLogging, attended, quiet
 from voxquilt.distributed.environment import is_external, is_first
@@ -53,7 +54,8 @@ def run(plain: Mapping[str, Any], inherited: Mapping[str, Any]) -> int:
     lock = ExitStack()
     claim_folder = partial(lock.enter_context, locked(_output_folder(plain), _shard(plain)))
     check_classes(inherited, options["checkpoint_targets"])
-    parts = _build_parts(plain, inherited, claim_folder)
+    with paused_collector():  # classes that the configuration names may import much
+        parts = _build_parts(plain, inherited, claim_folder)
     if options["dry_run"]:
         return _plan(plain, parts)
     trainer = _build_trainer(plain, parts)

@@ -16,20 +16,26 @@ _OPTIONAL = frozenset({"scipy", "matplotlib"})
 def quick_imports() -> Iterator[None]:
     """Import Lightning, and then what the block imports, without what takes time and is of no use.
 
-    Meanwhile the garbage collector is off. It would pass over the modules several times and find nothing; and it does
-    not look at them later, neither in the run nor when the process ends.
+    The garbage collector does not look at the modules later either.
     """
     if "lightning" in sys.modules:  # by the user's code, or an earlier job of a sweep
         yield
         return
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
+    with paused_collector():
         with _found_missing(_OPTIONAL):
             importlib.import_module("lightning.pytorch")
         _plot_when_asked()
         yield
         gc.freeze()
+
+
+@contextmanager
+def paused_collector() -> Iterator[None]:
+    """Do without the garbage collector, which would pass over imported modules again and again and find nothing."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
         if was_enabled:
             gc.enable()
@@ -42,7 +48,7 @@ def _found_missing(packages: Collection[str]) -> Iterator[None]:
     It asks lightning_utilities, by `package_available` and by `RequirementCache`, which keeps an answer that it has
     given itself. What is imported later, and metrics that are computed, find the packages.
     """
-    imports = importlib.import_module("lightning_utilities.core.imports")
+    imports: Any = importlib.import_module("lightning_utilities.core.imports")
     cache, is_met, is_available = imports.RequirementCache, imports.RequirementCache.__bool__, imports.package_available
 
     def named(requirement: str) -> str:

@@ -12,6 +12,7 @@ from monai.data.meta_obj import set_track_meta
 
 from voxquilt.cli.exit_status import DONE, FAILED
 from voxquilt.cli.instantiate import build
+from voxquilt.cli.quick_imports import paused_collector
 from voxquilt.cli.train_callbacks import EpochLines, RemoveCheckpoints
 from voxquilt.data.subject import ScalarImage
 from voxquilt.distributed.child_processes import SpawnedLogging, attended, quiet
@@ -41,9 +42,10 @@ def fit(plain: Mapping[str, Any]) -> int:
     set_track_meta(False)  # MONAI would carry affines along with patches, which are of no use here
     seed_everything(plain["run"]["seed"], verbose=False, workers=True)
     plain, checked = _split_configuration(plain)
-    data = _build_data(plain)
-    model = _build_model(plain, checked)
-    trainer = _build_trainer(plain, checked["replaced"])
+    with paused_collector():  # classes that the configuration names may import much
+        data = _build_data(plain)
+        model = _build_model(plain, checked)
+        trainer = _build_trainer(plain, checked["replaced"])
     _check_network(plain, data, model)
     if is_first():
         _log_subjects(data)
