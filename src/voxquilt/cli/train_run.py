@@ -99,7 +99,7 @@ def _check_network(plain: Mapping[str, Any], data: Any, model: Any) -> None:
     names = plain["stitch"].get("class_names")
     inference_size = to_triple(plain["data"]["inference_patch_size"], "data.inference_patch_size")
     probe = None
-    for size in (data.patch_size, inference_size):
+    for size in dict.fromkeys((data.patch_size, inference_size)):
         probe = check_network(model.network, list(case.images), channels, size, names, layout="equal")
     if probe is not None:
         data.classes = next(iter(probe.outputs.values()))[1]
