@@ -2,14 +2,23 @@
 
 import gc
 import json
+import os
 import subprocess
 import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from synthetic import ROOT, noise, save
 
+from voxquilt.cli.first_subject import read_first_subject
 from voxquilt.cli.quick_imports import paused_collector
+from voxquilt.data.discovery import find_cases
+from voxquilt.data.formats.image_file import ImageFile, open_image, read_ahead
+from voxquilt.errors import InputError
 
 # Slow to import, and of no use to a run without true labels and MONAI's classes. nibabel imports scipy itself.
 SLOW = {"scipy.signal", "scipy.ndimage", "scipy.stats", "scipy.spatial", "matplotlib", "monai", "skimage", "pandas"}
@@ -140,3 +149,71 @@ def test_the_collector_is_paused_only_within_the_block(enabled: bool) -> None:
         assert gc.isenabled() is enabled
     finally:
         gc.enable()
+
+
+def test_the_first_subject_is_read_ahead_once(tmp_path: Path) -> None:
+    """The next read takes the voxels over, the one after it reads again; errors are those of reading."""
+    path = tmp_path / "a.nii.gz"
+    voxels = save(path, noise((40, 30, 20)))
+    file, reads = open_image(path), list[str]()
+
+    def read(path: Path) -> Any:
+        reads.append(threading.current_thread().name)
+        return file.read_voxels(path)
+
+    read_ahead(replace(file, read_voxels=read))
+    for _ in range(2):
+        assert np.array_equal(open_image(path).read()[0].numpy(), voxels)
+    assert len(reads) == 1
+    assert reads[0].startswith("voxquilt-reader")
+
+    # A file that has changed meanwhile is read again.
+    read_ahead(open_image(path))
+    other = save(path, noise((40, 30, 20), seed=1))
+    os.utime(path, ns=(1, 1))
+    assert np.array_equal(open_image(path).read()[0].numpy(), other)
+
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(InputError, match="reading its voxels failed"):
+        open_image(path).read()
+    read_ahead(open_image(path))
+    with pytest.raises(InputError, match="reading its voxels failed"):
+        open_image(path).read()
+
+
+FRESH: dict[str, Any] = {
+    "output_dir": "out",
+    "trainer": {"devices": 1, "num_nodes": 1},
+    "run": {"dry_run": False},
+    "shard": {"count": 1},
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "is_read"),
+    [
+        ({}, True),
+        ({"trainer": {"devices": "1", "num_nodes": "1"}}, True),
+        ({"trainer": {"devices": 2, "num_nodes": 1}}, False),  # another process may have it
+        ({"trainer": {"devices": "auto", "num_nodes": 1}}, False),
+        ({"run": {"dry_run": True}}, False),
+        ({"shard": {"count": 2}}, False),
+        ({"output_dir": "begun"}, False),  # it may be done
+    ],
+)
+def test_nothing_is_read_that_may_not_be_needed(
+    changed: dict[str, object], is_read: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only in a single process of a run that begins anew; a file that cannot be opened is left to the run."""
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "a.nii.gz", noise((6, 5, 4)))
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "manifest.csv").touch()
+    read = list[ImageFile]()
+    monkeypatch.setattr("voxquilt.data.formats.image_file.read_ahead", read.append)
+    cases = find_cases(str(tmp_path / "a.nii.gz"))
+    read_first_subject(cases, FRESH | changed)
+    assert [file.path.name for file in read] == ["a.nii.gz"] * is_read
+    (tmp_path / "a.nii.gz").write_bytes(b"no image")
+    read_first_subject(cases, FRESH | changed)
+    assert len(read) == is_read

@@ -20,11 +20,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from voxquilt.cli.exit_status import FAILED, NOT_STARTED, ExitStatus, forget_statuses, has_run, highest_status
+from voxquilt.cli.first_subject import read_first_subject
 from voxquilt.cli.inherited_settings import inherit
 from voxquilt.cli.overrides import to_overrides
-from voxquilt.cli.predict_config import check_predict
+from voxquilt.cli.predict_config import check_predict, find_subjects
 from voxquilt.cli.quick_hydra import quick_hydra
-from voxquilt.cli.quick_imports import quick_imports
+from voxquilt.cli.quick_imports import paused_collector, quick_imports
 from voxquilt.cli.resolvers import register_resolvers
 from voxquilt.cli.shard_status import print_status
 from voxquilt.cli.suggestions import check_script, check_typed, explain
@@ -66,14 +67,19 @@ def run_predict(cfg: DictConfig) -> int:
     typed = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
     inherited = inherit(cfg, typed, conf_dir())
     plain = check_predict(cfg)
+    cases = find_subjects(plain)
     if plain["run"]["status"]:
         folder = Path(plain["output_dir"]).expanduser().resolve()
-        cases = find_cases(plain["data"].get("inputs"), plain["data"].get("images"), output_dir=folder)
+        if cases is None:
+            cases = find_cases(plain["data"].get("inputs"), plain["data"].get("images"), output_dir=folder)
         return print_status(cases, folder, plain["shard"]["count"])
-    with quick_imports():
-        from voxquilt.cli.predict_run import run  # imports torch
+    with paused_collector():
+        if cases:
+            read_first_subject(cases, plain)
+        with quick_imports():
+            from voxquilt.cli.predict_run import run  # imports torch
 
-    return run(plain, inherited)
+    return run(plain, inherited, cases)
 
 
 def run_train(cfg: DictConfig) -> int:
