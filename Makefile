@@ -27,6 +27,7 @@ bench: $(READY) .bench/nnunet/.ready .bench/konfai/.ready
 	$(BIN)/python benchmarks/stitching.py --json .bench/results.json
 	$(BIN)/python benchmarks/files.py --json .bench/results.json
 	$(BIN)/python benchmarks/plot.py .bench/results.json
+	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/loop.py
 	$(BIN)/python benchmarks/ct.py
 	$(BIN)/python benchmarks/plan.py

@@ -3,8 +3,6 @@
 Heavy imports stand inside functions, so that a wrong configuration is answered in a second.
 """
 
-import atexit
-import gc
 import os
 import sys
 import traceback
@@ -19,7 +17,16 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from voxquilt.cli.exit_status import FAILED, NOT_STARTED, ExitStatus, forget_statuses, has_run, highest_status
+from voxquilt.cli.exit_status import (
+    DONE,
+    FAILED,
+    NOT_STARTED,
+    ExitStatus,
+    forget_statuses,
+    has_run,
+    highest_status,
+    prepare_quick_end,
+)
 from voxquilt.cli.first_subject import first_subject_read_ahead
 from voxquilt.cli.inherited_settings import inherit
 from voxquilt.cli.overrides import to_overrides
@@ -95,23 +102,27 @@ def run_train(cfg: DictConfig) -> int:
 
 
 def _main(name: str, task: Callable[[DictConfig], int]) -> None:
+    leave = prepare_quick_end()
     escape_streams()
     forget_statuses()
-    atexit.register(gc.freeze)  # the process ends at once, without a last look at every module for garbage
+    leave(_status_of(name, task))
+
+
+def _status_of(name: str, task: Callable[[DictConfig], int]) -> int:
     try:
         sys.argv[1:] = _prepare_arguments(sys.argv[1:], name)
         register_resolvers()
         _run_hydra(name, task)
     except (HydraException, OmegaConfBaseException) as error:
-        _exit_before_a_run(explain(error, name, conf_dir()))
+        return _answer(explain(error, name, conf_dir()))
     except ValueError as error:  # ours of what was typed, or Hydra's of options that do not go together
-        _exit_before_a_run(str(error))
+        return _answer(str(error))
     except SystemExit as error:
-        sys.exit(highest_status(error.code if isinstance(error.code, int) else FAILED) if error.code else 0)
+        return highest_status(error.code if isinstance(error.code, int) else FAILED) if error.code else DONE
     except Exception:  # of a launcher; runs report their own
         traceback.print_exc()
-        sys.exit(highest_status(FAILED))
-    sys.exit(highest_status())
+        return highest_status(FAILED)
+    return highest_status()
 
 
 def _prepare_arguments(typed: Sequence[str], name: str) -> list[str]:
@@ -187,9 +198,10 @@ def _run_task(task: Callable[[DictConfig], int], cfg: DictConfig) -> ExitStatus:
         return ExitStatus(FAILED)
 
 
-def _exit_before_a_run(message: str) -> None:
+def _answer(message: str) -> int:
+    """Print why a command was not understood; the exit status."""
     print(f"voxquilt: {message}", file=sys.stderr)
-    sys.exit(highest_status(FAILED) if has_run() else NOT_STARTED)
+    return highest_status(FAILED) if has_run() else NOT_STARTED
 
 
 def _drop_script(cfg: DictConfig, script: str) -> None:
