@@ -41,6 +41,7 @@ class Clock(Callback):
 def timed(command: Sequence[object], folder: Path, path: Path | None = None, status: int = 0) -> Run:
     """A process from its start to its end."""
     environment = os.environ | {"OMP_NUM_THREADS": str(THREADS)}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # modules are compiled once, in the run that does not count
     if path is not None:
         environment["PYTHONPATH"] = os.pathsep.join([str(path), str(folder)])
     before, start = os.times(), time.perf_counter()
@@ -156,10 +157,10 @@ def main() -> None:
 
             def once(name: str, repeat: int, taking_part: dict[str, Callable[[Path], Run]] = taking_part) -> Run:
                 with tempfile.TemporaryDirectory() as folder:
-                    result = taking_part[name](Path(folder))
-                return result if repeat else {"warm-up": result.get("seconds"), **result}
+                    return taking_part[name](Path(folder))
 
-            runs = {name: done[1:] or done for name, done in rounds(names, arguments.repeats + 1, once).items()}
+            done = rounds(names, arguments.repeats + 1, once)
+            runs = {name: found[1:] or found for name, found in done.items()}  # the first warms up
             report(job, runs)
             save(arguments.json, job, runs)
 
