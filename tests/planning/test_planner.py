@@ -108,7 +108,7 @@ def test_a_timed_plan_writes_no_volume(place: Path, tmp_path: Path, forks: Serve
 )
 def test_estimated_seconds_count_overlapping_steps_once(threads: int, of_one: float, of_three: float) -> None:
     """A network on the host shares its threads with reading and writing, one on a GPU does not; slow writing counts."""
-    one = SubjectSize((2, 3, 4), (2, 3, 4), (1, 1, 1), 1, 10, 24, 96, 96, 50)
+    one = SubjectSize((2, 3, 4), (2, 3, 4), (1, 1, 1), 1, 10, 24, 96, 96, 50, 50)
     rates = Rates(read=1 / 50, patch=3, write=4 / 24, begin=5, threads=threads)
     assert rates.subject(one) == pytest.approx({"reading": 1, "patches": 30, "writing": 4})
     assert rates.total([]) == 0
@@ -273,9 +273,10 @@ def test_the_size_of_a_run_adds_voxels_and_keeps_the_largest_subject(place: Path
     assert total.file == 2 * total.voxels
     last = sizes[-1]
     assert last is not None
-    # float32 in model space, since it is resampled, and a copy that is padded to a patch where it is smaller.
+    # float32 in model space, since it is resampled, and padded to a patch where it is smaller.
     assert last.model == (16, 11, 6)
-    assert last.loaded == 4 * (16 * 11 * 6 + 16 * 11 * 8)
+    assert last.loaded == 4 * 16 * 11 * 8
+    assert last.stored == 2 * 32 * 17 * 14
 
 
 def refusal(tmp_path: Path, memory: int, disk: int, **changes: object) -> str | None:

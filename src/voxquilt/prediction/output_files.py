@@ -70,6 +70,7 @@ class OutputOptions:
             weights=weights_on_device(module),
             skips=data.grids.skip is not None,
             pictures=self.pictures,
+            images_on_device=data.feed is not None and data.feed.takes_volumes,
         )
 
 
