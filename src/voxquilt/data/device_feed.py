@@ -12,11 +12,15 @@ from torch import Tensor
 from voxquilt.data.copy_stream import CopyStream
 from voxquilt.data.patch_source import PatchSource
 from voxquilt.data.staging import Staging
-from voxquilt.errors import VoxquiltError
+from voxquilt.errors import InputError, VoxquiltError
 
 log = logging.getLogger("voxquilt")
 
 T = TypeVar("T")
+
+_WAYS = "scale them by preprocess.intensity, or set trainer.precision=bf16-true"
+BEYOND_HALF = f"voxels beyond 65504 are infinite in float16: {_WAYS}."
+"""What is wrong with voxels that float16 does not hold."""
 
 
 class DeviceFeed:
@@ -26,10 +30,14 @@ class DeviceFeed:
         stream: The device and the stream on which subjects come to it.
         takes_volumes: Whether volumes are to lie on the device; else only batches come to it.
         channels_last: Whether batches are channels last in memory there.
+        precision: The trainer's, such as '16-true', for which large voxels are refused.
     """
 
-    def __init__(self, stream: CopyStream, *, takes_volumes: bool = True, channels_last: bool = False) -> None:
+    def __init__(
+        self, stream: CopyStream, *, takes_volumes: bool = True, channels_last: bool = False, precision: str = "32-true"
+    ) -> None:
         self.stream, self.channels_last = stream, channels_last
+        self._is_half = precision == "16-true"
         self.takes_volumes = takes_volumes
         """Whether volumes come to the device: False from the time at which it is full."""
         self._staging = Staging(stream) if takes_volumes else None
@@ -69,6 +77,16 @@ class DeviceFeed:
             )
         return None
 
+    def check_range(self, source: PatchSource) -> None:
+        """Refuse voxels that the network's type cannot hold, here rather than batch by batch in the predict loop.
+
+        Raises:
+            InputError: such voxels.
+        """
+        with self.stream.active():
+            if self._is_half and not all(map(_fits_half, source.volumes)):
+                raise InputError(BEYOND_HALF)
+
     def keep(self, source: PatchSource) -> PatchSource:
         """Remember volumes on the device, so that they leave it when its memory is full."""
         with self._lock:
@@ -87,7 +105,7 @@ class DeviceFeed:
         for source in sources:
             source.to_host()
         if moved:
-            log.warning("the device's memory is full: images are kept on the host from here on.")
+            log.warning("the device's memory is too small: images are kept on the host from here on.")
         return moved
 
     def apply(self, transform: Callable[[Tensor], T], data: Tensor, again: Callable[[], Tensor]) -> T:
@@ -122,3 +140,8 @@ class DeviceFeed:
             self._noted.add(message)
         if is_new:
             log.warning("%s", message)
+
+
+def _fits_half(volume: Tensor) -> bool:
+    least, most = volume.aminmax()
+    return bool(torch.stack([least, most]).half().isfinite().all())

@@ -102,7 +102,8 @@ def pad_by_torch(tensor: Tensor, padding: Padding, mode: str, value: float = 0) 
         return torch.nn.functional.pad(tensor, around, value=value)
     for axis, around in enumerate(padding, 1):
         if around != (0, 0):
-            index = np.pad(np.arange(tensor.shape[axis]), around, mode=mode)  # pyright: ignore[reportArgumentType]
+            options: Any = {"mode": mode}
+            index = np.pad(np.arange(tensor.shape[axis]), around, **options)
             tensor = tensor.index_select(axis, torch.from_numpy(index).to(tensor.device))
     return tensor
 

@@ -17,5 +17,5 @@ def cudnn_warning(version: int | None, precision: str) -> str | None:
     return (
         f"cuDNN {version // 10000}.{version // 100 % 100}.{version % 100}: from 9.8 to 9.10 bfloat16 3-D convolutions "
         f"of large outputs are wrong, and below 9.15 torch computes them without cuDNN, slowly and with several times "
-        f"the memory. Install a later one, such as by pip install 'nvidia-cudnn-cu12>=9.15', or set trainer.precision=null."
+        f"the memory. Install a later one, such as by pip install 'nvidia-cudnn-cu12>=9.15'."
     )

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from voxquilt.data.batch import PatchBatch
+from voxquilt.data.device_feed import BEYOND_HALF
 from voxquilt.errors import InputError, OutputError
 from voxquilt.models.chunking import in_chunks
 from voxquilt.models.cudnn_check import cudnn_warning
@@ -70,11 +71,9 @@ class PatchPredictor(LightningModule):
         """
         try:
             patches = batch.data.to(self.dtype)
-            if self.dtype == torch.float16 and not patches.isfinite().all():
-                return InputError(
-                    "voxels beyond 65504 are infinite in float16: scale them by preprocess.intensity, or set "
-                    "trainer.precision=bf16-true."
-                )
+            # On a device this would wait for it in each batch; there GridDataModule checks whole volumes.
+            if self.dtype == torch.float16 and patches.device.type == "cpu" and not patches.isfinite().all():
+                return InputError(BEYOND_HALF)
             return self._within_memory(patches)
         except StopIteration:
             return OutputError(

@@ -211,14 +211,16 @@ class GridDataModule(LightningDataModule):
         return self._feed is not None and self._feed.to_host()
 
     def _make_feed(self) -> DeviceFeed | None:
-        stream = None if self.trainer is None else copy_stream(self.trainer.strategy.root_device)
+        if self.trainer is None:
+            return None
+        stream, module = copy_stream(self.trainer.strategy.root_device), self.trainer.lightning_module
         if stream is None:
             return None
-        module = self.trainer.lightning_module
         return DeviceFeed(
             stream,
             takes_volumes=self.grids.preprocess.device == "auto",
             channels_last=isinstance(module, PatchPredictor) and module.network.channels_last,
+            precision=str(self.trainer.precision),
         )
 
     def _find_halo(self, cases: list[SubjectFiles]) -> None:
@@ -250,7 +252,10 @@ class GridDataModule(LightningDataModule):
 
     def load(self, task: SubjectTask) -> LoadedSubject:
         """Read a subject, take it to model space and lay its grid; see GridLoader.load."""
-        return self.grids.load(task, self.plan.group.rank, self._feed)
+        loaded = self.grids.load(task, self.plan.group.rank, self._feed)
+        if self._feed is not None:
+            self._feed.check_range(loaded.source)
+        return loaded
 
 
 def datamodule_of(trainer: Trainer, user: str) -> GridDataModule:

@@ -44,7 +44,7 @@ class DryRun(Callback):
         """Forecast what the run needs."""
         data = datamodule_of(trainer, "a plan")
         data.stop_when(lambda: True)  # nothing is loaded
-        settings = self._options.settings(data, pl_module, trainer)
+        settings = self._options.settings(data, pl_module)
         data.batch_size, self._forecast = check_before_run(trainer, pl_module, settings, data, refuse=False)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 
 from voxquilt.data.discovery import SubjectFiles
 from voxquilt.data.formats.nifti import write
@@ -55,7 +55,7 @@ class OutputOptions:
         """Whether pictures of labels are drawn."""
         return self.overlay or self.tensorboard
 
-    def settings(self, data: GridDataModule, module: LightningModule, trainer: Trainer) -> RunSettings:
+    def settings(self, data: GridDataModule, module: LightningModule) -> RunSettings:
         """The settings that determine the memory and disk of a run."""
         return RunSettings(
             self.stitch,
@@ -66,7 +66,7 @@ class OutputOptions:
             self.in_memory,
             self.suffix.endswith(".gz"),
             psutil.Process().memory_info().rss,
-            gpu=trainer.strategy.root_device.type == "cuda",
+            gpu=data.feed is not None,
             weights=weights_on_device(module),
             skips=data.grids.skip is not None,
             pictures=self.pictures,

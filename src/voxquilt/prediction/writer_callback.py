@@ -137,7 +137,7 @@ class VolumeWriter(Callback):
         """
         data = datamodule_of(trainer, "VolumeWriter")
         _check_module(pl_module)
-        settings = self.options.settings(data, pl_module, trainer)
+        settings = self.options.settings(data, pl_module)
         data.batch_size, forecast = check_before_run(trainer, pl_module, settings, data)
         if forecast is not None and not forecast.settings.images_on_device:
             data.images_to_host()
