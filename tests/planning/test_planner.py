@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,14 +14,15 @@ import torch
 from forks import Server, checked
 from lightning.pytorch import Trainer
 from synthetic import ROOT, Over50, count_headers, noise, read, save
-from torch import nn
+from torch import Tensor, nn
 
 from voxquilt.data.preprocess import Preprocess
+from voxquilt.data.staging import STAGED
 from voxquilt.data.subject_size import RunSize, SubjectSize, combined, run_size
 from voxquilt.models.predictor import PatchPredictor
 from voxquilt.planning.machine import disk_free, memory_available
 from voxquilt.planning.planner import MachineResources, Planner
-from voxquilt.planning.preflight import weights_on_device
+from voxquilt.planning.preflight import largest_by_trial, weights_on_device
 from voxquilt.planning.resource_estimate import MIB, RunSettings, bytes_on_disk, estimate, plan_outputs
 from voxquilt.planning.shape_probe import Probe
 from voxquilt.prediction.datamodule import GridDataModule
@@ -259,6 +261,83 @@ def test_with_a_gpu_network_and_sums_are_counted_on_the_device() -> None:
     assert found.device["network"] == 10**6
     assert found.device["sums"] == ONE.ring * 12 + 512 * 4
     assert (found.host["sums"], found.host["network"]) == (0, 10**5)
+
+
+def test_images_on_the_device_are_counted_there() -> None:
+    """Those ahead and those being prepared; the host keeps the voxels of one file, and the buffers of copies."""
+    size, outputs = (
+        replace(combined([ONE, ONE, ONE]), reading=3 * 10**6, stored=10**5),
+        plan_outputs(Stitch(products=["labels", "probabilities"]), passed(3).outputs, (8, 8, 8)),
+    )
+    there, here = (
+        estimate(size, passed(3), outputs, replace(SETTINGS, gpu=True, images_on_device=on)) for on in (True, False)
+    )
+    assert there.images_on_device
+    assert not here.images_on_device
+    assert (there.device["images"], there.device["reading"]) == (2 * ONE.loaded, 3 * 10**6)
+    assert (there.host["images"], there.host["reading"]) == (0, 10**5 + STAGED)
+    assert (here.host["images"], here.host["reading"]) == (2 * ONE.loaded, 3 * 10**6)
+    assert here.device.keys() == {"weights", "network", "batches", "sums", "products"}
+    for both in (there, here):
+        assert both.device["batches"] == 2 * 2 * 512 * 4
+        assert both.device["products"] == 2 * (1 + 12) * 10**6
+
+
+def device_planner(settings: RunSettings, size: RunSize = ONE) -> Planner:
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    return Planner(trainer, PatchPredictor(Over50()), size, replace(settings, gpu=True, images_on_device=True))
+
+
+def test_images_stay_on_the_host_where_the_device_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan says so, and counts them on the host."""
+    planner = device_planner(SETTINGS)
+    forecast = planner.plan()
+    assert forecast.settings.images_on_device
+    assert forecast.as_json()["images_on"] == "device"
+    need = sum(forecast.requirements.device.values())
+    monkeypatch.setattr("voxquilt.planning.planner.device_memory", lambda device: need)  # nothing to spare
+    forecast = device_planner(SETTINGS).plan()
+    assert not forecast.settings.images_on_device
+    assert forecast.as_json()["images_on"] == "host"
+    assert forecast.requirements.host["images"] == ONE.loaded
+    assert any("images stay on the host" in note for note in forecast.notes)
+
+
+@pytest.mark.parametrize(("most", "size"), [(1, 1), (2, 1), (3, 2), (5, 2), (6, 4), (10, 4), (11, 8), (10**9, 64)])
+def test_the_batch_size_of_a_device_passes_a_forward_with_a_quarter_to_spare(most: int, size: int) -> None:
+    """The largest power of two whose trial, a quarter larger and one more, fits; one if none does."""
+    sizes: list[int] = []
+
+    def forward(patches: Tensor) -> Tensor:
+        sizes.append(len(patches))
+        if len(patches) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return patches
+
+    assert largest_by_trial(forward, (1, 2, 2, 2), torch.device("cpu"), device_planner(SETTINGS)) == size
+    assert sizes == sorted(sizes)
+
+
+def test_a_trial_leaves_room_for_images_sums_and_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory for them is taken while batches are tried; where there is none, they go to the host."""
+    planner, empty, taken = device_planner(SETTINGS), torch.empty, list[int]()
+    device = planner.plan().requirements.device
+    wanted = sum(device[key] for key in ("images", "reading", "sums", "products"))
+
+    def take(count: int, **options: Any) -> Tensor:
+        taken.append(count)
+        if len(taken) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return empty(count, **options)
+
+    def forward(patches: Tensor) -> Tensor:
+        return patches
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "empty", take)
+        for _ in range(2):
+            assert largest_by_trial(forward, (1, 2, 2, 2), torch.device("cpu"), planner) == 64
+    assert taken == [wanted, wanted]
 
 
 def test_the_size_of_a_run_adds_voxels_and_keeps_the_largest_subject(place: Path) -> None:
