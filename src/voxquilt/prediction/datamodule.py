@@ -161,7 +161,7 @@ class GridDataModule(LightningDataModule):
         # Only rank 0 lists folders, since their contents may be changing; each header is read by one process.
         cases = group.first(lambda: self.cases)
         self._find_halo(cases)
-        self._feed = self._make_feed()
+        self._feed = None if self.trainer is None else _make_feed(self.trainer, self.grids.preprocess)
         self._planner = RunPlanner(group, self.grids, self.shard, self._run.distribute, self._run.resume)
         self._plan = self._planner.plan(cases, detailed=self.detailed)
 
@@ -210,19 +210,6 @@ class GridDataModule(LightningDataModule):
         """Keep all images on the host, since the device's memory is too small; False if they are there already."""
         return self._feed is not None and self._feed.to_host()
 
-    def _make_feed(self) -> DeviceFeed | None:
-        if self.trainer is None:
-            return None
-        stream, module = copy_stream(self.trainer.strategy.root_device), self.trainer.lightning_module
-        if stream is None:
-            return None
-        return DeviceFeed(
-            stream,
-            takes_volumes=self.grids.preprocess.device == "auto",
-            channels_last=isinstance(module, PatchPredictor) and module.network.channels_last,
-            precision=str(self.trainer.precision),
-        )
-
     def _find_halo(self, cases: list[SubjectFiles]) -> None:
         """Take the layout of outputs from the network, and the halo of patches if outputs lack a border."""
         module = self.trainer.lightning_module if self.trainer is not None else None
@@ -268,6 +255,18 @@ def datamodule_of(trainer: Trainer, user: str) -> GridDataModule:
     if not isinstance(data, GridDataModule):
         raise ConfigError(f"{user} needs a GridDataModule at predict; the trainer has {type(data).__name__}.")
     return data
+
+
+def _make_feed(trainer: Trainer, preprocess: Preprocess) -> DeviceFeed | None:
+    stream, module = copy_stream(trainer.strategy.root_device), trainer.lightning_module
+    if stream is None:
+        return None
+    return DeviceFeed(
+        stream,
+        takes_volumes=preprocess.device == "auto",
+        channels_last=isinstance(module, PatchPredictor) and module.network.channels_last,
+        precision=str(trainer.precision),
+    )
 
 
 def _log_failure(failure: LoadFailure) -> None:
