@@ -14,9 +14,15 @@ from voxquilt.data.staging import Staging
 
 
 class LateStream:
-    """Copies from host buffers as late as a device may: when somebody waits for a mark behind them."""
+    """Copies as late as a device may: when somebody waits for a mark behind them.
 
-    def __init__(self) -> None:
+    Args:
+        fifo: Whether a stream that waits for a mark stays behind as well, with work of its own in the same queue; else
+            what is given to it is done at once, so that the mark must have been reached.
+    """
+
+    def __init__(self, *, fifo: bool = False) -> None:
+        self.fifo = fifo
         self.device = torch.device("cpu")
         self.pending: list[tuple[Tensor, Tensor]] = []
         self.done = 0
@@ -54,7 +60,8 @@ class LateMark:
         self.stream.reach(self.place)
 
     def order(self) -> None:
-        self.stream.reach(self.place)
+        if not self.stream.fifo:
+            self.stream.reach(self.place)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,25 @@ def test_batches_on_a_device_hold_what_batches_on_the_host_hold(
     for ours, theirs in zip(made, wanted, strict=True):
         assert torch.equal(ours, theirs)
         assert ours.is_contiguous(memory_format=torch.channels_last_3d if last else torch.contiguous_format)
+    assert (stream.done == 0) == all(on_device[: len(sizes)])
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes=st.lists(st.integers(3, 20), min_size=1, max_size=3), batch_size=st.integers(1, 3))
+def test_pinned_memory_is_not_filled_again_before_it_was_copied(sizes: list[int], batch_size: int) -> None:
+    """However far the device is behind: here the network reads no batch before the host has to wait."""
+    stream = LateStream(fifo=True)
+    wanted = one_ahead(cut_batches(subjects_on_host(sizes, [1, 1, 1]), batch_size))
+    seen: list[Tensor] = []
+    waiting: PatchBatch | None = None
+    for batch in chain(cut_batches(subjects_on_host(sizes, [1, 1, 1]), batch_size, DeviceFeed(stream)), [None]):
+        if waiting is not None:
+            data = waiting.to(torch.device("cpu")).data
+            seen.append(torch.empty_like(data))
+            stream.copy(seen[-1], data)
+        waiting = batch
+    stream.reach(stream.done + len(stream.pending))
+    assert all(torch.equal(*pair) for pair in zip(seen, wanted, strict=True))
 
 
 def test_volumes_are_handed_over_before_the_first_patch_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,8 +264,12 @@ class FailsOnDevice:
         return "FailsOnDevice()"
 
 
-def test_a_transform_that_fails_on_the_device_runs_on_the_host(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_transform_that_fails_on_the_device_runs_on_the_host(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With what it would have got on the device, and from then on at once; the log names it once."""
+    copies: list[int] = []
+    monkeypatch.setattr(Tensor, "cpu", lambda tensor: (copies.append(1), tensor)[1])
     feed, transform = DeviceFeed(ImmediateStream()), FailsOnDevice()
     subject = Subject(t1=ScalarImage(tensor=voxels((1, 4, 5, 6))))
     preprocess = Preprocess(intensity=[lambda x: x.mul_(3), transform, torch.neg])
@@ -253,6 +277,7 @@ def test_a_transform_that_fails_on_the_device_runs_on_the_host(caplog: pytest.Lo
         made = preprocess(subject, feed).subject["t1"].data
         assert torch.equal(made, -2 * (subject["t1"].data.float() * 3 + 1))
         assert transform.calls == calls
+        assert len(copies) == calls - 1
     assert [r.getMessage() for r in caplog.records if "FailsOnDevice() runs on the host" in r.getMessage()] != []
     assert len(caplog.records) == 1
 
@@ -320,8 +345,10 @@ def test_a_subject_that_does_not_come_to_the_device_is_loaded_on_the_host(
     assert [message in record.getMessage() for record in caplog.records] == [True]
 
 
-def test_a_subject_that_cannot_be_used_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its error is that of the host, and it is read once."""
+def test_a_subject_that_cannot_be_used_is_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its error is that of the host, it is read once, and the device is not blamed."""
     array = noise((5, 5, 5)).astype(np.float32)
     array[1, 2, 3] = np.nan
     save(tmp_path / "a.nii", array)
@@ -332,6 +359,7 @@ def test_a_subject_that_cannot_be_used_is_not_tried_again(tmp_path: Path, monkey
     with pytest.raises(InputError, match="has 1 voxels that are NaN or infinite"):
         LOADER.load(task, 0, DeviceFeed(ImmediateStream()))
     assert len(uploads) == 1
+    assert not caplog.records
 
 
 def test_a_full_device_gives_back_its_volumes_and_takes_no_more(

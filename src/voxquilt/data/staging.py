@@ -50,7 +50,8 @@ class Staging:
         order = sorted(range(voxels.ndim), key=lambda axis: -voxels.stride(axis))
         dense = voxels.permute(order).contiguous()
         made = torch.empty(dense.shape, dtype=dense.dtype, device=self._stream.device)
-        source, into = (tensor.reshape(-1).view(torch.uint8) for tensor in (dense, made))
+        # Not reshape, which keeps a single voxel's stride, and that may be any.
+        source, into = (t.as_strided((t.numel(),), (1,)).view(torch.uint8) for t in (dense, made))
         with self._lock:
             for start in range(0, len(source), self._chunk):
                 part, turn = source[start : start + self._chunk], next(self._turns)
