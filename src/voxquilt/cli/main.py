@@ -3,6 +3,8 @@
 Heavy imports stand inside functions, so that a wrong configuration is answered in a second.
 """
 
+import atexit
+import gc
 import os
 import sys
 import traceback
@@ -18,9 +20,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from voxquilt.cli.exit_status import FAILED, NOT_STARTED, ExitStatus, forget_statuses, has_run, highest_status
+from voxquilt.cli.first_subject import read_first_subject
 from voxquilt.cli.inherited_settings import inherit
 from voxquilt.cli.overrides import to_overrides
-from voxquilt.cli.predict_config import check_predict
+from voxquilt.cli.predict_config import check_predict, find_subjects
+from voxquilt.cli.quick_hydra import quick_hydra
+from voxquilt.cli.quick_imports import paused_collector, quick_imports
 from voxquilt.cli.resolvers import register_resolvers
 from voxquilt.cli.shard_status import print_status
 from voxquilt.cli.suggestions import check_script, check_typed, explain
@@ -62,13 +67,19 @@ def run_predict(cfg: DictConfig) -> int:
     typed = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
     inherited = inherit(cfg, typed, conf_dir())
     plain = check_predict(cfg)
+    cases = find_subjects(plain)
     if plain["run"]["status"]:
         folder = Path(plain["output_dir"]).expanduser().resolve()
-        cases = find_cases(plain["data"].get("inputs"), plain["data"].get("images"), output_dir=folder)
+        if cases is None:
+            cases = find_cases(plain["data"].get("inputs"), plain["data"].get("images"), output_dir=folder)
         return print_status(cases, folder, plain["shard"]["count"])
-    from voxquilt.cli.predict_run import run  # imports torch
+    with paused_collector():
+        if cases:
+            read_first_subject(cases, plain)
+        with quick_imports():
+            from voxquilt.cli.predict_run import run  # imports torch
 
-    return run(plain, inherited)
+    return run(plain, inherited, cases)
 
 
 def run_train(cfg: DictConfig) -> int:
@@ -79,7 +90,8 @@ def run_train(cfg: DictConfig) -> int:
     """
     _drop_script(cfg, "train")
     plain = check_train(cfg)
-    from voxquilt.cli.train_run import fit  # imports torch
+    with quick_imports():
+        from voxquilt.cli.train_run import fit  # imports torch
 
     return fit(plain)
 
@@ -87,6 +99,7 @@ def run_train(cfg: DictConfig) -> int:
 def _main(name: str, task: Callable[[DictConfig], int]) -> None:
     escape_streams()
     forget_statuses()
+    atexit.register(gc.freeze)  # the process ends at once, without a last look at every module for garbage
     try:
         sys.argv[1:] = _prepare_arguments(sys.argv[1:], name)
         register_resolvers()
@@ -134,7 +147,7 @@ def _run_hydra(name: str, task: Callable[[DictConfig], int]) -> None:
         with _environment(_FULL_ERROR, wanted):  # in a run, and in processes that it starts, it is the user's
             return _run_task(task, cfg)
 
-    with _environment(_FULL_ERROR, "1"):
+    with _environment(_FULL_ERROR, "1"), quick_hydra():
         hydra.main(config_path=str(conf_dir()), config_name=name, version_base="1.3")(guarded)()
 
 

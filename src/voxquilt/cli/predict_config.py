@@ -34,10 +34,6 @@ def check_predict(cfg: DictConfig) -> dict[str, Any]:
     check_weights(plain)
     _check_network(plain)
     check_output(plain)
-    # Processes that a launcher started wait for rank 0, which looks when it can tell them what is wrong; those that
-    # rank 0 starts come when it has been through this. Each of them would look through a folder that may be large.
-    if is_first() and not is_external():
-        _check_inputs(plain)
     _check_targets(plain, plain["run"]["allowed_targets"])
     return plain
 
@@ -58,8 +54,16 @@ def _check_network(plain: Mapping[str, Any]) -> None:
         check_has_network(Path(os.path.expanduser(path)) for path in (paths if isinstance(paths, list) else [paths]))
 
 
-def _check_inputs(plain: Mapping[str, Any]) -> None:
-    """Refuse inputs without a subject, and masks, labels and intensities that belong to none of them."""
+def find_subjects(plain: Mapping[str, Any]) -> list[SubjectFiles] | None:
+    """The subjects of a checked configuration; None in a process that is told of them by another.
+
+    Raises:
+        ConfigError: no subject, or masks, labels and intensities that belong to none of them.
+    """
+    # Processes that a launcher started wait for rank 0, which looks when it can tell them what is wrong; those that
+    # rank 0 starts come when it has been through this. Each of them would look through a folder that may be large.
+    if is_external() or not is_first():
+        return None
     data = plain["data"]
     cases = find_cases(data.get("inputs"), data.get("images"), output_dir=plain["output_dir"])
     check_image_names(plain["preprocess"].get("intensity"), cases)
@@ -68,6 +72,7 @@ def _check_inputs(plain: Mapping[str, Any]) -> None:
         raise ConfigError(f"data.skip={mask}: no subject has such a mask (relative to {Path.cwd()}).")
     if data.get("labels") is not None:
         _check_labels(data["labels"], plain["stitch"].get("products"), cases)
+    return cases
 
 
 def _check_labels(labels: Any, products: Any, cases: list[SubjectFiles]) -> None:

@@ -13,7 +13,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from voxquilt.cli.exit_status import DONE, FAILED
 from voxquilt.cli.inherited_settings import check_images
 from voxquilt.cli.instantiate import build, check_classes
+from voxquilt.cli.quick_imports import paused_collector
 from voxquilt.cli.run_report import report_run
+from voxquilt.data.discovery import SubjectFiles
 from voxquilt.distributed.child_processes import SpawnedLogging, attended, quiet
 from voxquilt.distributed.environment import is_external, is_first
 from voxquilt.errors import ConfigError, VoxquiltError
@@ -35,12 +37,13 @@ class _Parts:
     callbacks: list[Callback]
 
 
-def run(plain: Mapping[str, Any], inherited: Mapping[str, Any]) -> int:
+def run(plain: Mapping[str, Any], inherited: Mapping[str, Any], cases: list[SubjectFiles] | None = None) -> int:
     """Build and predict, or only plan.
 
     Args:
         plain: The checked configuration.
         inherited: The settings that the checkpoint brought.
+        cases: The subjects, if they have been found.
 
     Returns:
         The exit status.
@@ -53,7 +56,8 @@ def run(plain: Mapping[str, Any], inherited: Mapping[str, Any]) -> int:
     lock = ExitStack()
     claim_folder = partial(lock.enter_context, locked(_output_folder(plain), _shard(plain)))
     check_classes(inherited, options["checkpoint_targets"])
-    parts = _build_parts(plain, inherited, claim_folder)
+    with paused_collector():  # classes that the configuration names may import much
+        parts = _build_parts(plain, inherited, cases, claim_folder)
     if options["dry_run"]:
         return _plan(plain, parts)
     trainer = _build_trainer(plain, parts)
@@ -85,7 +89,12 @@ def _shard(plain: Mapping[str, Any]) -> tuple[int, int]:
     return plain["shard"]["index"], plain["shard"]["count"]
 
 
-def _build_parts(plain: Mapping[str, Any], inherited: Mapping[str, Any], claim_folder: Callable[[], Any]) -> _Parts:
+def _build_parts(
+    plain: Mapping[str, Any],
+    inherited: Mapping[str, Any],
+    cases: list[SubjectFiles] | None,
+    claim_folder: Callable[[], Any],
+) -> _Parts:
     options = plain["run"]
     # Where a launcher started all processes, rank 0 claims the folder when it can tell the others that it could not.
     claim_later = claim_folder if is_external() and not options["dry_run"] else None
@@ -93,8 +102,9 @@ def _build_parts(plain: Mapping[str, Any], inherited: Mapping[str, Any], claim_f
         _output_folder(plain), plain, options["resume"], options["overwrite"], options["content_hash"], claim_later
     )
     preprocess = build(plain["preprocess"], "preprocess")
+    found = {} if cases is None else {"inputs": cases, "images": None}
     data: GridDataModule = build(
-        plain["data"], "data",
+        plain["data"], "data", **found,
         preprocess=preprocess, shard=_shard(plain), distribute=options["distribute"], resume=resume,
     )  # fmt: skip
     model = build(plain["model"], "model")

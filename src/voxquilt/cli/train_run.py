@@ -12,6 +12,7 @@ from monai.data.meta_obj import set_track_meta
 
 from voxquilt.cli.exit_status import DONE, FAILED
 from voxquilt.cli.instantiate import build
+from voxquilt.cli.quick_imports import paused_collector
 from voxquilt.cli.train_callbacks import EpochLines, RemoveCheckpoints
 from voxquilt.data.subject import ScalarImage
 from voxquilt.distributed.child_processes import SpawnedLogging, attended, quiet
@@ -41,9 +42,10 @@ def fit(plain: Mapping[str, Any]) -> int:
     set_track_meta(False)  # MONAI would carry affines along with patches, which are of no use here
     seed_everything(plain["run"]["seed"], verbose=False, workers=True)
     plain, checked = _split_configuration(plain)
-    data = _build_data(plain)
-    model = _build_model(plain, checked)
-    trainer = _build_trainer(plain, checked["replaced"])
+    with paused_collector():  # classes that the configuration names may import much
+        data = _build_data(plain)
+        model = _build_model(plain, checked)
+        trainer = _build_trainer(plain, checked["replaced"])
     _check_network(plain, data, model)
     if is_first():
         _log_subjects(data)
@@ -97,7 +99,7 @@ def _check_network(plain: Mapping[str, Any], data: Any, model: Any) -> None:
     names = plain["stitch"].get("class_names")
     inference_size = to_triple(plain["data"]["inference_patch_size"], "data.inference_patch_size")
     probe = None
-    for size in (data.patch_size, inference_size):
+    for size in dict.fromkeys((data.patch_size, inference_size)):
         probe = check_network(model.network, list(case.images), channels, size, names, layout="equal")
     if probe is not None:
         data.classes = next(iter(probe.outputs.values()))[1]

@@ -1,4 +1,8 @@
-"""Computes how well the labels of a volume agree with true labels, for each class."""
+"""Computes how well the labels of a volume agree with true labels, for each class.
+
+SciPy, which is slow to import, is imported inside functions: most runs have no true labels, and training takes only
+`class_dice`.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -6,8 +10,6 @@ from math import inf, nan
 
 import numpy as np
 from jaxtyping import Float, Int, Integer, Shaped
-from scipy import ndimage
-from scipy.spatial import KDTree
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
@@ -69,6 +71,8 @@ def agreements(
         affine: (4, 4) voxel indices to mm.
         tolerance: mm, of the surface Dice.
     """
+    from scipy import ndimage
+
     classes, labels, truth = _numbered(labels, truth)
     sizes, true_sizes = _counts(_chunks(labels), len(classes)), _counts(_chunks(truth), len(classes))
     pairs = zip(_chunks(labels), _chunks(truth), strict=True)
@@ -120,6 +124,8 @@ def _counts(chunks: Iterable[np.ndarray], classes: int) -> list[int]:
 
 def _surface(volume: np.ndarray, box: tuple[slice, ...] | None, number: int) -> Int[np.ndarray, "n 3"]:
     """Indices of the surface voxels, in the order of the volume."""
+    from scipy import ndimage
+
     if box is None:
         return np.zeros((0, 3), np.int64)
     mask = volume[box] == number
@@ -130,6 +136,8 @@ def _distances(
     points: Int[np.ndarray, "n 3"], others: Int[np.ndarray, "m 3"], affine: np.ndarray
 ) -> Float[np.ndarray, " n"]:
     """mm from each point to the nearest of the others."""
+    from scipy.spatial import KDTree
+
     if not len(others):
         return np.full(len(points), inf)
     distances = np.zeros(len(points))

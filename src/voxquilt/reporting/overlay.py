@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Int, Shaped, UInt8
 from PIL import Image
-from scipy import ndimage
+from torch.nn import functional
 
 from voxquilt.errors import InputError
 from voxquilt.filesystem import replacing
@@ -126,9 +127,10 @@ def flat(
 
 def _edges(labels: Int[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
     """The two outermost pixels inside each label; outside the picture is background, so that outlines are closed."""
-    low = ndimage.minimum_filter(labels, size=5, mode="constant")
-    high = ndimage.maximum_filter(labels, size=5, mode="constant")
-    return (labels != 0) & (low != high)
+    # In double precision, which holds all labels; SciPy's filters of integers would take longer to import than to run.
+    padded = functional.pad(torch.from_numpy(labels.astype(np.float64))[None], (2, 2, 2, 2))
+    low, high = (functional.max_pool2d(sign * padded, 5, stride=1)[0] * sign for sign in (-1, 1))
+    return (labels != 0) & (low != high).numpy()
 
 
 def _outlined(grey: UInt8[np.ndarray, "h w"], labels: Int[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"]:

@@ -4,9 +4,6 @@ from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from voxquilt.filesystem import replacing
 from voxquilt.reporting.evaluation import Score
 
@@ -28,6 +25,10 @@ def write_boxes(path: Path, scores: Sequence[Score]) -> None:
     Raises:
         OutputError: the file cannot be written.
     """
+    # Here, since few runs have true labels, and Matplotlib takes as long to import as a small run takes.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     several = len({score.product for score in scores if score.agreement}) > 1
     boxes = list(dict.fromkeys((score.name, score.product) for score in scores if score.agreement))
     names = [f"{name} ({product})" if several else name for name, product in boxes]

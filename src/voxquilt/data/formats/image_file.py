@@ -4,6 +4,7 @@ import contextlib
 import os
 import stat
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -81,12 +82,29 @@ class ImageFile:
             InputError: the file is damaged or gone, or its voxels are not what its header says.
         """
         with naming(self.path, "reading its voxels failed; the file may be truncated or damaged"):
-            voxels = self.read_voxels(self.path)
+            ahead = _AHEAD.pop((self.path, _state_of(self.path)), None)
+            voxels = self.read_voxels(self.path) if ahead is None else ahead.result()
             tensor = voxels if isinstance(voxels, Tensor) else to_tensor(np.asarray(voxels))
             tensor = tensor[None] if tensor.ndim == 3 else tensor
             if tuple(tensor.shape) != self.shape:
                 raise InputError(f"its voxels have shape {tuple(tensor.shape)}, but its header says {self.shape}.")
             return tensor
+
+
+# Files that are being read before anybody asks for them, each until it is read for the first time.
+_AHEAD: dict[tuple[Path, tuple[int, int]], Future[Tensor | np.ndarray]] = {}
+
+
+def read_ahead(file: ImageFile) -> None:
+    """Start to read a file in a thread; the next `read` of its path takes over the voxels, if it has not changed."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="voxquilt-reader")
+    _AHEAD[file.path, _state_of(file.path)] = pool.submit(file.read_voxels, file.path)
+    pool.shutdown(wait=False)
+
+
+def _state_of(path: Path) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_mtime_ns, status.st_size
 
 
 def open_image(path: Path | str) -> ImageFile:

@@ -1,0 +1,219 @@
+"""Tests the start: what a run imports, and that what is left out meanwhile is there when it is used."""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from synthetic import ROOT, noise, save
+
+from voxquilt.cli.first_subject import read_first_subject
+from voxquilt.cli.quick_imports import paused_collector
+from voxquilt.data.discovery import find_cases
+from voxquilt.data.formats.image_file import ImageFile, open_image, read_ahead
+from voxquilt.errors import InputError
+
+# Slow to import, and of no use to a run without true labels and MONAI's classes. nibabel imports scipy itself.
+SLOW = {"scipy.signal", "scipy.ndimage", "scipy.stats", "scipy.spatial", "matplotlib", "monai", "skimage", "pandas"}
+
+
+def printed(script: str) -> list[str]:
+    """What a script prints in a process of its own, line by line."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", script], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_a_run_imports_nothing_that_it_does_not_use(tmp_path: Path) -> None:
+    """From the first line of predict.py to the last file."""
+    save(tmp_path / "in" / "a.nii.gz", noise((12, 10, 9)))
+    done = subprocess.run(
+        [
+            sys.executable, "-X", "importtime", "predict.py", f"data.inputs={tmp_path}/in",
+            f"output_dir={tmp_path}/out", "ckpt_path=null", "model=state_dict",
+            "model.net._target_=torch.nn.Conv3d", "model.net.in_channels=1", "+model.net.out_channels=2",
+            "+model.net.kernel_size=1", "data.patch_size=8", "trainer=cpu",
+        ],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "out" / "a_labels.nii.gz").exists()
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    modules = {line.rsplit("|", 1)[1].strip() for line in lines}
+    assert {"torch", "lightning.fabric", "torchmetrics.metric", "nibabel"} <= modules
+    assert not modules & SLOW
+
+
+NAMES = """
+import json, sys
+if {quick}:
+    from voxquilt.cli.quick_imports import quick_imports
+    with quick_imports():
+        pass
+import lightning.pytorch, torchmetrics, torchmetrics.segmentation
+names = {{
+    name: sorted(n for n in getattr(module, "__all__", dir(module)) if not n.startswith("__"))
+    for name, module in list(sys.modules.items())
+    if name.startswith(("torchmetrics", "lightning")) and module is not None
+}}
+print(json.dumps(names))
+"""
+
+
+def test_lightning_and_torchmetrics_have_the_same_names_as_ever() -> None:
+    """Whatever they import only where SciPy and Matplotlib are installed, except for these two themselves."""
+    plain, quick = (json.loads(printed(NAMES.format(quick=quick))[-1]) for quick in (False, True))
+    plot = "torchmetrics.utilities.plot"
+    assert plain.keys() == quick.keys()
+    assert {name for name in plain if quick[name] != plain[name]} <= {"torchmetrics", plot}
+    assert {*plain["torchmetrics"]} - {*quick["torchmetrics"]} <= {"scipy"}
+    assert {*plain[plot]} - {*quick[plot]} == {"matplotlib"}
+
+
+USE = """
+import sys
+from voxquilt.cli.quick_imports import quick_imports
+with quick_imports():
+    assert not {"scipy", "matplotlib"} & {name.split(".")[0] for name in sys.modules}
+import torch
+from torchmetrics.classification import MulticlassConfusionMatrix, BinaryAccuracy
+from torchmetrics.functional.audio import permutation_invariant_training, scale_invariant_signal_distortion_ratio
+from torchmetrics.functional.segmentation import hausdorff_distance
+accuracy = BinaryAccuracy()
+accuracy.update(torch.ones(4), torch.ones(4))
+figure, axes = accuracy.plot()
+print(type(figure).__module__)
+confusion = MulticlassConfusionMatrix(3)
+confusion.update(torch.tensor([0, 1, 2]), torch.tensor([0, 1, 1]))
+print(type(confusion.plot()[0]).__name__)
+signals = torch.randn(1, 4, 20)
+# By SciPy, where it is found, for three speakers and more; otherwise there is a warning.
+_, order = permutation_invariant_training(signals[:, [2, 0, 1, 3]], signals, scale_invariant_signal_distortion_ratio)
+print(order.tolist())
+import scipy.signal
+import matplotlib.pyplot
+"""
+
+
+def test_torchmetrics_plots_and_uses_scipy_after_a_quick_import() -> None:
+    """It has not remembered that they were missing; a warning would be an error here."""
+    assert printed(USE) == ["matplotlib.figure", "Figure", "[[1, 2, 0, 3]]"]
+
+
+STATE = """
+import gc, sys
+from voxquilt.cli.quick_imports import quick_imports
+import lightning_utilities.core.imports as imports
+before = imports.RequirementCache.__bool__, imports.package_available
+try:
+    with quick_imports():
+        assert not gc.isenabled()
+        raise KeyError
+except KeyError:
+    pass
+print(gc.isenabled(), (imports.RequirementCache.__bool__, imports.package_available) == before, gc.get_freeze_count())
+with quick_imports():  # Lightning is there
+    print(gc.isenabled())
+"""
+
+
+def test_an_error_leaves_everything_as_it_was() -> None:
+    """And with Lightning imported already nothing is done."""
+    assert printed(STATE) == ["True True 0", "True"]
+
+
+def test_modules_are_never_looked_at_again() -> None:
+    """They are frozen once they are imported."""
+    script = "import gc; from voxquilt.cli.quick_imports import quick_imports\nwith quick_imports(): pass\n"
+    frozen, enabled = printed(script + "print(gc.get_freeze_count(), gc.isenabled())")[0].split()
+    assert int(frozen) > 100_000
+    assert enabled == "True"
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_collector_is_paused_only_within_the_block(enabled: bool) -> None:
+    """Where it was off before, it stays off."""
+    try:
+        (gc.enable if enabled else gc.disable)()
+        with paused_collector():
+            assert not gc.isenabled()
+        assert gc.isenabled() is enabled
+    finally:
+        gc.enable()
+
+
+def test_the_first_subject_is_read_ahead_once(tmp_path: Path) -> None:
+    """The next read takes the voxels over, the one after it reads again; errors are those of reading."""
+    path = tmp_path / "a.nii.gz"
+    voxels = save(path, noise((40, 30, 20)))
+    file, reads = open_image(path), list[str]()
+
+    def read(path: Path) -> Any:
+        reads.append(threading.current_thread().name)
+        return file.read_voxels(path)
+
+    read_ahead(replace(file, read_voxels=read))
+    for _ in range(2):
+        assert np.array_equal(open_image(path).read()[0].numpy(), voxels)
+    assert len(reads) == 1
+    assert reads[0].startswith("voxquilt-reader")
+
+    # A file that has changed meanwhile is read again.
+    read_ahead(open_image(path))
+    other = save(path, noise((40, 30, 20), seed=1))
+    os.utime(path, ns=(1, 1))
+    assert np.array_equal(open_image(path).read()[0].numpy(), other)
+
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(InputError, match="reading its voxels failed"):
+        open_image(path).read()
+    read_ahead(open_image(path))
+    with pytest.raises(InputError, match="reading its voxels failed"):
+        open_image(path).read()
+
+
+FRESH: dict[str, Any] = {
+    "output_dir": "out",
+    "trainer": {"devices": 1, "num_nodes": 1},
+    "run": {"dry_run": False},
+    "shard": {"count": 1},
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "is_read"),
+    [
+        ({}, True),
+        ({"trainer": {"devices": "1", "num_nodes": "1"}}, True),
+        ({"trainer": {"devices": 2, "num_nodes": 1}}, False),  # another process may have it
+        ({"trainer": {"devices": "auto", "num_nodes": 1}}, False),
+        ({"run": {"dry_run": True}}, False),
+        ({"shard": {"count": 2}}, False),
+        ({"output_dir": "begun"}, False),  # it may be done
+    ],
+)
+def test_nothing_is_read_that_may_not_be_needed(
+    changed: dict[str, object], is_read: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only in a single process of a run that begins anew; a file that cannot be opened is left to the run."""
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "a.nii.gz", noise((6, 5, 4)))
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "manifest.csv").touch()
+    read = list[ImageFile]()
+    monkeypatch.setattr("voxquilt.data.formats.image_file.read_ahead", read.append)
+    cases = find_cases(str(tmp_path / "a.nii.gz"))
+    read_first_subject(cases, FRESH | changed)
+    assert [file.path.name for file in read] == ["a.nii.gz"] * is_read
+    (tmp_path / "a.nii.gz").write_bytes(b"no image")
+    read_first_subject(cases, FRESH | changed)
+    assert len(read) == is_read
