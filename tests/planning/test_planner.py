@@ -288,15 +288,25 @@ def device_planner(settings: RunSettings, size: RunSize = ONE) -> Planner:
     return Planner(trainer, PatchPredictor(Over50()), size, replace(settings, gpu=True, images_on_device=True))
 
 
-def test_images_stay_on_the_host_where_the_device_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_are_counted_on_the_device_where_half_of_its_free_memory_holds_them() -> None:
+    """With the sums, as the stitcher decides; also those that are too large for the host's memory."""
+    outputs = plan_outputs(Stitch(products=["probabilities"]), passed(3).outputs, (8, 8, 8))
+    settings = replace(SETTINGS, gpu=True, weights=7, in_memory=0)
+    used = 7 + 10**6 + 2 * 2 * 512 * 4
+    need = 12 * 10**6 + ONE.ring * 12 + 512 * 4
+    for memory, kept in ((used + 2 * need, 12 * 10**6), (used + 2 * need - 2, None)):
+        device = estimate(ONE, passed(3), outputs, replace(settings, device_memory=memory)).device
+        assert device.get("products") == kept
+
+
+def test_images_stay_on_the_host_where_the_device_is_too_small() -> None:
     """The plan says so, and counts them on the host."""
     planner = device_planner(SETTINGS)
     forecast = planner.plan()
     assert forecast.settings.images_on_device
     assert forecast.as_json()["images_on"] == "device"
-    need = sum(forecast.requirements.device.values())
-    monkeypatch.setattr("voxquilt.planning.planner.device_memory", lambda device: need)  # nothing to spare
-    forecast = device_planner(SETTINGS).plan()
+    need = sum(size for what, size in forecast.requirements.device.items() if what != "products")
+    forecast = device_planner(replace(SETTINGS, device_memory=need)).plan()  # nothing to spare
     assert not forecast.settings.images_on_device
     assert forecast.as_json()["images_on"] == "host"
     assert forecast.requirements.host["images"] == ONE.loaded

@@ -18,8 +18,8 @@ from voxquilt.data.staging import Staging
 from voxquilt.data.subject import LabelMap, ScalarImage
 from voxquilt.filesystem import read_json
 from voxquilt.models.predictor import PatchPredictor
-from voxquilt.planning import planner as planning
 from voxquilt.predict import predict_volume
+from voxquilt.prediction import output_files
 from voxquilt.prediction.datamodule import GridDataModule
 from voxquilt.prediction.dry_run import DryRun
 from voxquilt.prediction.output_files import OutputOptions
@@ -126,7 +126,7 @@ def test_a_plan_without_room_for_images_keeps_all_on_the_host(
     """Nothing is tried."""
     predict(tmp_path / "host", scans, Plus())
     seen = host_as_device(monkeypatch)
-    monkeypatch.setattr(planning, "device_memory", lambda device: 10_000)
+    monkeypatch.setattr(output_files, "device_memory", lambda device: 10_000)
     predict(tmp_path / "device", scans, Plus())
     assert files(tmp_path / "device") == files(tmp_path / "host")
     assert seen.uploads == []

@@ -14,7 +14,7 @@ from voxquilt.data.subject_size import RunSize, SubjectSize, run_size
 from voxquilt.errors import VoxquiltError
 from voxquilt.geometry.frame import Triple
 from voxquilt.models.predictor import PatchPredictor
-from voxquilt.planning.machine import MachineResources, device_memory, disk_free, memory_available
+from voxquilt.planning.machine import MachineResources, disk_free, memory_available
 from voxquilt.planning.resource_estimate import OutputPlan, Requirements, RunSettings, estimate, plan_outputs
 from voxquilt.planning.shape_probe import Probe, probe
 from voxquilt.planning.smaller_settings import smaller_settings
@@ -197,7 +197,7 @@ class Planner:
         ring = self._size.ring * max(settings.patch_size) // max(self._settings.patch_size)
         size = replace(self._size, ring=ring)
         required = estimate(size, probe, outputs, settings)
-        if required.images_on_device and sum(required.device.values()) > _SHARE * device_memory(self._device):
+        if required.images_on_device and sum(required.device.values()) > _SHARE * settings.device_memory:
             required = estimate(size, probe, outputs, replace(settings, images_on_device=False))
         return probe, outputs, required
 

@@ -74,6 +74,7 @@ class RunSettings:
         skips: Whether patches without foreground are skipped.
         pictures: Whether pictures are drawn.
         images_on_device: Whether images are prepared on the GPU and kept there while patches are cut from them.
+        device_memory: Bytes of the GPU that the process can have.
     """
 
     stitch: Stitch
@@ -89,6 +90,7 @@ class RunSettings:
     skips: bool = False
     pictures: bool = False
     images_on_device: bool = False
+    device_memory: int = 2**63
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,9 @@ def estimate(size: RunSize, probe: Probe, outputs: OutputPlan, settings: RunSett
     if settings.gpu:
         host |= {"network": probe.output_bytes, "sums": 0}
         device = {"weights": settings.weights, "network": network, "batches": batches, "sums": sums}
-        device |= {"products": held * kept}
+        # As it is decided when a subject's first outputs come: half of what is free is left to the network.
+        free = settings.device_memory - settings.weights - network - batches
+        device |= {"products": held * sum(volumes)} if sums + sum(volumes) <= free / 2 else {}
     else:
         host |= {"network": max(network + min(network // 2, _KEPT), probe.output_bytes + _PIECES), "sums": sums}
     if settings.gpu and settings.images_on_device:

@@ -14,6 +14,7 @@ from voxquilt.data.discovery import SubjectFiles
 from voxquilt.data.formats.nifti import write
 from voxquilt.data.subject_task import SubjectWork
 from voxquilt.errors import OutputError
+from voxquilt.planning.machine import device_memory
 from voxquilt.planning.preflight import AUTO, weights_on_device
 from voxquilt.planning.resource_estimate import RunSettings
 from voxquilt.prediction.datamodule import GridDataModule
@@ -57,6 +58,7 @@ class OutputOptions:
 
     def settings(self, data: GridDataModule, module: LightningModule) -> RunSettings:
         """The settings that determine the memory and disk of a run."""
+        feed = data.feed
         return RunSettings(
             self.stitch,
             self.folder,
@@ -66,11 +68,12 @@ class OutputOptions:
             self.in_memory,
             self.suffix.endswith(".gz"),
             psutil.Process().memory_info().rss,
-            gpu=data.feed is not None,
+            gpu=feed is not None,
             weights=weights_on_device(module),
             skips=data.grids.skip is not None,
             pictures=self.pictures,
-            images_on_device=data.feed is not None and data.feed.takes_volumes,
+            images_on_device=feed is not None and feed.takes_volumes,
+            device_memory=2**63 if feed is None else device_memory(feed.stream.device),
         )
 
 
