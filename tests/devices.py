@@ -8,9 +8,43 @@ import pytest
 import torch
 from torch import Tensor
 
-from voxquilt.data.copy_stream import ImmediateStream, Mark
+from voxquilt.data.copy_stream import Mark
 from voxquilt.data.device_feed import DeviceFeed
 from voxquilt.data.staging import Staging
+
+
+class ImmediateStream:
+    """The host in a stream's place: every copy is complete when the call returns."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+
+    def active(self) -> AbstractContextManager[object]:
+        """Nothing to change."""
+        return nullcontext()
+
+    def host_buffer(self, like: Tensor) -> Tensor:
+        """Plain memory."""
+        return torch.empty_like(like, device="cpu")
+
+    def copy(self, into: Tensor, source: Tensor) -> None:
+        """Copy at once."""
+        into.copy_(source)
+
+    def mark(self) -> Mark:
+        """A point that is always reached."""
+        return _Reached()
+
+    def hold(self, tensors: Iterable[Tensor]) -> None:
+        """Nothing to keep."""
+
+
+class _Reached:
+    def wait(self) -> None:
+        pass
+
+    def order(self) -> None:
+        pass
 
 
 class LateStream:

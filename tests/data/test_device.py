@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from devices import LateStream
+from devices import ImmediateStream, LateStream
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import noise, save
 from torch import Tensor
 
 from voxquilt.data.batch import PatchBatch, cut_batches
-from voxquilt.data.copy_stream import ImmediateStream
 from voxquilt.data.device_feed import BEYOND_HALF, DeviceFeed
 from voxquilt.data.discovery import SubjectFiles
 from voxquilt.data.grid_loader import GridLoader

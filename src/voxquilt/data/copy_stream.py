@@ -1,7 +1,7 @@
 """Copies tensors to a device on a stream of its own; the one module of the input's way that calls CUDA."""
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -48,40 +48,6 @@ class CopyStream(Protocol):
         ...
 
 
-class ImmediateStream:
-    """The host in a stream's place: every copy is complete when the call returns."""
-
-    def __init__(self) -> None:
-        self.device = torch.device("cpu")
-
-    def active(self) -> AbstractContextManager[object]:
-        """Nothing to change."""
-        return nullcontext()
-
-    def host_buffer(self, like: Tensor) -> Tensor:
-        """Plain memory."""
-        return torch.empty_like(like, device="cpu")
-
-    def copy(self, into: Tensor, source: Tensor) -> None:
-        """Copy at once."""
-        into.copy_(source)
-
-    def mark(self) -> Mark:
-        """A point that is always reached."""
-        return _Reached()
-
-    def hold(self, tensors: Iterable[Tensor]) -> None:
-        """Nothing to keep."""
-
-
-class _Reached:
-    def wait(self) -> None:
-        pass
-
-    def order(self) -> None:
-        pass
-
-
 class CudaStream:
     """A CUDA stream beside the network's.
 
@@ -119,7 +85,8 @@ class CudaStream:
 
 class _CudaMark:
     def __init__(self, device: torch.device) -> None:
-        self._device, self._event = device, torch.cuda.Event()
+        # Waiting for a blocking event leaves the core to other threads.
+        self._device, self._event = device, torch.cuda.Event(blocking=True)
         self._event.record(torch.cuda.current_stream(device))
 
     def wait(self) -> None:

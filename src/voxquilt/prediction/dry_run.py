@@ -211,7 +211,8 @@ def _print_requirements(console: Console, content: dict[str, Any], forecast: For
     if required.device:
         parts = ", ".join(f"{use} {byte_size(size)}" for use, size in required.device.items())
         total = byte_size(sum(required.device.values()))
-        console.print(f"device memory: {total} ({parts}); sums: {content['sums_on']}")
+        sums, images = content["sums_on"], content["images_on"]
+        console.print(f"device memory: {total} ({parts}); sums: {sums}; images: {images}")
     packed = f", at most {byte_size(required.bound)} (headers do not show how well voxels can be compressed)"
     console.print(
         f"outputs: about {byte_size(required.disk)}{packed * forecast.settings.compress}; "
