@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from synthetic import ROOT, noise, save
 
-from voxquilt.cli.first_subject import read_first_subject
+from voxquilt.cli.first_subject import first_subject_read_ahead
 from voxquilt.cli.quick_imports import paused_collector
 from voxquilt.data.discovery import find_cases
-from voxquilt.data.formats.image_file import ImageFile, open_image, read_ahead
+from voxquilt.data.formats.image_file import _AHEAD, ImageFile, open_image, read_ahead
 from voxquilt.errors import InputError
 
 # Slow to import, and of no use to a run without true labels and MONAI's classes. nibabel imports scipy itself.
@@ -212,8 +212,19 @@ def test_nothing_is_read_that_may_not_be_needed(
     read = list[ImageFile]()
     monkeypatch.setattr("voxquilt.data.formats.image_file.read_ahead", read.append)
     cases = find_cases(str(tmp_path / "a.nii.gz"))
-    read_first_subject(cases, FRESH | changed)
-    assert [file.path.name for file in read] == ["a.nii.gz"] * is_read
+    with first_subject_read_ahead(cases, FRESH | changed):
+        assert [file.path.name for file in read] == ["a.nii.gz"] * is_read
     (tmp_path / "a.nii.gz").write_bytes(b"no image")
-    read_first_subject(cases, FRESH | changed)
-    assert len(read) == is_read
+    with first_subject_read_ahead(cases, FRESH | changed):
+        assert len(read) == is_read
+    with first_subject_read_ahead(None, FRESH):  # in a process that rank 0 tells of the subjects
+        assert len(read) == is_read
+
+
+def test_what_nobody_asked_for_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the run is over, as it may be before it has read anything."""
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "a.nii.gz", noise((6, 5, 4)))
+    with first_subject_read_ahead(find_cases("a.nii.gz"), FRESH):
+        assert len(_AHEAD) == 1
+    assert not _AHEAD

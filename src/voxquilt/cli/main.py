@@ -20,12 +20,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from voxquilt.cli.exit_status import FAILED, NOT_STARTED, ExitStatus, forget_statuses, has_run, highest_status
-from voxquilt.cli.first_subject import read_first_subject
+from voxquilt.cli.first_subject import first_subject_read_ahead
 from voxquilt.cli.inherited_settings import inherit
 from voxquilt.cli.overrides import to_overrides
 from voxquilt.cli.predict_config import check_predict, find_subjects
 from voxquilt.cli.quick_hydra import quick_hydra
-from voxquilt.cli.quick_imports import paused_collector, quick_imports
+from voxquilt.cli.quick_imports import quick_imports
 from voxquilt.cli.resolvers import register_resolvers
 from voxquilt.cli.shard_status import print_status
 from voxquilt.cli.suggestions import check_script, check_typed, explain
@@ -73,13 +73,11 @@ def run_predict(cfg: DictConfig) -> int:
         if cases is None:
             cases = find_cases(plain["data"].get("inputs"), plain["data"].get("images"), output_dir=folder)
         return print_status(cases, folder, plain["shard"]["count"])
-    with paused_collector():
-        if cases:
-            read_first_subject(cases, plain)
+    with first_subject_read_ahead(cases, plain):
         with quick_imports():
             from voxquilt.cli.predict_run import run  # imports torch
 
-    return run(plain, inherited, cases)
+        return run(plain, inherited, cases)
 
 
 def run_train(cfg: DictConfig) -> int:

@@ -102,6 +102,11 @@ def read_ahead(file: ImageFile) -> None:
     pool.shutdown(wait=False)
 
 
+def drop_read_ahead() -> None:
+    """Give up the voxels that nobody has asked for."""
+    _AHEAD.clear()
+
+
 def _state_of(path: Path) -> tuple[int, int]:
     status = os.stat(path)
     return status.st_mtime_ns, status.st_size
