@@ -26,17 +26,28 @@ class Piece:
     source: Shaped[Tensor, "c si sj sk"]
     _maps: AxisMaps
     _neighbours: list[Neighbours]
+    _on_device: list[Neighbours]
     _linear: bool
-
-    @property
-    def copied(self) -> bool:
-        """Whether every voxel is copied from the source, and none is interpolated."""
-        return not self._linear or not any(share.any() for _, _, share in self._neighbours)
 
     def restored(self, channels: Int[Tensor, " k"] | None = None) -> Shaped[Tensor, "d ti tj tk"]:
         """The scores of the box, for all channels or those given."""
         source = self.source if channels is None else self.source.index_select(0, channels)
-        return interpolate(source, self._maps, self._neighbours, linear=self._linear)
+        return interpolate(source, self._maps, self._neighbours, linear=self._linear, on_device=self._on_device)
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Planes of native voxels that are complete, and the scores from which they are interpolated.
+
+    Args:
+        where: Slices along the native axes: some planes along one, and all voxels along the others.
+        start: The first plane of `planes` among all planes of the scores.
+        planes: (C, si, sj, sk).
+    """
+
+    where: Where
+    start: int
+    planes: Shaped[Tensor, "c si sj sk"]
 
 
 class Restorer:
@@ -67,7 +78,7 @@ class Restorer:
         self.axis = [m.axis for m in maps].index(axis)
         """The native axis that runs along `axis`."""
         self._across, self._along = sorted((n for n in range(3) if n != self.axis), key=lambda n: -maps[n].size)
-        self._maps, self._source_axis, self._linear = maps, axis, linear
+        self._maps, self.source_axis, self._linear = maps, axis, linear
         self._voxels, self._tile = voxels, tile
         self._neighbours = [m.neighbours(shape[m.axis]) for m in maps]
         below, above, share = self._neighbours[self.axis]
@@ -81,10 +92,21 @@ class Restorer:
         self.native = range(first, stop) if self._ascending else range(size - stop, size - first)
         """The planes along `self.axis` that are handed out."""
         self._last: Tensor | None = None
+        self._copies: dict[torch.device, list[Neighbours]] = {torch.device("cpu"): self._neighbours}
+
+    @property
+    def neighbours(self) -> list[Neighbours]:
+        """The scores' voxels around each native voxel along each native axis, of which planes are handed over."""
+        return self._neighbours
 
     def feed(self, start: int, planes: Shaped[Tensor, "c si sj sk"]) -> Iterator[Piece]:
         """Take planes from `start` on, which follow those of the last call; hand out complete native voxels."""
-        dim = self._source_axis + 1
+        for slab in self.slabs(start, planes):
+            yield from self.pieces(slab)
+
+    def slabs(self, start: int, planes: Shaped[Tensor, "c si sj sk"]) -> Iterator[Slab]:
+        """Take planes as `feed` does; hand out complete native planes, at most two slabs of them."""
+        dim = self.source_axis + 1
         stop = start + planes.shape[dim]
         below, above, _ = self._ordered()
         ready = min(int(torch.searchsorted(above, torch.tensor(stop))), self._until)
@@ -92,45 +114,66 @@ class Restorer:
         if self._done < min(held, ready):
             # These lie between the last plane of the previous call and the first of this one.
             assert self._last is not None
-            yield from self._pieces(torch.cat([self._last, planes.narrow(dim, 0, 1)], dim), start - 1, min(held, ready))
-        yield from self._pieces(planes, start, ready)
+            first = planes.narrow(dim, 0, 1)
+            yield self._slab(torch.cat([self._last.to(first.device), first], dim), start - 1, min(held, ready))
+        if self._done < ready:
+            yield self._slab(planes, start, ready)
         self._last = None
         if ready < self._until and below[ready] < stop:
             self._last = planes.narrow(dim, planes.shape[dim] - 1, 1).clone()
 
-    def _pieces(self, planes: Tensor, start: int, until: int) -> Iterator[Piece]:
+    def pieces(self, slab: Slab) -> Iterator[Piece]:
+        """Divide a slab into pieces."""
+        planes, along = slab.planes, slab.where[self.axis]
         rows, columns = self._maps[self._across].size, self._maps[self._along].size
         # On a GPU small pieces have no advantage in the cache, and each takes the start of many kernels.
         larger = 8 if planes.is_cuda else 1
-        budget, total = max(1, larger * self._voxels // len(planes)), self._maps[self.axis].size
+        budget = max(1, larger * self._voxels // len(planes))
         # Memory is best read plane by plane, or, if planes lie along its fastest axis, row by row for many planes.
-        fastest = planes.stride(self._source_axis + 1) == 1
-        step = min(max(1, until - self._done), max(1, budget // (columns if fastest else rows * columns)))
+        fastest = planes.stride(self.source_axis + 1) == 1
+        step = min(along.stop - along.start, max(1, budget // (columns if fastest else rows * columns)))
         # A single plane of many channels is large. Memory for small pieces stays in the cache and is reused; first use
         # of new memory from the operating system takes longer than interpolating.
         high, wide = max(1, min(rows, budget // step // columns)), columns
         if self._tile is not None:
-            step = high = wide = self._tile * (4 if planes.is_cuda else 1)
-        while self._done < until:
-            count = min(step, until - self._done)
-            first = self._done if self._ascending else total - self._done - count
-            for row, column in product(range(0, rows, high), range(0, columns, wide)):
-                where = [slice(first, first + count)] * 3
-                where[self._across] = slice(row, min(row + high, rows))
-                where[self._along] = slice(column, min(column + wide, columns))
-                yield self._piece(planes, start, (where[0], where[1], where[2]))
-            self._done += count
+            step = high = wide = self._tile
+        firsts = range(along.start, along.stop, step), range(0, rows, high), range(0, columns, wide)
+        for first, row, column in product(*firsts):
+            where = [slice(first, min(first + step, along.stop))] * 3
+            where[self._across] = slice(row, min(row + high, rows))
+            where[self._along] = slice(column, min(column + wide, columns))
+            yield self._piece(planes, slab.start, (where[0], where[1], where[2]))
+
+    def _slab(self, planes: Tensor, start: int, until: int) -> Slab:
+        """The native planes from `_done` on, up to `until`, which are done then."""
+        where, total = [slice(0, m.size) for m in self._maps], self._maps[self.axis].size
+        first, stop = (self._done, until) if self._ascending else (total - until, total - self._done)
+        where[self.axis] = slice(first, stop)
+        self._done = until
+        return Slab((where[0], where[1], where[2]), start, planes)
 
     def _piece(self, planes: Tensor, start: int, where: Where) -> Piece:
+        if planes.device not in self._copies:
+            # Once, and without waiting for the device.
+            self._copies[planes.device] = [_moved(along, planes.device) for along in self._neighbours]
         neighbours: list[Neighbours] = []
+        on_device: list[Neighbours] = []
         for n, (m, w) in enumerate(zip(self._maps, where, strict=True)):
             below, above, share = (t[w] for t in self._neighbours[n])
             low, high = int(below.min()), int(above.max())
             planes = planes.narrow(m.axis + 1, low - (start if n == self.axis else 0), high - low + 1)
             neighbours.append((below - low, above - low, share))
-        return Piece(where, planes, self._maps, neighbours, self._linear)
+            if planes.device.type != "cpu":
+                below, above, share = (t[w] for t in self._copies[planes.device][n])
+                on_device.append((below - low, above - low, share))
+        return Piece(where, planes, self._maps, neighbours, on_device or neighbours, self._linear)
 
     def _ordered(self) -> Neighbours:
         """Neighbours along the streaming axis in the order in which the scores' planes come."""
         below, above, share = self._neighbours[self.axis]
         return (below, above, share) if self._ascending else (below.flip(0), above.flip(0), share.flip(0))
+
+
+def _moved(neighbours: Neighbours, device: torch.device) -> Neighbours:
+    below, above, share = (tensor.to(device, non_blocking=True) for tensor in neighbours)
+    return below, above, share

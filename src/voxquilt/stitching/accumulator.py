@@ -13,6 +13,9 @@ from voxquilt.errors import BatchError, PatchShapeError
 from voxquilt.geometry.grid import Grid
 from voxquilt.stitching.blend import Blend, checked_weights
 from voxquilt.stitching.buffer_pool import BufferPool
+from voxquilt.stitching.device_transfer import upload
+from voxquilt.stitching.execution import ON_HOST, Execution
+from voxquilt.stitching.kernels.loading import load_blend_add
 from voxquilt.stitching.sum_type import SumType
 
 
@@ -29,6 +32,7 @@ class Accumulator:
         device: Where sums are kept.
         buffers: Memory that volumes reuse one after the other.
         fill: Values of voxels that no patch covers, one per channel or one for all; None if every patch comes.
+        execution: Whether kernels add patches.
 
     Raises:
         BatchError: (a ValueError) another number of fill values than channels.
@@ -46,16 +50,16 @@ class Accumulator:
         device: torch.device,
         buffers: BufferPool,
         fill: float | Sequence[float] | None = None,
+        execution: Execution = ON_HOST,
     ) -> None:
         if isinstance(fill, Sequence) and len(fill) != channels:
             raise BatchError(f"fill has {len(fill)} values for patches with {channels} channels.")
         self.channels, self.types, self.device = channels, types, device
         self.grid, self.blend, self._axis, self._buffers = grid, blend, axis, buffers
         self._window = grid.shape[axis] if window is None else window
-        self._voxels = prod(grid.shape) // grid.shape[axis] * self._window
-        self._fill = fill
+        voxels, self._fill = prod(grid.shape) // grid.shape[axis] * self._window, fill
         weights = [checked_weights(blend, grid, n) for n in range(3)]
-        self._weights = [w.to(device, types.sums) for w in weights] if blend.averages else []
+        self._weights = [upload(w.to(types.sums), device) for w in weights] if blend.averages else []
         self._owned = [] if blend.averages else [[_owned_interval(w) for w in along] for along in weights]
         patch = grid.patch_size if blend.averages else (0,)
         with torch.inference_mode(False):
@@ -64,13 +68,17 @@ class Accumulator:
         # weight that it was multiplied with.
         of_weights = types.sums if types.sums.is_floating_point else torch.float32
         kept = [(channels, types.sums), (1, of_weights)][: 1 if fill is None else 2]
-        self._memory = [buffers.take(n * self._voxels, dtype, device) for n, dtype in kept]
-        self._planes = [self._view_planes(n, channels, ring=window is not None) for n, (channels, _) in enumerate(kept)]
+        self._memory = [buffers.take(n * voxels, dtype, device) for n, dtype in kept]
+        self._planes = [
+            _view_planes(memory, n, grid, axis, window) for memory, (n, _) in zip(self._memory, kept, strict=True)
+        ]
         # A blend that copies writes every voxel, unless patches are missing.
         self._blank = [blend.averages, True][: len(kept)]
         for planes, blank in zip(self._planes, self._blank, strict=True):
             if blank:
                 planes.zero_()
+        uses_kernel = execution.kernels and blend.averages
+        self._kernel = load_blend_add(grid, axis, self._weights, self._planes) if uses_kernel else None
 
     @property
     def planes(self) -> Shaped[Tensor, "c i j k"]:
@@ -101,39 +109,21 @@ class Accumulator:
         if types.sums != kept and torch.promote_types(types.sums, kept) != kept:
             raise PatchShapeError(f"patches of {dtype} after patches of {kept}, which cannot hold them.")
 
-    def add(self, patch: Shaped[Tensor, "c pi pj pk"], number: int) -> None:
-        """Add a patch with its weights, or copy the voxels that it owns.
+    def add(self, batch: Shaped[Tensor, "b c pi pj pk"], numbers: Sequence[int]) -> None:
+        """Add patches with their weights, or copy the voxels that they own.
 
         Args:
-            patch: The patch, of any type.
-            number: Its number in the grid.
+            batch: Patches of any type; along a ring, all of one row.
+            numbers: Their numbers in the grid.
         """
-        if patch.is_floating_point() and self.types.rounds:  # means of floating-point patches are not rounded
+        # Means of floating-point patches are not rounded.
+        if len(batch) and batch.is_floating_point() and self.types.rounds:
             self.types = replace(self.types, rounds=False)
-        place, first = self.grid.place(number), [0, 0, 0]
-        weights = patch
-        if self.blend.averages:
-            i, j, k = (along[n] for along, n in zip(self._weights, place, strict=True))
-            weights = torch.mul(i[:, None, None], j[:, None] * k, out=self._product)
-        else:
-            for n, along in enumerate(self._owned):
-                first[n], count = along[place[n]]
-                patch = patch.narrow(n + 1, first[n], count)
-        starts = [along[n] + skip for along, n, skip in zip(self.grid.starts, place, first, strict=True)]
-        dim, plane = self._axis + 1, starts[self._axis]
-        columns = [_select_patch(planes, self._axis, starts, patch) for planes in self._planes]
-        for start, count, kept in _pieces(plane, patch.shape[dim], self._window):
-            into, *covers = (planes.narrow(dim, kept, count) for planes in columns)
-            values = patch.narrow(dim, start - plane, count)
-            if self.blend.averages:
-                shares = weights.narrow(self._axis, start - plane, count)
-                into.addcmul_(values.to(into), shares)
-                for cover in covers:
-                    cover.add_(shares)
-            else:
-                into.copy_(values)
-                for cover in covers:
-                    cover.fill_(1)
+        if len(batch) and self._kernel is not None and self._kernel.takes(batch):
+            self._kernel(batch, numbers)
+            return
+        for patch, number in zip(batch, numbers, strict=True):
+            self._add_patch(patch, number)
 
     def join(self, start: int, raw: list[Shaped[Tensor, "_ i j k"]]) -> None:
         """Add planes from `start` on that were accumulated by another process: one tensor for each of `layouts`."""
@@ -195,25 +185,54 @@ class Accumulator:
             for new, planes in zip(memory, self._planes, strict=True)
         ]
         self._weights = [weights.to(device) for weights in self._weights]
-        self._memory, self.device = memory, device
+        self._memory, self.device, self._kernel = memory, device, None
 
     def close(self) -> None:
         """Release the memory for the next volume; further calls do nothing."""
         for memory in self._memory:
             self._buffers.give(memory)
-        self._memory, self._planes = [], []
+        self._memory, self._planes, self._kernel = [], [], None
 
-    def _view_planes(self, number: int, channels: int, *, ring: bool) -> Tensor:
-        shape = list(self.grid.shape)
-        shape[self._axis] = self._window
-        with torch.inference_mode(False):
-            flat = self._memory[number][: channels * self._voxels]
-            if not ring or self._axis == 2:
-                # Patches are contiguous along k: the sums must be so too, or adding takes at least twice as long.
-                return flat.view(channels, *shape)
-            # Plane by plane, so that finished planes are contiguous.
-            del shape[self._axis]
-            return flat.view(self._window, channels, *shape).movedim(0, self._axis + 1)
+    def _add_patch(self, patch: Shaped[Tensor, "c pi pj pk"], number: int) -> None:
+        place, first = self.grid.place(number), [0, 0, 0]
+        weights = patch
+        if self.blend.averages:
+            i, j, k = (along[n] for along, n in zip(self._weights, place, strict=True))
+            weights = torch.mul(i[:, None, None], j[:, None] * k, out=self._product)
+        else:
+            for n, along in enumerate(self._owned):
+                first[n], count = along[place[n]]
+                patch = patch.narrow(n + 1, first[n], count)
+        starts = [along[n] + skip for along, n, skip in zip(self.grid.starts, place, first, strict=True)]
+        dim, plane = self._axis + 1, starts[self._axis]
+        columns = [_select_patch(planes, self._axis, starts, patch) for planes in self._planes]
+        for start, count, kept in _pieces(plane, patch.shape[dim], self._window):
+            into, *covers = (planes.narrow(dim, kept, count) for planes in columns)
+            values = patch.narrow(dim, start - plane, count)
+            if self.blend.averages:
+                shares = weights.narrow(self._axis, start - plane, count)
+                # On a GPU, a conversion of its own would be one kernel more.
+                into.addcmul_(values.to(into.device) if into.is_cuda else values.to(into), shares)
+                for cover in covers:
+                    cover.add_(shares)
+            else:
+                into.copy_(values)
+                for cover in covers:
+                    cover.fill_(1)
+
+
+def _view_planes(memory: Shaped[Tensor, " n"], channels: int, grid: Grid, axis: int, window: int | None) -> Tensor:
+    """The first of some memory as planes (C, I, J, K) of the whole volume or, of a ring, only `window` of them."""
+    shape = list(grid.shape)
+    shape[axis] = window or shape[axis]
+    with torch.inference_mode(False):
+        flat = memory[: channels * prod(shape)]
+        if window is None or axis == 2:
+            # Patches are contiguous along k: the sums must be so too, or adding takes at least twice as long.
+            return flat.view(channels, *shape)
+        # Plane by plane, so that finished planes are contiguous.
+        del shape[axis]
+        return flat.view(window, channels, *shape).movedim(0, axis + 1)
 
 
 def _pieces(plane: int, count: int, window: int) -> Iterator[tuple[int, int, int]]:

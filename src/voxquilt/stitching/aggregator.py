@@ -16,6 +16,7 @@ from voxquilt.geometry.slab_split import Part, all_rows
 from voxquilt.stitching.accumulator import Accumulator
 from voxquilt.stitching.blend import Blend, to_blend
 from voxquilt.stitching.buffer_pool import BufferPool
+from voxquilt.stitching.execution import execution_on
 from voxquilt.stitching.ledger import Ledger
 from voxquilt.stitching.streaming import FinishedPlanes, SlabStream
 from voxquilt.stitching.sum_type import SumType
@@ -140,8 +141,7 @@ class GridAggregator:
         if stream is not None:
             stream.add(batch, numbers)
             return
-        for patch, number in zip(batch, numbers, strict=True):
-            sums.add(patch, number)
+        sums.add(batch, numbers)
         if self.finished:
             sums.finish_all()
 
@@ -229,7 +229,7 @@ class GridAggregator:
         types = SumType.of_patches(batch.dtype, self._blend, self.dtype, self._fill)
         return Accumulator(
             self.grid, self._blend, self._axis, window, channels=batch.shape[1], types=types,
-            device=self.device, buffers=self._buffers, fill=self._fill,
+            device=self.device, buffers=self._buffers, fill=self._fill, execution=execution_on(self.device),
         )  # fmt: skip
 
 

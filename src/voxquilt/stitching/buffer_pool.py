@@ -22,6 +22,7 @@ class BufferPool:
 
     def take(self, count: int, dtype: torch.dtype, device: torch.device) -> Shaped[Tensor, " n"]:
         """Memory for at least `count` values, of unknown content."""
+        device = torch.empty(0, device=device).device  # with the index that a tensor's device has
         large_enough = [t for t in self._free if len(t) >= count and t.dtype == dtype and t.device == device]
         if large_enough:
             best = min(large_enough, key=len)

@@ -3,13 +3,19 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from voxquilt.geometry.frame import Triple
 from voxquilt.geometry.space import AxisMaps, Where
-from voxquilt.geometry.streamed_resample import Piece, Restorer
+from voxquilt.geometry.streamed_resample import Piece, Restorer, Slab
+from voxquilt.stitching.device_transfer import Progress
+from voxquilt.stitching.execution import Execution
+from voxquilt.stitching.finite_check import FiniteCheck
+from voxquilt.stitching.kernels.label_rule import label_rule
+from voxquilt.stitching.kernels.loading import LabelKernel, load_restore_labels
 from voxquilt.stitching.output_volumes import OutputVolumes, Scratch
-from voxquilt.stitching.products.base import Product, check_finite, compute
+from voxquilt.stitching.products.base import Product, compute
 from voxquilt.stitching.products.labels import ArgMax, contenders
 from voxquilt.stitching.products.spec import ProductSpec
 from voxquilt.stitching.streaming import FinishedPlanes
@@ -31,6 +37,9 @@ class NativeGrid:
         planes: The scores' planes that are finished here; the plane behind them comes too.
         holds_all: Whether volumes are whole, with room for the planes of other processes.
         scratch: Where volumes that are too large for memory are kept.
+        device: Where scores come from.
+        execution: How products are computed there.
+        keeps: Whether the device has memory for the volumes, which then stay there until they are complete.
     """
 
     maps: AxisMaps
@@ -40,6 +49,9 @@ class NativeGrid:
     planes: range
     holds_all: bool
     scratch: Scratch | None
+    device: torch.device
+    execution: Execution
+    keeps: bool
 
     @property
     def copies(self) -> bool:
@@ -67,6 +79,7 @@ class NativeGrid:
             self.scratch,
             planes=restorer.native,
             holds_all=self.holds_all,
+            device=self.device if self.keeps else None,
         )
 
 
@@ -89,9 +102,40 @@ class ProductPath:
     def __call__(self, finished: FinishedPlanes) -> None:
         """Compute the products of finished planes."""
         for start, planes in self.before(finished):
-            for piece in self.restorer.feed(start, planes):
-                for name, voxels in self.after(piece):
-                    self.volumes.store(name, piece.where, voxels)
+            for slab in self.restorer.slabs(start, planes):
+                self.take(slab)
+
+    def take(self, slab: Slab) -> None:
+        """Compute the products of native planes."""
+        for piece in self.restorer.pieces(slab):
+            for name, voxels in self.after(piece):
+                self.volumes.store(name, piece.where, voxels)
+
+
+@dataclass(frozen=True)
+class KernelPath(ProductPath):
+    """Computes one product of labels by a kernel, where it can; else as ProductPath does.
+
+    Args:
+        name: Name of the product.
+        kernel: Makes its labels.
+    """
+
+    name: str
+    kernel: LabelKernel
+
+    def take(self, slab: Slab) -> None:
+        if not self.kernel.takes(slab.planes):
+            super().take(slab)
+            return
+        labels, kept = self.volumes.on_device(self.name, slab.where), True
+        if labels is None:
+            labels, kept = self.volumes.new_planes(self.name, slab.where, slab.planes.device), False
+        first = [0, 0, 0]
+        first[self.restorer.source_axis] = slab.start
+        self.kernel(slab.planes, first, slab.where, labels)
+        if not kept:
+            self.volumes.store(self.name, slab.where, labels)
 
 
 class NativeProducts:
@@ -102,37 +146,66 @@ class NativeProducts:
         grid: The mapping to native space.
 
     Raises:
-        OutputError: (when called) scores that are NaN or infinite.
+        OutputError: (when called, or on a device when finished) scores that are NaN or infinite.
     """
 
     def __init__(self, specs: Mapping[str, ProductSpec], grid: NativeGrid) -> None:
-        self._paths = list(_paths(specs, grid))
+        self._check = FiniteCheck(grid.device, deferred=grid.execution.deferred)
+        self._progress = Progress(grid.device)
+        self._paths = list(_paths(specs, grid, self._check))
 
     def __call__(self, finished: FinishedPlanes) -> None:
         for path in self._paths:
             path(finished)
+        self._progress.mark()
 
     @property
     def volumes(self) -> dict[str, OutputVolumes]:
         """Where each product is kept."""
         return {name: path.volumes for path in self._paths for name in path.volumes.arrays}
 
+    def finish(self) -> None:
+        """Wait until a device has computed the products, and bring them to the host.
 
-def _paths(specs: Mapping[str, ProductSpec], grid: NativeGrid) -> Iterator[ProductPath]:
+        Raises:
+            OutputError: scores were NaN or infinite.
+        """
+        self._check.verify(self._progress)
+        self._fetch()
+
+    def to_host(self) -> None:
+        """Bring what there is to the host, where scores will come from."""
+        self._fetch()
+        self._check.to_host()
+
+    def _fetch(self) -> None:
+        for path in self._paths:
+            path.volumes.fetch(self._progress)
+
+
+def _paths(specs: Mapping[str, ProductSpec], grid: NativeGrid, check: FiniteCheck) -> Iterator[ProductPath]:
     for name, spec in specs.items():
         if spec.in_model:
             restorer = grid.make_restorer(linear=spec.product.form(grid.channels)[1].kind == "f")
             volumes = grid.make_volumes({name: spec.product}, restorer)
-            yield ProductPath(
-                _InModel(spec.product, grid.channels, grid.read), restorer, _OfModelProduct(name), volumes
-            )
+            before = _InModel(spec.product, grid.channels, grid.read, check)
+            yield ProductPath(before, restorer, _OfModelProduct(name), volumes)
     of_scores = {name: spec.product for name, spec in specs.items() if not spec.in_model}
+    for name, product in of_scores.items():
+        rule = label_rule(product) if grid.execution.kernels else None
+        if rule is not None:
+            restorer, after = grid.make_restorer(), _OfScores({name: product}, grid.channels, check)
+            kernel = load_restore_labels(rule, grid.maps, restorer.neighbours, check.mark)
+            yield KernelPath(_scores_of, restorer, after, grid.make_volumes({name: product}, restorer), name, kernel)
+    if grid.execution.kernels:
+        of_scores = {name: product for name, product in of_scores.items() if label_rule(product) is None}
     if not of_scores:
         return
-    if grid.copies or not all(isinstance(product, ArgMax) for product in of_scores.values()):
-        restorer, after = grid.make_restorer(), _OfScores(of_scores, grid.channels)
-    else:
+    only_labels = all(isinstance(product, ArgMax) for product in of_scores.values())
+    if only_labels and not grid.copies and not grid.execution.deferred:
         restorer, after = grid.make_restorer(tile=_TILE), _Labels(list(of_scores))
+    else:
+        restorer, after = grid.make_restorer(), _OfScores(of_scores, grid.channels, check)
     yield ProductPath(_scores_of, restorer, after, grid.make_volumes(of_scores, restorer))
 
 
@@ -147,16 +220,18 @@ class _InModel:
     product: Product
     channels: int
     read: Where
+    check: FiniteCheck
 
     def __call__(self, finished: FinishedPlanes) -> Iterator[tuple[int, Tensor]]:
-        # A few planes at a time, which stay in the cache.
+        # A few planes at a time, which stay in the cache; on a GPU more, since the start of a kernel takes time.
         axis, stop = finished.axis, finished.stop
-        step = max(1, 2**22 * (stop - finished.start) // finished.scores.numel())
+        values = 2**25 if finished.scores.is_cuda else 2**22
+        step = max(1, values * (stop - finished.start) // finished.scores.numel())
         for start in range(finished.start, stop, step):
             planes = finished.scores.narrow(axis + 1, start - finished.start, min(step, stop - start))
             along, where = self.read[axis], list(self.read)
             where[axis] = slice(max(along.start - start, 0), max(along.stop - start, 0))
-            check_finite(planes[:, *where])
+            self.check(planes[:, *where])
             yield start, compute(self.product, planes, self.channels)
 
 
@@ -176,17 +251,21 @@ class _OfScores:
 
     products: Mapping[str, Product]
     channels: int
+    check: FiniteCheck
 
     def __call__(self, piece: Piece) -> Iterator[tuple[str, Tensor]]:
         scores = piece.restored()
-        check_finite(scores)
+        self.check(scores)
         for name, product in self.products.items():
             yield name, compute(product, scores, self.channels)
 
 
 @dataclass(frozen=True)
 class _Labels:
-    """Computes the arg-max of interpolated scores, of only those classes that can have the highest in a piece."""
+    """Computes the arg-max of interpolated scores, of only those classes that can have the highest in a piece.
+
+    Which these are is read on the host, so that a device would be waited for.
+    """
 
     names: list[str]
 

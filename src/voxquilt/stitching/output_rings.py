@@ -14,6 +14,7 @@ from voxquilt.geometry.space import Space
 from voxquilt.stitching.accumulator import Accumulator
 from voxquilt.stitching.blend import Blend
 from voxquilt.stitching.buffer_pool import BufferPool, choose_device
+from voxquilt.stitching.execution import Execution, execution_on
 from voxquilt.stitching.ledger import Ledger
 from voxquilt.stitching.native_products import NativeGrid, NativeProducts
 from voxquilt.stitching.output_volumes import Scratch
@@ -35,11 +36,14 @@ class Memory:
         device: Device of the sums; None for where the outputs are.
         buffers: Memory for sums, reused from subject to subject.
         scratch: Where products that are too large for memory go; None keeps all in memory.
+        execution: How sums and products are computed; None chooses by the device. Tests set it, to take a device's way
+            on the host.
     """
 
     device: torch.device | str | None = None
     buffers: BufferPool | None = None
     scratch: Scratch | None = None
+    execution: Execution | None = None
 
 
 @dataclass(frozen=True)
@@ -105,15 +109,20 @@ class RingOpener:
         values = sum(len(plan.fill) for plan in plans) * prod(scores.shape)
         planes = grid.patch_size[part.axis] / grid.shape[part.axis]
         width = max(4, patches.element_size()) if patches.is_floating_point() else 8
-        device = self.memory.device
-        if device is None:
-            device = choose_device(patches.device, int(values * planes) * width)
+        ring, device = int(values * planes) * width, self.memory.device
+        device = choose_device(patches.device, ring) if device is None else torch.device(device)
+        execution = self.memory.execution or execution_on(device)
+        volumes = prod(m.size for m in maps) * sum(_voxel_bytes(plan, channels) for plan in plans)
+        keeps = execution.deferred and choose_device(device, ring + volumes) == device
         buffers = self.memory.buffers or BufferPool()
         rings = []
         for plan in plans:
             fill = plan.fill if self.ledger.skipped else None
             finished = planes_of(part, scores, plan.blend)
-            native = NativeGrid(maps, part.axis, scores.shape, channels, finished, self.holds_all, self.memory.scratch)
+            native = NativeGrid(
+                maps, part.axis, scores.shape, channels, finished, self.holds_all, self.memory.scratch,
+                device, execution, keeps,
+            )  # fmt: skip
             products = NativeProducts(plan.specs, native)
             sums = Accumulator(
                 scores,
@@ -122,9 +131,10 @@ class RingOpener:
                 scores.patch_size[part.axis],
                 channels=len(plan.fill),
                 types=SumType.of_patches(plan.type_of(patches), plan.blend, None, fill),
-                device=torch.device(device),
+                device=device,
                 buffers=buffers,
                 fill=fill,
+                execution=execution,
             )
             rings.append(Ring(plan.averaged, SlabStream(sums, self.ledger, products), products))
         return rings
@@ -149,3 +159,9 @@ class RingOpener:
                 f"patches without foreground would count as label 1, since a score of 0 is above "
                 f"stitch.threshold={self.stitch.threshold}; set stitch.fill to the background's score."
             )
+
+
+def _voxel_bytes(plan: _Plan, channels: int) -> int:
+    """Bytes of a native voxel of all products."""
+    forms = [spec.product.form(channels) for spec in plan.specs.values()]
+    return sum(count * dtype.itemsize for count, dtype in forms)

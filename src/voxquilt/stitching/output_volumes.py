@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
 from voxquilt.errors import LedgerError, OutputError, PatchShapeError
 from voxquilt.geometry.frame import AXES, Triple
 from voxquilt.geometry.space import Where
+from voxquilt.stitching.device_transfer import Progress
 from voxquilt.stitching.products.base import Product
 from voxquilt.text import gib
 
@@ -63,6 +65,7 @@ class OutputVolumes:
         scratch: Keeps arrays that are too large for memory; None keeps all in memory.
         planes: The native planes along the axis that are stored here; None for all.
         holds_all: Whether there is room for all planes, of which others are placed here, or only for these.
+        device: A device that keeps the planes until `fetch`; None keeps them on the host from the start.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class OutputVolumes:
         *,
         planes: range | None = None,
         holds_all: bool = True,
+        device: torch.device | None = None,
     ) -> None:
         self._products = products
         self._axis = axis
@@ -85,6 +89,7 @@ class OutputVolumes:
         self.arrays: dict[str, np.ndarray] = {}
         """(C, I, J, K) by product: in memory in the order of NIfTI files, in scratch files in the order of planes."""
         self._holes: dict[str, np.ndarray] = {}
+        self._on_device: dict[str, Tensor] = {}
         for name, product in products.items():
             count, dtype = product.form(channels)
             large = scratch is not None and count * int(np.prod(kept)) * dtype.itemsize > scratch.limit
@@ -100,6 +105,9 @@ class OutputVolumes:
             # Planes that are still missing.
             self._holes[name] = np.ones(kept[axis], dtype=bool)
             self._holes[name][self._filled.start - self._first : self._filled.stop - self._first] = False
+            if device is not None:
+                with torch.inference_mode(False):
+                    self._on_device[name] = _like(self._own(name), device)
 
     def kind(self, name: str) -> str:
         """The kind of a product."""
@@ -107,14 +115,40 @@ class OutputVolumes:
 
     def store(self, name: str, where: Where, voxels: Shaped[Tensor, "c i j k"]) -> None:
         """Store a product of the native voxels `where`; a single voxel stands for all of them."""
-        self.arrays[name][:, *self._shifted(where)] = voxels.numpy(force=True)
+        into = self.on_device(name, where)
+        if into is None:
+            self.arrays[name][:, *self._shifted(where, self._first)] = voxels.numpy(force=True)
+        else:
+            into.copy_(voxels)
+
+    def on_device(self, name: str, where: Where) -> Shaped[Tensor, "c i j k"] | None:
+        """The native voxels `where` of a product on the device; None if it is kept on the host."""
+        if name not in self._on_device:
+            return None
+        return self._on_device[name][:, *self._shifted(where, self._filled.start)]
+
+    def new_planes(self, name: str, where: Where, device: torch.device) -> Shaped[Tensor, "c i j k"]:
+        """Memory on a device for the native voxels `where` of a product, in the order in which they are kept."""
+        return _like(self.arrays[name][:, *self._shifted(where, self._first)], device)
+
+    def fetch(self, progress: Progress) -> None:
+        """Bring what the device keeps to the host, once the work that is marked is done; then nothing is kept there."""
+        while self._on_device:
+            name, planes = self._on_device.popitem()
+            own = self._own(name)
+            axes = sorted(range(4), key=lambda n: -own.strides[n])
+            into = own.transpose(axes)
+            array = into if into.flags.c_contiguous else np.empty(into.shape, into.dtype)
+            progress.download([planes.permute(axes)], [array])
+            if array is not into:
+                into[...] = array
 
     def part(self, name: str) -> tuple[Where, np.ndarray]:
         """The planes of a product that are stored here: native slices, and a contiguous (C, I, J, K) array."""
         where = [slice(0, n) for n in self.arrays[name].shape[1:]]
         where[self._axis] = slice(self._filled.start, self._filled.stop)
         i, j, k = where
-        return (i, j, k), np.ascontiguousarray(self.arrays[name][:, *self._shifted((i, j, k))])
+        return (i, j, k), np.ascontiguousarray(self._own(name))
 
     def place(self, name: str, where: Where, array: np.ndarray) -> None:
         """Copy planes of a product that another process made; there must be room for all planes.
@@ -142,10 +176,24 @@ class OutputVolumes:
                     f"{AXES[self._axis]}: place() what the other parts made."
                 )
 
-    def _shifted(self, where: Where) -> Where:
-        """Native slices as slices of the arrays, which may begin with a later plane."""
+    def _own(self, name: str) -> np.ndarray:
+        """The planes of a product that are stored here."""
+        where = [slice(None)] * 4
+        where[self._axis + 1] = slice(self._filled.start - self._first, self._filled.stop - self._first)
+        return self.arrays[name][tuple(where)]
+
+    def _shifted(self, where: Where, first: int) -> Where:
+        """Native slices as slices of arrays that begin with the plane `first`."""
         moved = list(where)
         along = where[self._axis]
-        moved[self._axis] = slice(along.start - self._first, along.stop - self._first)
+        moved[self._axis] = slice(along.start - first, along.stop - first)
         i, j, k = moved
         return i, j, k
+
+
+def _like(array: np.ndarray, device: torch.device) -> Tensor:
+    """A tensor of an array's shape and type, with its axes in the same order in memory but no gaps."""
+    axes = sorted(range(4), key=lambda n: -array.strides[n])
+    dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
+    empty = torch.empty([array.shape[n] for n in axes], dtype=dtype, device=device)
+    return empty.permute(*np.argsort(axes).tolist())

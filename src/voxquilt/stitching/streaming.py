@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from jaxtyping import Shaped
@@ -87,10 +88,13 @@ class SlabStream:
         """Add patches, each with its number in the grid, and hand over the planes that they complete."""
         # Planes whose patches are all skipped are handed over first: the next planes need their memory in the ring.
         self._release()
-        for patch, number in zip(batch, numbers, strict=True):
-            self._sums.add(patch, number)
-            self._waiting[self._row(number)] -= 1
+        first = 0
+        for row, same_row in groupby(numbers, self._row):
+            stop = first + len(list(same_row))
+            self._sums.add(batch[first:stop], numbers[first:stop])
+            self._waiting[row] -= stop - first
             self._release()
+            first = stop
         if self.finished:
             self.close()
 

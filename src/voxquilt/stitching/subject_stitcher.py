@@ -77,7 +77,7 @@ class SubjectStitcher:
             PatchShapeError: an output of another shape than the grid wants, or other outputs than before.
             BatchError: another number of patches than of numbers, or complex numbers.
             LedgerError: a patch came twice or too early.
-            OutputError: outputs that are not finite, or a product that cannot be made of an output.
+            OutputError: outputs that are not finite (on a device: when finished), or that a product cannot be made of.
         """
         if not self._rings:
             _check_names(self.stitch.products, outputs)
@@ -139,8 +139,9 @@ class SubjectStitcher:
 
         Raises:
             LedgerError: a patch is missing, or the head of the part that follows.
+            OutputError: outputs are not finite.
         """
-        self._check_finished()
+        self._finish()
         for name, (product, volumes) in self._products.items():
             yield name, *volumes.part(product)
 
@@ -163,11 +164,11 @@ class SubjectStitcher:
         Raises:
             BatchError: this process does not hold whole volumes.
             LedgerError: a patch is missing, or another part's planes.
-            OutputError: post-processing changed a volume's shape, or gave numbers that are not labels.
+            OutputError: outputs are not finite, or post-processing gave another shape or numbers that are not labels.
         """
         if not self.holds_all:
             raise BatchError(f"{self.part} keeps no whole volumes: its planes are in parts().")
-        self._check_finished()
+        self._finish()
         finished: dict[str, np.ndarray] = {}
         for name, (product, volumes) in self._products.items():
             volumes.check_complete()
@@ -181,10 +182,11 @@ class SubjectStitcher:
         return {name: volumes.kind(product) for name, (product, volumes) in self._products.items()}
 
     def to(self, device: torch.device) -> None:
-        """Move all sums to another device, and keep those to come there."""
+        """Move all sums to another device, and keep those to come there; products go to the host."""
         self._opener = replace(self._opener, memory=replace(self._opener.memory, device=device))
         for ring in self._all_rings:
             ring.stream.to(device)
+            ring.products.to_host()
 
     def close(self) -> None:
         """Release the memory of an unfinished subject for the next one."""
@@ -205,9 +207,11 @@ class SubjectStitcher:
             for product, volumes in ring.products.volumes.items()
         }
 
-    def _check_finished(self) -> None:
+    def _finish(self) -> None:
         for ring in self._require_rings():
             ring.stream.check_finished()
+        for ring in self._all_rings:
+            ring.products.finish()
 
     def _require_rings(self) -> list[Ring]:
         if not self._rings:
