@@ -4,21 +4,32 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from synthetic import Over50, noise, read, save
+from synthetic import Over50, Plus, noise, read, save
 
+from voxquilt.data.batch import cut_batches
+from voxquilt.data.copy_stream import CudaStream
+from voxquilt.data.device_feed import DeviceFeed
+from voxquilt.data.discovery import SubjectFiles
 from voxquilt.data.foreground import patches_to_predict
+from voxquilt.data.grid_loader import GridLoader
 from voxquilt.data.grid_sampler import GridSampler
 from voxquilt.data.preprocess import Preprocess
+from voxquilt.data.staging import Staging
 from voxquilt.data.subject import ScalarImage, Subject
+from voxquilt.data.subject_task import SubjectTask
 from voxquilt.errors import OutputError
+from voxquilt.geometry.padding import to_padding
 from voxquilt.geometry.slab_split import Part, split_rows
 from voxquilt.geometry.space import Space
 from voxquilt.models.predictor import PatchPredictor
+from voxquilt.planning.planner import Planner
+from voxquilt.predict import predict_volume
 from voxquilt.prediction.datamodule import GridDataModule
 from voxquilt.prediction.writer_callback import VolumeWriter
 from voxquilt.stitching.blend_registry import BLENDS
@@ -263,3 +274,140 @@ def test_a_full_device_makes_batches_smaller_before_subjects_fail(room: int, wan
         np.testing.assert_array_equal(read(tmp_path / "out/a_labels.nii.gz"), np.asarray(volume) > 50)
     else:
         assert "out of memory" in writer.rows[0].error
+
+
+# Images on the device
+
+
+DEVICE = torch.device("cuda", 0)
+AFFINE = np.array([[0, 0, -1.3, 4], [-0.8, 0, 0, 9], [0, 2, 0, -7], [0, 0, 0, 1.0]])
+
+
+def predict_on_gpu(out: Path, scans: Path, network: torch.nn.Module, stitch: Stitch, **options: Any) -> VolumeWriter:
+    """A run on the GPU."""
+    writer = VolumeWriter(out, stitch, compress=False)
+    trainer = Trainer(accelerator="gpu", devices=1, logger=False, callbacks=[writer], enable_progress_bar=False)
+    data = GridDataModule(scans, 8, 4, batch_size=3, **options)
+    trainer.predict(PatchPredictor(network), datamodule=data, return_predictions=False)
+    return writer
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32, np.float64])
+def test_volumes_arrive_on_the_device_as_they_are(dtype: type) -> None:
+    """Through pinned buffers much smaller than a volume, several in a row, with the order of axes that they had."""
+    stream = CudaStream(DEVICE)
+    staging = Staging(stream, 1000)
+    volumes = [torch.from_numpy(noise((2, 31, 22, 17), n).astype(dtype)).permute(0, 3, 2, 1) for n in range(3)]
+    with stream.active():
+        made = [staging.upload(volume) for volume in volumes]
+    torch.cuda.synchronize()
+    for volume, copy in zip(volumes, made, strict=True):
+        assert copy.device == DEVICE
+        assert copy.stride() == volume.stride()
+        assert torch.equal(copy.cpu(), volume)
+
+
+@pytest.mark.parametrize("mode", ["constant", "edge", "reflect", "symmetric", "wrap", "mean"])
+def test_padding_on_the_device_equals_numpy(mode: str) -> None:
+    """The volume stays there."""
+    volume = torch.from_numpy(noise((2, 7, 6, 5)))
+    pad, padding = to_padding(mode), ((3, 9), (0, 1), (4, 0))
+    made = pad(volume.cuda(), padding)
+    assert made.is_cuda
+    assert torch.equal(made.cpu(), pad(volume, padding))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"preprocess": Preprocess("LPS", 1.1)},
+        {"preprocess": Preprocess(None, intensity=[torch.neg, lambda x: x.numpy() + 0.5])},  # numpy wants the host
+        {"padding_mode": "reflect", "skip": 98.5},
+        {"preprocess": Preprocess(spacing=1.1, device="cpu")},
+    ],
+)
+def test_images_prepared_on_the_device_give_the_hosts_outputs(
+    workers: int, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Eight subjects in a row; scores within 1e-4 of those of the host."""
+    for n in range(8):
+        save(tmp_path / f"in/s{n}.nii.gz", noise((19 + n, 11, 14), n), AFFINE)
+    stitch = Stitch(products=["logits"], fill=[0.0])
+    writer = predict_on_gpu(tmp_path / "out", tmp_path / "in", Plus(), stitch, num_workers=workers, **options)
+    assert [row.status for row in writer.rows] == ["done"] * 8
+    for n in range(8):
+        wanted = predict_volume(Plus(), tmp_path / f"in/s{n}.nii.gz", 8, 4, stitch=stitch, **options)["logits"][0]
+        np.testing.assert_allclose(read(tmp_path / f"out/s{n}_logits.nii"), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_batches_are_cut_on_the_device_without_waiting(tmp_path: Path) -> None:
+    """Not once in a subject, whether it is on the device or on the host; the batches hold the host's patches."""
+    save(tmp_path / "a.nii", noise((19, 11, 14)), AFFINE)
+    task = SubjectTask(SubjectFiles("a", {"image": tmp_path / "a.nii"}))
+    loader = GridLoader((8, 8, 8), (4, 4, 4), Preprocess(spacing=1.3))
+    wanted = torch.cat([batch.data.clone() for batch in cut_batches([loader.load(task)], 3)])
+    for takes_volumes in (True, False):
+        feed = DeviceFeed(CudaStream(DEVICE), takes_volumes=takes_volumes, channels_last=True)
+        loaded = loader.load(task, 0, feed)
+        assert loaded.source.is_on_device == takes_volumes
+        seen: list[torch.Tensor] = []
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            seen = [batch.to(DEVICE).data.clone() for batch in cut_batches([loaded], 3, feed)]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.testing.assert_close(torch.cat(seen).cpu(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_one_volume_is_predicted_on_the_device() -> None:
+    """By predict_volume, from a tensor on the host."""
+    image = ScalarImage(tensor=torch.from_numpy(noise((17, 9, 12)))[None], affine=AFFINE)
+    options: dict[str, Any] = {"preprocess": Preprocess(spacing=1.4), "batch_size": 4, "padding_mode": "edge"}
+    made = predict_volume(Plus(), image, 8, 4, device="cuda", **options)["image"]
+    np.testing.assert_allclose(made, predict_volume(Plus(), image, 8, 4, **options)["image"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_a_network_compiled_to_cuda_graphs_gives_the_same(members: int, tmp_path: Path) -> None:
+    """Also an ensemble with flips, while other subjects are loaded."""
+    for n in range(4):
+        save(tmp_path / f"in/s{n}.nii.gz", noise((19, 11, 14), n))
+    stitch, volumes = Stitch(products=["logits"]), []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        networks = [torch.nn.Conv3d(1, 2, 3, padding=1) for _ in range(members)]
+        writer = VolumeWriter(tmp_path / str(compiled), stitch, compress=False)
+        trainer = Trainer(accelerator="gpu", devices=1, logger=False, callbacks=[writer], enable_progress_bar=False)
+        predictor = PatchPredictor(networks, flips=[0] * (members > 1), compile=compiled)
+        data = GridDataModule(tmp_path / "in", 8, 4, batch_size=3, num_workers=2)
+        trainer.predict(predictor, datamodule=data, return_predictions=False)
+        assert [row.status for row in writer.rows] == ["done"] * 4
+        volumes.append([read(tmp_path / f"{compiled}/s{n}_logits.nii") for n in range(4)])
+    # Convolutions in TF32 are rounded to 10 bits.
+    for plain, graphed in zip(*volumes, strict=True):
+        np.testing.assert_allclose(graphed, plain, rtol=1e-2, atol=0.5)
+
+
+@pytest.mark.parametrize("on_device", [True, False])
+def test_predicted_device_memory_is_what_a_run_takes(on_device: bool, tmp_path: Path) -> None:
+    """Within 15 %, for a network with large activations, a resampled volume and 14 classes."""
+    save(tmp_path / "in/a.nii", noise((200, 200, 180)))
+    network = torch.nn.Sequential(
+        torch.nn.Conv3d(1, 32, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv3d(32, 32, 3, padding=1), torch.nn.ReLU(),
+        torch.nn.Conv3d(32, 14, 1),
+    )  # fmt: skip
+    preprocess = Preprocess(spacing=1.2, device="auto" if on_device else "cpu")
+    data = GridDataModule(tmp_path / "in", 64, 32, batch_size=2, preprocess=preprocess)
+    predictor, writer = PatchPredictor(network), VolumeWriter(tmp_path / "out")
+    trainer = Trainer(accelerator="gpu", devices=1, logger=False, callbacks=[writer], enable_progress_bar=False)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    trainer.predict(predictor, datamodule=data, return_predictions=False)
+    peak = torch.cuda.max_memory_allocated() - before
+    required = Planner(trainer, predictor, data.run_size, writer.options.settings(data, predictor)).plan().requirements
+    assert required.images_on_device == on_device
+    assert sum(required.device.values()) == pytest.approx(peak, rel=0.15)

@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 
 from voxquilt.data.batch import named_outputs
+from voxquilt.data.batch_buffer import BatchBuffer
 from voxquilt.data.conversion import SubjectLike, to_mask, to_subject
+from voxquilt.data.copy_stream import copy_stream
+from voxquilt.data.device_feed import DeviceFeed
 from voxquilt.data.foreground import patches_to_predict, patches_to_skip
 from voxquilt.data.grid_sampler import GridSampler
 from voxquilt.data.preprocess import Preprocess
@@ -34,6 +37,7 @@ def predict_volume(
     preprocess: Preprocess | None = None,
     stitch: Stitch | str | None = None,
     output: str = "auto",
+    device: torch.device | str = "cpu",
 ) -> dict[str, np.ndarray]:
     """Cut a subject into patches, predict them, stitch the outputs, and bring them back to the subject's own space.
 
@@ -56,6 +60,8 @@ def predict_volume(
         output: How outputs lie in patches: as large or smaller by one integer factor ('auto'), by a factor per axis
             ('resampled'), or without the border that valid convolutions use up ('cropped', found by one forward pass
             of zeros): then outputs lie side by side, or overlap by `patch_overlap`.
+        device: Where the network is. Images are prepared there too, unless its memory is too small for that or
+            `preprocess` has `device="cpu"`.
 
     Returns:
         (C, I, J, K) arrays in native space by product name, such as 'labels'; `voxquilt.data.formats.nifti.write` saves
@@ -68,28 +74,36 @@ def predict_volume(
     subject = Subject(subject.get_images_dict() or subject.images)
     skip = skip if isinstance(skip, float | int | None) else to_mask(skip)
     stitch = Stitch(stitch) if isinstance(stitch, str) else stitch or Stitch()
-    model_subject, space = (preprocess or Preprocess())(subject)
+    preprocess, device = preprocess or Preprocess(), torch.device(device)
+    stream = copy_stream(device, beside=False)
+    feed = None if stream is None else DeviceFeed(stream, takes_volumes=preprocess.device == "auto")
+    on_device = None if feed is None else feed.try_on_device(lambda: preprocess(subject, feed))
+    model_subject, space = on_device or preprocess(subject)
     cropped = check_name(output, OUTPUTS, "output") == "cropped"
-    halo = _halo(network, model_subject, to_triple(patch_size, "patch_size", minimum=1)) if cropped else NO_PADDING
+    size = to_triple(patch_size, "patch_size", minimum=1)
+    halo = _halo(network, model_subject, size, device) if cropped else NO_PADDING
     sampler = GridSampler(
-        model_subject, patch_size, patch_overlap, padding_mode, fit=True, divisible_by=divisible_by, halo=halo
+        model_subject, size, patch_overlap, padding_mode, fit=True, divisible_by=divisible_by, halo=halo
     )
     skipped = patches_to_skip(skip, sampler, subject, space)
     numbers = patches_to_predict(sampler, skipped)
     stitcher = SubjectStitcher(stitch, sampler, space, skipped=skipped, layout=output)
-    batch = torch.empty(batch_size, sampler.channels, *sampler.patch_size)
+    source = sampler.source(stream if on_device else None)
+    buffer = BatchBuffer((batch_size, source.channels, *sampler.patch_size), feed)
     for start in range(0, len(numbers), batch_size):
         indices = numbers[start : start + batch_size]
-        for row, index in zip(batch, indices, strict=False):
-            sampler.fill(row, index)
-        outputs = network(batch[: len(indices)])
+        buffer.begin()
+        buffer.fill(source, indices, 0)
+        outputs = network(buffer.data[: len(indices)])
         stitcher.add(named_outputs(outputs, len(indices)), indices)
         del outputs  # or they would stay in memory beside the next
     return stitcher.volumes()
 
 
-def _halo(network: Callable[[Tensor], Tensor | dict[str, Tensor]], subject: Subject, patch: Triple) -> Padding:
+def _halo(
+    network: Callable[[Tensor], Tensor | dict[str, Tensor]], subject: Subject, patch: Triple, device: torch.device
+) -> Padding:
     """The border of a patch that the network's outputs lack, measured with a patch of zeros."""
     channels = sum(image.shape[0] for image in subject.images.values())
-    outputs = named_outputs(network(torch.zeros(1, channels, *patch)), 1)
+    outputs = named_outputs(network(torch.zeros(1, channels, *patch, device=device)), 1)
     return halo_of({name: tensor.shape for name, tensor in outputs.items()}, patch)

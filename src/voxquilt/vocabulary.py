@@ -21,6 +21,8 @@ AVERAGES = ("logits", "probabilities")
 OUTPUTS = ("auto", "resampled", "cropped")
 """How an output lies in its patch; see `voxquilt.geometry.output_layout`."""
 NONFINITE = ("error", "zero")
+DEVICES = ("auto", "cpu")
+"""Where images are prepared: on the network's device, or on the host."""
 ON_ERROR = ("skip", "raise")
 TASKS = ("segmentation", "multilabel", "image")
 LOGS = ("auto", "rich", "plain", "json")

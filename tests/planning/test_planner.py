@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,14 +14,15 @@ import torch
 from forks import Server, checked
 from lightning.pytorch import Trainer
 from synthetic import ROOT, Over50, count_headers, noise, read, save
-from torch import nn
+from torch import Tensor, nn
 
 from voxquilt.data.preprocess import Preprocess
+from voxquilt.data.staging import STAGED
 from voxquilt.data.subject_size import RunSize, SubjectSize, combined, run_size
 from voxquilt.models.predictor import PatchPredictor
 from voxquilt.planning.machine import disk_free, memory_available
 from voxquilt.planning.planner import MachineResources, Planner
-from voxquilt.planning.preflight import weights_on_device
+from voxquilt.planning.preflight import largest_by_trial, weights_on_device
 from voxquilt.planning.resource_estimate import MIB, RunSettings, bytes_on_disk, estimate, plan_outputs
 from voxquilt.planning.shape_probe import Probe
 from voxquilt.prediction.datamodule import GridDataModule
@@ -108,7 +110,7 @@ def test_a_timed_plan_writes_no_volume(place: Path, tmp_path: Path, forks: Serve
 )
 def test_estimated_seconds_count_overlapping_steps_once(threads: int, of_one: float, of_three: float) -> None:
     """A network on the host shares its threads with reading and writing, one on a GPU does not; slow writing counts."""
-    one = SubjectSize((2, 3, 4), (2, 3, 4), (1, 1, 1), 1, 10, 24, 96, 96, 50)
+    one = SubjectSize((2, 3, 4), (2, 3, 4), (1, 1, 1), 1, 10, 24, 96, 96, 50, 50)
     rates = Rates(read=1 / 50, patch=3, write=4 / 24, begin=5, threads=threads)
     assert rates.subject(one) == pytest.approx({"reading": 1, "patches": 30, "writing": 4})
     assert rates.total([]) == 0
@@ -261,6 +263,93 @@ def test_with_a_gpu_network_and_sums_are_counted_on_the_device() -> None:
     assert (found.host["sums"], found.host["network"]) == (0, 10**5)
 
 
+def test_images_on_the_device_are_counted_there() -> None:
+    """Those ahead and those being prepared; the host keeps the voxels of one file, and the buffers of copies."""
+    size, outputs = (
+        replace(combined([ONE, ONE, ONE]), reading=3 * 10**6, stored=10**5),
+        plan_outputs(Stitch(products=["labels", "probabilities"]), passed(3).outputs, (8, 8, 8)),
+    )
+    there, here = (
+        estimate(size, passed(3), outputs, replace(SETTINGS, gpu=True, images_on_device=on)) for on in (True, False)
+    )
+    assert there.images_on_device
+    assert not here.images_on_device
+    assert (there.device["images"], there.device["reading"]) == (2 * ONE.loaded, 3 * 10**6)
+    assert (there.host["images"], there.host["reading"]) == (0, 10**5 + STAGED)
+    assert (here.host["images"], here.host["reading"]) == (2 * ONE.loaded, 3 * 10**6)
+    assert here.device.keys() == {"weights", "network", "batches", "sums", "products"}
+    for both in (there, here):
+        assert both.device["batches"] == 2 * 2 * 512 * 4
+        assert both.device["products"] == 2 * (1 + 12) * 10**6
+
+
+def device_planner(settings: RunSettings, size: RunSize = ONE) -> Planner:
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    return Planner(trainer, PatchPredictor(Over50()), size, replace(settings, gpu=True, images_on_device=True))
+
+
+def test_products_are_counted_on_the_device_where_half_of_its_free_memory_holds_them() -> None:
+    """With the sums, as the stitcher decides; also those that are too large for the host's memory."""
+    outputs = plan_outputs(Stitch(products=["probabilities"]), passed(3).outputs, (8, 8, 8))
+    settings = replace(SETTINGS, gpu=True, weights=7, in_memory=0)
+    used = 7 + 10**6 + 2 * 2 * 512 * 4
+    need = 12 * 10**6 + ONE.ring * 12 + 512 * 4
+    for memory, kept in ((used + 2 * need, 12 * 10**6), (used + 2 * need - 2, None)):
+        device = estimate(ONE, passed(3), outputs, replace(settings, device_memory=memory)).device
+        assert device.get("products") == kept
+
+
+def test_images_stay_on_the_host_where_the_device_is_too_small() -> None:
+    """The plan says so, and counts them on the host."""
+    planner = device_planner(SETTINGS)
+    forecast = planner.plan()
+    assert forecast.settings.images_on_device
+    assert forecast.as_json()["images_on"] == "device"
+    need = sum(size for what, size in forecast.requirements.device.items() if what != "products")
+    forecast = device_planner(replace(SETTINGS, device_memory=need)).plan()  # nothing to spare
+    assert not forecast.settings.images_on_device
+    assert forecast.as_json()["images_on"] == "host"
+    assert forecast.requirements.host["images"] == ONE.loaded
+    assert any("images stay on the host" in note for note in forecast.notes)
+
+
+@pytest.mark.parametrize(("most", "size"), [(1, 1), (2, 1), (3, 2), (5, 2), (6, 4), (10, 4), (11, 8), (10**9, 64)])
+def test_the_batch_size_of_a_device_passes_a_forward_with_a_quarter_to_spare(most: int, size: int) -> None:
+    """The largest power of two whose trial, a quarter larger and one more, fits; one if none does."""
+    sizes: list[int] = []
+
+    def forward(patches: Tensor) -> Tensor:
+        sizes.append(len(patches))
+        if len(patches) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return patches
+
+    assert largest_by_trial(forward, (1, 2, 2, 2), torch.device("cpu"), device_planner(SETTINGS)) == size
+    assert sizes == sorted(sizes)
+
+
+def test_a_trial_leaves_room_for_images_sums_and_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory for them is taken while batches are tried; where there is none, they go to the host."""
+    planner, empty, taken = device_planner(SETTINGS), torch.empty, list[int]()
+    device = planner.plan().requirements.device
+    wanted = sum(device[key] for key in ("images", "reading", "sums", "products"))
+
+    def take(count: int, **options: Any) -> Tensor:
+        taken.append(count)
+        if len(taken) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return empty(count, **options)
+
+    def forward(patches: Tensor) -> Tensor:
+        return patches
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "empty", take)
+        for _ in range(2):
+            assert largest_by_trial(forward, (1, 2, 2, 2), torch.device("cpu"), planner) == 64
+    assert taken == [wanted, wanted]
+
+
 def test_the_size_of_a_run_adds_voxels_and_keeps_the_largest_subject(place: Path) -> None:
     """Computed at once or by rank; unreadable files are counted."""
     data = GridDataModule(str(place / "in"), 8, 4, preprocess=Preprocess(spacing=2.0))
@@ -273,9 +362,10 @@ def test_the_size_of_a_run_adds_voxels_and_keeps_the_largest_subject(place: Path
     assert total.file == 2 * total.voxels
     last = sizes[-1]
     assert last is not None
-    # float32 in model space, since it is resampled, and a copy that is padded to a patch where it is smaller.
+    # float32 in model space, since it is resampled, and padded to a patch where it is smaller.
     assert last.model == (16, 11, 6)
-    assert last.loaded == 4 * (16 * 11 * 6 + 16 * 11 * 8)
+    assert last.loaded == 4 * 16 * 11 * 8
+    assert last.stored == 2 * 32 * 17 * 14
 
 
 def refusal(tmp_path: Path, memory: int, disk: int, **changes: object) -> str | None:

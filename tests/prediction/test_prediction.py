@@ -404,7 +404,7 @@ class Watched(GridDataModule):
 
     def load(self, case: SubjectFiles) -> LoadedSubject:
         loaded = super().load(case)
-        self.alive.watch(loaded.sampler.volume("image"))
+        self.alive.watch(loaded.source.volumes[0])
         return loaded
 
 

@@ -35,6 +35,7 @@ from voxquilt.stitching.products.registry import PRODUCTS
 from voxquilt.vocabulary import (
     ACTIVATIONS,
     AVERAGES,
+    DEVICES,
     DISTRIBUTE,
     LOGS,
     NONFINITE,
@@ -50,6 +51,7 @@ PREPROCESS = Section(
         "orientation": or_null(lambda value, _: parse_axcodes(value)),
         "spacing": lambda value, _: to_spacing(value),
         "intensity": by_name(callables, name_in_key=True),
+        "device": word(DEVICES),
     }
 )
 STITCH = Section(

@@ -1,11 +1,14 @@
 """Cuts subjects into batches of patches, which know the subjects that they come from."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from voxquilt.data.batch_buffer import BatchBuffer
+from voxquilt.data.copy_stream import Mark
+from voxquilt.data.device_feed import DeviceFeed
 from voxquilt.data.subject_task import LoadedSubject, SubjectWork
 from voxquilt.errors import OutputError
 
@@ -51,12 +54,15 @@ class PatchBatch:
     A plain class: Lightning rebuilds dataclasses and converts the floats in them, but here it only calls `to`.
     """
 
-    def __init__(self, data: Tensor, rows: list[SubjectRows]) -> None:
+    def __init__(self, data: Tensor, rows: list[SubjectRows], arrived: Mark | None = None) -> None:
         self.data = data
         self.rows = rows
+        self._arrived = arrived
 
     def to(self, device: torch.device) -> "PatchBatch":
-        """The batch on another device."""
+        """The batch on another device; Lightning calls it just before the network, and it waits for no other batch."""
+        if self._arrived is not None:
+            self._arrived.order()
         return PatchBatch(self.data.to(device), self.rows)
 
     def named(self, outputs: object) -> dict[str, Tensor]:
@@ -81,32 +87,56 @@ class PatchBatch:
         return PatchBatch(self.data.pin_memory(), self.rows)
 
 
-def cut_batches(subjects: Iterable[LoadedSubject], batch_size: int) -> Iterator[PatchBatch]:
+def cut_batches(
+    subjects: Iterable[LoadedSubject], batch_size: int, feed: DeviceFeed | None = None
+) -> Iterator[PatchBatch]:
     """Cut subjects into batches; all are full but the last, and those before the number of channels changes.
 
     Two buffers take turns, since first use of memory is slow: a batch is valid until the next but one is requested.
+
+    Args:
+        subjects: The subjects, in order.
+        batch_size: Patches per batch.
+        feed: The device that batches lie on; None for the host.
     """
-    buffers: list[Tensor] = []
+    buffers: list[BatchBuffer] = []
     rows: list[SubjectRows] = []
     filled = count = 0
+
+    def take_batch() -> PatchBatch:
+        nonlocal rows, filled, count
+        buffer = buffers[count % 2]
+        batch = PatchBatch(buffer.data[:filled], rows, buffer.arrived)
+        rows, filled, count = [], 0, count + 1
+        return batch
+
     for loaded in subjects:
-        work, sampler = loaded.work, loaded.sampler
-        shape = (batch_size, sampler.channels, *sampler.patch_size)
-        if filled and buffers[0].shape != shape:
-            yield PatchBatch(buffers[count % 2][:filled], rows)
-            rows, filled, count = [], 0, count + 1
-        if not buffers or buffers[0].shape != shape:
-            buffers = [torch.empty(shape), torch.empty(shape)]
+        work, source = loaded.work, loaded.source
+        source.hand_over()
+        shape = (batch_size, source.channels, *source.patch_size)
+        if filled and buffers[0].data.shape != shape:
+            yield take_batch()
+        if not buffers or buffers[0].data.shape != shape:
+            buffers = _make_buffers(shape, feed)
         first, total = 0, len(work.numbers)
         while first < total and not work.failed:
+            if filled == 0:
+                buffers[count % 2].begin()
             take = min(batch_size - filled, total - first)
-            for n in range(take):
-                sampler.fill(buffers[count % 2][filled + n], work.numbers[first + n])
+            buffers[count % 2].fill(source, work.numbers[first : first + take], filled)
             rows.append(SubjectRows(work, first, filled, filled + take))
             first, filled = first + take, filled + take
             if filled == batch_size:
-                yield PatchBatch(buffers[count % 2], rows)
-                rows, filled, count = [], 0, count + 1
-        del loaded, sampler  # frees the volume before waiting for the next one
+                yield take_batch()
+        del loaded, source  # frees the volume before waiting for the next one
     if filled:
-        yield PatchBatch(buffers[count % 2][:filled], rows)
+        yield take_batch()
+
+
+def _make_buffers(shape: Sequence[int], feed: DeviceFeed | None) -> list[BatchBuffer]:
+    try:
+        return [BatchBuffer(shape, feed), BatchBuffer(shape, feed)]
+    except torch.OutOfMemoryError:
+        if feed is None or not feed.to_host():
+            raise
+    return [BatchBuffer(shape, feed), BatchBuffer(shape, feed)]

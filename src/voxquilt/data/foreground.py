@@ -25,7 +25,7 @@ def empty_patches(sampler: GridSampler, foreground: Bool[Tensor, "i j k"]) -> li
     # A patch is a box, so that its foreground can be reduced one axis after the other.
     for axis, (starts, size) in enumerate(zip(sampler.grid.starts, sampler.grid.patch_size, strict=True)):
         present = torch.stack([present.narrow(axis, start, size).any(axis) for start in starts], axis)
-    return (~present.flatten()).nonzero().flatten().tolist()
+    return (~present.flatten()).cpu().nonzero().flatten().tolist()  # waits for a device once
 
 
 def threshold_foreground(threshold: float, model_subject: Subject) -> Bool[Tensor, "i j k"]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from math import prod
 from time import perf_counter
 
+from voxquilt.data.device_feed import DeviceFeed
 from voxquilt.data.discovery import SubjectFiles, check_id
 from voxquilt.data.foreground import patches_to_predict, patches_to_skip
 from voxquilt.data.grid_sampler import GridSampler
@@ -73,22 +74,27 @@ class GridLoader:
         except Exception as error:  # too large numbers raise many kinds of errors
             return SubjectCost(1, problem=_with_files(reason_of(error), files))
 
-    def load(self, task: SubjectTask, rank: int = 0) -> LoadedSubject:
+    def load(self, task: SubjectTask, rank: int = 0, feed: DeviceFeed | None = None) -> LoadedSubject:
         """Read a subject, take it to model space and lay the grid.
 
         Args:
             task: The subject.
             rank: The rank of this process, which predicts only its part of a grid that several share.
+            feed: The device that its volumes are prepared and kept on, if that is possible; None for the host.
 
         Raises:
             VoxquiltError: the subject cannot be read or preprocessed.
         """
         if task.problem:
             raise InputError(task.problem)
+        loaded = None if feed is None else feed.try_on_device(lambda: self._load(task, rank, feed))
+        return loaded or self._load(task, rank, None)
+
+    def _load(self, task: SubjectTask, rank: int, feed: DeviceFeed | None) -> LoadedSubject:
         started = perf_counter()
         subject = _subject_of(task.case)
         file = next(iter(subject.images.values())).file
-        model_subject, space = self.preprocess(subject)
+        model_subject, space = self.preprocess(subject, feed)
         sampler = GridSampler(
             model_subject,
             self.patch_size,
@@ -98,8 +104,7 @@ class GridLoader:
             divisible_by=self.divisible_by,
             halo=self.halo,
         )
-        for name in model_subject.images:
-            sampler.volume(name)  # pads, here rather than between two batches
+        source = sampler.source(None if feed is None else feed.stream)  # pads, here rather than between two batches
         mask = self.skip
         if isinstance(mask, str):
             mask = LabelMap(mask.replace("{subject}", task.case.subject))
@@ -108,7 +113,7 @@ class GridLoader:
         numbers = patches_to_predict(sampler, skipped, part)
         seconds = perf_counter() - started
         work = SubjectWork(task, file, sampler.grid, sampler.padding, space, numbers, skipped, part, seconds)
-        return LoadedSubject(work, sampler)
+        return LoadedSubject(work, source if feed is None else feed.keep(source))
 
 
 def check_model_space(space: Space) -> None:

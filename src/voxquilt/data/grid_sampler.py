@@ -12,6 +12,8 @@ from torch.utils.data import Dataset
 from torch.utils.data._utils.collate import collate, default_collate_fn_map
 
 from voxquilt.data.conversion import SubjectLike, to_subject
+from voxquilt.data.copy_stream import CopyStream
+from voxquilt.data.patch_source import PatchSource
 from voxquilt.data.subject import AFFINE, LOCATION, Image, Subject
 from voxquilt.errors import GridError
 from voxquilt.geometry.frame import Padding, Triple
@@ -111,18 +113,13 @@ class GridSampler(Dataset[Subject]):
         i, j, k = (slice(s, s + n) for s, n in zip(self.grid.location(index)[:3], self.patch_size, strict=True))
         return self.volume(name)[:, i, j, k]
 
-    def fill(self, out: Shaped[Tensor, "c pi pj pk"], index: int) -> None:
-        """Copy a patch of all images, concatenated along channels, into an existing tensor."""
-        channel = 0
-        for name in self.subject.images:
-            patch = self.cut(name, index)
-            out[channel : channel + len(patch)].copy_(patch)
-            channel += len(patch)
+    def source(self, stream: CopyStream | None = None) -> PatchSource:
+        """All volumes with padding and halo, from which patches are cut into batches.
 
-    @property
-    def channels(self) -> int:
-        """Number of channels of all images."""
-        return sum(len(self.volume(name)) for name in self.subject.images)
+        Args:
+            stream: The stream on which they were prepared on a device; None for volumes on the host.
+        """
+        return PatchSource([self.volume(name) for name in self.subject.images], self.grid, self.patch_size, stream)
 
     def __getitem__(self, index: int) -> Subject:
         if not -len(self) <= index < len(self):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from time import perf_counter
 
 from voxquilt.data.batch import PatchBatch, cut_batches
+from voxquilt.data.device_feed import DeviceFeed
 from voxquilt.data.subject_task import LoadedSubject, SubjectTask
 from voxquilt.errors import VoxquiltError
 
@@ -34,6 +35,7 @@ class PatchStream:
         num_workers: Threads that load subjects ahead, each one subject; 0 loads in the main thread.
         failed: Called with each subject that cannot be loaded, in any thread.
         stopped: Tells whether to end before the next batch.
+        feed: The device that batches lie on; None for the host.
     """
 
     tasks: Sequence[SubjectTask]
@@ -42,9 +44,10 @@ class PatchStream:
     num_workers: int
     failed: Callable[[LoadFailure], None]
     stopped: Callable[[], bool]
+    feed: DeviceFeed | None = None
 
     def __iter__(self) -> Iterator[PatchBatch]:
-        for batch in cut_batches(self._subjects(), self.batch_size):
+        for batch in cut_batches(self._subjects(), self.batch_size, self.feed):
             if self.stopped():
                 return
             yield batch

@@ -7,12 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from voxquilt.data.device_feed import DeviceFeed
 from voxquilt.data.subject import Image, LabelMap, ScalarImage, Subject
 from voxquilt.errors import InputError
 from voxquilt.geometry.frame import parse_axcodes, to_spacing
 from voxquilt.geometry.resample import resample
 from voxquilt.geometry.space import Space, inverse, make_space
-from voxquilt.vocabulary import NONFINITE, check_name
+from voxquilt.vocabulary import DEVICES, NONFINITE, check_name
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -35,6 +36,8 @@ class Preprocess:
         intensity: Callables on a (C, I, J, K) float32 tensor, applied in turn to each image separately; or a mapping
             from image names to such lists. MONAI's array transforms are such callables.
         nonfinite: What to do with NaN and infinite voxels: 'error' or 'zero'.
+        device: Where images are taken to model space and kept while patches are cut from them: 'auto' is the device of
+            the network that predicts them, as far as its memory allows, and 'cpu' the host.
 
     Raises:
         ConfigError: an argument is invalid.
@@ -44,12 +47,14 @@ class Preprocess:
     spacing: float | Iterable[float | None] | None = None
     intensity: Sequence[Transform] | Mapping[str, Sequence[Transform]] | None = None
     nonfinite: str = "error"
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         if self.orientation is not None:
             parse_axcodes(self.orientation)
         object.__setattr__(self, "spacing", to_spacing(self.spacing))
         check_name(self.nonfinite, NONFINITE, "nonfinite")
+        check_name(self.device, DEVICES, "device")
 
     def space(self, subject: Subject) -> Space:
         """The mapping between a subject's native frame and model space; reads headers only.
@@ -59,12 +64,17 @@ class Preprocess:
         """
         return make_space(subject.frame, self.orientation, self.spacing)
 
-    def __call__(self, subject: Subject) -> Prepared:
+    def __call__(self, subject: Subject, feed: DeviceFeed | None = None) -> Prepared:
         """Read a subject and take it to model space; the subject does not keep the voxels.
+
+        Args:
+            subject: The subject.
+            feed: The device to do so on, in the thread's current stream; None for where the voxels are.
 
         Raises:
             InputError: a file that cannot be read, images on different grids, or voxels that are not finite.
             ConfigError: `intensity` names an image that the subject does not have.
+            torch.OutOfMemoryError: the device has too little memory.
         """
         space = self.space(subject)
         for name in self.intensity if isinstance(self.intensity, Mapping) else ():
@@ -72,11 +82,12 @@ class Preprocess:
         maps = inverse(space.maps, space.model.shape)
         images: dict[str, Image] = {}
         for name, image in subject.images.items():
-            stored = self._without_nonfinite(image.stored(), f"image {name!r} ({image.path or 'a tensor'})")
+            voxels = image.stored() if feed is None else feed.upload(image.stored())
+            stored = self._without_nonfinite(voxels, f"image {name!r} ({image.path or 'a tensor'})")
             if isinstance(image, LabelMap):
                 images[name] = LabelMap(tensor=resample(stored, maps, linear=False), affine=space.model.affine)
                 continue
-            data = self._transformed(name, resample(stored, maps).contiguous())
+            data = self._transformed(name, resample(stored, maps).contiguous(), feed)
             images[name] = ScalarImage(tensor=data, affine=space.model.affine)
         return Prepared(Subject(dict(images)), space)
 
@@ -92,28 +103,36 @@ class Preprocess:
             raise InputError(f"{what} has {count} voxels that are {which}; set data.nonfinite=zero to read them as 0.")
         return data.masked_fill(bad, 0) if count else data
 
-    def _transformed(self, name: str, data: Tensor) -> Tensor:
+    def _transformed(self, name: str, data: Tensor, feed: DeviceFeed | None) -> Tensor:
         transforms = self.intensity.get(name, ()) if isinstance(self.intensity, Mapping) else self.intensity
         if not transforms:
             return data  # in the file's type, which takes little memory; patches become float32 when they are cut
-        # Always a copy: transforms may work in place, and the subject's tensor belongs to the caller.
-        data = data.to(torch.float32, copy=True)
-        for transform in transforms:
-            # MONAI returns its MetaTensor, numpy functions an array.
-            new = torch.as_tensor(transform(data)).as_subclass(Tensor)
-            if new.shape[1:] != data.shape[1:]:
-                raise InputError(
-                    f"intensity transform {transform!r} turned image {name!r} from shape {tuple(data.shape)} into "
-                    f"{tuple(new.shape)}; transforms may not change the grid."
-                )
-            data = new.float()
-            if not _all_finite(data):
-                bad = int((~data.isfinite()).sum())
-                raise InputError(
-                    f"intensity transform {transform!r} turned {bad} finite voxels of image {name!r} into NaN or "
-                    f"infinity. Is the image constant, or 0 where the transform takes a logarithm?"
-                )
-        return data
+        return _apply(transforms, name, data, feed)
+
+
+def _apply(transforms: Sequence[Transform], name: str, source: Tensor, feed: DeviceFeed | None) -> Tensor:
+    # Always a copy: transforms may work in place, and the subject's tensor belongs to the caller.
+    data = source.to(torch.float32, copy=True)
+    for n, transform in enumerate(transforms):
+        if feed is None:
+            result = transform(data)
+        else:
+            result = feed.apply(transform, data, lambda n=n: _apply(transforms[:n], name, source, feed))
+        # MONAI returns its MetaTensor, numpy functions an array.
+        new = torch.as_tensor(result).as_subclass(Tensor)
+        if new.shape[1:] != data.shape[1:]:
+            raise InputError(
+                f"intensity transform {transform!r} turned image {name!r} from shape {tuple(data.shape)} into "
+                f"{tuple(new.shape)}; transforms may not change the grid."
+            )
+        data = new.to(data.device, torch.float32)
+        if not _all_finite(data):
+            bad = int((~data.isfinite()).sum())
+            raise InputError(
+                f"intensity transform {transform!r} turned {bad} finite voxels of image {name!r} into NaN or "
+                f"infinity. Is the image constant, or 0 where the transform takes a logarithm?"
+            )
+    return data
 
 
 def _all_finite(data: Tensor) -> bool:

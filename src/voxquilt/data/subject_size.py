@@ -27,6 +27,7 @@ class SubjectSize(NamedTuple):
         loaded: Bytes of the images while patches are cut from them.
         reading: Further bytes that reading and resampling need.
         file: Bytes of the images as the files store them, unpacked.
+        stored: Bytes of the largest of these images.
     """
 
     native: Triple
@@ -38,6 +39,7 @@ class SubjectSize(NamedTuple):
     loaded: int
     reading: int
     file: int
+    stored: int
 
 
 def measure_subject(
@@ -55,23 +57,25 @@ def measure_subject(
     native, model, padded = (prod(shape) for shape in (space.native.shape, space.model.shape, grid.shape))
     padded_with_halo = prod(n + sum(around) for n, around in zip(grid.shape, halo, strict=True))
     resampled = native != model or any(abs(abs(m.scale) - 1) > 1e-6 for m in space.maps)
-    loaded = reading = file = channels = 0
+    is_padded = (padding, halo) != (NO_PADDING, NO_PADDING)
+    loaded = reading = file = channels = most = beside = 0
     for image in subject.images.values():
         count, stored = image.shape[0], image.file.voxel_bytes
         size = _FLOAT if transformed or resampled else stored
         channels += count
         file += count * native * stored
-        # GridSampler keeps the volume beside the padded one.
-        loaded += count * size * (model + (padded_with_halo if (padding, halo) != (NO_PADDING, NO_PADDING) else 0))
+        most = max(most, count * native * stored)
+        loaded += count * size * padded_with_halo
         # The file's voxels; along one axis at a time, two neighbours per voxel; then copies for transforms.
         along = _FLOAT * (native + 2 * max(native, model)) if resampled else 0
         changed = 2 * _FLOAT * model if transformed else 0
         reading = max(reading, count * max(native * stored + along, changed))
+        beside += count * size * model * is_padded
     axis = grid.streaming_axis
     ring = padded // grid.shape[axis] * grid.patch_size[axis]
-    return SubjectSize(
-        space.native.shape, space.model.shape, space.native.spacing, channels, len(grid), ring, loaded, reading, file
-    )
+    reading = max(reading, beside)  # until all images are padded, those without padding are kept
+    native_frame = space.native.shape, space.model.shape, space.native.spacing
+    return SubjectSize(*native_frame, channels, len(grid), ring, loaded, reading, file, most)
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class RunSize:
     Args:
         subjects, patches, voxels, file: Totals; voxels are native.
         largest: Native voxels of the largest subject.
-        channels, ring, loaded, reading: Maxima; see SubjectSize.
+        channels, ring, loaded, reading, stored: Maxima; see SubjectSize.
         unread: Subjects that are known to fail.
         channel_counts: Number of subjects by number of channels.
     """
@@ -95,6 +99,7 @@ class RunSize:
     ring: int = 0
     loaded: int = 0
     reading: int = 0
+    stored: int = 0
     unread: int = 0
     channel_counts: Mapping[int, int] = field(default_factory=dict)
 
@@ -116,7 +121,7 @@ def run_size(subjects: Iterable[SubjectSize | None]) -> RunSize:
         largest=max(voxels, default=0),
         unread=len(subjects) - len(sizes),
         channel_counts=Counter(size.channels for size in sizes),
-        **{key: most(key) for key in ("channels", "ring", "loaded", "reading")},
+        **{key: most(key) for key in ("channels", "ring", "loaded", "reading", "stored")},
     )
 
 
@@ -135,7 +140,7 @@ def combined(runs: Iterable[RunSize]) -> RunSize:
     return RunSize(
         channel_counts=channel_counts,
         **sums,
-        **{key: most(key) for key in ("largest", "channels", "ring", "loaded", "reading")},
+        **{key: most(key) for key in ("largest", "channels", "ring", "loaded", "reading", "stored")},
     )
 
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from voxquilt.data.discovery import SubjectFiles
 from voxquilt.data.formats.image_file import ImageFile
-from voxquilt.data.grid_sampler import GridSampler, Padding
+from voxquilt.data.patch_source import PatchSource
+from voxquilt.geometry.frame import Padding
 from voxquilt.geometry.grid import Grid
 from voxquilt.geometry.slab_split import Part
 from voxquilt.geometry.space import Space
@@ -63,4 +64,4 @@ class LoadedSubject:
     """A subject whose volumes are in memory."""
 
     work: SubjectWork
-    sampler: GridSampler
+    source: PatchSource

@@ -13,6 +13,8 @@ from voxquilt.geometry.grid import Grid, make_grid
 from voxquilt.vocabulary import PADDING_MODES
 
 NO_PADDING: Padding = ((0, 0), (0, 0), (0, 0))
+# Modes by which padded voxels are copies of voxels of the volume.
+_COPYING = ("edge", "reflect", "symmetric", "wrap")
 
 
 def lay_grid(
@@ -69,13 +71,41 @@ def to_padding(mode: str | float) -> Callable[[Tensor, Padding], Tensor]:
         return lambda tensor, padding: _pad_with(tensor, padding, mode)
     if mode not in PADDING_MODES:
         raise PaddingModeError(f"padding_mode must be a number or one of {', '.join(PADDING_MODES)}; it is {mode!r}.")
-    return lambda tensor, padding: _numpy_pad(tensor, padding, mode=mode)
+    return lambda tensor, padding: _pad(tensor, padding, mode)
 
 
 def _pad_with(tensor: Tensor, padding: Padding, value: float) -> Tensor:
     if not tensor.is_floating_point() and torch.tensor(value).to(tensor.dtype).item() != value:
         tensor = tensor.float()  # unsigned voxels cannot hold -1024, nor integers 0.5
-    return _numpy_pad(tensor, padding, mode="constant", constant_values=value)
+    return _pad(tensor, padding, "constant", constant_values=value)
+
+
+def _pad(tensor: Tensor, padding: Padding, mode: str, **options: Any) -> Tensor:
+    if tensor.device.type == "cpu":
+        return _numpy_pad(tensor, padding, mode=mode, **options)
+    if mode in ("constant", *_COPYING):
+        return pad_by_torch(tensor, padding, mode, options.get("constant_values", 0))
+    return _numpy_pad(tensor, padding, mode=mode, **options).to(tensor.device)
+
+
+def pad_by_torch(tensor: Tensor, padding: Padding, mode: str, value: float = 0) -> Tensor:
+    """Pad a (C, I, J, K) tensor where it is, on any device, as numpy.pad does on the host.
+
+    Args:
+        tensor: The tensor.
+        padding: Voxels before and after along i, j, k.
+        mode: 'constant', or a mode by which each padded voxel is a copy of one of the volume's.
+        value: The constant.
+    """
+    if mode == "constant":
+        around = [voxels for pair in reversed(padding) for voxels in pair]
+        return torch.nn.functional.pad(tensor, around, value=value)
+    for axis, around in enumerate(padding, 1):
+        if around != (0, 0):
+            options: Any = {"mode": mode}
+            index = np.pad(np.arange(tensor.shape[axis]), around, **options)
+            tensor = tensor.index_select(axis, torch.from_numpy(index).to(tensor.device))
+    return tensor
 
 
 def _numpy_pad(tensor: Tensor, padding: Padding, **options: Any) -> Tensor:

@@ -11,7 +11,12 @@ from torch.utils._pytree import tree_map
 
 
 def in_chunks(
-    run: Callable[[Tensor], Any], patches: Shaped[Tensor, "b ..."], *, most: int, least: int | None = None
+    run: Callable[[Tensor], Any],
+    patches: Shaped[Tensor, "b ..."],
+    *,
+    most: int,
+    least: int | None = None,
+    copies: bool = False,
 ) -> Any:
     """The outputs of a network for a batch, run on at most `most` and at least `least` patches at a time.
 
@@ -22,12 +27,13 @@ def in_chunks(
         patches: At least one patch.
         most: The largest number of patches that the network takes.
         least: The smallest; without it no copies are added.
+        copies: Whether the outputs of a chunk must be copied, since those of the next one overwrite them.
     """
     chunks = patches.split(most)
     # What is not a tensor, or not of the batch's size, is left for the check of the outputs.
-    outputs = [_run_filled(run, chunk, least or 0) for chunk in chunks]
-    if len(outputs) == 1:
-        return outputs[0]
+    if len(chunks) == 1:
+        return _run_filled(run, chunks[0], least or 0)
+    outputs = [tree_map(partial(_kept, copy=copies), _run_filled(run, chunk, least or 0)) for chunk in chunks]
     return tree_map(lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0], *outputs)
 
 
@@ -36,6 +42,10 @@ def _run_filled(run: Callable[[Tensor], Any], chunk: Tensor, least: int) -> Any:
         return run(chunk)
     full = torch.cat([chunk, chunk[-1:].expand(least - len(chunk), *chunk.shape[1:])])
     return tree_map(partial(_drop_copies, count=len(chunk), filled=least), run(full))
+
+
+def _kept(output: Any, copy: bool) -> Any:
+    return output.clone() if copy and isinstance(output, Tensor) else output
 
 
 def _drop_copies(output: Any, count: int, filled: int) -> Any:

@@ -64,7 +64,8 @@ class PatchNetwork(nn.Module):
         self.networks = Ensemble(networks, offload)
         self.compiled = compile
         self._calls: list[Callable[[Tensor], object]] = []
-        self._channels_last = channels_last
+        self._graphs: list[Callable[[Tensor], object]] = []
+        self.channels_last = channels_last
         if channels_last:
             for parameter in self.parameters():
                 parameter.data = _channels_last(parameter.data)
@@ -87,26 +88,44 @@ class PatchNetwork(nn.Module):
         count = len(self.networks) * len(self._flips)
         if count == 1:
             return total
+        # A CUDA graph's outputs are overwritten when it, or another one, runs again.
+        total = {name: tensor.to(torch.float32, copy=self.reuses_outputs) for name, tensor in total.items()}
         for outputs in runs:
             if outputs.keys() != total.keys():
                 raise OutputError(f"members of the ensemble give outputs {list(total)} and {list(outputs)}.")
-            total = {name: total[name].float() + outputs[name] for name in total}
+            total = {name: total[name] + outputs[name] for name in total}
         return {name: tensor / count for name, tensor in total.items()}
 
-    def compile_members(self) -> None:
-        """Have torch compile every member when it first runs, if `compile` is set."""
+    def compile_members(self, device: torch.device | str = "cpu") -> None:
+        """Have torch compile every member when it first runs, if `compile` is set.
+
+        Args:
+            device: Where the members will run. On CUDA they become CUDA graphs, which need batches of one size; except
+                members that wait on the host, whose weights have another address each time.
+        """
         # Not nn.Module.compile, which does not compile networks of torch.nn's own modules, such as nn.Sequential.
-        self._calls = [torch.compile(network) for network in self.networks] if self.compiled else []
+        members = list(self.networks) if self.compiled else []
+        self._calls = [torch.compile(member) for member in members]
+        is_cuda = torch.device(device).type == "cuda"
+        self._graphs = [torch.compile(member, mode="reduce-overhead") for member in members] if is_cuda else []
+
+    @property
+    def reuses_outputs(self) -> bool:
+        """Whether a forward pass overwrites the outputs of the one before, unless they were averaged."""
+        return bool(self._graphs)
 
     def _runs(self, patches: Tensor) -> Iterator[Named]:
         is_single = len(self.networks) * len(self._flips) == 1
         for n in range(len(self.networks)):
             with self.networks.ready(n) as member:
-                network = self._calls[n] if self._calls else member
+                calls = self._graphs if self._graphs and n not in self.networks.waiting else self._calls
+                network = calls[n] if calls else member
                 for axes in self._flips:
                     # A copy for each run, since networks may work in place.
                     inputs = self._squeeze_axis(patches if is_single else flip_copy(patches, axes))
-                    outputs = self._name_outputs(network(_channels_last(inputs) if self._channels_last else inputs))
+                    if calls is self._graphs:
+                        torch.compiler.cudagraph_mark_step_begin()  # outputs of the last run are no longer needed
+                    outputs = self._name_outputs(network(_channels_last(inputs) if self.channels_last else inputs))
                     unsqueezed = {name: self._unsqueeze_axis(name, output) for name, output in outputs.items()}
                     yield {name: self._activate(flip_back(output, axes)) for name, output in unsqueezed.items()}
 

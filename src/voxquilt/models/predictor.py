@@ -9,8 +9,10 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from voxquilt.data.batch import PatchBatch
+from voxquilt.data.device_feed import BEYOND_HALF
 from voxquilt.errors import InputError, OutputError
 from voxquilt.models.chunking import in_chunks
+from voxquilt.models.cudnn_check import cudnn_warning
 from voxquilt.models.patch_network import Named, PatchNetwork
 
 log = logging.getLogger("voxquilt")
@@ -50,7 +52,13 @@ class PatchPredictor(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Compile, in each process, since a compiled network cannot be sent from one to another."""
-        self.network.compile_members()
+        trainer = self._trainer
+        device = self.device if trainer is None else trainer.strategy.root_device
+        self.network.compile_members(device)
+        if device.type == "cuda" and trainer is not None and trainer.is_global_zero:
+            warning = cudnn_warning(torch.backends.cudnn.version(), str(trainer.precision))
+            if warning:
+                log.warning("%s", warning)
 
     def forward(self, patches: Any) -> Named:
         """Outputs by name for a (B, C, I, J, K) batch."""
@@ -63,25 +71,25 @@ class PatchPredictor(LightningModule):
         """
         try:
             patches = batch.data.to(self.dtype)
-            if self.dtype == torch.float16 and not patches.isfinite().all():
-                return InputError(
-                    "voxels beyond 65504 are infinite in float16: scale them by preprocess.intensity, or set "
-                    "trainer.precision=bf16-true."
-                )
+            # On a device this would wait for it in each batch; there GridDataModule checks whole volumes.
+            if self.dtype == torch.float16 and patches.device.type == "cpu" and not patches.isfinite().all():
+                return InputError(BEYOND_HALF)
             return self._within_memory(patches)
         except StopIteration:
             return OutputError(
                 "the network raised StopIteration."
             )  # raised here, it would end the run without an error
         except Exception as error:
-            return error
+            # Without its frames, which hold the network's tensors: memory that is needed to try again.
+            return error.with_traceback(None) if isinstance(error, torch.OutOfMemoryError) else error
 
     def _within_memory(self, patches: Tensor) -> Named:
         # A network is compiled for one size of batches, so that smaller ones are filled up.
         self._full_batch = max(self._full_batch, len(patches)) if self.network.compiled else len(patches)
         size = min(self._full_batch, self._memory_limit or self._full_batch)
         try:
-            return in_chunks(self.network, patches, most=size, least=size if self.network.compiled else None)
+            least = size if self.network.compiled else None
+            return in_chunks(self.network, patches, most=size, least=least, copies=self.network.reuses_outputs)
         except torch.OutOfMemoryError:
             if size == 1:
                 raise

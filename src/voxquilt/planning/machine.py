@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import torch
 
 _UNLIMITED = 2**60
 
@@ -59,6 +60,13 @@ def _read_remaining(folder: Path, limit: str, used: str, files: str) -> int | No
 def disk_free(folder: Path) -> int:
     """Bytes free on the disk where a folder is, or will be made."""
     return shutil.disk_usage(next(path for path in (folder, *folder.parents) if os.path.exists(path))).free
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of a GPU that are free or that this process has already; 2^63 for other devices."""
+    if device.type != "cuda":
+        return 2**63
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Compares what a run needs with what the machine has, and finds settings that fit if that is too little."""
 
 import contextlib
-from collections.abc import Iterator
 from copy import copy
 from dataclasses import asdict, dataclass, replace
 from math import prod
@@ -16,8 +15,9 @@ from voxquilt.errors import VoxquiltError
 from voxquilt.geometry.frame import Triple
 from voxquilt.models.predictor import PatchPredictor
 from voxquilt.planning.machine import MachineResources, disk_free, memory_available
-from voxquilt.planning.resource_estimate import MIB, OutputPlan, Requirements, RunSettings, estimate, plan_outputs
+from voxquilt.planning.resource_estimate import OutputPlan, Requirements, RunSettings, estimate, plan_outputs
 from voxquilt.planning.shape_probe import Probe, probe
+from voxquilt.planning.smaller_settings import smaller_settings
 from voxquilt.text import byte_size, of_subjects
 
 # Voxels of a batch beyond which a CPU's throughput no longer rises: its cores are busy with one patch.
@@ -34,7 +34,7 @@ class Forecast:
 
     Args:
         size: The size of the run.
-        settings: The settings that will be used, with the batch size as a number.
+        settings: The settings that will be used, with the batch size as a number and the place of images that fits.
         outputs: What the network's outputs become.
         probe: A forward pass with that batch size.
         requirements: Memory and disk of the process, in bytes.
@@ -62,6 +62,7 @@ class Forecast:
             "memory": {"host": dict(required.host), "host_total": required.memory}
             | {"device": dict(required.device), "device_total": sum(required.device.values())},
             "sums_on": "device, if it has twice their room free" if required.device else "host",
+            "images_on": "device" if required.images_on_device else "host",
             "disk": {"expected": required.disk, "at_most": required.bound, "scratch": required.scratch},
             "room": asdict(self.machine),
             "notes": self.notes,
@@ -103,6 +104,9 @@ class Planner:
         """
         settings = self._settings
         probe, outputs, required = self._estimate(settings)
+        if required.images_on_device < settings.images_on_device:
+            self._notes.append("images stay on the host: the device has too little memory for them beside the rest.")
+            settings = replace(settings, images_on_device=False)
         if isinstance(self._module, PatchPredictor) and self._module.network.compiled:
             self._notes.append("torch.compile takes memory and time of its own, which are not counted.")
         if self._size.unread:
@@ -133,7 +137,7 @@ class Planner:
         """The size of a subject of a single patch: where not even this fits, the subjects are not to blame."""
         patch, channels = self._settings.patch_size, min(self._size.channel_counts, default=self._size.channels)
         loaded = 4 * channels * prod(patch)
-        return SubjectSize(patch, patch, (1.0, 1.0, 1.0), channels, 1, prod(patch), loaded, loaded, loaded)
+        return SubjectSize(patch, patch, (1.0, 1.0, 1.0), channels, 1, prod(patch), *[loaded] * 4)
 
     def explain_misfit(self, subject: SubjectSize) -> str | None:
         """Why a subject cannot be predicted even by itself, and what would help; None if it can.
@@ -157,7 +161,7 @@ class Planner:
         )
 
     def _advice(self, settings: RunSettings) -> str:
-        ways = [words for words, changed in self._alternatives(settings) if self._fits(changed)]
+        ways = [words for words, changed in smaller_settings(settings) if self._fits(changed)]
         return f"It fits with {ways[0]}." if ways else "No single setting does it; use a larger machine or disk."
 
     def _shortage(self, required: Requirements) -> str | None:
@@ -178,33 +182,6 @@ class Planner:
             return f"the disk: it needs about {byte_size(disk)}{beside}, and {byte_size(machine.disk)} are free."
         return None
 
-    def _alternatives(self, settings: RunSettings) -> Iterator[tuple[str, RunSettings]]:
-        """Settings that take less, the smallest changes first: those that change no output, then those that do.
-
-        Yields:
-            Words for the command line, and the settings.
-        """
-        if settings.num_workers:
-            yield "data.num_workers=0", replace(settings, num_workers=0)
-        size = settings.batch_size
-        while size > 1:
-            size //= 2
-            yield f"data.batch_size={size}", replace(settings, batch_size=size)
-        for limit in (256, 0):
-            if limit * MIB < settings.in_memory:
-                yield f"callbacks.writer.in_memory={limit}", replace(settings, in_memory=limit * MIB)
-        least = replace(settings, num_workers=0, batch_size=1)
-        if settings.num_workers and settings.batch_size > 1:
-            yield "data.num_workers=0 data.batch_size=1", least
-        yield "stitch.products=null", replace(settings, stitch=replace(settings.stitch, products=None))
-        for share in (4, 2):
-            patch = [n - n * share // 8 for n in settings.patch_size]
-            smaller = (patch[0] // 8 * 8 or 8, patch[1] // 8 * 8 or 8, patch[2] // 8 * 8 or 8)
-            if prod(smaller) < prod(settings.patch_size):
-                text = f"data.patch_size=[{','.join(map(str, smaller))}]"
-                yield text, replace(settings, patch_size=smaller)
-                yield f"{text} data.num_workers=0 data.batch_size=1", replace(least, patch_size=smaller)
-
     def _fits(self, settings: RunSettings) -> bool:
         with contextlib.suppress(VoxquiltError):
             return self._shortage(self._estimate(settings)[2]) is None
@@ -218,7 +195,11 @@ class Planner:
         outputs = plan_outputs(stitch, probe.outputs, settings.patch_size, self._layout)
         # A ring has as many planes as a patch.
         ring = self._size.ring * max(settings.patch_size) // max(self._settings.patch_size)
-        return probe, outputs, estimate(replace(self._size, ring=ring), probe, outputs, settings)
+        size = replace(self._size, ring=ring)
+        required = estimate(size, probe, outputs, settings)
+        if required.images_on_device and sum(required.device.values()) > _SHARE * settings.device_memory:
+            required = estimate(size, probe, outputs, replace(settings, images_on_device=False))
+        return probe, outputs, required
 
     def _probe(self, patch_size: Triple, batch_size: int) -> Probe:
         key = self._size.channels, patch_size, batch_size
@@ -248,6 +229,15 @@ class Planner:
     def _note(self, text: str) -> None:
         if text not in self._notes:
             self._notes.append(text)
+
+    def device_beside_network(self) -> int:
+        """Bytes on the device beside weights, network and batches: images if they fit, sums and products.
+
+        Raises:
+            OutputError: a product that the network's output does not have.
+        """
+        _, _, required = self._estimate(replace(self._settings, batch_size=1))
+        return sum(size for what, size in required.device.items() if what not in ("weights", "network", "batches"))
 
     def largest_batch(self) -> int:
         """The largest batch size that fits the host, a power of 2."""

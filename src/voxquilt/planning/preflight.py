@@ -136,9 +136,14 @@ def _batch_size(
 
     def largest() -> int:
         device = trainer.strategy.root_device
-        if device.type == "cuda":
-            return _largest_by_trial(module, size.channels, settings.patch_size, device)
-        return base.with_changes(size, settings).largest_batch()
+        planner = base.with_changes(size, settings)
+        if device.type != "cuda":
+            return planner.largest_batch()
+        forward: Callable[[torch.Tensor], object] = module.to(device).eval()
+        with torch.inference_mode(), trainer.precision_plugin.predict_step_context():
+            largest = largest_by_trial(forward, (size.channels, *settings.patch_size), device, planner)
+        torch.cuda.empty_cache()
+        return largest
 
     return min(subjects.group.gather(_unless_a_product_is_missing(largest) or 1))
 
@@ -198,16 +203,27 @@ def _unless_a_product_is_missing(action: Callable[[], T]) -> T | None:
         return None
 
 
-def _largest_by_trial(module: LightningModule, channels: int, patch: Triple, device: torch.device) -> int:
-    """The largest batch that a device takes in a real forward pass, with memory for a quarter more."""
-    forward: Callable[[torch.Tensor], object] = module.to(device).eval()
+def largest_by_trial(
+    forward: Callable[[torch.Tensor], object], shape: Sequence[int], device: torch.device, planner: Planner
+) -> int:
+    """The largest batch that a device takes in a real forward pass, with memory for a quarter more, a power of 2.
+
+    Args:
+        forward: The network on the device.
+        shape: (C, pi, pj, pk).
+        device: The device.
+        planner: Knows what else will be on the device, whose memory is taken during the trial.
+    """
+    try:
+        beside = torch.empty(planner.device_beside_network(), dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError:
+        beside = None  # then sums and images go to the host
     size = 1
-    with torch.inference_mode():
-        while size <= MAX_BATCH:
-            try:
-                forward(torch.zeros(size * 5 // 4 + 1, channels, *patch, device=device, dtype=torch.float32))
-            except torch.OutOfMemoryError:
-                break
-            size *= 2
-    torch.cuda.empty_cache()
+    while size <= MAX_BATCH:
+        try:
+            forward(torch.zeros(size * 5 // 4 + 1, *shape, device=device))
+        except torch.OutOfMemoryError:
+            break
+        size *= 2
+    del beside
     return max(1, size // 2)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from voxquilt.data.staging import STAGED
 from voxquilt.data.subject_size import RunSize
 from voxquilt.geometry.frame import Triple
 from voxquilt.planning.shape_probe import Probe
@@ -72,6 +73,8 @@ class RunSettings:
         weights: Bytes of the network's weights that are on the device at a time.
         skips: Whether patches without foreground are skipped.
         pictures: Whether pictures are drawn.
+        images_on_device: Whether images are prepared on the GPU and kept there while patches are cut from them.
+        device_memory: Bytes of the GPU that the process can have.
     """
 
     stitch: Stitch
@@ -86,6 +89,8 @@ class RunSettings:
     weights: int = 0
     skips: bool = False
     pictures: bool = False
+    images_on_device: bool = False
+    device_memory: int = 2**63
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,11 @@ class Requirements:
     def memory(self) -> int:
         """Total memory on the host."""
         return sum(self.host.values())
+
+    @property
+    def images_on_device(self) -> bool:
+        """Whether images are counted on the GPU."""
+        return "images" in self.device
 
 
 def plan_outputs(
@@ -167,26 +177,31 @@ def estimate(size: RunSize, probe: Probe, outputs: OutputPlan, settings: RunSett
     labels = any(file.labels for file in outputs.files)
     sums = round(size.ring * (outputs.sums + 4 * outputs.blends * settings.skips)) + 4 * patch * outputs.blends
     writing = size.largest * (32 if settings.stitch.postprocess and labels else labels)
-    network = probe.peak_bytes
-    host = {
-        "process": settings.base + _LATE + _PICTURES * settings.pictures,
+    network, kept = probe.peak_bytes, sum(volumes) - sum(large)
+    batches = 2 * batch * size.channels * patch * 4
+    images = {
         "images": ahead * size.loaded,
         "reading": size.reading if size.subjects > 1 or settings.pictures else max(0, size.reading - network),
-        "batches": 2 * batch * size.channels * patch * 4,
-        "products": held * (sum(volumes) - sum(large)),
+    }
+    host = {
+        "process": settings.base + _LATE + _PICTURES * settings.pictures,
+        **images,
+        "batches": batches,
+        "products": held * kept,
         "writing": writing if size.subjects > 1 else max(0, writing - network),
     }
+    device = {}
     if settings.gpu:
         host |= {"network": probe.output_bytes, "sums": 0}
-        device = {
-            "weights": settings.weights,
-            "network": network,
-            "batches": batch * size.channels * patch * 4,
-            "sums": sums,
-        }
+        device = {"weights": settings.weights, "network": network, "batches": batches, "sums": sums}
+        # As it is decided when a subject's first outputs come: half of what is free is left to the network.
+        free = settings.device_memory - settings.weights - network - batches
+        device |= {"products": held * sum(volumes)} if sums + sum(volumes) <= free / 2 else {}
     else:
         host |= {"network": max(network + min(network // 2, _KEPT), probe.output_bytes + _PIECES), "sums": sums}
-        device = {}
+    if settings.gpu and settings.images_on_device:
+        device |= images
+        host |= {"images": 0, "reading": size.stored + STAGED, "batches": 0}
     disk = bytes_on_disk(outputs.files, size.voxels, compress=settings.compress)
     bound = bytes_on_disk(outputs.files, size.voxels, compress=False)
     return Requirements(host, device, disk, bound, held * sum(large))

@@ -9,6 +9,8 @@ from typing import TypedDict, Unpack
 
 from lightning.pytorch import LightningDataModule, Trainer
 
+from voxquilt.data.copy_stream import copy_stream
+from voxquilt.data.device_feed import DeviceFeed
 from voxquilt.data.discovery import SubjectFiles, find_cases
 from voxquilt.data.grid_loader import GridLoader
 from voxquilt.data.prefetch import LoadFailure, PatchStream
@@ -129,6 +131,7 @@ class GridDataModule(LightningDataModule):
         self._run = run
         self._planner: RunPlanner | None = None
         self._plan: RunPlan | None = None
+        self._feed: DeviceFeed | None = None
         self._stopped: Callable[[], bool] = bool
         self._failed: Callable[[LoadFailure], None] = _log_failure
         self.layout: str = "auto"
@@ -158,6 +161,7 @@ class GridDataModule(LightningDataModule):
         # Only rank 0 lists folders, since their contents may be changing; each header is read by one process.
         cases = group.first(lambda: self.cases)
         self._find_halo(cases)
+        self._feed = None if self.trainer is None else _make_feed(self.trainer, self.grids.preprocess)
         self._planner = RunPlanner(group, self.grids, self.shard, self._run.distribute, self._run.resume)
         self._plan = self._planner.plan(cases, detailed=self.detailed)
 
@@ -197,6 +201,15 @@ class GridDataModule(LightningDataModule):
         assert self._planner is not None, "Lightning calls setup first"
         self._plan = self._planner.set_apart(self.plan, problem, has_others=self.has_others)
 
+    @property
+    def feed(self) -> DeviceFeed | None:
+        """Brings subjects to the network's device; None where that is the host."""
+        return self._feed
+
+    def images_to_host(self) -> bool:
+        """Keep all images on the host, since the device's memory is too small; False if they are there already."""
+        return self._feed is not None and self._feed.to_host()
+
     def _find_halo(self, cases: list[SubjectFiles]) -> None:
         """Take the layout of outputs from the network, and the halo of patches if outputs lack a border."""
         module = self.trainer.lightning_module if self.trainer is not None else None
@@ -220,11 +233,16 @@ class GridDataModule(LightningDataModule):
     def predict_dataloader(self) -> PatchStream:
         """All patches of this process, subject by subject."""
         batch_size = int(self.batch_size)
-        return PatchStream(self.plan.tasks, self.load, batch_size, self.num_workers, self._failed, self._stopped)
+        return PatchStream(
+            self.plan.tasks, self.load, batch_size, self.num_workers, self._failed, self._stopped, self._feed
+        )
 
     def load(self, task: SubjectTask) -> LoadedSubject:
         """Read a subject, take it to model space and lay its grid; see GridLoader.load."""
-        return self.grids.load(task, self.plan.group.rank)
+        loaded = self.grids.load(task, self.plan.group.rank, self._feed)
+        if self._feed is not None:
+            self._feed.check_range(loaded.source)
+        return loaded
 
 
 def datamodule_of(trainer: Trainer, user: str) -> GridDataModule:
@@ -237,6 +255,18 @@ def datamodule_of(trainer: Trainer, user: str) -> GridDataModule:
     if not isinstance(data, GridDataModule):
         raise ConfigError(f"{user} needs a GridDataModule at predict; the trainer has {type(data).__name__}.")
     return data
+
+
+def _make_feed(trainer: Trainer, preprocess: Preprocess) -> DeviceFeed | None:
+    stream, module = copy_stream(trainer.strategy.root_device), trainer.lightning_module
+    if stream is None:
+        return None
+    return DeviceFeed(
+        stream,
+        takes_volumes=preprocess.device == "auto",
+        channels_last=isinstance(module, PatchPredictor) and module.network.channels_last,
+        precision=str(trainer.precision),
+    )
 
 
 def _log_failure(failure: LoadFailure) -> None:

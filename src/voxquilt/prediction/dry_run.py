@@ -44,7 +44,7 @@ class DryRun(Callback):
         """Forecast what the run needs."""
         data = datamodule_of(trainer, "a plan")
         data.stop_when(lambda: True)  # nothing is loaded
-        settings = self._options.settings(data, pl_module, trainer)
+        settings = self._options.settings(data, pl_module)
         data.batch_size, self._forecast = check_before_run(trainer, pl_module, settings, data, refuse=False)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -211,7 +211,8 @@ def _print_requirements(console: Console, content: dict[str, Any], forecast: For
     if required.device:
         parts = ", ".join(f"{use} {byte_size(size)}" for use, size in required.device.items())
         total = byte_size(sum(required.device.values()))
-        console.print(f"device memory: {total} ({parts}); sums: {content['sums_on']}")
+        sums, images = content["sums_on"], content["images_on"]
+        console.print(f"device memory: {total} ({parts}); sums: {sums}; images: {images}")
     packed = f", at most {byte_size(required.bound)} (headers do not show how well voxels can be compressed)"
     console.print(
         f"outputs: about {byte_size(required.disk)}{packed * forecast.settings.compress}; "

@@ -25,6 +25,7 @@ NO_VOXELS = frozenset(
         "ckpt_path", "model.ckpt_path",  # the files' checksums count
         "data.inputs", "data.images",  # the files count, see `inputs`, and the images' names
         "data.batch_size", "data.num_workers", "data.labels",
+        "preprocess.device",
         "model.trust_checkpoint", "model.offload", "model.compile", "model.channels_last",
         "callbacks.writer.output_dir", "callbacks.writer.on_error", "callbacks.writer.log",
         "callbacks.writer.tensorboard", "callbacks.writer.in_memory",

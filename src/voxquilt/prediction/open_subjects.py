@@ -81,6 +81,10 @@ class OpenSubjects:
             self._outcomes.channel.report(news)
         self._since = perf_counter()  # for a batch that failed and is predicted again subject by subject
 
+    def free_device(self) -> bool:
+        """Move sums to the host, or else images, since the device's memory is full; False if both are there already."""
+        return self.to_host() or self._data.images_to_host()
+
     def to_host(self) -> bool:
         """Move all sums to the host, since the device's memory is too small; False if they are there already."""
         if self._memory.device is not None:

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 
 from voxquilt.data.discovery import SubjectFiles
 from voxquilt.data.formats.nifti import write
 from voxquilt.data.subject_task import SubjectWork
 from voxquilt.errors import OutputError
+from voxquilt.planning.machine import device_memory
 from voxquilt.planning.preflight import AUTO, weights_on_device
 from voxquilt.planning.resource_estimate import RunSettings
 from voxquilt.prediction.datamodule import GridDataModule
@@ -55,8 +56,9 @@ class OutputOptions:
         """Whether pictures of labels are drawn."""
         return self.overlay or self.tensorboard
 
-    def settings(self, data: GridDataModule, module: LightningModule, trainer: Trainer) -> RunSettings:
+    def settings(self, data: GridDataModule, module: LightningModule) -> RunSettings:
         """The settings that determine the memory and disk of a run."""
+        feed = data.feed
         return RunSettings(
             self.stitch,
             self.folder,
@@ -66,10 +68,12 @@ class OutputOptions:
             self.in_memory,
             self.suffix.endswith(".gz"),
             psutil.Process().memory_info().rss,
-            gpu=trainer.strategy.root_device.type == "cuda",
+            gpu=feed is not None,
             weights=weights_on_device(module),
             skips=data.grids.skip is not None,
             pictures=self.pictures,
+            images_on_device=feed is not None and feed.takes_volumes,
+            device_memory=2**63 if feed is None else device_memory(feed.stream.device),
         )
 
 

@@ -82,7 +82,7 @@ def measure(trainer: Trainer, data: GridDataModule, options: OutputOptions, task
     read = perf_counter() - began
     work = loaded.work
     stitcher = SubjectStitcher(options.stitch, work, work.space, skipped=work.skipped, layout=data.layout)
-    passes = _measure_passes(trainer, stitcher, cut_batches([loaded], int(data.batch_size)), device)
+    passes = _measure_passes(trainer, stitcher, cut_batches([loaded], int(data.batch_size), data.feed), device)
     written = _measure_writing(options, work, stitcher)
     return Rates(
         read / size,

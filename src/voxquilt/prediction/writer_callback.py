@@ -137,7 +137,10 @@ class VolumeWriter(Callback):
         """
         data = datamodule_of(trainer, "VolumeWriter")
         _check_module(pl_module)
-        data.batch_size, _ = check_before_run(trainer, pl_module, self.options.settings(data, pl_module, trainer), data)
+        settings = self.options.settings(data, pl_module)
+        data.batch_size, forecast = check_before_run(trainer, pl_module, settings, data)
+        if forecast is not None and not forecast.settings.images_on_device:
+            data.images_to_host()
         plan = data.plan
         display = self._display(data) if plan.group.rank == 0 else None
         channel, record = connect(self.output_dir, data, self._configuration, display)
@@ -178,7 +181,7 @@ class VolumeWriter(Callback):
     ) -> None:
         """Feed a batch's outputs to its subjects; hand over those that are complete."""
         subjects = self._running().subjects
-        if isinstance(outputs, torch.OutOfMemoryError) and subjects.to_host():
+        while isinstance(outputs, torch.OutOfMemoryError) and subjects.free_device():
             outputs = trainer.strategy.predict_step(batch, batch_idx)
         if isinstance(outputs, Exception) and len(batch.rows) > 1:
             # Predicted again subject by subject, so that only the subject with the error fails.

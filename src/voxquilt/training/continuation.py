@@ -27,7 +27,7 @@ FORMAT = 1
 _NOT_COMPARED = {
     "data": {"inputs", "images", "labels", "num_workers", "cache", "inference_patch_size", "patch_overlap",
              "padding_mode"},
-    "preprocess": set[str](),
+    "preprocess": {"device"},
     "model": {"pictures"},
     "trainer": {"accelerator", "devices", "num_nodes", "strategy", "plugins", "precision", "max_epochs", "min_epochs",
                 "max_steps", "min_steps", "max_time", "limit_val_batches", "check_val_every_n_epoch",
