@@ -5,7 +5,7 @@ given. So there are no atomics, and sums depend neither on how patches are batch
 """
 
 # Triton exists on Linux only, and its kernels are launched by an index.
-# pyright: reportMissingImports=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise

@@ -5,7 +5,7 @@ that no interpolated score is written to memory, whatever the number of classes.
 """
 
 # Triton exists on Linux only, and its kernels are launched by an index.
-# pyright: reportMissingImports=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false
 
 from collections.abc import Sequence
 from typing import no_type_check
