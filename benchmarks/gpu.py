@@ -180,7 +180,11 @@ class Clock(Callback):
             with torch.inference_mode(), trainer.precision_plugin.forward_context():
                 for _ in range(3):
                     pl_module(self._alone)
-                self.bare = self._device.seconds(lambda: [pl_module(self._alone) for _ in range(count)])
+                self.bare = self._device.seconds(lambda: self._repeat(pl_module, count))
+
+    def _repeat(self, network: nn.Module, count: int) -> None:
+        for _ in range(count):
+            network(self._alone)
 
     def _sum(self, marks: list[tuple[Any, Any]]) -> float:
         if self._device.cuda:

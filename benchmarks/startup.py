@@ -26,7 +26,7 @@ from common import ROOT, THREADS, Run, failure, interpreter, machine, median, ne
 from files import ONE, OVERLAP, PATCH, make_volumes, wrong_share
 
 VOLUMES = {"64": ((64, 64, 64), 2), "24": ((128, 128, 150), 24), "14": ((181, 217, 181), 14)}
-PEERS = ("TorchIO crop", "MONAI gaussian", "KonfAI gaussian")
+PEERS = ("TorchIO crop", "TorchIO hann", "MONAI gaussian", "KonfAI gaussian")
 FIRST_STEP = 77
 # A callback that ends the process where a training's first step begins.
 CLOCK = f"""

@@ -114,7 +114,7 @@ def test_parts_on_the_device_and_on_the_host_equal_one_process(mode: str, skippe
     parts = split_rows(sampler.grid, 3)
     expected = quilted("cpu", Part(parts[0].axis, 0, parts[-1].stop), whole=True).volumes()
     for devices in (("cuda", "cpu", "cuda"), ("cpu", "cuda", "cuda")):
-        team = [quilted(d, part, holds_all=n == 0) for n, (d, part) in enumerate(zip(devices, parts, strict=True))]
+        team = [quilted(d, part, whole=n == 0) for n, (d, part) in enumerate(zip(devices, parts, strict=True))]
         for quilt, following in reversed(list(pairwise(team))):
             head = following.head()
             assert head is not None

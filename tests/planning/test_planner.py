@@ -314,14 +314,19 @@ def test_images_stay_on_the_host_where_the_device_is_too_small() -> None:
 
 
 @pytest.mark.parametrize(("most", "size"), [(1, 1), (2, 1), (3, 2), (5, 2), (6, 4), (10, 4), (11, 8), (10**9, 64)])
-def test_the_batch_size_of_a_device_passes_a_forward_with_a_quarter_to_spare(most: int, size: int) -> None:
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("only supports less than INT_MAX elements")]
+)
+def test_the_batch_size_of_a_device_passes_a_forward_with_a_quarter_to_spare(
+    most: int, size: int, error: RuntimeError
+) -> None:
     """The largest power of two whose trial, a quarter larger and one more, fits; one if none does."""
     sizes: list[int] = []
 
     def forward(patches: Tensor) -> Tensor:
         sizes.append(len(patches))
         if len(patches) > most:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+            raise error
         return patches
 
     assert largest_by_trial(forward, (1, 2, 2, 2), torch.device("cpu"), device_planner(SETTINGS)) == size

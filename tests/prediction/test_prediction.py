@@ -536,6 +536,24 @@ def test_a_subject_on_which_the_network_fails_fails_alone(touchy: Path, tmp_path
     assert not list((tmp_path / "out").glob(".*"))
 
 
+class InPlace(Touchy):
+    """Touchy, but the patches are 10 more before it fails."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.add_(10)) if isinstance(x, FakeTensor) else super().forward(x.add_(10).sub(10))
+
+
+def test_a_batch_is_predicted_again_as_it_was(tmp_path: Path) -> None:
+    """By a network that has changed it before one of its subjects failed: the other's labels are right."""
+    for name, last in (("a", 0), ("b", 77)):
+        x = noise((8, 8, 8)) % 60
+        x[-1, -1, -1] = last
+        save(tmp_path / f"in/{name}.nii", x)
+    rows = predict(tmp_path / "out", tmp_path / "in", InPlace(), batch_size=2)
+    assert errors(rows).keys() == {"b"}
+    np.testing.assert_array_equal(read(tmp_path / "out/a_labels.nii.gz"), read(tmp_path / "in/a.nii") > 50)
+
+
 @pytest.mark.parametrize("batch_size", [3, 5])
 def test_an_exception_fails_all_subjects_of_its_batch(batch_size: int, touchy: Path, tmp_path: Path) -> None:
     """It does not tell which patch caused it; NaN can be attributed to one subject."""

@@ -8,6 +8,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -30,7 +31,7 @@ from voxquilt.geometry.resample import resample
 from voxquilt.geometry.slab_split import Part, split_rows
 from voxquilt.geometry.space import AxisMap, AxisMaps, Space
 from voxquilt.geometry.streamed_resample import Restorer
-from voxquilt.stitching.blend import to_blend
+from voxquilt.stitching.blend import AxisWeights, Blend, to_blend
 from voxquilt.stitching.blend_registry import BLENDS
 from voxquilt.stitching.execution import Execution
 from voxquilt.stitching.kernels import loading
@@ -445,10 +446,39 @@ def test_labels_of_any_type_stay_on_a_device(execution: Execution, highest: int)
     np.testing.assert_array_equal(made, expected)
 
 
+@dataclass(frozen=True)
+class Strided:
+    """Another blend's weights, otherwise in memory: 'transposed', or where all patches have the same, 'expanded'."""
+
+    blend: Blend
+    how: str
+    averages = True
+
+    def axis_weights(self, grid: Grid, axis: int) -> AxisWeights:
+        weights = self.blend.axis_weights(grid, axis)
+        if self.how == "transposed":
+            return weights.T.contiguous().T
+        same = weights[:1].expand_as(weights)
+        return same if torch.equal(same, weights) else weights
+
+
+@pytest.mark.parametrize(("how", "overlap"), [("transposed", 2), ("expanded", 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_kernels_read_weights_however_they_lie_in_memory(how: str, overlap: int, dtype: torch.dtype) -> None:
+    """A blend of another package may transpose or expand them."""
+    model_subject, space = Preprocess()(Subject(t1=ScalarImage(tensor=torch.zeros(1, 8, 10, 6))))
+    sampler = GridSampler(model_subject, (4, 5, 3), overlap, fit=True)
+    patches = {"": scores_for(sampler, 2, seed=0).to(dtype)}
+    plain, strided = (Stitch(blend, ["logits"]) for blend in (to_blend("hann"), Strided(to_blend("hann"), how)))
+    expected = volumes_of(plain, sampler, space, patches, execution=HOST)["logits"]
+    made = volumes_of(strided, sampler, space, patches, execution=KERNELS)["logits"]
+    np.testing.assert_allclose(made, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("moved", [False, True])
 def test_labels_by_kernels_survive_a_full_device(moved: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without room for volumes there, each slab goes to the host; sums may move there too."""
-    monkeypatch.setattr("voxquilt.stitching.output_rings.choose_device", lambda device, _: torch.device("cpu"))
+    monkeypatch.setattr("voxquilt.stitching.output_rings.choose_device", lambda device, *_: torch.device("cpu"))
     sampler, space = subject_in("SAR", 1.3, (6, 7, 5))
     run = partial(volumes_of, Stitch("hann", ["labels"]), sampler, space, {"": scores_for(sampler, 3, 0)})
     logits = volumes_of(Stitch("hann", ["logits"]), sampler, space, {"": scores_for(sampler, 3, 0)}, execution=HOST)[

@@ -124,6 +124,22 @@ def test_sums_that_would_fill_a_gpu_are_kept_on_the_host(monkeypatch: pytest.Mon
     assert choose_device(gpu, 3 * 2**30) == gpu
     assert choose_device(gpu, 3 * 2**30 + 1) == host
     assert choose_device(host, 2**60) == host
+    # What the last volume left is free for the next, whose sums are as large.
+    assert choose_device(gpu, 3 * 2**30 + 1, pooled=2) == gpu
+    assert choose_device(gpu, 3 * 2**30 + 2, pooled=2) == host
+
+
+def test_a_pool_knows_what_is_free_on_a_device() -> None:
+    """And gives it up where it is not wanted any more."""
+    buffers, device = BufferPool(), torch.device("cpu")
+    taken = buffers.take(10, torch.float32, device)
+    assert buffers.held(device) == 0
+    buffers.give(taken)
+    assert (buffers.held(device), buffers.held(torch.device("meta"))) == (40, 0)
+    buffers.release(torch.device("meta"))
+    assert buffers.held(device) == 40
+    buffers.release(device)
+    assert buffers.held(device) == 0
 
 
 def test_the_ring_holds_as_many_planes_as_a_patch_for_any_length() -> None:

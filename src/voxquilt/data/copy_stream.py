@@ -1,7 +1,7 @@
 """Copies tensors to a device on a stream of its own; the one module of the input's way that calls CUDA."""
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -62,7 +62,11 @@ class CudaStream:
 
     def active(self) -> AbstractContextManager[object]:
         """See CopyStream; the current stream is each thread's own, and so is the current device that comes with it."""
-        return torch.cuda.stream(self._stream)
+        context = ExitStack()
+        # First the device: a stream's end makes the device current that was before, in a new thread always the first.
+        context.enter_context(torch.cuda.device(self.device))
+        context.enter_context(torch.cuda.stream(self._stream))
+        return context
 
     def host_buffer(self, like: Tensor) -> Tensor:
         """Pinned memory."""

@@ -70,11 +70,12 @@ class PatchPredictor(LightningModule):
         Where the device has too little memory for a batch, it and later ones are predicted in smaller batches.
         """
         try:
-            patches = batch.data.to(self.dtype)
+            is_on_host = batch.data.device.type == "cpu"
             # On a device this would wait for it in each batch; there GridDataModule checks whole volumes.
-            if self.dtype == torch.float16 and patches.device.type == "cpu" and not patches.isfinite().all():
+            if self.dtype == torch.float16 and is_on_host and not batch.data.half().isfinite().all():
                 return InputError(BEYOND_HALF)
-            return self._within_memory(patches)
+            # Where the batch may have to be predicted again, the network, which may work in place, gets a copy.
+            return self._within_memory(batch.data, copy=not is_on_host or len(batch.rows) > 1)
         except StopIteration:
             return OutputError(
                 "the network raised StopIteration."
@@ -83,7 +84,8 @@ class PatchPredictor(LightningModule):
             # Without its frames, which hold the network's tensors: memory that is needed to try again.
             return error.with_traceback(None) if isinstance(error, torch.OutOfMemoryError) else error
 
-    def _within_memory(self, patches: Tensor) -> Named:
+    def _within_memory(self, data: Tensor, *, copy: bool) -> Named:
+        patches = data.to(self.dtype, copy=copy)
         # A network is compiled for one size of batches, so that smaller ones are filled up.
         self._full_batch = max(self._full_batch, len(patches)) if self.network.compiled else len(patches)
         size = min(self._full_batch, self._memory_limit or self._full_batch)
@@ -96,5 +98,6 @@ class PatchPredictor(LightningModule):
             self._memory_limit = (size + 1) // 2
             log.warning("the device's memory is full: batches of %d from here on.", self._memory_limit)
         # After the block, where the error is gone, and with it the network's tensors that it holds.
+        del patches
         torch.cuda.empty_cache()
-        return self._within_memory(patches)
+        return self._within_memory(data, copy=copy)

@@ -139,7 +139,8 @@ def _batch_size(
         planner = base.with_changes(size, settings)
         if device.type != "cuda":
             return planner.largest_batch()
-        forward: Callable[[torch.Tensor], object] = module.to(device).eval()
+        # In the type of the run's precision, which Lightning gives the module later.
+        forward: Callable[[torch.Tensor], object] = trainer.precision_plugin.convert_module(module).to(device).eval()
         with torch.inference_mode(), trainer.precision_plugin.predict_step_context():
             largest = largest_by_trial(forward, (size.channels, *settings.patch_size), device, planner)
         torch.cuda.empty_cache()
@@ -222,7 +223,7 @@ def largest_by_trial(
     while size <= MAX_BATCH:
         try:
             forward(torch.zeros(size * 5 // 4 + 1, *shape, device=device))
-        except torch.OutOfMemoryError:
+        except RuntimeError:  # out of memory, or more values than an operator can count
             break
         size *= 2
     del beside

@@ -5,12 +5,18 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 
-def choose_device(device: torch.device, size: int) -> torch.device:
-    """The device that keeps `size` bytes of sums: the given one, or the host if a GPU would have too little left."""
+def choose_device(device: torch.device, size: int, pooled: int = 0) -> torch.device:
+    """The device that keeps `size` bytes of sums: the given one, or the host if a GPU would have too little left.
+
+    Args:
+        device: The device.
+        size: Bytes of the sums.
+        pooled: Bytes that are allocated on the device, but free for sums.
+    """
     if device.type != "cuda":
         return device
     free, _ = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) + pooled
     return device if size <= free / 2 else torch.device("cpu")
 
 
@@ -33,6 +39,16 @@ class BufferPool:
         # Not an inference tensor, which cannot be modified outside inference mode or in another thread.
         with torch.inference_mode(False):
             return torch.empty(count, dtype=dtype, device=device)
+
+    def held(self, device: torch.device) -> int:
+        """Bytes on a device that are free for the next volume."""
+        device = torch.empty(0, device=device).device
+        return sum(t.nbytes for t in self._free if t.device == device)
+
+    def release(self, device: torch.device) -> None:
+        """Give up the memory on a device that is free here."""
+        device = torch.empty(0, device=device).device
+        self._free = [t for t in self._free if t.device != device]
 
     def give(self, memory: Shaped[Tensor, " n"]) -> None:
         """Return memory that `take` gave, for the next call."""

@@ -5,6 +5,7 @@ This is the only module of stitching that knows streams, events and pinned memor
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ class Progress:
 
     def _stream_out(self, source: Tensor, target: Tensor) -> None:
         """Copy bytes through pinned buffers by turns: one is filled by the device while the other is emptied."""
-        stream = torch.cuda.Stream(source.device)
+        stream = _download_stream(source.device)
         for event in self._events:
             stream.wait_event(event)
         size = min(_STAGE, len(source))
@@ -66,8 +67,9 @@ class Progress:
         pending: list[tuple[Tensor, Tensor, torch.cuda.Event]] = []
         for n, first in enumerate(range(0, len(source), _STAGE)):
             chunk = source[first : first + _STAGE]
-            buffer, filled = buffers[n % 2][: len(chunk)], torch.cuda.Event()
-            with torch.cuda.stream(stream):
+            buffer, filled = buffers[n % 2][: len(chunk)], torch.cuda.Event(blocking=True)
+            # First the device: a stream's end makes the device current that was before, in a new thread the first.
+            with on_device(source.device), torch.cuda.stream(stream):
                 buffer.copy_(chunk, non_blocking=True)
                 filled.record(stream)
             pending.append((target[first : first + _STAGE], buffer, filled))
@@ -75,6 +77,12 @@ class Progress:
                 _empty(*pending.pop(0))
         for chunk in pending:
             _empty(*chunk)
+
+
+@cache
+def _download_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all volumes: torch hands out its streams in a circle, and another could be the one for uploads."""
+    return torch.cuda.Stream(device)
 
 
 def _empty(target: Tensor, buffer: Tensor, filled: torch.cuda.Event) -> None:

@@ -110,11 +110,11 @@ class RingOpener:
         planes = grid.patch_size[part.axis] / grid.shape[part.axis]
         width = max(4, patches.element_size()) if patches.is_floating_point() else 8
         ring, device = int(values * planes) * width, self.memory.device
-        device = choose_device(patches.device, ring) if device is None else torch.device(device)
+        buffers = self.memory.buffers or BufferPool()
+        device = self._choose_device(patches.device, ring, buffers) if device is None else torch.device(device)
         execution = self.memory.execution or execution_on(device)
         volumes = prod(m.size for m in maps) * sum(_voxel_bytes(plan, channels) for plan in plans)
-        keeps = execution.deferred and choose_device(device, ring + volumes) == device
-        buffers = self.memory.buffers or BufferPool()
+        keeps = execution.deferred and choose_device(device, ring + volumes, buffers.held(device)) == device
         rings = []
         for plan in plans:
             fill = plan.fill if self.ledger.skipped else None
@@ -138,6 +138,13 @@ class RingOpener:
             )
             rings.append(Ring(plan.averaged, SlabStream(sums, self.ledger, products), products))
         return rings
+
+    @staticmethod
+    def _choose_device(device: torch.device, ring: int, buffers: BufferPool) -> torch.device:
+        chosen = choose_device(device, ring, buffers.held(device))
+        if chosen != device:
+            buffers.release(device)
+        return chosen
 
     def _plans(self, name: str, channels: int) -> list[_Plan]:
         stitch = self.stitch

@@ -39,7 +39,7 @@ class RestoreLabels:
 
     def __init__(self, rule: LabelRule, maps: AxisMaps, neighbours: Sequence[Neighbours], not_finite: Tensor) -> None:
         self._rule, self._not_finite, device = rule, not_finite, not_finite.device
-        self._axes = [m.axis for m in maps]
+        self._axes, self._sizes = [m.axis for m in maps], [m.size for m in maps]
         self._pairs = [upload(torch.stack([below, above], 1).int(), device) for below, above, _ in neighbours]
         self._shares = [upload(share, device) for _, _, share in neighbours]
         self._lerps = [bool(share.any()) for _, _, share in neighbours]
@@ -75,8 +75,9 @@ class RestoreLabels:
         last = sum((n - 1) * abs(stride) for n, stride in zip(scores.shape[1:], scores.stride()[1:], strict=True))
         deep, high, wide = (where[n] for n in self._roles)
         counts = [s.stop - s.start for s in (deep, high, wide)]
-        block_w = min(_WIDE, triton.next_power_of_2(counts[2]))
-        block_h = min(_HIGH * _WIDE // block_w, triton.next_power_of_2(counts[1]))
+        # From the whole volume, since another size of blocks would be compiled in the middle of a subject.
+        block_w = min(_WIDE, triton.next_power_of_2(self._sizes[self._roles[2]]))
+        block_h = min(_HIGH * _WIDE // block_w, triton.next_power_of_2(self._sizes[self._roles[1]]))
         programs = -(-counts[2] // block_w), -(-counts[1] // block_h), counts[0]
         with on_device(scores.device):
             _restore[programs](
