@@ -59,8 +59,7 @@ class Accumulator:
         self._window = grid.shape[axis] if window is None else window
         voxels, self._fill = prod(grid.shape) // grid.shape[axis] * self._window, fill
         weights = [checked_weights(blend, grid, n) for n in range(3)]
-        # Contiguous, as the kernel reads them: a blend may have transposed or expanded its weights.
-        self._weights = [upload(w.to(types.sums).contiguous(), device) for w in weights] if blend.averages else []
+        self._weights = [upload(w.to(types.sums), device) for w in weights] if blend.averages else []
         self._owned = [] if blend.averages else [[_owned_interval(w) for w in along] for along in weights]
         patch = grid.patch_size if blend.averages else (0,)
         with torch.inference_mode(False):

@@ -21,9 +21,9 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """A small tensor of the host on the device; the device's queue is not waited for."""
+    """A small tensor of the host on the device, contiguous as kernels read it; the device's queue is not waited for."""
     # CUDA has taken the bytes of pageable memory when the call returns, so the tensor may be changed or released.
-    return tensor.to(device, non_blocking=True)
+    return tensor.contiguous().to(device, non_blocking=True)
 
 
 class Progress:
