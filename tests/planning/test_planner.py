@@ -279,7 +279,7 @@ def test_images_on_the_device_are_counted_there() -> None:
     assert (here.host["images"], here.host["reading"]) == (2 * ONE.loaded, 3 * 10**6)
     assert here.device.keys() == {"weights", "network", "batches", "sums", "products"}
     for both in (there, here):
-        assert both.device["batches"] == 2 * 2 * 512 * 4
+        assert both.device["batches"] == 3 * 2 * 512 * 4  # two that are filled in turn, and the network's copy
         assert both.device["products"] == 2 * (1 + 12) * 10**6
 
 
@@ -292,7 +292,7 @@ def test_products_are_counted_on_the_device_where_half_of_its_free_memory_holds_
     """With the sums, as the stitcher decides; also those that are too large for the host's memory."""
     outputs = plan_outputs(Stitch(products=["probabilities"]), passed(3).outputs, (8, 8, 8))
     settings = replace(SETTINGS, gpu=True, weights=7, in_memory=0)
-    used = 7 + 10**6 + 2 * 2 * 512 * 4
+    used = 7 + 10**6 + 3 * 2 * 512 * 4
     need = 12 * 10**6 + ONE.ring * 12 + 512 * 4
     for memory, kept in ((used + 2 * need, 12 * 10**6), (used + 2 * need - 2, None)):
         device = estimate(ONE, passed(3), outputs, replace(settings, device_memory=memory)).device

@@ -138,13 +138,17 @@ class Full(Over50):
     def __init__(self, seen: HostAsDevice, after: int) -> None:
         super().__init__()
         self.seen, self.left = seen, after
+        self.fitting: list[int] = []
+        """Patches of each pass for which there was memory."""
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, FakeTensor):
             return super().forward(x)
         self.left -= 1
         if self.left < 0 and self.seen.feeds[-1].takes_volumes:
+            self.fitting.clear()
             raise torch.OutOfMemoryError("CUDA out of memory.")
+        self.fitting.append(len(x))
         return super().forward(x)
 
 
@@ -153,15 +157,18 @@ class Full(Over50):
 def test_a_full_device_loses_patches_of_a_batch_then_sums_then_images_but_no_subject(
     after: int, workers: int, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    """In this order, each a line of the log, and each once."""
+    """In this order, each a line of the log; whole batches are tried again whenever something has left the device."""
     caplog.set_level(logging.WARNING)
     predict(tmp_path / "host", scans, Over50())
     seen = host_as_device(monkeypatch)
-    rows = predict(tmp_path / "device", scans, Full(seen, after), num_workers=workers)
+    network = Full(seen, after)
+    rows = predict(tmp_path / "device", scans, network, num_workers=workers)
     assert [row.status for row in rows] == ["done"] * 4
     assert files(tmp_path / "device") == files(tmp_path / "host")
     lines = [record.getMessage() for record in caplog.records if "memory is" in record.getMessage()]
-    wanted = ["batches of 2", "batches of 1", "sums are kept on the host", "images are kept on the host"]
+    smaller = ["batches of 2", "batches of 1"]
+    wanted = [*smaller, "sums are kept on the host", *smaller, "images are kept on the host"]
+    assert network.fitting[0] == max(network.fitting) == 3
     assert [line for line, part in zip(lines, wanted, strict=True) if part not in line] == []
 
 

@@ -119,6 +119,8 @@ def _status_of(name: str, task: Callable[[DictConfig], int]) -> int:
         return _answer(str(error))
     except SystemExit as error:
         return highest_status(error.code if isinstance(error.code, int) else FAILED) if error.code else DONE
+    except BrokenPipeError:  # nobody reads on, as with --help | head; the interpreter says so when it ends
+        return highest_status(FAILED)
     except Exception:  # of a launcher; runs report their own
         traceback.print_exc()
         return highest_status(FAILED)

@@ -84,6 +84,10 @@ class PatchPredictor(LightningModule):
             # Without its frames, which hold the network's tensors: memory that is needed to try again.
             return error.with_traceback(None) if isinstance(error, torch.OutOfMemoryError) else error
 
+    def try_full_batches(self) -> None:
+        """Predict whole batches again, since something else has left the device."""
+        self._memory_limit = None
+
     def _within_memory(self, data: Tensor, *, copy: bool) -> Named:
         patches = data.to(self.dtype, copy=copy)
         # A network is compiled for one size of batches, so that smaller ones are filled up.

@@ -193,9 +193,10 @@ def estimate(size: RunSize, probe: Probe, outputs: OutputPlan, settings: RunSett
     device = {}
     if settings.gpu:
         host |= {"network": probe.output_bytes, "sums": 0}
-        device = {"weights": settings.weights, "network": network, "batches": batches, "sums": sums}
+        copied = 3 * batches // 2  # the network gets a copy, since a batch may have to be predicted again
+        device = {"weights": settings.weights, "network": network, "batches": copied, "sums": sums}
         # As it is decided when a subject's first outputs come: half of what is free is left to the network.
-        free = settings.device_memory - settings.weights - network - batches
+        free = settings.device_memory - settings.weights - network - copied
         device |= {"products": held * sum(volumes)} if sums + sum(volumes) <= free / 2 else {}
     else:
         host |= {"network": max(network + min(network // 2, _KEPT), probe.output_bytes + _PIECES), "sums": sums}

@@ -15,6 +15,7 @@ from voxquilt.distributed.environment import disarm_observer
 from voxquilt.distributed.signals import Signals
 from voxquilt.errors import ConfigError, RunError
 from voxquilt.filesystem import read_json
+from voxquilt.models.predictor import PatchPredictor
 from voxquilt.planning.preflight import check_before_run
 from voxquilt.planning.resource_estimate import MIB
 from voxquilt.prediction.datamodule import GridDataModule, datamodule_of
@@ -182,6 +183,8 @@ class VolumeWriter(Callback):
         """Feed a batch's outputs to its subjects; hand over those that are complete."""
         subjects = self._running().subjects
         while isinstance(outputs, torch.OutOfMemoryError) and subjects.free_device():
+            if isinstance(pl_module, PatchPredictor):
+                pl_module.try_full_batches()
             outputs = trainer.strategy.predict_step(batch, batch_idx)
         if isinstance(outputs, Exception) and len(batch.rows) > 1:
             # Predicted again subject by subject, so that only the subject with the error fails.
