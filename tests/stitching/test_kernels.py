@@ -7,11 +7,12 @@ import importlib
 import logging
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -315,6 +316,36 @@ def test_scores_may_lie_further_apart_than_32_bits_count(order: tuple[int, int, 
     assert torch.equal(labels[0], scores.argmax(0).permute(order).byte())
 
 
+@pytest.mark.parametrize("codes", ["RAS", "PIL", "SAR"])
+@pytest.mark.parametrize("spacing", [None, 1.7])
+def test_a_subject_compiles_the_label_kernel_once(
+    codes: str, spacing: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However thin the slabs are that come: constants, and the stride that is compiled in if it is 1, stay."""
+    from voxquilt.stitching.kernels import restore_labels
+
+    launches: list[tuple[object, ...]] = []
+    kernel = restore_labels._restore
+    fixed = [name for name in kernel.arg_names if name.isupper() or name == "scores_w"]
+
+    class Recorded:
+        def __getitem__(self, programs: tuple[int, ...]) -> Callable[..., None]:
+            def launch(*args: Any, **constants: Any) -> None:
+                # Integers beyond 32 bits would have another type.
+                assert all(abs(value) < 2**31 for value in args if isinstance(value, int))
+                values = dict(zip(kernel.arg_names, args, strict=False)) | constants
+                launches.append(tuple(values[name] for name in fixed))
+                kernel[programs](*args, **constants)
+
+            return launch
+
+    monkeypatch.setattr(restore_labels, "_restore", Recorded())
+    sampler, space = subject_in(codes, spacing, (12, 13, 9))
+    volumes_of(Stitch("hann", ["labels"]), sampler, space, {"": scores_for(sampler, 2, 0)}, execution=KERNELS)
+    assert len(launches) > 2
+    assert len(set(launches)) == 1
+
+
 def test_products_of_users_are_not_taken_for_labels_that_kernels_make() -> None:
     """A product that extends ArgMax may compute anything, and so may an activation."""
 
@@ -608,7 +639,6 @@ tables = {f"pairs_{axis}": "*i32" for axis in "dhw"} | {f"shares_{axis}": "*fp32
 for lerp, mode, far, double in ((True, 0, False, False), (False, 1, True, False), (True, 2, True, True)):
     constants = dict(LERP_D=lerp, LERP_H=True, LERP_W=lerp, FIRST=2, SECOND=0, THIRD=1, MODE=mode, FAR=far)
     pointers = {"scores": "*fp64" if double else "*fp32", "labels": "*u16", "not_finite": "*fp32", "threshold": "fp32"}
-    pointers |= {"origin": "i64"} if far else {}
     compiled(restore_labels._restore, pointers | tables, constants | dict(DOUBLE=double, BLOCK_H=8, BLOCK_W=64))
 compiled(probe._write_one, {"value": "*i32"}, {})
 """

@@ -39,7 +39,7 @@ class RestoreLabels:
 
     def __init__(self, rule: LabelRule, maps: AxisMaps, neighbours: Sequence[Neighbours], not_finite: Tensor) -> None:
         self._rule, self._not_finite, device = rule, not_finite, not_finite.device
-        self._axes, self._sizes = [m.axis for m in maps], [m.size for m in maps]
+        self._axes = [m.axis for m in maps]
         self._pairs = [upload(torch.stack([below, above], 1).int(), device) for below, above, _ in neighbours]
         self._shares = [upload(share, device) for _, _, share in neighbours]
         self._lerps = [bool(share.any()) for _, _, share in neighbours]
@@ -50,6 +50,10 @@ class RestoreLabels:
         # The order in which `interpolate` takes the axes, so that results are equal.
         steps = sorted(range(3), key=lambda n: -abs(maps[n].scale))
         self._order = [self._roles.index(n) for n in steps]
+        # Blocks and types of offsets depend on whole extents: else they would be compiled again in mid-subject.
+        self._wide = min(_WIDE, triton.next_power_of_2(maps[wide].size))
+        self._high = min(_HIGH * _WIDE // self._wide, triton.next_power_of_2(maps[high].size))
+        self._last = {n: int(torch.maximum(*neighbours[n][:2]).max()) for n in (high, wide)}
 
     def takes(self, scores: Tensor) -> bool:
         """Whether the scores' type is supported, and they are on the device."""
@@ -71,31 +75,28 @@ class RestoreLabels:
             labels: Where its labels are written, of an integer type.
         """
         strides = [scores.stride(axis + 1) for axis in self._axes]
-        origin = -sum(first * stride for first, stride in zip(offsets, scores.stride()[1:], strict=True))
-        last = sum((n - 1) * abs(stride) for n, stride in zip(scores.shape[1:], scores.stride()[1:], strict=True))
+        last = sum(voxel * abs(strides[n]) for n, voxel in self._last.items())
         deep, high, wide = (where[n] for n in self._roles)
         counts = [s.stop - s.start for s in (deep, high, wide)]
-        # From the whole volume, since another size of blocks would be compiled in the middle of a subject.
-        block_w = min(_WIDE, triton.next_power_of_2(self._sizes[self._roles[2]]))
-        block_h = min(_HIGH * _WIDE // block_w, triton.next_power_of_2(self._sizes[self._roles[1]]))
-        programs = -(-counts[2] // block_w), -(-counts[1] // block_h), counts[0]
+        programs = -(-counts[2] // self._wide), -(-counts[1] // self._high), counts[0]
         with on_device(scores.device):
             _restore[programs](
                 scores, labels, self._not_finite,
                 *(table for n in self._roles for table in (self._pairs[n], self._shares[n])),
-                *(strides[n] for n in self._roles), scores.stride(0), origin,
+                *(strides[n] for n in self._roles), scores.stride(0),
+                *(offsets[self._axes[n]] for n in self._roles),
                 *(labels.stride(n + 1) for n in self._roles), labels.stride(0),
                 deep.start, high.start, wide.start, counts[1], counts[2], len(scores), self._rule.threshold,
                 *(self._lerps[n] for n in self._roles), *self._order,
-                MODE=self._rule.mode, FAR=last + abs(origin) >= 2**31,
-                DOUBLE=scores.dtype == torch.float64, BLOCK_H=block_h, BLOCK_W=block_w,
+                MODE=self._rule.mode, FAR=last >= 2**31,
+                DOUBLE=scores.dtype == torch.float64, BLOCK_H=self._high, BLOCK_W=self._wide,
                 enable_fp_fusion=False,
             )  # fmt: skip
 
 
 # What differs from launch to launch or from subject to subject must not lead to another compilation.
 _PLAIN = [
-    "scores_d", "scores_h", "scores_c", "origin", "labels_d", "labels_h", "labels_w", "labels_c",
+    "scores_d", "scores_h", "scores_c", "skip_d", "skip_h", "skip_w", "labels_d", "labels_h", "labels_w", "labels_c",
     "first_d", "first_h", "first_w", "count_h", "count_w", "channels", "threshold",
 ]  # fmt: skip
 
@@ -104,7 +105,7 @@ _PLAIN = [
 @no_type_check
 def _restore(
     scores, labels, not_finite, pairs_d, shares_d, pairs_h, shares_h, pairs_w, shares_w,
-    scores_d, scores_h, scores_w, scores_c, origin, labels_d, labels_h, labels_w, labels_c,
+    scores_d, scores_h, scores_w, scores_c, skip_d, skip_h, skip_w, labels_d, labels_h, labels_w, labels_c,
     first_d, first_h, first_w, count_h, count_w, channels, threshold,
     LERP_D: tl.constexpr, LERP_H: tl.constexpr, LERP_W: tl.constexpr,
     FIRST: tl.constexpr, SECOND: tl.constexpr, THIRD: tl.constexpr,
@@ -118,9 +119,10 @@ def _restore(
     inside = in_h[:, None] & in_w[None, :]
     # The neighbours along each axis, as offsets between values, and the share of the second.
     at_d, at_h, at_w = pairs_d + 2 * (first_d + d), pairs_h + 2 * (first_h + h), pairs_w + 2 * (first_w + w)
-    low_d, high_d = tl.load(at_d).to(tl.int64) * scores_d, tl.load(at_d + 1).to(tl.int64) * scores_d
-    low_h, high_h = tl.load(at_h, mask=in_h, other=0), tl.load(at_h + 1, mask=in_h, other=0)
-    low_w, high_w = tl.load(at_w, mask=in_w, other=0), tl.load(at_w + 1, mask=in_w, other=0)
+    low_d, high_d = tl.load(at_d) - skip_d, tl.load(at_d + 1) - skip_d
+    low_h, high_h = tl.load(at_h, mask=in_h, other=0) - skip_h, tl.load(at_h + 1, mask=in_h, other=0) - skip_h
+    low_w, high_w = tl.load(at_w, mask=in_w, other=0) - skip_w, tl.load(at_w + 1, mask=in_w, other=0) - skip_w
+    low_d, high_d = low_d.to(tl.int64) * scores_d, high_d.to(tl.int64) * scores_d
     if FAR:
         low_h, high_h, low_w, high_w = low_h.to(tl.int64), high_h.to(tl.int64), low_w.to(tl.int64), high_w.to(tl.int64)
     low_h, high_h, low_w, high_w = low_h * scores_h, high_h * scores_h, low_w * scores_w, high_w * scores_w
@@ -134,7 +136,7 @@ def _restore(
     label = tl.full((BLOCK_H, BLOCK_W), 0, tl.int32)
     finite = tl.full((BLOCK_H, BLOCK_W), 1, tl.int1)
     into = labels + d.to(tl.int64) * labels_d + h.to(tl.int64)[:, None] * labels_h + w.to(tl.int64)[None, :] * labels_w
-    below = scores + origin + low_d
+    below = scores + low_d
     for c in range(channels):
         # Scores at the corners of the cell around each voxel: at the lower or higher neighbour along d, h and w.
         s000 = tl.load(below + at_ll, mask=inside, other=0).to(number)
