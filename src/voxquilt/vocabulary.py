@@ -20,6 +20,9 @@ OFFLOAD = ("auto",)
 AVERAGES = ("logits", "probabilities")
 OUTPUTS = ("auto", "resampled", "cropped")
 """How an output lies in its patch; see `voxquilt.geometry.output_layout`."""
+ORDERS = (0, 1, 3)
+"""Orders of interpolation: nearest voxel, linear, cubic spline."""
+CROPS = ("nonzero",)
 NONFINITE = ("error", "zero")
 DEVICES = ("auto", "cpu")
 """Where images are prepared: on the network's device, or on the host."""
@@ -45,6 +48,20 @@ def check_name(value: object, allowed: Iterable[str], key: str) -> str:
     if value in allowed:
         return str(value)
     raise ConfigError(f"{key} must be one of {', '.join(allowed)}; it is {value!r}.{question(str(value), allowed)}")
+
+
+def check_order(value: object, key: str) -> None:
+    """Raises ConfigError where a value is no order of interpolation."""
+    if isinstance(value, bool) or value not in ORDERS:
+        raise ConfigError(f"{key} must be 0 (nearest voxel), 1 (linear) or 3 (cubic spline); it is {value!r}.")
+
+
+def check_per_slice(value: object, key: str) -> None:
+    """Raises ConfigError where a value is no threshold above which slices are interpolated each by itself."""
+    if value is not None and not isinstance(value, bool) and not (isinstance(value, int | float) and value >= 1):
+        raise ConfigError(
+            f"{key} is a ratio of voxel sizes from 1, such as 3, or true (always), or null (never); it is {value!r}."
+        )
 
 
 def check_label_values(values: object, class_names: Sequence[str] | None = None) -> list[int] | None:

@@ -48,7 +48,7 @@ def mask_foreground(mask: LabelMap, subject: Subject, space: Space) -> Bool[Tens
     voxels = native.nonzero()
     positions: dict[int, Tensor] = {}
     for n, m in enumerate(space.maps):
-        below, upper, share = m.neighbours(space.model.shape[m.axis])
+        below, upper, share, _ = m.neighbours(space.model.shape[m.axis])
         positions[m.axis] = torch.where(share > 0.5, upper, below)[voxels[:, n]]
     model[positions[0], positions[1], positions[2]] = True
     return model

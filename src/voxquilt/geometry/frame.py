@@ -40,12 +40,17 @@ def to_triple(value: int | Iterable[int], name: str, *, minimum: int = 0) -> Tri
 class Frame:
     """The geometry of a volume: the number of voxels along i, j, k and the affine from voxel indices to mm in RAS.
 
+    Args:
+        shape, affine: The geometry.
+        zooms: Voxel sizes along i, j, k in mm where the file states them besides its affine.
+
     Raises:
         InputError: the affine is degenerate (a zero, infinite or missing voxel size, or axes in one plane).
     """
 
     shape: Triple
     affine: np.ndarray
+    zooms: tuple[float, float, float] | None = None
 
     def __post_init__(self) -> None:
         affine = np.asarray(self.affine, dtype=np.float64)
@@ -75,6 +80,16 @@ class Frame:
         """Voxel sizes along i, j, k in mm."""
         i, j, k = np.linalg.norm(self.affine[:3, :3], axis=0)
         return float(i), float(j), float(k)
+
+    @property
+    def header_spacing(self) -> tuple[float, float, float]:
+        """Voxel sizes as the file states them, if they are the affine's up to rounding; else the affine's.
+
+        The number of voxels that another spacing needs is rounded, so that the last bit can decide it.
+        """
+        if self.zooms is None or not np.allclose(self.zooms, self.spacing, rtol=1e-4, atol=0):
+            return self.spacing
+        return self.zooms
 
     @property
     def axcodes(self) -> str:
@@ -123,6 +138,19 @@ def parse_axcodes(codes: str) -> tuple[Triple, Triple]:
         raise ConfigError(f"an orientation has one letter of each pair L/R, A/P, S/I, such as RAS; it is {codes!r}.")
     signs = [1 if letter == _CODES[n][1] else -1 for letter, n in zip(letters, pairs, strict=True)]
     return (pairs[0], pairs[1], pairs[2]), (signs[0], signs[1], signs[2])
+
+
+def to_axis_order(transpose: Iterable[int] | None) -> Triple:
+    """The axis that each of three is, such as (2, 1, 0) to reverse their order; None keeps it.
+
+    Raises:
+        ConfigError: not the numbers 0, 1, 2, each once.
+    """
+    order = (0, 1, 2) if transpose is None else tuple(transpose) if isinstance(transpose, Iterable) else (transpose,)
+    if sorted(order, key=str) != [0, 1, 2]:
+        raise ConfigError(f"transpose must be null or the axes 0, 1, 2, each once, such as [2,1,0]; it is {transpose!r}.")
+    i, j, k = (int(n) for n in order)
+    return i, j, k
 
 
 def to_spacing(spacing: float | Iterable[float | None] | None) -> tuple[float | None, float | None, float | None]:

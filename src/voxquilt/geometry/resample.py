@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from voxquilt.geometry.space import AxisMaps, Neighbours
+from voxquilt.geometry.axis_map import AxisMap, AxisMaps, Neighbours
 
 
 def resample(
@@ -14,10 +14,58 @@ def resample(
 ) -> Shaped[Tensor, "c ti tj tk"]:
     """Resample a volume at the target's voxels.
 
-    Where maps only permute, flip and crop, values are copied in their own type. Otherwise linear interpolation gives
-    float32 (float64 for float64), and `linear=False` takes the nearest voxel.
+    Where maps only permute, flip and crop, values are copied in their own type. Otherwise interpolation, of the order
+    that each map has, gives float32 (float64 for float64), and `linear=False` takes the nearest voxel.
     """
-    return interpolate(source, maps, [m.neighbours(source.shape[m.axis + 1]) for m in maps], linear=linear)
+    near = [(m if linear else m.without_spline()).neighbours(source.shape[m.axis + 1]) for m in maps]
+    return interpolate(source, maps, near, linear=linear)
+
+
+def resample_image(source: Shaped[Tensor, "c si sj sk"], maps: AxisMaps) -> Shaped[Tensor, "c ti tj tk"]:
+    """Resample an image; a cubic spline is computed in float64 and kept within the image's values.
+
+    A spline swings beyond the values that it passes through. As in scikit-image's `resize`, what lies outside each
+    channel's range becomes the end of that range; where slices are interpolated each by itself, each slice's.
+    """
+    neighbours = [m.neighbours(source.shape[m.axis + 1]) for m in maps]
+    if all(along.weights is None for along in neighbours):
+        return interpolate(source, maps, neighbours)
+    slices = [n for n, m in enumerate(maps) if m.order == 0]
+    result = []
+    for channel in source.split(1):  # whose float64 voxels are in memory only while it is resampled
+        low, high = (reduce(channel, _others(maps, slices), keepdim=True) for reduce in (torch.amin, torch.amax))
+        for n in slices:  # the slice that each of the target's is
+            index = neighbours[n].below.to(source.device)
+            low, high = (ends.index_select(maps[n].axis + 1, index) for ends in (low, high))
+        i, j, k = (m.axis + 1 for m in maps)
+        low, high = (ends.permute(0, i, j, k).float() for ends in (low, high))
+        result.append(torch.clamp(_in_chunks(channel, maps, neighbours), low, high))
+    return torch.cat(result)
+
+
+def _others(maps: AxisMaps, slices: Sequence[int]) -> list[int]:
+    """The source's axes that are not across slices."""
+    return [m.axis + 1 for n, m in enumerate(maps) if n not in slices]
+
+
+def _in_chunks(source: Tensor, maps: AxisMaps, neighbours: Sequence[Neighbours], planes: int = 16) -> Tensor:
+    """The interpolation of `interpolate` in float64, of whose volumes only one is in memory; float32."""
+    *first, last = _steps(maps, neighbours, neighbours)
+    axis_map, along, on_device = last
+    dim = axis_map.axis + 1
+    half = []
+    for chunk in source.split(planes, dim):
+        chunk = chunk.double()
+        for m, host, device in first:
+            chunk = _interpolate_axis(chunk, m.axis + 1, host, device, linear=True)
+        half.append(chunk)
+    joined = torch.cat(half, dim)
+    across = first[0][0].axis + 1
+    chunks = [
+        _interpolate_axis(chunk, dim, along, on_device, linear=True).float() for chunk in joined.split(planes, across)
+    ]
+    i, j, k = (m.axis + 1 for m in maps)
+    return torch.cat(chunks, across).permute(0, i, j, k)
 
 
 def interpolate(
@@ -37,34 +85,40 @@ def interpolate(
         linear: Whether to interpolate, or to take the nearest voxel.
         on_device: The same on the source's device; None copies them there.
     """
-    # The axis that shrinks most comes first. It is determined by scales, not by sizes, so that a slab and the whole
-    # volume are interpolated in the same order and are equal to the bit.
-    on_device = neighbours if on_device is None else on_device
-    triples = sorted(zip(maps, neighbours, on_device, strict=True), key=lambda triple: -abs(triple[0].scale))
-    for axis_map, along, along_on_device in triples:
+    for axis_map, along, along_on_device in _steps(maps, neighbours, neighbours if on_device is None else on_device):
         source = _interpolate_axis(source, axis_map.axis + 1, along, along_on_device, linear=linear)
     i, j, k = (m.axis + 1 for m in maps)
     return source.permute(0, i, j, k)
 
 
+def _steps(
+    maps: AxisMaps, neighbours: Sequence[Neighbours], on_device: Sequence[Neighbours]
+) -> list[tuple[AxisMap, Neighbours, Neighbours]]:
+    """The axes in the order in which they are interpolated."""
+    # The axis that shrinks most comes first. It is determined by scales, not by sizes, so that a slab and the whole
+    # volume are interpolated in the same order and are equal to the bit.
+    return sorted(zip(maps, neighbours, on_device, strict=True), key=lambda step: -abs(step[0].scale))
+
+
 def _interpolate_axis(
     source: Tensor, dim: int, neighbours: Neighbours, on_device: Neighbours, *, linear: bool
 ) -> Tensor:
-    share = neighbours[2]
-    if not linear or not share.any():
-        index = _nearest(neighbours) if not linear else neighbours[0]
+    if not linear or neighbours.copies:
+        index = neighbours.below if linear else _nearest(neighbours)
         first, count = int(index[0]), len(index)
         if torch.equal(index, torch.arange(first, first + count)):
             return source.narrow(dim, first, count)
-        index = _nearest(on_device) if not linear else on_device[0]
+        index = on_device.below if linear else _nearest(on_device)
         return source.index_select(dim, index.to(source.device))
-    below, above, share = on_device
-    shares = share.reshape([-1 if axis == dim else 1 for axis in range(4)])
     source = source if source.dtype == torch.float64 else source.float()
+    if on_device.weights is not None:
+        return (source.movedim(dim, -1) @ on_device.weights.to(source).T).movedim(-1, dim)
+    below, above, share, _ = on_device
+    shares = share.reshape([-1 if axis == dim else 1 for axis in range(4)])
     lower, upper = (source.index_select(dim, index.to(source.device)) for index in (below, above))
     return torch.lerp(lower, upper, shares.to(source))
 
 
 def _nearest(neighbours: Neighbours) -> Tensor:
-    below, above, share = neighbours
+    below, above, share, _ = neighbours
     return torch.where(share > 0.5, above, below)

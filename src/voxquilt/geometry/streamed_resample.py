@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
+from voxquilt.geometry.axis_map import AxisMaps, Neighbours
 from voxquilt.geometry.frame import Triple
 from voxquilt.geometry.resample import interpolate
-from voxquilt.geometry.space import AxisMaps, Neighbours, Where
+from voxquilt.geometry.space import Where
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,9 @@ class Slab:
 
 
 class Restorer:
-    """Resamples scores to native space while their planes come in order: a native plane needs at most two model planes.
+    """Resamples scores to native space while their planes come in order.
+
+    A native plane needs at most two model planes, or 36 for a cubic spline.
 
     Args:
         maps: Maps from native voxels to the scores (`Space.in_scores`).
@@ -80,10 +83,11 @@ class Restorer:
         self._across, self._along = sorted((n for n in range(3) if n != self.axis), key=lambda n: -maps[n].size)
         self._maps, self.source_axis, self._linear = maps, axis, linear
         self._voxels, self._tile = voxels, tile
-        self._neighbours = [m.neighbours(shape[m.axis]) for m in maps]
-        below, above, share = self._neighbours[self.axis]
-        # A plane that is copied need not wait for the plane above it.
-        self._neighbours[self.axis] = below, torch.where(share > 0, above, below), share
+        self._neighbours = [(m if linear else m.without_spline()).neighbours(shape[m.axis]) for m in maps]
+        along = self._neighbours[self.axis]
+        if along.weights is None:
+            # A plane that is copied need not wait for the plane above it.
+            self._neighbours[self.axis] = along._replace(above=torch.where(along.share > 0, along.above, along.below))
         # Native planes in the order in which their model planes come, and how many have been handed out.
         self._ascending = maps[self.axis].scale > 0
         ends = torch.tensor([0, shape[axis]] if planes is None else [planes.start, planes.stop])
@@ -91,7 +95,9 @@ class Restorer:
         first, stop, size = self._done, self._until, maps[self.axis].size
         self.native = range(first, stop) if self._ascending else range(size - stop, size - first)
         """The planes along `self.axis` that are handed out."""
-        self._last: Tensor | None = None
+        # Planes that later native planes need too, and the first of them.
+        self._kept: Tensor | None = None
+        self._kept_from = 0
         self._copies: dict[torch.device, list[Neighbours]] = {torch.device("cpu"): self._neighbours}
 
     @property
@@ -108,19 +114,27 @@ class Restorer:
         """Take planes as `feed` does; hand out complete native planes, at most two slabs of them."""
         dim = self.source_axis + 1
         stop = start + planes.shape[dim]
-        below, above, _ = self._ordered()
+        below, above = self._ordered()
         ready = min(int(torch.searchsorted(above, torch.tensor(stop))), self._until)
-        held = int(torch.searchsorted(below, torch.tensor(start)))
-        if self._done < min(held, ready):
-            # These lie between the last plane of the previous call and the first of this one.
-            assert self._last is not None
-            first = planes.narrow(dim, 0, 1)
-            yield self._slab(torch.cat([self._last.to(first.device), first], dim), start - 1, min(held, ready))
+        held = min(int(torch.searchsorted(below, torch.tensor(start))), ready)
+        if self._done < held:
+            # These lie between the last planes of the previous calls and the first of this one.
+            assert self._kept is not None
+            more = planes.narrow(dim, 0, max(0, int(above[held - 1]) + 1 - start))
+            yield self._slab(torch.cat([self._kept.to(more.device), more], dim), self._kept_from, held)
         if self._done < ready:
             yield self._slab(planes, start, ready)
-        self._last = None
-        if ready < self._until and below[ready] < stop:
-            self._last = planes.narrow(dim, planes.shape[dim] - 1, 1).clone()
+        self._keep(int(below[ready]) if ready < self._until else stop, start, planes)
+
+    def _keep(self, first: int, start: int, planes: Tensor) -> None:
+        """Keep the planes from `first` on for the next call, of those kept before and those that start at `start`."""
+        dim = self.source_axis + 1
+        stop = start + planes.shape[dim]
+        new = planes.narrow(dim, max(first - start, 0), stop - max(first, start)) if first < stop else None
+        if new is not None and first < start and self._kept is not None:
+            older = self._kept.narrow(dim, first - self._kept_from, start - first)
+            new = torch.cat([older.to(new.device), new], dim)
+        self._kept, self._kept_from = None if new is None else new.clone(), first
 
     def pieces(self, slab: Slab) -> Iterator[Piece]:
         """Divide a slab into pieces."""
@@ -155,25 +169,19 @@ class Restorer:
     def _piece(self, planes: Tensor, start: int, where: Where) -> Piece:
         if planes.device not in self._copies:
             # Once, and without waiting for the device.
-            self._copies[planes.device] = [_moved(along, planes.device) for along in self._neighbours]
+            self._copies[planes.device] = [along.to(planes.device) for along in self._neighbours]
         neighbours: list[Neighbours] = []
         on_device: list[Neighbours] = []
         for n, (m, w) in enumerate(zip(self._maps, where, strict=True)):
-            below, above, share = (t[w] for t in self._neighbours[n])
-            low, high = int(below.min()), int(above.max())
+            along = self._neighbours[n]
+            low, high = int(along.below[w].min()), int(along.above[w].max())
             planes = planes.narrow(m.axis + 1, low - (start if n == self.axis else 0), high - low + 1)
-            neighbours.append((below - low, above - low, share))
+            neighbours.append(along.part(w, low, high))
             if planes.device.type != "cpu":
-                below, above, share = (t[w] for t in self._copies[planes.device][n])
-                on_device.append((below - low, above - low, share))
+                on_device.append(self._copies[planes.device][n].part(w, low, high))
         return Piece(where, planes, self._maps, neighbours, on_device or neighbours, self._linear)
 
-    def _ordered(self) -> Neighbours:
-        """Neighbours along the streaming axis in the order in which the scores' planes come."""
-        below, above, share = self._neighbours[self.axis]
-        return (below, above, share) if self._ascending else (below.flip(0), above.flip(0), share.flip(0))
-
-
-def _moved(neighbours: Neighbours, device: torch.device) -> Neighbours:
-    below, above, share = (tensor.to(device, non_blocking=True) for tensor in neighbours)
-    return below, above, share
+    def _ordered(self) -> tuple[Tensor, Tensor]:
+        """The first and last plane of the scores that each native plane needs, in the order in which these come."""
+        below, above, *_ = self._neighbours[self.axis]
+        return (below, above) if self._ascending else (below.flip(0), above.flip(0))

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from voxquilt.geometry.axis_map import AxisMaps
 from voxquilt.geometry.frame import Triple
-from voxquilt.geometry.space import AxisMaps, Where
+from voxquilt.geometry.space import Where
 from voxquilt.geometry.streamed_resample import Piece, Restorer, Slab
 from voxquilt.stitching.device_transfer import Progress
 from voxquilt.stitching.execution import Execution
@@ -40,6 +41,8 @@ class NativeGrid:
         device: Where scores come from.
         execution: How products are computed there.
         keeps: Whether the device has memory for the volumes, which then stay there until they are complete.
+        native: Native voxels along i, j, k, and those of them that the maps are of.
+        fill: Scores outside of these.
     """
 
     maps: AxisMaps
@@ -52,11 +55,18 @@ class NativeGrid:
     device: torch.device
     execution: Execution
     keeps: bool
+    native: tuple[Triple, Where]
+    fill: list[float]
 
     @property
     def copies(self) -> bool:
         """Whether native voxels are voxels of the scores, and nothing is interpolated."""
-        return not any(m.neighbours(self.shape[m.axis])[2].any() for m in self.maps)
+        return all(m.neighbours(self.shape[m.axis]).copies for m in self.maps)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether native voxels lie between the two voxels of the scores around them, along each axis."""
+        return all(m.order < 3 for m in self.maps)
 
     @property
     def read(self) -> Where:
@@ -70,16 +80,22 @@ class NativeGrid:
 
     def make_volumes(self, products: Mapping[str, Product], restorer: Restorer) -> OutputVolumes:
         """Volumes for products of the voxels that a restorer hands out."""
-        i, j, k = (m.size for m in self.maps)
+        shape, where = self.native
+        background = None
+        if shape != tuple(m.size for m in self.maps):
+            scores = torch.tensor(self.fill, dtype=torch.float64).float().reshape(-1, 1, 1, 1)
+            background = {name: compute(product, scores, self.channels) for name, product in products.items()}
         return OutputVolumes(
             products,
             self.channels,
-            (i, j, k),
+            shape,
             restorer.axis,
             self.scratch,
             planes=restorer.native,
             holds_all=self.holds_all,
             device=self.device if self.keeps else None,
+            box=None if background is None else where,
+            background=background,
         )
 
 
@@ -191,18 +207,19 @@ def _paths(specs: Mapping[str, ProductSpec], grid: NativeGrid, check: FiniteChec
             before = _InModel(spec.product, grid.channels, grid.read, check)
             yield ProductPath(before, restorer, _OfModelProduct(name), volumes)
     of_scores = {name: spec.product for name, spec in specs.items() if not spec.in_model}
+    has_kernels = grid.execution.kernels and grid.is_linear
     for name, product in of_scores.items():
-        rule = label_rule(product) if grid.execution.kernels else None
+        rule = label_rule(product) if has_kernels else None
         if rule is not None:
             restorer, after = grid.make_restorer(), _OfScores({name: product}, grid.channels, check)
             kernel = load_restore_labels(rule, grid.maps, restorer.neighbours, check.mark)
             yield KernelPath(_scores_of, restorer, after, grid.make_volumes({name: product}, restorer), name, kernel)
-    if grid.execution.kernels:
+    if has_kernels:
         of_scores = {name: product for name, product in of_scores.items() if label_rule(product) is None}
     if not of_scores:
         return
     only_labels = all(isinstance(product, ArgMax) for product in of_scores.values())
-    if only_labels and not grid.copies and not grid.execution.deferred:
+    if only_labels and grid.is_linear and not grid.copies and not grid.execution.deferred:
         restorer, after = grid.make_restorer(tile=_TILE), _Labels(list(of_scores))
     else:
         restorer, after = grid.make_restorer(), _OfScores(of_scores, grid.channels, check)

@@ -104,7 +104,9 @@ class RingOpener:
         """
         grid, part, channels = self.ledger.grid, self.ledger.part, patches.shape[1]
         factor = factor_of(self.layout, name, patches.shape, grid.patch_size)
-        scores, maps = grid.downsampled(factor), self.space.in_scores(self.padding, factor)
+        scores = grid.downsampled(factor)
+        maps = self.space.in_scores(self.padding, factor, self.stitch.order, self.stitch.per_slice)
+        native_shape = self.space.native.shape
         plans = self._plans(name, channels)
         values = sum(len(plan.fill) for plan in plans) * prod(scores.shape)
         planes = grid.patch_size[part.axis] / grid.shape[part.axis]
@@ -113,7 +115,7 @@ class RingOpener:
         buffers = self.memory.buffers or BufferPool()
         device = self._choose_device(patches.device, ring, buffers) if device is None else torch.device(device)
         execution = self.memory.execution or execution_on(device)
-        volumes = prod(m.size for m in maps) * sum(_voxel_bytes(plan, channels) for plan in plans)
+        volumes = prod(native_shape) * sum(_voxel_bytes(plan, channels) for plan in plans)
         keeps = execution.deferred and choose_device(device, ring + volumes, buffers.held(device)) == device
         rings = []
         for plan in plans:
@@ -121,7 +123,7 @@ class RingOpener:
             finished = planes_of(part, scores, plan.blend)
             native = NativeGrid(
                 maps, part.axis, scores.shape, channels, finished, self.holds_all, self.memory.scratch,
-                device, execution, keeps,
+                device, execution, keeps, (native_shape, self.space.where), plan.fill,
             )  # fmt: skip
             products = NativeProducts(plan.specs, native)
             sums = Accumulator(
@@ -151,7 +153,7 @@ class RingOpener:
         fill = torch.tensor(background(channels, stitch.activation, stitch.fill), dtype=torch.float64)
         plans = []
         for blend, specs in stitch.specs(name, channels):
-            if self.ledger.skipped and stitch.fill is None:
+            if stitch.fill is None and (self.ledger.skipped or not self.space.covers_all):
                 self._check_fill(fill, specs.values())
             for averaged in dict.fromkeys(spec.averaged for spec in specs.values()):
                 same_average = {product: spec for product, spec in specs.items() if spec.averaged == averaged}
@@ -163,7 +165,7 @@ class RingOpener:
         values = fill.reshape(-1, 1, 1, 1)
         if any(isinstance(spec.product, Threshold) and spec.product(values).any() for spec in specs):
             raise OutputError(
-                f"patches without foreground would count as label 1, since a score of 0 is above "
+                f"voxels that are not predicted would count as label 1, since a score of 0 is above "
                 f"stitch.threshold={self.stitch.threshold}; set stitch.fill to the background's score."
             )
 

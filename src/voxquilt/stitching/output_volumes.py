@@ -63,9 +63,11 @@ class OutputVolumes:
         shape: Native voxels along i, j, k.
         axis: The native axis along which planes come.
         scratch: Keeps arrays that are too large for memory; None keeps all in memory.
-        planes: The native planes along the axis that are stored here; None for all.
+        planes: The planes of the box along the axis that are stored here; None for all.
         holds_all: Whether there is room for all planes, of which others are placed here, or only for these.
         device: A device that keeps the planes until `fetch`; None keeps them on the host from the start.
+        box: The native voxels that come; all others keep the background. None for all.
+        background: Values of a voxel outside the box, by product.
     """
 
     def __init__(
@@ -79,10 +81,13 @@ class OutputVolumes:
         planes: range | None = None,
         holds_all: bool = True,
         device: torch.device | None = None,
+        box: Where | None = None,
+        background: Mapping[str, Shaped[Tensor, "c 1 1 1"]] | None = None,
     ) -> None:
         self._products = products
         self._axis = axis
-        self._filled = range(shape[axis]) if planes is None else planes
+        self._begin = (0, 0, 0) if box is None else tuple(along.start for along in box)
+        self._filled = _native_planes(range(shape[axis]), box and box[axis], planes)
         self._first = 0 if holds_all else self._filled.start
         kept = list(shape)
         kept[axis] = shape[axis] if holds_all else len(self._filled)
@@ -102,19 +107,23 @@ class OutputVolumes:
                 else np.empty(shape_in_memory, dtype)
             )
             self.arrays[name] = array.transpose(np.argsort(order))
+            if box is not None and background is not None:
+                self.arrays[name][...] = background[name].numpy(force=True)
             # Planes that are still missing.
             self._holes[name] = np.ones(kept[axis], dtype=bool)
             self._holes[name][self._filled.start - self._first : self._filled.stop - self._first] = False
             if device is not None:
                 with torch.inference_mode(False):
                     self._on_device[name] = _like(self._own(name), device)
+                    if box is not None and background is not None:
+                        self._on_device[name].copy_(background[name])
 
     def kind(self, name: str) -> str:
         """The kind of a product."""
         return self._products[name].kind
 
     def store(self, name: str, where: Where, voxels: Shaped[Tensor, "c i j k"]) -> None:
-        """Store a product of the native voxels `where`; a single voxel stands for all of them."""
+        """Store a product of the box's voxels `where`; a single voxel stands for all of them."""
         into = self.on_device(name, where)
         if into is None:
             self.arrays[name][:, *self._shifted(where, self._first)] = voxels.numpy(force=True)
@@ -122,13 +131,13 @@ class OutputVolumes:
             into.copy_(voxels)
 
     def on_device(self, name: str, where: Where) -> Shaped[Tensor, "c i j k"] | None:
-        """The native voxels `where` of a product on the device; None if it is kept on the host."""
+        """The box's voxels `where` of a product on the device; None if it is kept on the host."""
         if name not in self._on_device:
             return None
         return self._on_device[name][:, *self._shifted(where, self._filled.start)]
 
     def new_planes(self, name: str, where: Where, device: torch.device) -> Shaped[Tensor, "c i j k"]:
-        """Memory on a device for the native voxels `where` of a product, in the order in which they are kept."""
+        """Memory on a device for the box's voxels `where` of a product, in the order in which they are kept."""
         return _like(self.arrays[name][:, *self._shifted(where, self._first)], device)
 
     def fetch(self, progress: Progress) -> None:
@@ -183,12 +192,20 @@ class OutputVolumes:
         return self.arrays[name][tuple(where)]
 
     def _shifted(self, where: Where, first: int) -> Where:
-        """Native slices as slices of arrays that begin with the plane `first`."""
-        moved = list(where)
-        along = where[self._axis]
-        moved[self._axis] = slice(along.start - first, along.stop - first)
-        i, j, k = moved
+        """Slices of the box as slices of arrays that begin with the native plane `first`."""
+        moves = [begin - (first if axis == self._axis else 0) for axis, begin in enumerate(self._begin)]
+        i, j, k = (slice(along.start + move, along.stop + move) for along, move in zip(where, moves, strict=True))
         return i, j, k
+
+
+def _native_planes(native: range, box: slice | None, planes: range | None) -> range:
+    """The native planes that are complete with some planes of a box: before and behind the box, all of them are."""
+    if box is None:
+        return native if planes is None else planes
+    count = box.stop - box.start
+    planes = range(count) if planes is None else planes
+    start = native.start if planes.start == 0 else planes.start + box.start
+    return range(start, native.stop if planes.stop == count else planes.stop + box.start)
 
 
 def _like(array: np.ndarray, device: torch.device) -> Tensor:

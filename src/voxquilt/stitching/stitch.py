@@ -13,7 +13,7 @@ from voxquilt.stitching.blend import Blend, checked_weights, to_blend
 from voxquilt.stitching.products.base import Product
 from voxquilt.stitching.products.registry import PRODUCTS
 from voxquilt.stitching.products.spec import ProductSpec, make_products
-from voxquilt.vocabulary import ACTIVATIONS, APPLIED, IMAGE, LABELS, MAP, RESTORES, check_label_values, check_name
+from voxquilt.vocabulary import ACTIVATIONS, APPLIED, IMAGE, LABELS, MAP, RESTORES, check_label_values, check_name, check_order, check_per_slice
 
 # Patches that overlap, the last one moved back.
 _GRID = make_grid((11, 5, 5), 5, 2)
@@ -38,6 +38,11 @@ class Stitch:
             `labels_<mode>`.
         restore: 'scores' interpolates scores to native space and makes labels of them there; 'labels' makes labels in
             model space and resamples them by nearest neighbour, which is faster and coarser.
+        order: Order by which scores are interpolated to native space: 0 takes the nearest voxel, 1 is linear, 3 a cubic
+            spline, whose labels have smoother surfaces.
+        per_slice: Where the largest voxel size is more than so many times the smallest, slices across that axis are
+            interpolated each by itself, and the nearest is taken between them; None never does so. See
+            `voxquilt.geometry.space.Space.slice_axis`.
         fill: Scores where no patch was predicted; see `voxquilt.stitching.products.spec.background`.
         class_names: Names of labels 0, 1, ...; written into the header of label files.
         label_values: The numbers that classes 0, 1, ... have in label files, which have the smallest unsigned type that
@@ -56,6 +61,8 @@ class Stitch:
     threshold: float | None = None
     compare: Sequence[str] = ()
     restore: str = "scores"
+    order: int = 1
+    per_slice: float | bool | None = None
     fill: float | Sequence[float] | None = None
     class_names: Sequence[str] | None = None
     postprocess: Sequence[Callable[[Tensor], Tensor]] = field(default=())
@@ -71,6 +78,8 @@ class Stitch:
             raise ConfigError(f"stitch.compare names an overlap mode twice: {list(self.compare)}.")
         check_name(self.activation or "none", (*ACTIVATIONS, *APPLIED), "activation")
         check_name(self.restore, RESTORES, "restore")
+        check_order(self.order, "stitch.order")
+        check_per_slice(self.per_slice, "stitch.per_slice")
         check_label_values(self.label_values, self.class_names)
 
     @cached_property

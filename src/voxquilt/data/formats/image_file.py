@@ -127,7 +127,9 @@ def open_image(path: Path | str) -> ImageFile:
         if len(header.shape) not in (3, 4) or 0 in header.shape:
             raise InputError(f"its shape is {tuple(header.shape)}; voxquilt reads (I, J, K) or (C, I, J, K).")
         channels, i, j, k = (int(n) for n in ((1, *header.shape) if len(header.shape) == 3 else header.shape))
-        frame = Frame((i, j, k), header.affine)
+        pixdim = None if header.nifti is None else header.nifti["pixdim"][1:4]
+        zooms = None if pixdim is None else (float(pixdim[0]), float(pixdim[1]), float(pixdim[2]))
+        frame = Frame((i, j, k), header.affine, zooms)
         return ImageFile(path, channels, frame, header.voxel_bytes, header.nifti, file_format.read)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from voxquilt.geometry.grid import Grid
-from voxquilt.geometry.space import AxisMaps, Neighbours
+from voxquilt.geometry.axis_map import AxisMaps, Neighbours
 from voxquilt.stitching.kernels.label_rule import LabelRule
 
 log = logging.getLogger("voxquilt")

@@ -16,7 +16,7 @@ import triton.language as tl
 from jaxtyping import Shaped
 from torch import Tensor
 
-from voxquilt.geometry.space import AxisMaps, Neighbours
+from voxquilt.geometry.axis_map import AxisMaps, Neighbours
 from voxquilt.stitching.device_transfer import on_device, upload
 from voxquilt.stitching.kernels.label_rule import ARG_MAX, SIGMOID_ABOVE, LabelRule
 
@@ -40,9 +40,9 @@ class RestoreLabels:
     def __init__(self, rule: LabelRule, maps: AxisMaps, neighbours: Sequence[Neighbours], not_finite: Tensor) -> None:
         self._rule, self._not_finite, device = rule, not_finite, not_finite.device
         self._axes = [m.axis for m in maps]
-        self._pairs = [upload(torch.stack([below, above], 1).int(), device) for below, above, _ in neighbours]
-        self._shares = [upload(share, device) for _, _, share in neighbours]
-        self._lerps = [bool(share.any()) for _, _, share in neighbours]
+        self._pairs = [upload(torch.stack([along.below, along.above], 1).int(), device) for along in neighbours]
+        self._shares = [upload(along.share, device) for along in neighbours]
+        self._lerps = [not along.copies for along in neighbours]
         # Programs read along the scores' last axis and write along the labels' first, as far as these differ.
         wide = self._axes.index(2)
         high = 0 if wide != 0 else 1

@@ -1,0 +1,66 @@
+"""Places the voxels of model space along an axis where its spacing is not the file's: one function for each convention.
+
+Each takes the native voxels along an axis and the two spacings in mm, and gives the model's number of voxels, the native
+voxels per model voxel, and the native position of the first model voxel's centre:
+
+    native   |  0  |  1  |  2  |  3  |  4  |      five voxels of 1 mm, to 1.6 mm
+    centre   |    0    |    1    |    2    |      exactly 1.6 mm; the two fields of view have the same centre
+    corner   |   0    |   1    |   2    |         borders meet: 5 / 3 mm
+    first_voxel 0         1         2             exactly 1.6 mm; the first voxels' centres meet
+    ends        0           1           2         the centres of the first and of the last voxels meet: 2 mm
+
+Other packages add functions by the entry point group `voxquilt.grids`.
+"""
+
+from voxquilt.vocabulary import Registry
+
+Placed = tuple[int, float, float]
+
+GRIDS = Registry(
+    "model grid",
+    {name: f"voxquilt.geometry.model_grids:{name}" for name in ("centre", "corner", "first_voxel", "ends")},
+    "voxquilt.grids",
+)
+
+
+def centre(count: int, spacing: float, wanted: float) -> Placed:
+    """Voxels of exactly the wanted size, with the native field of view's centre in theirs.
+
+    >>> centre(5, 1.0, 1.6)
+    (3, 1.6, 0.3999999999999999)
+    """
+    # Rounded before comparing: 0.9999999 mm in a float32 header is the same spacing as 1 mm.
+    ratio = 1.0 if abs(wanted / spacing - 1) < 1e-4 else wanted / spacing
+    size = max(1, round(count / ratio))
+    return size, ratio, (count - 1) / 2 - (size - 1) / 2 * ratio
+
+
+def corner(count: int, spacing: float, wanted: float) -> Placed:
+    """Voxels of about the wanted size whose field of view is the native one: nnU-Net's, and torch's `interpolate`.
+
+    >>> corner(5, 1.0, 1.6)
+    (3, 1.6666666666666667, 0.33333333333333337)
+    """
+    size = max(1, round(spacing / wanted * count))
+    ratio = count / size
+    return size, ratio, ratio / 2 - 0.5
+
+
+def first_voxel(count: int, spacing: float, wanted: float) -> Placed:
+    """Voxels of exactly the wanted size, the first of which has the centre of the native one: MONAI's Spacingd.
+
+    >>> first_voxel(5, 1.0, 1.6)
+    (4, 1.6, 0.0)
+    """
+    ratio = 1.0 if abs(wanted / spacing - 1) < 1e-4 else wanted / spacing
+    return round((count - 1) / ratio + 1), ratio, 0.0
+
+
+def ends(count: int, spacing: float, wanted: float) -> Placed:
+    """Voxels of about the wanted size whose first and last centres are the native ones: scipy.ndimage.zoom.
+
+    >>> ends(5, 1.0, 1.6)
+    (3, 2.0, 0.0)
+    """
+    size = max(1, round(count * (spacing / wanted)))
+    return (size, (count - 1) / (size - 1), 0.0) if size > 1 and count > 1 else (size, max(count, 1) / size, 0.0)
