@@ -32,6 +32,8 @@ def predict_volume(
     *,
     padding_mode: str | float | None = None,
     divisible_by: int | Iterable[int] = 1,
+    placement: str = "regular",
+    step: float | None = None,
     batch_size: int = 1,
     skip: float | SubjectLike | None = None,
     preprocess: Preprocess | None = None,
@@ -51,7 +53,7 @@ def predict_volume(
             before.
         subject: The images: a Subject, or anything that can be turned into one, such as a path, a (C, I, J, K) tensor
             or array, MONAI's MetaTensor, TorchIO's Subject; see `voxquilt.data.conversion.to_subject`.
-        patch_size, patch_overlap, padding_mode, divisible_by: See GridSampler.
+        patch_size, patch_overlap, padding_mode, divisible_by, placement, step: See GridSampler.
         batch_size: Patches per forward pass.
         skip: Patches without foreground are not predicted and count as background: nothing above a number in the first
             image in model space, or nothing above 0 in a mask on the subject's grid (a LabelMap, or like `subject`).
@@ -71,10 +73,11 @@ def predict_volume(
         VoxquiltError: an input, the grid, the shape of a patch, or an output is wrong; see `voxquilt.errors`.
     """
     subject = to_subject(subject)
-    subject = Subject(subject.get_images_dict() or subject.images)
+    preprocess, device = preprocess or Preprocess(), torch.device(device)
+    previous = {name: image for name, image in subject.images.items() if name in (preprocess.one_hot or ())}
+    subject = Subject((subject.get_images_dict() or subject.images) | previous)
     skip = skip if isinstance(skip, float | int | None) else to_mask(skip)
     stitch = Stitch(stitch) if isinstance(stitch, str) else stitch or Stitch()
-    preprocess, device = preprocess or Preprocess(), torch.device(device)
     stream = copy_stream(device, beside=False)
     feed = None if stream is None else DeviceFeed(stream, takes_volumes=preprocess.device == "auto")
     on_device = None if feed is None else feed.try_on_device(lambda: preprocess(subject, feed))
@@ -83,8 +86,9 @@ def predict_volume(
     size = to_triple(patch_size, "patch_size", minimum=1)
     halo = _halo(network, model_subject, size, device) if cropped else NO_PADDING
     sampler = GridSampler(
-        model_subject, size, patch_overlap, padding_mode, fit=True, divisible_by=divisible_by, halo=halo
-    )
+        model_subject, size, patch_overlap, padding_mode, fit=True, divisible_by=divisible_by, halo=halo,
+        placement=placement, step=step,
+    )  # fmt: skip
     skipped = patches_to_skip(skip, sampler, subject, space)
     numbers = patches_to_predict(sampler, skipped)
     stitcher = SubjectStitcher(stitch, sampler, space, skipped=skipped, layout=output)

@@ -269,7 +269,7 @@ def test_a_fill_that_would_become_a_label_is_refused() -> None:
     """With a negative threshold a score of 0 is label 1, so skipped voxels would be foreground."""
     subject = Subject(t1=ScalarImage(HEAD))
     with pytest.raises(
-        OutputError, match=r"without foreground would count as label 1.*stitch\.threshold=-1\.0; set stitch\.fill"
+        OutputError, match=r"not predicted would count as label 1.*stitch\.threshold=-1\.0; set stitch\.fill"
     ):
         predict_volume(lambda x: x, subject, 6, 2, stitch=Stitch(threshold=-1.0), skip=5.0)
     with pytest.raises(OutputError, match="would count as label 1"):

@@ -19,6 +19,7 @@ from voxquilt.cli.value_checks import (
     flag_or_time,
     integer,
     label_patterns,
+    labels_by_image,
     list_of,
     number,
     number_or_numbers,
@@ -29,12 +30,15 @@ from voxquilt.cli.value_checks import (
     word,
     word_or_node,
 )
-from voxquilt.geometry.frame import parse_axcodes, to_spacing
+from voxquilt.geometry.frame import parse_axcodes, to_axis_order, to_spacing
+from voxquilt.geometry.model_grids import GRIDS
+from voxquilt.geometry.placement import PLACEMENTS
 from voxquilt.stitching.blend_registry import BLENDS
 from voxquilt.stitching.products.registry import PRODUCTS
 from voxquilt.vocabulary import (
     ACTIVATIONS,
     AVERAGES,
+    CROPS,
     DEVICES,
     DISTRIBUTE,
     LOGS,
@@ -44,13 +48,22 @@ from voxquilt.vocabulary import (
     OUTPUTS,
     RESTORES,
     TASKS,
+    check_order,
+    check_per_slice,
 )
 
 PREPROCESS = Section(
     {
         "orientation": or_null(lambda value, _: parse_axcodes(value)),
+        "transpose": lambda value, _: to_axis_order(value),
         "spacing": lambda value, _: to_spacing(value),
+        "grid": word(GRIDS),
+        "crop": or_null(word(CROPS)),
+        "interpolation": check_order,
+        "per_slice": check_per_slice,
         "intensity": by_name(callables, name_in_key=True),
+        "intensity_first": flag,
+        "one_hot": or_null(labels_by_image),
         "device": word(DEVICES),
     }
 )
@@ -62,6 +75,8 @@ STITCH = Section(
         "activation": anything,  # follows from model.activation and model.average
         "threshold": or_null(number("must be a number or null")),
         "restore": word(RESTORES),
+        "order": check_order,
+        "per_slice": check_per_slice,
         "fill": or_null(number_or_numbers),
         "class_names": list_of("background,brain"),
         "label_values": anything,  # checked beside class_names
@@ -79,6 +94,8 @@ PREDICT = {
             "patch_overlap": anything,  # checked beside patch_size
             "padding_mode": padding_mode,
             "divisible_by": along_axes,
+            "placement": word(PLACEMENTS),
+            "step": anything,  # checked beside patch_size
             "batch_size": first_of(lambda value: value == "auto", integer(1)),
             "num_workers": integer(0),
             "skip": or_null(threshold_or_mask),

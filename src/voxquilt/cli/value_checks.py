@@ -127,10 +127,12 @@ def check_grid(data: Mapping[str, Any], size_key: str = "patch_size") -> None:
     if size_key not in data:
         return
     patch_size, overlap = to_triple(data[size_key], f"data.{size_key}", minimum=1), data.get("patch_overlap", 0)
+    step = data.get("step")
     try:
-        make_grid(patch_size, patch_size, overlap)
+        make_grid(patch_size, patch_size, overlap, step=step)
     except VoxquiltError as error:
-        raise ConfigError(f"data.{size_key}={list(patch_size)}, data.patch_overlap={overlap}: {error}") from error
+        shown = f"data.{size_key}={list(patch_size)}, data.patch_overlap={overlap}"
+        raise ConfigError(f"{shown}{'' if step is None else f', data.step={step}'}: {error}") from error
 
 
 def padding_mode(value: Any, key: str) -> None:
@@ -147,6 +149,18 @@ def label_patterns(value: Any, key: str) -> None:
             f"{key} is a path with {{subject}}, such as 'labels/{{subject}}.nii.gz', or one for each channel of the "
             f"labels; it is {value!r}."
         )
+
+
+def labels_by_image(value: Any, key: str) -> None:
+    """Lists of labels by the names of images."""
+    lists = list(value.values()) if isinstance(value, Mapping) else [None]
+    if not all(isinstance(labels, list) and labels and all(map(is_integer, labels)) for labels in lists):
+        raise ConfigError(f"{key} has a list of labels for each image of labels, such as '{{stage1: [1,2]}}'; it is {value!r}.")
+
+
+def is_integer(value: Any) -> bool:
+    """Whether a value is an integer, and neither true nor false."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def threshold_or_mask(value: Any, key: str) -> None:

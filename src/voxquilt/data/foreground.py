@@ -43,7 +43,7 @@ def mask_foreground(mask: LabelMap, subject: Subject, space: Space) -> Bool[Tens
         InputError: the mask is not on the subject's grid, or cannot be read.
     """
     _ = Subject({**subject.images, "the mask of skip": mask}).frame
-    native = (mask.stored() > 0).any(0)
+    native = (mask.stored() > 0).any(0)[space.where]
     model = resample(native[None], inverse(space.maps, space.model.shape), linear=False)[0].clone()
     voxels = native.nonzero()
     positions: dict[int, Tensor] = {}

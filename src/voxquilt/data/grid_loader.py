@@ -35,6 +35,7 @@ class GridLoader:
         divisible_by: Model space is padded to a multiple of so many voxels along i, j, k.
         skip: See `voxquilt.data.foreground`: a number, a pattern of mask files with `{subject}`, or None.
         halo: Voxels before and after along i, j, k by which the network's outputs are smaller than a patch.
+        placement, step: See GridSampler.
     """
 
     patch_size: Triple
@@ -44,6 +45,8 @@ class GridLoader:
     divisible_by: Triple = (1, 1, 1)
     skip: float | str | None = None
     halo: Padding = NO_PADDING
+    placement: str = "regular"
+    step: float | None = None
 
     def cost(self, files: SubjectFiles, ranks: int = 1) -> SubjectCost:
         """The cost of a subject, from its headers alone.
@@ -56,9 +59,12 @@ class GridLoader:
         """
         try:
             check_id(files)
-            subject = _subject_of(files)
+            subject = self._subject_of(files)
             space = self.preprocess.space(subject)
             check_model_space(space)
+            if ranks > 1 and self.preprocess.crop:
+                # How many slabs there are for the processes depends on what is cropped.
+                space = self.preprocess.space(subject, self.preprocess.box(subject))
             grid, padding = lay_grid(
                 space.model.shape,
                 self.patch_size,
@@ -67,9 +73,14 @@ class GridLoader:
                 fit=True,
                 divisible_by=self.divisible_by,
                 halo=self.halo,
+                placement=self.placement,
+                step=self.step,
             )
             transformed = bool(self.preprocess.intensity)
-            size = measure_subject(subject, space, grid, padding, transformed=transformed, halo=self.halo)
+            order = self.preprocess.interpolation
+            size = measure_subject(
+                subject, space, grid, padding, transformed=transformed, halo=self.halo, order=order
+            )
             return SubjectCost(len(grid) + 1, len(split_rows(grid, ranks)), size)
         except Exception as error:  # too large numbers raise many kinds of errors
             return SubjectCost(1, problem=_with_files(reason_of(error), files))
@@ -92,7 +103,7 @@ class GridLoader:
 
     def _load(self, task: SubjectTask, rank: int, feed: DeviceFeed | None) -> LoadedSubject:
         started = perf_counter()
-        subject = _subject_of(task.case)
+        subject = self._subject_of(task.case)
         file = next(iter(subject.images.values())).file
         model_subject, space = self.preprocess(subject, feed)
         sampler = GridSampler(
@@ -103,6 +114,8 @@ class GridLoader:
             fit=True,
             divisible_by=self.divisible_by,
             halo=self.halo,
+            placement=self.placement,
+            step=self.step,
         )
         source = sampler.source(None if feed is None else feed.stream)  # pads, here rather than between two batches
         mask = self.skip
@@ -114,6 +127,11 @@ class GridLoader:
         seconds = perf_counter() - started
         work = SubjectWork(task, file, sampler.grid, sampler.padding, space, numbers, skipped, part, seconds)
         return LoadedSubject(work, source if feed is None else feed.keep(source))
+
+    def _subject_of(self, files: SubjectFiles) -> Subject:
+        """A subject, of which nothing has been read."""
+        labels = self.preprocess.one_hot or ()
+        return Subject({n: LabelMap(path) if n in labels else ScalarImage(path) for n, path in files.images.items()})
 
 
 def check_model_space(space: Space) -> None:
@@ -128,10 +146,6 @@ def check_model_space(space: Space) -> None:
         raise InputError(
             f"the file has {described(native)}, and model space would have {described(model)}. Is the voxel size right?"
         )
-
-
-def _subject_of(files: SubjectFiles) -> Subject:
-    return Subject({name: ScalarImage(path) for name, path in files.images.items()})
 
 
 def _with_files(reason: str, files: SubjectFiles) -> str:

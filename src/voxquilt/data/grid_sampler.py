@@ -42,6 +42,8 @@ class GridSampler(Dataset[Subject]):
         halo: Voxels before and after along i, j, k by which the network's outputs are smaller than patches (see
             `voxquilt.geometry.output_layout`). The grid and locations are those of outputs; patches include the halo,
             which is padding beyond the volume's edge.
+        placement: How patches are placed along an axis, 'regular' or 'even'; see `voxquilt.geometry.placement`.
+        step: Distance between patches as a share of their size, in place of `patch_overlap`.
 
     Raises:
         GridError: (a ValueError) the sizes do not form a grid.
@@ -59,6 +61,8 @@ class GridSampler(Dataset[Subject]):
         fit: bool = False,
         divisible_by: int | Iterable[int] = 1,
         halo: Padding = NO_PADDING,
+        placement: str = "regular",
+        step: float | None = None,
     ) -> None:
         self.padding_mode = padding_mode
         self._pad = to_padding(0 if padding_mode is None else padding_mode)
@@ -68,6 +72,8 @@ class GridSampler(Dataset[Subject]):
             "divisible_by": divisible_by,
             "fit": fit,
             "halo": halo,
+            "placement": placement,
+            "step": step,
         }
         self.halo = halo
         self._set_subject(subject if isinstance(subject, Subject) else to_subject(subject))

@@ -2,20 +2,24 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from voxquilt.data.device_feed import DeviceFeed
+from voxquilt.data.normalisation import inside_mask
 from voxquilt.data.subject import Image, LabelMap, ScalarImage, Subject
 from voxquilt.errors import InputError
-from voxquilt.geometry.frame import parse_axcodes, to_spacing
-from voxquilt.geometry.resample import resample
-from voxquilt.geometry.space import Space, inverse, make_space
-from voxquilt.vocabulary import DEVICES, NONFINITE, check_name
+from voxquilt.geometry.axis_map import AxisMaps
+from voxquilt.geometry.frame import parse_axcodes, to_axis_order, to_spacing
+from voxquilt.geometry.model_grids import GRIDS
+from voxquilt.geometry.resample import resample, resample_image, resample_labels
+from voxquilt.geometry.space import Box, Space, make_space
+from voxquilt.vocabulary import CROPS, DEVICES, NONFINITE, check_name, check_order, check_per_slice
 
-Transform = Callable[[Tensor], Tensor]
+Transform = Callable[..., Tensor]
 
 
 class Prepared(NamedTuple):
@@ -31,13 +35,25 @@ class Preprocess:
 
     Args:
         orientation: Axis codes such as 'RAS'; None keeps the file's axes.
-        spacing: Voxel size in mm, one number or three along the model's axes; None keeps the file's. Images are
-            interpolated linearly, label maps by nearest neighbour.
+        spacing: Voxel size in mm, one number or three along the model's axes; None keeps the file's. Label maps are
+            interpolated by nearest neighbour.
         intensity: Callables on a (C, I, J, K) float32 tensor, applied in turn to each image separately; or a mapping
-            from image names to such lists. MONAI's array transforms are such callables.
+            from image names, or from the numbers 0, 1, ... of channels, to such lists. MONAI's array transforms are
+            such callables. One that has a true attribute `uses_inside` is also given where the volume is inside: a
+            (I, J, K) bool tensor, or None without `crop`.
         nonfinite: What to do with NaN and infinite voxels: 'error' or 'zero'.
         device: Where images are taken to model space and kept while patches are cut from them: 'auto' is the device of
             the network that predicts them, as far as its memory allows, and 'cpu' the host.
+        transpose: The oriented axis (0, 1, 2) that each model axis is, such as (2, 1, 0); None keeps their order.
+        grid: Where model voxels of another spacing lie; see `voxquilt.geometry.model_grids`.
+        crop: 'nonzero' leaves out what is 0 in all images around the volume; predictions there are background.
+        interpolation: Order by which images are interpolated: 0 takes the nearest voxel, 1 is linear, 3 a cubic spline
+            whose values stay within the image's.
+        per_slice: Where the largest voxel size is more than so many times the smallest, slices across that axis are
+            interpolated each by itself, and the nearest is taken between them; True always does so, None never.
+        intensity_first: Whether intensities are changed before images are resampled, or after.
+        one_hot: Images that are label maps, such as an earlier stage's: a channel for each of the labels that are given
+            by the image's name, 1 where a voxel has it.
 
     Raises:
         ConfigError: an argument is invalid.
@@ -45,51 +61,114 @@ class Preprocess:
 
     orientation: str | None = "RAS"
     spacing: float | Iterable[float | None] | None = None
-    intensity: Sequence[Transform] | Mapping[str, Sequence[Transform]] | None = None
+    intensity: Sequence[Transform] | Mapping[str | int, Sequence[Transform]] | None = None
     nonfinite: str = "error"
     device: str = "auto"
+    transpose: Iterable[int] | None = None
+    grid: str = "centre"
+    crop: str | None = None
+    interpolation: int = 1
+    per_slice: float | bool | None = None
+    intensity_first: bool = False
+    one_hot: Mapping[str, Sequence[int]] | None = None
 
     def __post_init__(self) -> None:
         if self.orientation is not None:
             parse_axcodes(self.orientation)
         object.__setattr__(self, "spacing", to_spacing(self.spacing))
+        object.__setattr__(self, "transpose", to_axis_order(self.transpose))
+        GRIDS.check(self.grid, "preprocess.grid")
         check_name(self.nonfinite, NONFINITE, "nonfinite")
         check_name(self.device, DEVICES, "device")
+        if self.crop is not None:
+            check_name(self.crop, CROPS, "crop")
+        check_order(self.interpolation, "preprocess.interpolation")
+        check_per_slice(self.per_slice, "preprocess.per_slice")
 
-    def space(self, subject: Subject) -> Space:
+    def space(self, subject: Subject, box: Box | None = None) -> Space:
         """The mapping between a subject's native frame and model space; reads headers only.
+
+        Args:
+            subject: The subject.
+            box: The native voxels that model space covers; None for all, the most that `crop` may leave.
 
         Raises:
             InputError: images on different grids.
         """
-        return make_space(subject.frame, self.orientation, self.spacing)
+        return make_space(
+            subject.frame, self.orientation, self.spacing, grid=self.grid, transpose=self.transpose, box=box
+        )
 
-    def __call__(self, subject: Subject, feed: DeviceFeed | None = None) -> Prepared:
+    def __call__(self, subject: Subject, feed: DeviceFeed | None = None, box: Box | None = None) -> Prepared:
         """Read a subject and take it to model space; the subject does not keep the voxels.
 
         Args:
             subject: The subject.
             feed: The device to do so on, in the thread's current stream; None for where the voxels are.
+            box: The native voxels that model space covers, if they are known, whatever `crop` says.
 
         Raises:
             InputError: a file that cannot be read, images on different grids, or voxels that are not finite.
             ConfigError: `intensity` names an image that the subject does not have.
             torch.OutOfMemoryError: the device has too little memory.
         """
-        space = self.space(subject)
-        for name in self.intensity if isinstance(self.intensity, Mapping) else ():
-            check_name(name, subject.images, "a name in preprocess.intensity")
-        maps = inverse(space.maps, space.model.shape)
+        _ = subject.frame  # that of all images, before any is read
+        self._check_names(subject)
+        stored = self._stored(subject) if box is None else {}
+        inside = None
+        if stored:
+            box, inside = self._cropped(stored)
+        space = self.space(subject, box)
+        if feed is not None and inside is not None:
+            inside = feed.upload(inside)
+        maps = space.to_model(self.interpolation, self.per_slice)
         images: dict[str, Image] = {}
+        channels = 0
         for name, image in subject.images.items():
-            voxels = image.stored() if feed is None else feed.upload(image.stored())
-            stored = self._without_nonfinite(voxels, f"image {name!r} ({image.path or 'a tensor'})")
-            if isinstance(image, LabelMap):
-                images[name] = LabelMap(tensor=resample(stored, maps, linear=False), affine=space.model.affine)
+            voxels = stored.pop(name) if stored else image.stored()
+            voxels = voxels[:, *space.where]
+            voxels = voxels if feed is None else feed.upload(voxels)
+            voxels = self._without_nonfinite(voxels, f"image {name!r} ({image.path or 'a tensor'})")
+            if self.one_hot is not None and name in self.one_hot:
+                voxels = _one_hot(voxels, self.one_hot[name], inside, space.to_model(1, self.per_slice))
+                images[name] = ScalarImage(tensor=voxels, affine=space.model.affine)
                 continue
-            data = self._transformed(name, resample(stored, maps).contiguous(), feed)
+            if isinstance(image, LabelMap):
+                images[name] = LabelMap(tensor=resample(voxels, maps, linear=False), affine=space.model.affine)
+                continue
+            change = partial(self._transformed, name, range(channels, channels + len(voxels)), inside, feed)
+            channels += len(voxels)
+            if self.intensity_first:
+                data = resample_image(change(voxels), maps).contiguous()
+            else:
+                data = change(resample_image(voxels, maps).contiguous())
             images[name] = ScalarImage(tensor=data, affine=space.model.affine)
         return Prepared(Subject(dict(images)), space)
+
+    def box(self, subject: Subject) -> Box | None:
+        """The native voxels that `crop` leaves, for which the images are read; None for all.
+
+        Raises:
+            InputError: a file that cannot be read.
+        """
+        stored = self._stored(subject)
+        return self._cropped(stored)[0] if stored else None
+
+    def _stored(self, subject: Subject) -> dict[str, Tensor]:
+        """The voxels of all images, if what `crop` leaves depends on them."""
+        return {name: image.stored() for name, image in subject.images.items()} if self.crop else {}
+
+    def _cropped(self, stored: Mapping[str, Tensor]) -> tuple[Box, Tensor]:
+        """What `crop` leaves: the box, and where the volume is within it."""
+        inside, box = inside_mask([voxels for name, voxels in stored.items() if name not in (self.one_hot or {})])
+        (i, j, k) = (slice(*ends) for ends in box)
+        return box, inside[i, j, k]
+
+    def _check_names(self, subject: Subject) -> None:
+        """Refuse intensities of images that the subject does not have."""
+        for name in self.intensity if isinstance(self.intensity, Mapping) else ():
+            if not isinstance(name, int):
+                check_name(name, subject.images, "a name in preprocess.intensity")
 
     def _without_nonfinite(self, data: Tensor, what: str) -> Tensor:
         if _all_finite(data):
@@ -103,21 +182,34 @@ class Preprocess:
             raise InputError(f"{what} has {count} voxels that are {which}; set data.nonfinite=zero to read them as 0.")
         return data.masked_fill(bad, 0) if count else data
 
-    def _transformed(self, name: str, data: Tensor, feed: DeviceFeed | None) -> Tensor:
-        transforms = self.intensity.get(name, ()) if isinstance(self.intensity, Mapping) else self.intensity
-        if not transforms:
-            return data  # in the file's type, which takes little memory; patches become float32 when they are cut
-        return _apply(transforms, name, data, feed)
+    def _transformed(
+        self, name: str, channels: range, inside: Tensor | None, feed: DeviceFeed | None, data: Tensor
+    ) -> Tensor:
+        """An image whose intensities are changed; `channels` are the numbers of its channels in the network's input."""
+        if not isinstance(self.intensity, Mapping) or name in self.intensity:
+            transforms = self.intensity[name] if isinstance(self.intensity, Mapping) else self.intensity
+            # Without any it stays in the file's type, which takes little memory; patches become float32 when they are
+            # cut.
+            return _apply(transforms, name, data, inside, feed) if transforms else data
+        parts = [self.intensity.get(channel, ()) for channel in channels]
+        if not any(parts):
+            return data
+        each = zip(parts, data.split(1), strict=True)
+        return torch.cat([_apply(transforms, name, part, inside, feed) for transforms, part in each])
 
 
-def _apply(transforms: Sequence[Transform], name: str, source: Tensor, feed: DeviceFeed | None) -> Tensor:
+def _apply(
+    transforms: Sequence[Transform], name: str, source: Tensor, inside: Tensor | None, feed: DeviceFeed | None
+) -> Tensor:
     # Always a copy: transforms may work in place, and the subject's tensor belongs to the caller.
     data = source.to(torch.float32, copy=True)
     for n, transform in enumerate(transforms):
-        if feed is None:
+        if getattr(transform, "uses_inside", False):
+            result = transform(data, inside)  # type: ignore[call-arg]
+        elif feed is None:
             result = transform(data)
         else:
-            result = feed.apply(transform, data, lambda n=n: _apply(transforms[:n], name, source, feed))
+            result = feed.apply(transform, data, lambda n=n: _apply(transforms[:n], name, source, inside, feed))
         # MONAI returns its MetaTensor, numpy functions an array.
         new = torch.as_tensor(result).as_subclass(Tensor)
         if new.shape[1:] != data.shape[1:]:
@@ -133,6 +225,18 @@ def _apply(transforms: Sequence[Transform], name: str, source: Tensor, feed: Dev
                 f"infinity. Is the image constant, or 0 where the transform takes a logarithm?"
             )
     return data
+
+
+def _one_hot(voxels: Tensor, labels: Sequence[int], inside: Tensor | None, maps: AxisMaps) -> Tensor:
+    """A channel for each label, in model space.
+
+    Outside of a cropped volume, labels of 0 are a label of their own while they are resampled, as in nnU-Net.
+    """
+    found = voxels[:1].cpu().to(torch.int64)
+    if inside is not None:
+        found = found.masked_fill((found == 0) & ~inside.cpu(), -1)
+    found = resample_labels(found, maps)
+    return torch.cat([found == label for label in labels]).float().to(voxels.device)
 
 
 def _all_finite(data: Tensor) -> bool:

@@ -43,7 +43,14 @@ class SubjectSize(NamedTuple):
 
 
 def measure_subject(
-    subject: Subject, space: Space, grid: Grid, padding: Padding, *, transformed: bool, halo: Padding = NO_PADDING
+    subject: Subject,
+    space: Space,
+    grid: Grid,
+    padding: Padding,
+    *,
+    transformed: bool,
+    halo: Padding = NO_PADDING,
+    order: int = 1,
 ) -> SubjectSize:
     """The sizes of a subject, computed from headers.
 
@@ -53,6 +60,7 @@ def measure_subject(
         grid, padding: The grid and its padding in model space.
         transformed: Whether intensity transforms are applied, which make voxels float32.
         halo: Voxels around the grid that patches include.
+        order: Order by which images are interpolated.
     """
     native, model, padded = (prod(shape) for shape in (space.native.shape, space.model.shape, grid.shape))
     padded_with_halo = prod(n + sum(around) for n, around in zip(grid.shape, halo, strict=True))
@@ -67,7 +75,9 @@ def measure_subject(
         most = max(most, count * native * stored)
         loaded += count * size * padded_with_halo
         # The file's voxels; along one axis at a time, two neighbours per voxel; then copies for transforms.
+        # A cubic spline is computed of one channel at a time, in float64.
         along = _FLOAT * (native + 2 * max(native, model)) if resampled else 0
+        along = along if order < 3 else along + 2 * _FLOAT * max(native, model)
         changed = 2 * _FLOAT * model if transformed else 0
         reading = max(reading, count * max(native * stored + along, changed))
         beside += count * size * model * is_padded

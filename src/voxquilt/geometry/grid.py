@@ -1,13 +1,4 @@
-"""Lays grids of patches: Cartesian products of starts along each axis.
-
-Along one axis of N = 13 voxels, patches of 5 that share 2:
-
-    volume   |-------------------------|
-    patches  |---------|                   one patch every 3 voxels
-                   |---------|
-                         |---------|
-                             |---------|   the last patch is moved back to end with the volume
-"""
+"""Lays grids of patches: Cartesian products of starts along each axis."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,34 +9,49 @@ import numpy as np
 
 from voxquilt.errors import GridError, PatchShapeError
 from voxquilt.geometry.frame import AXES, Location, Triple, to_triple
+from voxquilt.geometry.placement import PLACEMENTS
 
 
-def axis_starts(size: int, patch: int, overlap: int) -> tuple[int, ...]:
-    """First voxels of the patches along one axis, `patch - overlap` apart; the last patch is moved back to the end.
+def overlap_of_step(patch_size: Triple, step: float) -> Triple:
+    """Voxels that neighbours share, an even number, if patches are about `step` patch sizes apart.
 
-    >>> axis_starts(13, 5, 2)
-    (0, 3, 6, 8)
+    >>> overlap_of_step((96, 96, 25), 0.5)
+    (48, 48, 12)
     """
-    starts = list(range(0, size - patch + 1, patch - overlap))
-    if starts[-1] != size - patch:
-        starts.append(size - patch)
-    return tuple(starts)
+    i, j, k = (min(2 * int(p * (1 - step) / 2), p - 1) for p in patch_size)
+    return i, j, k
 
 
-def make_grid(shape: Iterable[int], patch_size: int | Iterable[int], patch_overlap: int | Iterable[int] = 0) -> "Grid":
-    """Overlapping patches of one size that cover a volume, placed as TorchIO 1.x places them.
+def make_grid(
+    shape: Iterable[int],
+    patch_size: int | Iterable[int],
+    patch_overlap: int | Iterable[int] = 0,
+    *,
+    placement: str = "regular",
+    step: float | None = None,
+) -> "Grid":
+    """Overlapping patches of one size that cover a volume.
 
     Args:
         shape: Voxels of the volume along i, j, k.
         patch_size: Voxels of a patch, an integer or three.
         patch_overlap: Voxels that neighbours share, an even integer or three.
+        placement: How patches are placed along an axis; see `voxquilt.geometry.placement`.
+        step: Distance between patches as a share of their size, in place of `patch_overlap`.
 
     Raises:
-        GridError: a patch larger than the volume, or an overlap that is negative, odd, or not below the patch size.
+        GridError: a patch larger than the volume, an overlap that is negative, odd, or not below the patch size, a step
+            that is not above 0 and at most 1, both of them, or a placement whose patches do not cover the volume.
     """
     shape = to_triple(shape, "a volume's shape", minimum=1)
     patch_size = to_triple(patch_size, "patch_size", minimum=1)
     patch_overlap = to_triple(patch_overlap, "patch_overlap")
+    if step is not None:
+        if isinstance(step, bool) or not isinstance(step, int | float) or not 0 < step <= 1:
+            raise GridError(f"step is a share of the patch size above 0 and at most 1; it is {step!r}.")
+        if any(patch_overlap):
+            raise GridError(f"give patch_overlap ({patch_overlap}) or step ({step}), and not both.")
+        patch_overlap = overlap_of_step(patch_size, step)
     for axis, n, p, o in zip(AXES, shape, patch_size, patch_overlap, strict=True):
         if p > n:
             raise GridError(
@@ -56,13 +62,29 @@ def make_grid(shape: Iterable[int], patch_size: int | Iterable[int], patch_overl
             raise GridError(f"axis {axis}: patch_overlap {o} must be smaller than patch size {p}.")
         if o % 2:
             raise GridError(f"axis {axis}: patch_overlap must be even, half for each neighbour; it is {o}.")
-    i, j, k = (axis_starts(n, p, o) for n, p, o in zip(shape, patch_size, patch_overlap, strict=True))
-    return Grid(shape, patch_size, patch_overlap, (i, j, k))
+    lay = PLACEMENTS.load(placement)
+    starts = []
+    for axis, n, p, o in zip(AXES, shape, patch_size, patch_overlap, strict=True):
+        exact = step is not None and placement != "regular"  # whose patches are whole voxels apart
+        along = tuple(lay(n, p, p * step if exact and step is not None else p - o))
+        _check_starts(along, n, p, f"axis {axis}: the placement {placement!r}")
+        starts.append(along)
+    return Grid(shape, patch_size, patch_overlap, (starts[0], starts[1], starts[2]))
+
+
+def _check_starts(starts: tuple[int, ...], size: int, patch: int, what: str) -> None:
+    """Raise GridError where patches leave voxels out, or reach beyond the volume."""
+    gaps = any(not 0 < b - a <= patch for a, b in zip(starts, starts[1:], strict=False))
+    if not starts or starts[0] != 0 or starts[-1] != size - patch or gaps:
+        raise GridError(f"{what} does not cover {size} voxels by patches of {patch}: they start at {_listed(starts)}.")
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The patches of a volume: every combination of a start along i, one along j and one along k."""
+    """The patches of a volume: every combination of a start along i, one along j and one along k.
+
+    Neighbours share `patch_overlap` voxels, or more where patches are closer.
+    """
 
     shape: Triple
     patch_size: Triple

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from voxquilt.errors import GridError, PaddingModeError
 from voxquilt.geometry.frame import Padding, Triple, to_triple
-from voxquilt.geometry.grid import Grid, make_grid
+from voxquilt.geometry.grid import Grid, make_grid, overlap_of_step
 from voxquilt.vocabulary import PADDING_MODES
 
 NO_PADDING: Padding = ((0, 0), (0, 0), (0, 0))
@@ -26,6 +26,8 @@ def lay_grid(
     fit: bool,
     divisible_by: int | Iterable[int],
     halo: Padding = NO_PADDING,
+    placement: str = "regular",
+    step: float | None = None,
 ) -> tuple[Grid, Padding]:
     """The grid of a padded volume, and the padding; see GridSampler.
 
@@ -36,20 +38,22 @@ def lay_grid(
         fit: Whether to pad to at least the patch size, and to `divisible_by`.
         divisible_by: The padded volume is a multiple of this many voxels.
         halo: Voxels around the grid's patches that patches include.
+        placement, step: See `voxquilt.geometry.grid.make_grid`.
 
     Raises:
         GridError: (a ValueError) sizes that make no grid.
     """
     patch_size = _without_halo(to_triple(patch_size, "patch_size", minimum=1), halo)
     patch_overlap = to_triple(patch_overlap, "patch_overlap")
-    around = [o // 2 if border else 0 for o in patch_overlap]
+    shared = patch_overlap if step is None else overlap_of_step(patch_size, step)
+    around = [o // 2 if border else 0 for o in shared]
     multiple = to_triple(divisible_by, "divisible_by", minimum=1)
     i, j, k = (
         _pad_axis(*sizes) if fit else (b, b)
         for b, *sizes in zip(around, shape, around, patch_size, multiple, strict=True)
     )
     padded = [n + before + after for n, (before, after) in zip(shape, (i, j, k), strict=True)]
-    return make_grid(padded, patch_size, patch_overlap), (i, j, k)
+    return make_grid(padded, patch_size, patch_overlap, placement=placement, step=step), (i, j, k)
 
 
 def _without_halo(patch_size: Triple, halo: Padding) -> Triple:

@@ -32,8 +32,10 @@ log = logging.getLogger("voxquilt")
 
 
 class RunOptions(TypedDict, total=False):
-    """How a predict run treats its subjects; see GridDataModule."""
+    """How a predict run places patches and treats its subjects; see GridDataModule."""
 
+    placement: str
+    step: float | None
     nonfinite: str
     shard: tuple[int, int]
     distribute: str
@@ -45,6 +47,8 @@ class RunOptions(TypedDict, total=False):
 class _Run:
     """RunOptions with their defaults; an unknown one is a TypeError that names it."""
 
+    placement: str = "regular"
+    step: float | None = None
     nonfinite: str = "error"
     shard: tuple[int, int] = (0, 1)
     distribute: str = "subject"
@@ -71,6 +75,7 @@ class GridDataModule(LightningDataModule):
         patch_overlap: Voxels that neighbours share, an even integer or three.
         padding_mode: See GridSampler; volumes smaller than a patch are padded in any case.
         divisible_by: Pad model space to a multiple of this many voxels.
+        placement, step: See GridSampler.
         batch_size: Patches per forward pass; with 'auto' VolumeWriter chooses as many as fit.
         num_workers: Threads that load subjects ahead, one subject each; 0 loads in the main thread.
         skip: Patches without foreground are not predicted and count as background. Foreground is where the
@@ -122,6 +127,8 @@ class GridDataModule(LightningDataModule):
             padding_mode,
             to_triple(divisible_by, "data.divisible_by", minimum=1),
             skip,
+            placement=run.placement,
+            step=run.step,
         )
         """How subjects are read and cut; the halo of the network's outputs is known after `setup`."""
         self.batch_size = batch_size

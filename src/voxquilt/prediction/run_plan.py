@@ -153,7 +153,8 @@ class RunPlanner:
             return [cases[n] for n in deal(costs(), shards)[index]]
         grids, preprocess = self._grids, self._grids.preprocess
         grid = grids.patch_size, grids.patch_overlap, grids.padding_mode is not None, grids.divisible_by, grids.halo
-        space = preprocess.orientation, preprocess.spacing
+        grid = *grid, grids.placement, grids.step
+        space = preprocess.orientation, preprocess.spacing, preprocess.grid, preprocess.transpose
         key = digest([grid, space, [[case.subject, list(case.images.values())] for case in cases]])
         dealt = deal(agreed(self._resume.folder / f"plan_of_{shards}.json", key, costs), shards)
         return [cases[n] for n in dealt[index]]

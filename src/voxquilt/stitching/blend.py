@@ -96,10 +96,17 @@ def gaussian(patch: int, sigma_scale: float = 0.125) -> Float64[Tensor, "p"]:
     return torch.exp(-0.5 * (x / (sigma_scale * patch)) ** 2)
 
 
+def nnunet(patch: int) -> Float64[Tensor, "p"]:
+    """nnU-Net's gaussian: that of `gaussian`, with its centre on the voxel patch // 2, which is not the middle."""
+    x = torch.arange(patch, dtype=torch.float64) - patch // 2
+    return torch.exp(-0.5 * (x / (patch / 8)) ** 2)
+
+
 CROP = Crop()
 AVERAGE = Windowed(average)
 HANN = Windowed(hann)
 GAUSSIAN = Windowed(gaussian)
+NNUNET = Windowed(nnunet)
 
 
 def to_blend(overlap_mode: str | Blend) -> Blend:

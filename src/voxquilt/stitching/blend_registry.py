@@ -9,6 +9,7 @@ BLENDS = Registry(
         "average": "voxquilt.stitching.blend:AVERAGE",
         "hann": "voxquilt.stitching.blend:HANN",
         "gaussian": "voxquilt.stitching.blend:GAUSSIAN",
+        "nnunet": "voxquilt.stitching.blend:NNUNET",
     },
     "voxquilt.blends",
 )

@@ -1,6 +1,6 @@
 """Reads a subject to train on: its images and its label in model space, large enough for a patch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -45,10 +45,10 @@ class VolumeLoader:
         images = {name: image for name, image in subject.images.items() if name in case.images}
         labels = {name: image for name, image in subject.images.items() if name not in case.images}
         try:
-            in_model, _ = self.preprocess(Subject(images))
+            in_model, space = self.preprocess(Subject(images))
             # Intensity transforms and the check for finite voxels do not apply to labels.
-            to_model = Preprocess(self.preprocess.orientation, self.preprocess.spacing)
-            labels_in_model, _ = to_model(Subject(labels))
+            to_model = replace(self.preprocess, intensity=None, crop=None, one_hot=None, interpolation=1, per_slice=None)
+            labels_in_model, _ = to_model(Subject(labels), box=space.box)
             sampler = GridSampler(
                 Subject(in_model.images | labels_in_model.images),
                 self.patch_size,
