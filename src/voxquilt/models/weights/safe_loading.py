@@ -13,12 +13,13 @@ from voxquilt.errors import ConfigError
 from voxquilt.text import first_line, plain_text
 
 
-def load_safely(path: Path, *, trust: bool) -> Any:
+def load_safely(path: Path, *, trust: bool, mmap: bool = False) -> Any:
     """What torch.save or safetensors put into a file.
 
     Args:
         path: The file.
         trust: Unpickle anything that the file holds, which can run its code.
+        mmap: Leave tensors in the file until they are used.
 
     Raises:
         ConfigError: the file is damaged, or holds more than tensors and plain values.
@@ -28,7 +29,7 @@ def load_safely(path: Path, *, trust: bool) -> Any:
             return load_file(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of TorchScript archives before it refuses them
-            return torch.load(path, map_location="cpu", weights_only=not trust)
+            return torch.load(path, map_location="cpu", weights_only=not trust, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise ConfigError(_refusal(path, plain_text(error))) from error
     except Exception as error:

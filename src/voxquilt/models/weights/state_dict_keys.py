@@ -53,8 +53,10 @@ def rename_keys(state: State, wanted: Mapping[str, Any]) -> State:
     return renamed if is_better and len(renamed) == len(state) else state
 
 
-def check_keys(path: Path, wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], *, strict: bool) -> None:
-    """Raises ConfigError where keys or shapes do not fit; they are listed."""
+def check_keys(
+    path: Path, wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], *, strict: bool, hint: str | None = None
+) -> None:
+    """Raises ConfigError where keys or shapes do not fit; they are listed, with `hint` in place of a prefix to try."""
     missing = [key for key in wanted if key not in state]
     unexpected = [key for key in state if key not in wanted]
     shapes = [
@@ -67,7 +69,8 @@ def check_keys(path: Path, wanted: Mapping[str, Tensor], state: Mapping[str, Ten
     if not any(problems.values()):
         return
     lines = "".join(f"\n  {len(keys)} {what}: {shorten(keys)}" for what, keys in problems.items() if keys)
-    raise ConfigError(f"{path} does not fit the network:{lines}{_suggest_prefix(wanted, unexpected)}")
+    hint = _suggest_prefix(wanted, unexpected) if hint is None else hint
+    raise ConfigError(f"{path} does not fit the network:{lines}{hint}")
 
 
 def shorten(keys: Sequence[str] | Mapping[str, Any]) -> str:

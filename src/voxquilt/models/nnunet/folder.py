@@ -1,0 +1,122 @@
+"""Reads a trained model folder of nnU-Net v2, without torch: all that predicting needs, checked, as plain values."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from voxquilt.errors import ConfigError
+from voxquilt.models.nnunet.architecture import with_batch_norm
+from voxquilt.models.nnunet.checkpoint_record import read_record
+from voxquilt.models.nnunet.dataset import Dataset, read_dataset
+from voxquilt.models.nnunet.location import locate_model
+from voxquilt.models.nnunet.plans import Plan, read_plan
+from voxquilt.text import question
+
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class NnunetFolder:
+    """A trained model.
+
+    Args:
+        path: The folder; for an exported zip, the folder that it was unpacked to.
+        folds: The folds that predict, each a number or 'all'.
+        checkpoints: Their checkpoints.
+        trainer: Name of the trainer's class.
+        mirror_axes: Axes of the network's input along which it may be mirrored: 0, 1, 2, or 0, 1 for a 2-D network.
+        dataset: What dataset.json says.
+        plan: What plans.json says about the configuration that was trained.
+    """
+
+    path: Path
+    folds: tuple[int | str, ...]
+    checkpoints: tuple[Path, ...]
+    trainer: str
+    mirror_axes: tuple[int, ...]
+    dataset: Dataset
+    plan: Plan
+
+    @property
+    def is_2d(self) -> bool:
+        """Whether the network predicts slices across the model's first axis."""
+        return len(self.plan.patch_size) == 2
+
+    @property
+    def flips(self) -> tuple[int, ...]:
+        """The model's axes i, j, k (0, 1, 2) along which patches may be mirrored."""
+        return tuple(axis + self.is_2d for axis in self.mirror_axes)
+
+    @property
+    def input_channels(self) -> int:
+        """Channels of the network's input: the images and, in a cascade, a mask for each foreground label."""
+        masks = len(self.dataset.labels.foreground) if self.plan.previous_stage is not None else 0
+        return len(self.dataset.channels) + masks
+
+
+def read_folder(
+    folder: str | Path, *, checkpoint: str = "checkpoint_final.pth", folds: Sequence[int | str] | None = None
+) -> NnunetFolder:
+    """Read a model folder, or the zip of one that nnU-Net exported.
+
+    Args:
+        folder: The folder TRAINER__PLANS__CONFIGURATION with plans.json and dataset.json; or a zip, with the folder in
+            it behind the zip's name if there are several.
+        checkpoint: Name of the file in each fold's folder.
+        folds: Numbers, or 'all'. By default every fold that has the checkpoint, but fold_all only if it is alone.
+
+    Raises:
+        ConfigError: something is missing, wrong or not supported.
+    """
+    path = locate_model(Path(folder))
+    chosen = find_folds(path, checkpoint, folds)
+    files = tuple(_checkpoint(path, fold, checkpoint) for fold in chosen)
+    record = read_record(files[0])  # as nnU-Net does; of the other folds only the weights count
+    dataset = read_dataset(path / "dataset.json")
+    plan = read_plan(path / "plans.json", record.configuration, len(dataset.channels))
+    if record.has_batch_norm:
+        plan = replace(plan, architecture=with_batch_norm(plan.architecture))
+    if max(record.mirror_axes, default=0) >= len(plan.patch_size):
+        raise ConfigError(
+            f"{files[0]}: inference_allowed_mirroring_axes is {record.mirror_axes}, but patches have "
+            f"{len(plan.patch_size)} axes. Do plans.json and the checkpoint belong together?"
+        )
+    return NnunetFolder(path, chosen, files, record.trainer, record.mirror_axes, dataset, plan)
+
+
+def find_folds(path: Path, checkpoint: str, folds: Sequence[int | str] | None) -> tuple[int | str, ...]:
+    """The folds of a model folder that predict; see `read_folder`.
+
+    Raises:
+        ConfigError: there is none, or one of those that are named is not there.
+    """
+    if "/" in checkpoint or "\\" in checkpoint:
+        raise ConfigError(f"checkpoint={checkpoint!r} is a path; wanted is the name of the file in each fold's folder.")
+    present = sorted((_to_fold(file.parent.name[5:]) for file in path.glob(f"fold_*/{checkpoint}")), key=_order)
+    if folds is None:
+        chosen = tuple(fold for fold in present if fold != ALL) or tuple(present)
+    else:
+        chosen = tuple(dict.fromkeys(_to_fold(fold) for fold in ([folds] if isinstance(folds, str) else folds)))
+    missing = [fold for fold in chosen if fold not in present]
+    if chosen and not missing:
+        return chosen
+    files = sorted({file.name for file in path.glob("fold_*/*.pth")})
+    there = f"folds {', '.join(map(str, present))}" if present else "no fold"
+    advice = f" Its checkpoints are called {', '.join(files)}." if files and not present else ""
+    asked = f"fold {missing[0]}" if missing else "a fold"
+    raise ConfigError(
+        f"{path}: {asked} with {checkpoint} was wanted; {there} with that file came.{advice}"
+        f"{question(checkpoint, files) if not present else ''} Choose other folds or another checkpoint."
+    )
+
+
+def _to_fold(fold: int | str) -> int | str:
+    return int(fold) if str(fold).isdecimal() else str(fold)
+
+
+def _order(fold: int | str) -> tuple[bool, int, str]:
+    return (True, 0, fold) if isinstance(fold, str) else (False, fold, "")
+
+
+def _checkpoint(path: Path, fold: int | str, name: str) -> Path:
+    return path / f"fold_{fold}" / name

@@ -1,0 +1,59 @@
+"""Finds the model folder that a path means, and says what may have been meant where it is none."""
+
+import os
+from pathlib import Path
+
+from voxquilt.errors import ConfigError
+from voxquilt.models.nnunet.exported_zip import is_export, unpack_model
+from voxquilt.text import question
+
+FILES = ("plans.json", "dataset.json")
+
+
+def locate_model(path: Path) -> Path:
+    """The model folder that a path means: the folder itself, or one out of an exported zip.
+
+    Raises:
+        ConfigError: it is not there, is something else, or holds several models.
+    """
+    path = path.expanduser()
+    file = next((place for place in (path, *path.parents) if os.path.isfile(place)), None)
+    if file is None:
+        return _check_folder(path)
+    if is_export(file):
+        return unpack_model(file, path.relative_to(file).as_posix() if path != file else None)
+    if file.parent.name.startswith("fold_"):
+        hint = f" Did you mean {file.parents[1]}, with checkpoint={file.name}?"
+    else:
+        hint = f" Did you mean {file.parent}?" if file.name in FILES else ""
+    raise ConfigError(f"{file} is a file; wanted is a model folder of nnU-Net, or a zip that it exported.{hint}")
+
+
+def find_models(path: Path) -> list[Path]:
+    """Model folders in a folder, at most two levels down."""
+    plans = (file for pattern in ("plans.json", "*/plans.json", "*/*/plans.json") for file in path.glob(pattern))
+    return sorted(file.parent for file in plans if (file.parent / "dataset.json").is_file())
+
+
+def _check_folder(path: Path) -> Path:
+    if not path.is_dir():
+        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = question(path.name, siblings, prefix=f"{path.parent}{os.sep}")
+        raise ConfigError(f"{path} is not there; wanted is a model folder of nnU-Net.{near}")
+    missing = [name for name in FILES if not (path / name).is_file()]
+    if not missing:
+        return path
+    if len(missing) == 1:
+        raise ConfigError(f"{path} has no {missing[0]}, which a model folder of nnU-Net has. Copy it there.")
+    if all((path.parent / name).is_file() for name in FILES):
+        raise ConfigError(f"{path} is a part of a model folder of nnU-Net. Did you mean {path.parent}?")
+    models = find_models(path)
+    if not models:
+        raise ConfigError(
+            f"{path} is not a model folder of nnU-Net: it has neither plans.json nor dataset.json. Such a folder is "
+            f"called TRAINER__PLANS__CONFIGURATION, as nnUNetTrainer__nnUNetPlans__3d_fullres, and has them beside its "
+            f"folds."
+        )
+    lines = "".join(f"\n  model.folder={model}" for model in models[:8])
+    more = f"\n  ... ({len(models)} in all)" if len(models) > 8 else ""
+    raise ConfigError(f"{path} is not a model folder of nnU-Net, but holds some; choose one:{lines}{more}")
