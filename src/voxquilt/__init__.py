@@ -12,6 +12,12 @@ if TYPE_CHECKING:
 
     from voxquilt import data, datasets, inference
     from voxquilt.data.grid_sampler import GridSampler
+    from voxquilt.data.normalisation import (
+        CTNormalization,
+        RescaleTo01Normalization,
+        RGBTo01Normalization,
+        ZScoreNormalization,
+    )
     from voxquilt.data.preprocess import Preprocess
     from voxquilt.data.subject import (
         AFFINE,
@@ -36,11 +42,13 @@ if TYPE_CHECKING:
         predictor_from_state_dict,
         predictor_from_torchscript,
     )
+    from voxquilt.models.nnunet.predictor import predictor_from_nnunet
     from voxquilt.models.predictor import PatchPredictor
     from voxquilt.predict import predict_volume
     from voxquilt.prediction.datamodule import GridDataModule
     from voxquilt.prediction.writer_callback import VolumeWriter
     from voxquilt.stitching.aggregator import GridAggregator
+    from voxquilt.stitching.largest_component import KeepLargest
     from voxquilt.stitching.stitch import Stitch
     from voxquilt.training.datamodule import TrainingDataModule
     from voxquilt.training.module import PatchTrainer
@@ -50,6 +58,9 @@ if TYPE_CHECKING:
 # Imported at their first use, so that a wrong command line is answered before torch has loaded.
 _HOMES = {
     "voxquilt.data.grid_sampler": ["GridSampler"],
+    "voxquilt.data.normalisation": [
+        "CTNormalization", "RescaleTo01Normalization", "RGBTo01Normalization", "ZScoreNormalization",
+    ],
     "voxquilt.data.preprocess": ["Preprocess"],
     "voxquilt.data.subject": [
         "AFFINE", "CHANNELS_DIMENSION", "DATA", "INTENSITY", "LABEL", "LOCATION", "PATH", "STEM", "TYPE",
@@ -60,11 +71,13 @@ _HOMES = {
         "predictor_from_exported", "predictor_from_file", "predictor_from_lightning", "predictor_from_state_dict",
         "predictor_from_torchscript",
     ],
+    "voxquilt.models.nnunet.predictor": ["predictor_from_nnunet"],
     "voxquilt.models.predictor": ["PatchPredictor"],
     "voxquilt.predict": ["predict_volume"],
     "voxquilt.prediction.datamodule": ["GridDataModule"],
     "voxquilt.prediction.writer_callback": ["VolumeWriter"],
     "voxquilt.stitching.aggregator": ["GridAggregator"],
+    "voxquilt.stitching.largest_component": ["KeepLargest"],
     "voxquilt.stitching.stitch": ["Stitch"],
     "voxquilt.training.datamodule": ["TrainingDataModule"],
     "voxquilt.training.module": ["PatchTrainer"],
@@ -77,10 +90,11 @@ _MODULES = ("data", "datasets", "inference")
 
 __all__ = [
     "AFFINE", "CHANNELS_DIMENSION", "DATA", "INTENSITY", "LABEL", "LOCATION", "PATH", "STEM", "TYPE",
-    "GridAggregator", "GridDataModule", "GridSampler", "Image", "LabelMap", "PatchPredictor", "PatchTrainer",
-    "Preprocess", "ScalarImage", "Stitch", "Subject", "SubjectsLoader", "TensorBoardImages", "TrainingDataModule",
-    "VolumeWriter", "VoxquiltError", "data", "datasets", "inference", "polynomial", "predict_volume",
-    "predictor_from_exported", "predictor_from_file", "predictor_from_lightning", "predictor_from_state_dict",
+    "CTNormalization", "GridAggregator", "GridDataModule", "GridSampler", "Image", "KeepLargest", "LabelMap",
+    "PatchPredictor", "PatchTrainer", "Preprocess", "RGBTo01Normalization", "RescaleTo01Normalization", "ScalarImage",
+    "Stitch", "Subject", "SubjectsLoader", "TensorBoardImages", "TrainingDataModule", "VolumeWriter", "VoxquiltError",
+    "ZScoreNormalization", "data", "datasets", "inference", "polynomial", "predict_volume", "predictor_from_exported",
+    "predictor_from_file", "predictor_from_lightning", "predictor_from_nnunet", "predictor_from_state_dict",
     "predictor_from_torchscript", "warmup_cosine",
 ]  # fmt: skip
 

@@ -64,6 +64,17 @@ def check_per_slice(value: object, key: str) -> None:
         )
 
 
+def check_regions(values: object, label_values: object = None) -> None:
+    """Raises ConfigError where values are not the numbers that a network's regions write into labels."""
+    if values is None:
+        return
+    given: list[Any] = list(values) if isinstance(values, Sequence) and not isinstance(values, str) else [None]
+    if not given or not all(isinstance(n, Integral) and not isinstance(n, bool) and 0 <= int(n) <= 2**31 - 1 for n in given):
+        raise ConfigError(f"stitch.regions is a list of the number of each region, such as [1,2,3]; it is {values!r}.")
+    if label_values is not None:
+        raise ConfigError("stitch.regions are the numbers in label files: leave out stitch.label_values.")
+
+
 def check_label_values(values: object, class_names: Sequence[str] | None = None) -> list[int] | None:
     """The numbers that classes 0, 1, ... have in label files, or None where these are the classes' own.
 

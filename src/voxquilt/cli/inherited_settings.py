@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from voxquilt.cli.model_folder import NNUNET, has_model_folder, take_model_folder
 from voxquilt.data.discovery import SubjectFiles
 from voxquilt.errors import ConfigError
 from voxquilt.models.weights.stored_settings import carried
@@ -37,18 +38,26 @@ def inherit(cfg: DictConfig, overrides: Iterable[str], conf: Path) -> dict[str, 
     Raises:
         ConfigError: checkpoints of an ensemble that carry different settings.
     """
-    paths = _checkpoint_files(cfg)
-    settings = _common_settings(paths)
-    if not settings:
-        return {}
+    if has_model_folder(cfg):
+        OmegaConf.set_struct(cfg, False)
+        source, settings = take_model_folder(cfg)
+        model_defaults: tuple[str, ...] = ("nnunet",)
+    else:
+        paths = _checkpoint_files(cfg)
+        settings = _common_settings(paths)
+        if not settings:
+            return {}
+        source, model_defaults = paths[0], ("_options", "auto")
     typed = [text.lstrip("+~").partition("=")[0] for text in overrides]
     choice = _Choice(typed, {}, [], set())
     OmegaConf.set_struct(cfg, False)
     for section in ("data", "preprocess", "model", "stitch"):
-        if section == "model" and NEW.get(cfg.model.get("_target_"), cfg.model.get("_target_")) != AUTO:
+        target = cfg.model.get("_target_")
+        if section == "model" and NEW.get(target, target) not in (AUTO, NNUNET):
             continue  # the user says how to read the file
-        _fill_section(cfg, section, settings[section], _defaults(conf, section), choice)
-    _log_choice(paths[0], choice)
+        defaults = _defaults(conf, section, model_defaults)
+        _fill_section(cfg, section, settings[section], defaults, choice)
+    _log_choice(source, choice)
     return {"images": settings.get("images", [])} | choice.by_section()
 
 
@@ -108,7 +117,7 @@ def _fill_section(
         choice.choose(full, own.get(key), defaults.get(key), value)
         if full in choice.used:
             OmegaConf.update(cfg, full, choice.used[full], merge=False)
-    if section == "model" and own.get("prefix") is None:
+    if section == "model" and "prefix" in own and own["prefix"] is None:
         cfg.model.prefix = "net."
 
 
@@ -118,8 +127,8 @@ def _log_choice(path: Path, choice: _Choice) -> None:
     log.info("from %s: %s%s", path.name, used, f"; yours: {', '.join(choice.kept)}" if choice.kept else "")
 
 
-def _defaults(conf: Path, section: str) -> dict[str, Any]:
-    names = ("_options", "auto") if section == "model" else ("default",)
+def _defaults(conf: Path, section: str, of_model: Sequence[str]) -> dict[str, Any]:
+    names = of_model if section == "model" else ("default",)
     return {
         key: value for name in names for key, value in _plain(OmegaConf.load(conf / section / f"{name}.yaml")).items()
     }

@@ -29,6 +29,7 @@ from voxquilt.cli.exit_status import (
 )
 from voxquilt.cli.first_subject import first_subject_read_ahead
 from voxquilt.cli.inherited_settings import inherit
+from voxquilt.cli.model_folder import has_model_folder, predict_stages_before
 from voxquilt.cli.overrides import to_overrides
 from voxquilt.cli.predict_config import check_predict, find_subjects
 from voxquilt.cli.quick_hydra import quick_hydra
@@ -72,19 +73,24 @@ def run_predict(cfg: DictConfig) -> int:
     _drop_script(cfg, "predict")
     _leave_stdout_to_json(cfg)
     typed = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
+    before = predict_stages_before(cfg, typed) if has_model_folder(cfg) else DONE
     inherited = inherit(cfg, typed, conf_dir())
     plain = check_predict(cfg)
     cases = find_subjects(plain)
     if plain["run"]["status"]:
         folder = Path(plain["output_dir"]).expanduser().resolve()
         if cases is None:
-            cases = find_cases(plain["data"].get("inputs"), plain["data"].get("images"), output_dir=folder)
+            data = plain["data"]
+            cases = find_cases(
+                data.get("inputs"), data.get("images"), output_dir=folder,
+                suffixes=data.get("suffixes"), extra=data.get("extra_images"),
+            )  # fmt: skip
         return print_status(cases, folder, plain["shard"]["count"])
     with first_subject_read_ahead(cases, plain):
         with quick_imports():
             from voxquilt.cli.predict_run import run  # imports torch
 
-        return run(plain, inherited, cases)
+        return max(before, run(plain, inherited, cases))
 
 
 def run_train(cfg: DictConfig) -> int:

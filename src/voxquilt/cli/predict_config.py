@@ -65,7 +65,10 @@ def find_subjects(plain: Mapping[str, Any]) -> list[SubjectFiles] | None:
     if is_external() or not is_first():
         return None
     data = plain["data"]
-    cases = find_cases(data.get("inputs"), data.get("images"), output_dir=plain["output_dir"])
+    cases = find_cases(
+        data.get("inputs"), data.get("images"), output_dir=plain["output_dir"],
+        suffixes=data.get("suffixes"), extra=data.get("extra_images"),
+    )  # fmt: skip
     check_image_names(plain["preprocess"].get("intensity"), cases)
     mask = data.get("skip")
     if isinstance(mask, str) and not any(os.path.isfile(mask.replace("{subject}", case.subject)) for case in cases):

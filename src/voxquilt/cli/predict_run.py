@@ -102,7 +102,7 @@ def _build_parts(
         _output_folder(plain), plain, options["resume"], options["overwrite"], options["content_hash"], claim_later
     )
     preprocess = build(plain["preprocess"], "preprocess")
-    found = {} if cases is None else {"inputs": cases, "images": None}
+    found = {} if cases is None else {"inputs": cases, "images": None, "suffixes": None, "extra_images": None}
     data: GridDataModule = build(
         plain["data"], "data", **found,
         preprocess=preprocess, shard=_shard(plain), distribute=options["distribute"], resume=resume,

@@ -46,7 +46,7 @@ def _evaluate(data: GridDataModule, writer: VolumeWriter, rows: list[Row], toler
     """Compare outputs with true labels: metrics.csv, metrics.png, a table; FAILED if a subject cannot be compared."""
     stitch = writer.stitch
     evaluation = Evaluation(
-        writer.output_dir, data.cases, data.labels, stitch.class_names, tolerance, stitch.label_values
+        writer.output_dir, data.cases, data.labels, stitch.class_names, tolerance, stitch.numbers
     )
     scores = evaluation.scores(rows)
     print_scores(scores, writer.output_dir)

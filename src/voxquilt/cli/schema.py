@@ -80,6 +80,7 @@ STITCH = Section(
         "fill": or_null(number_or_numbers),
         "class_names": list_of("background,brain"),
         "label_values": anything,  # checked beside class_names
+        "regions": anything,  # checked beside label_values
         "postprocess": callables,
     },
     together=(check_classes,),
@@ -90,6 +91,8 @@ PREDICT = {
         {
             "inputs": anything,  # both are checked as the subjects are looked for
             "images": anything,
+            "suffixes": anything,
+            "extra_images": anything,
             "patch_size": along_axes,
             "patch_overlap": anything,  # checked beside patch_size
             "padding_mode": padding_mode,

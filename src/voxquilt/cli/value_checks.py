@@ -10,7 +10,7 @@ from typing import Any
 from voxquilt.errors import ConfigError, VoxquiltError
 from voxquilt.geometry.frame import to_triple
 from voxquilt.geometry.grid import make_grid
-from voxquilt.vocabulary import PADDING_MODES, check_label_values, check_name
+from voxquilt.vocabulary import PADDING_MODES, check_label_values, check_name, check_regions
 
 Check = Callable[[Any, str], object]
 
@@ -199,3 +199,4 @@ def flag_or_time(value: Any, key: str) -> None:
 def check_classes(stitch: Mapping[str, Any]) -> None:
     """Refuse numbers of labels that are not one for each class."""
     check_label_values(stitch.get("label_values"), stitch.get("class_names"))
+    check_regions(stitch.get("regions"), stitch.get("label_values"))

@@ -5,9 +5,12 @@ import logging
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from voxquilt.data.formats.registry import stem, suffixes
+from voxquilt.data.channel_files import group_images
+from voxquilt.data.formats.registry import stem
+from voxquilt.data.formats.registry import suffixes as image_suffixes
 from voxquilt.data.formats.unsupported import counted
 from voxquilt.data.listing import Listing, OutputFolder, in_folder, instead, matching, root_of
 from voxquilt.data.subject_files import SEMICOLON, SubjectFiles, expanded
@@ -24,7 +27,13 @@ _logged: set[str] = set()
 
 
 def find_cases(
-    inputs: object, images: object = None, apart: Collection[str] = (), output_dir: object = None
+    inputs: object,
+    images: object = None,
+    apart: Collection[str] = (),
+    output_dir: object = None,
+    *,
+    suffixes: Mapping[str, str] | None = None,
+    extra: Mapping[str, str] | None = None,
 ) -> list[SubjectFiles]:
     """The subjects that `data.inputs` and `data.images` name, in the order of their ids.
 
@@ -38,6 +47,9 @@ def find_cases(
         apart: Further columns of tables that are not images, like `label`, `split` and `fold`. Their cells become
             `values`; a cell that names a file relative to the table becomes the file's path.
         output_dir: The run's output folder, if it has one.
+        suffixes: The images of a subject by the ends of their files' names, such as {'t1': '_0000', 't2': '_0001'}; the
+            id is what comes before. Inputs of which no file ends so are taken as they are, if it is one image.
+        extra: Further images of each subject: a path with `{subject}` for each name.
 
     Raises:
         ConfigError: no subject, a path that does not exist, two subjects with one id, an entry that is not a string, or
@@ -54,8 +66,11 @@ def find_cases(
     else:
         entries = inputs if isinstance(inputs, Iterable) and not isinstance(inputs, str) else [inputs]
         cases = [case for entry in entries for case in _from_entry(entry, apart, outputs)]
+        cases = group_images(cases, suffixes) if suffixes else cases
     if not cases:
         raise ConfigError("data.inputs is an empty list: it names no image.")
+    if extra:
+        cases = [_with_extra(case, extra) for case in cases]
     seen: dict[str, SubjectFiles] = {}
     for case in cases:
         if not case.subject or Path(case.subject).name != case.subject:
@@ -139,7 +154,7 @@ def _from_listing(path: Path, listing: Listing, outputs: OutputFolder) -> list[S
                 f"data.inputs: {path} matches only outputs of runs, whose folders ** does not enter: name the folder "
                 f"itself, such as data.inputs={listing.of_runs[0].parent}."
             )
-        no_image = f"the folder {path} has no image file ({', '.join(suffixes())})"
+        no_image = f"the folder {path} has no image file ({', '.join(image_suffixes())})"
         problem = no_image if os.path.isdir(path) else f"no image file matches {path}"
         raise ConfigError(f"data.inputs: {problem} (relative to {Path.cwd()}).{instead(path)}")
     if written:
@@ -232,6 +247,13 @@ def _subjects_of(pattern: str) -> dict[str, Path]:
     regex = re.compile(first + "(?P<subject>[^/]+?)" + second + "".join("(?P=subject)" + part for part in others))
     files = glob.glob("*".join(glob.escape(part) for part in pattern.split("{subject}")))
     return {match["subject"]: Path(match[0]) for match in map(regex.fullmatch, files) if match}
+
+
+def _with_extra(case: SubjectFiles, extra: Mapping[str, str]) -> SubjectFiles:
+    if isinstance(extra, Mapping) and all(isinstance(p, str) and "{subject}" in p for p in extra.values()):
+        more = {name: expanded(pattern.replace("{subject}", case.subject)) for name, pattern in extra.items()}
+        return replace(case, images={**case.images, **more})
+    raise ConfigError(f"data.extra_images has a path with {{subject}} for each name; it is {extra!r}.")
 
 
 def _paths_of(case: SubjectFiles) -> str:

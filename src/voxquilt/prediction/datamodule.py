@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TypedDict, Unpack
 
@@ -36,6 +36,8 @@ class RunOptions(TypedDict, total=False):
 
     placement: str
     step: float | None
+    suffixes: Mapping[str, str] | None
+    extra_images: Mapping[str, str] | None
     nonfinite: str
     shard: tuple[int, int]
     distribute: str
@@ -49,6 +51,8 @@ class _Run:
 
     placement: str = "regular"
     step: float | None = None
+    suffixes: Mapping[str, str] | None = None
+    extra_images: Mapping[str, str] | None = None
     nonfinite: str = "error"
     shard: tuple[int, int] = (0, 1)
     distribute: str = "subject"
@@ -70,7 +74,7 @@ class GridDataModule(LightningDataModule):
     In a run, `Trainer(callbacks=[VolumeWriter("outputs")]).predict(PatchPredictor(network), data)` does both.
 
     Args:
-        inputs, images: See `voxquilt.data.discovery.find_cases`.
+        inputs, images, suffixes, extra_images: See `voxquilt.data.discovery.find_cases`.
         patch_size: Voxels in model space, an integer or three.
         patch_overlap: Voxels that neighbours share, an even integer or three.
         padding_mode: See GridSampler; volumes smaller than a patch are padded in any case.
@@ -116,7 +120,8 @@ class GridDataModule(LightningDataModule):
         super().__init__()
         run = _Run(**options)
         check_name(run.distribute, DISTRIBUTE, "run.distribute")
-        self._inputs = inputs, images, (), run.resume.folder if run.resume else run.output_dir
+        output_dir = run.resume.folder if run.resume else run.output_dir
+        self._find = partial(find_cases, inputs, images, (), output_dir, suffixes=run.suffixes, extra=run.extra_images)
         if is_first() and not is_external():
             _ = self.cases  # errors are raised at once, or in `setup` where all processes take part
         to_padding(0 if padding_mode is None else padding_mode)
@@ -149,7 +154,7 @@ class GridDataModule(LightningDataModule):
     @cached_property
     def cases(self) -> list[SubjectFiles]:
         """Every subject, in the order of their ids; with several processes only rank 0 searches for them."""
-        return find_cases(*self._inputs)
+        return self._find()
 
     @property
     def plan(self) -> RunPlan:

@@ -23,9 +23,10 @@ NO_VOXELS = frozenset(
     {
         "output_dir", "shard", "logger",
         "ckpt_path", "model.ckpt_path",  # the files' checksums count
-        "data.inputs", "data.images",  # the files count, see `inputs`, and the images' names
+        "data.inputs", "data.images", "data.suffixes", "data.extra_images",  # the files count, see `inputs`, and the images' names
         "data.batch_size", "data.num_workers", "data.labels",
         "preprocess.device",
+        "model.folder", "model.folds", "model.checkpoint",  # the weights count, and the settings that come with them
         "model.trust_checkpoint", "model.offload", "model.compile", "model.channels_last",
         "callbacks.writer.output_dir", "callbacks.writer.on_error", "callbacks.writer.log",
         "callbacks.writer.tensorboard", "callbacks.writer.in_memory",
@@ -45,6 +46,13 @@ NO_VOXELS = frozenset(
     }
 )  # fmt: skip
 
+# Settings that later versions have added, with the value that changes nothing.
+_ADDED = {
+    "data.placement": "regular",
+    "preprocess.grid": "centre", "preprocess.interpolation": 1, "preprocess.intensity_first": False,
+    "stitch.order": 1,
+}  # fmt: skip
+
 # Other keys at the top are the user's own, for interpolations: they count in the settings that refer to them.
 _SECTIONS = ("data", "preprocess", "model", "stitch", "callbacks", "trainer", "run")
 
@@ -59,9 +67,10 @@ def settings(plain: Mapping[str, Any], *, content: bool = False) -> dict[str, An
     counted: dict[str, Any] = {}
     for section in _SECTIONS:
         counted |= flattened(_select_counted(plain.get(section) or {}, section), section)
-    images = (plain.get("data") or {}).get("images") or {}
+    data = plain.get("data") or {}
+    images = [*(data.get("images") or data.get("suffixes") or {}), *(data.get("extra_images") or {})]
     if len(images) > 1:
-        counted["data.images"] = list(images)  # the order of channels; the files count in `inputs`
+        counted["data.images"] = images  # the order of channels; the files count in `inputs`
     if content and isinstance(counted.get("data.skip"), str):
         counted["data.skip"] = "a mask"  # wherever the file is
     paths = (plain.get("model") or {}).get("ckpt_path") or plain.get("ckpt_path")
@@ -69,7 +78,11 @@ def settings(plain: Mapping[str, Any], *, content: bool = False) -> dict[str, An
         counted[f"weights.{n}"] = checksum(Path(os.path.expanduser(str(path))))
     counted |= {"format": FORMAT, "run.content_hash": content}
     # Without nulls, since a setting that a later version adds as null must not change fingerprints.
-    return {key: normalised(key, value, OLD) for key, value in counted.items() if value is not None}
+    return {
+        key: normalised(key, value, OLD)
+        for key, value in counted.items()
+        if value is not None and (key not in _ADDED or value != _ADDED[key])
+    }
 
 
 def _select_counted(node: Mapping[str, Any], section: str) -> dict[str, Any]:

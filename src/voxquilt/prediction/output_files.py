@@ -110,7 +110,7 @@ class OutputFiles:
         labels = next((volumes[product] for product, kind in kinds.items() if kind == LABELS), None)
         if labels is not None and self.options.overlay:
             path = self._check_path(f"{subject}_overlay.png")
-            drawn = flat(labels, self.options.stitch.label_values)
+            drawn = flat(labels, self.options.stitch.numbers)
             overlay_png(work.file.read()[0].numpy(), drawn, native.affine, path)
             outputs[path.name] = PICTURE
         volume, of_classes = None, dict[str, float]()

@@ -149,7 +149,7 @@ def _measure_writing(options: OutputOptions, work: SubjectWork, stitcher: Subjec
             write(Path(folder) / f"{name}{options.suffix}", volume, work.space.native, header=work.file.header)
     labels = next((volumes[name] for name, kind in stitcher.kinds.items() if kind == LABELS), None)
     if options.pictures and labels is not None:
-        overlay(work.file.read()[0].numpy(), flat(labels, options.stitch.label_values), work.space.native.affine)
+        overlay(work.file.read()[0].numpy(), flat(labels, options.stitch.numbers), work.space.native.affine)
     return perf_counter() - began
 
 

@@ -218,7 +218,7 @@ class VolumeWriter(Callback):
     def _display(self, data: GridDataModule) -> RunDisplay:
         plan = data.plan
         patches = {subject: cost.patches - 1 for subject, cost in zip(plan.subjects, plan.costs, strict=True)}
-        events = RunEvents(self.output_dir, plan.cases, self.stitch.label_values) if self.options.tensorboard else None
+        events = RunEvents(self.output_dir, plan.cases, self.stitch.numbers) if self.options.tensorboard else None
         return RunDisplay(make_display(self._log), RunProgress(patches, plan.group.size), events)
 
 

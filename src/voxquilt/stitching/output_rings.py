@@ -18,7 +18,7 @@ from voxquilt.stitching.execution import Execution, execution_on
 from voxquilt.stitching.ledger import Ledger
 from voxquilt.stitching.native_products import NativeGrid, NativeProducts
 from voxquilt.stitching.output_volumes import Scratch
-from voxquilt.stitching.products.labels import Threshold
+from voxquilt.stitching.products.labels import Regions, Threshold
 from voxquilt.stitching.products.spec import ProductSpec, background
 from voxquilt.stitching.stitch import Stitch
 from voxquilt.stitching.streaming import SlabStream, planes_of
@@ -163,7 +163,7 @@ class RingOpener:
 
     def _check_fill(self, fill: Tensor, specs: Iterable[ProductSpec]) -> None:
         values = fill.reshape(-1, 1, 1, 1)
-        if any(isinstance(spec.product, Threshold) and spec.product(values).any() for spec in specs):
+        if any(isinstance(spec.product, (Threshold, Regions)) and spec.product(values).any() for spec in specs):
             raise OutputError(
                 f"voxels that are not predicted would count as label 1, since a score of 0 is above "
                 f"stitch.threshold={self.stitch.threshold}; set stitch.fill to the background's score."

@@ -13,7 +13,7 @@ from voxquilt.stitching.blend import Blend, checked_weights, to_blend
 from voxquilt.stitching.products.base import Product
 from voxquilt.stitching.products.registry import PRODUCTS
 from voxquilt.stitching.products.spec import ProductSpec, make_products
-from voxquilt.vocabulary import ACTIVATIONS, APPLIED, IMAGE, LABELS, MAP, RESTORES, check_label_values, check_name, check_order, check_per_slice
+from voxquilt.vocabulary import ACTIVATIONS, APPLIED, IMAGE, LABELS, MAP, RESTORES, check_label_values, check_name, check_order, check_per_slice, check_regions
 
 # Patches that overlap, the last one moved back.
 _GRID = make_grid((11, 5, 5), 5, 2)
@@ -47,6 +47,9 @@ class Stitch:
         class_names: Names of labels 0, 1, ...; written into the header of label files.
         label_values: The numbers that classes 0, 1, ... have in label files, which have the smallest unsigned type that
             holds all of them; None for 0, 1, ... themselves. 0 remains the number of voxels without a label.
+        regions: Where the network's channels are regions that overlap, the number that each of them writes into the
+            labels, in turn, so that later ones overwrite earlier ones: one label per voxel in place of a mask per
+            channel.
         postprocess: Callables on a (C, I, J, K) label tensor in native space, applied in turn. MONAI's array transforms
             such as KeepLargestConnectedComponent and FillHoles are such callables. They take and give classes; without
             `label_values` they may give any integers from 0, for which files have a type that holds them.
@@ -67,6 +70,7 @@ class Stitch:
     class_names: Sequence[str] | None = None
     postprocess: Sequence[Callable[[Tensor], Tensor]] = field(default=())
     label_values: Sequence[int] | None = None
+    regions: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         for blend in self.blends.values():  # of another package, say; before anything is started
@@ -81,6 +85,7 @@ class Stitch:
         check_order(self.order, "stitch.order")
         check_per_slice(self.per_slice, "stitch.per_slice")
         check_label_values(self.label_values, self.class_names)
+        check_regions(self.regions, self.label_values)
 
     @cached_property
     def blends(self) -> dict[str, Blend]:
@@ -89,8 +94,13 @@ class Stitch:
 
     def number_of(self, class_index: int) -> int:
         """The number of a class in label files."""
-        known = self.label_values is not None and class_index < len(self.label_values)
-        return self.label_values[class_index] if known and self.label_values is not None else class_index
+        numbers = self.numbers
+        return class_index if numbers is None or class_index >= len(numbers) else numbers[class_index]
+
+    @property
+    def numbers(self) -> Sequence[int] | None:
+        """The numbers in label files, of each class or of each region; None for 0, 1, ..."""
+        return self.label_values or self.regions
 
     @property
     def names(self) -> dict[int, str]:
@@ -109,7 +119,7 @@ class Stitch:
             OutputError: a product that cannot be made of such an output.
         """
         wanted = self.products.get(output) if isinstance(self.products, Mapping) else self.products
-        options = channels, self.activation, self.threshold, self.restore, self.label_values
+        options = channels, self.activation, self.threshold, self.restore, self.label_values, self.regions
         specs = [(self.blends[""], make_products(wanted, *options))]
         for mode in self.compare:
             (name, spec), *_ = make_products(None, *options).items()

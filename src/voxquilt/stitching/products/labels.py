@@ -28,6 +28,8 @@ def make_labels(output: NetworkOutput) -> ProductSpec:
     dtype = None if values is None else _type_of_labels(values, output)
     output.check_distribution("labels")
     in_model = output.restore == "labels"
+    if output.regions is not None:
+        return ProductSpec(_regions(output, output.regions), in_model=in_model, packed=_PACKED)
     if output.channels == 1 or output.is_multilabel:
         if threshold is None and output.channels == 1:
             raise OutputError("labels of a network with one output channel need stitch.threshold, such as 0.5.")
@@ -40,6 +42,17 @@ def make_labels(output: NetworkOutput) -> ProductSpec:
             f"the arg-max."
         )
     return ProductSpec(ArgMax(dtype), in_model=in_model, packed=_PACKED)
+
+
+def _regions(output: NetworkOutput, values: Sequence[int]) -> "Regions":
+    if len(values) != output.channels:
+        raise ConfigError(f"stitch.regions has {len(values)} numbers; the network's output has {output.channels} channels.")
+    if output.channels > 1 and not output.is_multilabel:
+        raise ConfigError(
+            f"stitch.regions goes with channels that are labels of their own (model.activation=sigmoid); this output "
+            f"has {output.channels} channels and {output.activation}."
+        )
+    return Regions(output.activate, 0.5 if output.threshold is None else output.threshold, tuple(values))
 
 
 def _type_of_labels(label_values: Sequence[int], output: NetworkOutput) -> np.dtype:
@@ -98,6 +111,34 @@ def contenders(scores: Scores) -> Shaped[Tensor, " n"]:
     # Interpolation rounds, so that a channel that is lower only by rounding errors may be the highest.
     rounding = 1e-6 * torch.maximum(least.abs(), greatest.abs()).amax()
     return (greatest >= least.amax() - rounding).nonzero().flatten()
+
+
+@dataclass(frozen=True)
+class Regions:
+    """Gives one label per voxel of regions that overlap: each channel in turn writes its number where it is present.
+
+    This is how nnU-Net makes labels of region-based training (`convert_probabilities_to_segmentation`).
+
+    Args:
+        activation: Function of the scores.
+        threshold: A region is present where its activated score is above it.
+        values: The number of each channel.
+    """
+
+    activation: Activation
+    threshold: float
+    values: tuple[int, ...]
+    kind = LABELS
+
+    def form(self, channels: int) -> tuple[int, np.dtype]:
+        return 1, np.min_scalar_type(max(self.values))
+
+    def __call__(self, scores: Scores) -> Voxels:
+        present = self.activation(scores) > self.threshold
+        labels = torch.zeros(scores.shape[1:], dtype=torch.int32, device=scores.device)
+        for mask, value in zip(present, self.values, strict=True):
+            labels.masked_fill_(mask, value)
+        return labels[None]
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ class NetworkOutput:
         restore: 'scores' makes labels of scores in native space; 'labels' makes them in model space and resamples them.
         label_values: The numbers that classes will have in files, which determine the labels' type; products give
             classes.
+        regions: The number that each channel writes into the labels, in turn, where channels are regions that overlap.
     """
 
     channels: int
@@ -36,6 +37,7 @@ class NetworkOutput:
     threshold: float | None = None
     restore: str = "scores"
     label_values: Sequence[int] | None = None
+    regions: Sequence[int] | None = None
 
     @property
     def is_applied(self) -> bool:
@@ -85,23 +87,24 @@ def make_products(
     threshold: float | None = None,
     restore: str = "scores",
     label_values: Sequence[int] | None = None,
+    regions: Sequence[int] | None = None,
 ) -> dict[str, ProductSpec]:
     """The products of a network output, by name.
 
     Args:
         wanted: Names of registered products, or Products of the user's own, which have a `name`. None gives labels for
-            several channels and for one with a threshold, else the image.
+            several channels and for one with a threshold or regions, else the image.
         channels: Channels of the output.
         activation: See NetworkOutput. None is softmax for several channels and 'none' for one.
-        threshold, restore, label_values: See NetworkOutput.
+        threshold, restore, label_values, regions: See NetworkOutput.
 
     Raises:
         ConfigError: another number of label values than there are classes, or some for several labels per voxel.
         OutputError: a product that cannot be made of such an output.
     """
     activation = activation or default_activation(channels)
-    output = NetworkOutput(channels, activation, threshold, restore, label_values)
-    default = "labels" if channels > 1 or threshold is not None else "image"
+    output = NetworkOutput(channels, activation, threshold, restore, label_values, regions)
+    default = "labels" if channels > 1 or threshold is not None or regions is not None else "image"
     specs = [(_name(product), _spec(product, output)) for product in wanted or [default]]
     return dict(specs)
 

@@ -1,0 +1,143 @@
+"""Fills in what a trained model folder of nnU-Net asks for, and predicts the stages of a cascade one after the other."""
+
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from voxquilt.distributed.environment import is_external, is_first
+from voxquilt.errors import ConfigError
+from voxquilt.models.nnunet.folder import NnunetFolder, read_folder
+from voxquilt.models.nnunet.settings import settings_of
+
+NNUNET = "voxquilt.predictor_from_nnunet"
+"""The model of `model=nnunet`."""
+
+
+def has_model_folder(cfg: DictConfig) -> bool:
+    """Whether the configuration's model is a folder of nnU-Net."""
+    return isinstance(cfg.get("model"), DictConfig) and cfg.model.get("_target_") == NNUNET
+
+
+def take_model_folder(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
+    """The folder's path and its settings, by section; the weights become `ckpt_path`.
+
+    Args:
+        cfg: The composed configuration; keys of the model that only decide about settings are taken out.
+
+    Raises:
+        ConfigError: the folder cannot be used.
+    """
+    model = _read(cfg)
+    previous, postprocess = (cfg.model.pop(key, None) for key in ("previous", "postprocess"))
+    _check_previous(model, previous)
+    if not isinstance(postprocess, bool | None):
+        raise ConfigError(f"model.postprocess must be true or false; it is {postprocess!r}.")
+    settings = settings_of(model, previous=previous, postprocess=bool(postprocess))
+    if cfg.data.get("images"):
+        del settings["data"]["suffixes"]  # the user says which files are a subject's images
+    if cfg.data.get("patch_overlap"):
+        del settings["data"]["step"]
+    OmegaConf.update(cfg, "ckpt_path", [str(path) for path in model.checkpoints], merge=False)
+    return model.path, settings
+
+
+def _read(cfg: DictConfig) -> NnunetFolder:
+    if OmegaConf.is_missing(cfg.model, "folder") or not isinstance(cfg.model.get("folder"), str):
+        given = "missing" if OmegaConf.is_missing(cfg.model, "folder") else repr(cfg.model.get("folder"))
+        raise ConfigError(f"model.folder is the folder of a trained model, TRAINER__PLANS__CONFIGURATION; it is {given}.")
+    try:
+        weights = None if OmegaConf.is_missing(cfg, "ckpt_path") else cfg.ckpt_path
+    except OmegaConfBaseException:
+        weights = None
+    if weights is not None:
+        raise ConfigError(
+            f"ckpt_path={weights}: model=nnunet has its weights in model.folder; choose them by model.folds and "
+            f"model.checkpoint."
+        )
+    folds, checkpoint = cfg.model.get("folds"), cfg.model.get("checkpoint")
+    if isinstance(folds, int | str):
+        folds = [folds]
+    return read_folder(
+        Path(cfg.model.folder).expanduser(), checkpoint=str(checkpoint), folds=None if folds is None else list(folds)
+    )
+
+
+def _check_previous(model: NnunetFolder, previous: object) -> None:
+    stage = model.plan.previous_stage
+    if stage is None and previous is not None:
+        raise ConfigError(
+            f"model.previous={previous}: {model.plan.configuration} of {model.path} takes no labels of a stage before."
+        )
+    if stage is not None and not (isinstance(previous, str) and "{subject}" in previous):
+        given = "" if previous is None else f"; model.previous={previous!r} has no {{subject}}"
+        raise ConfigError(
+            f"{model.path}: {model.plan.configuration} takes the labels of {stage} as input{given}. Set "
+            f"model.previous='folder/{{subject}}_labels.nii.gz', or model.folder=[<folder of {stage}>,{model.path}] to "
+            f"predict both."
+        )
+
+
+def predict_stages_before(cfg: DictConfig, overrides: Sequence[str]) -> int:
+    """Predict the stages of a cascade before the last, each into a folder of its own, and make the last one's settings.
+
+    Each runs as this command would, in a process of its own: what it has done already is not done again.
+
+    Args:
+        cfg: The composed configuration; changed in place.
+        overrides: The job's overrides, as Hydra has them.
+
+    Returns:
+        The highest exit status of the stages before.
+
+    Raises:
+        ConfigError: a stage could not be started, or several processes are already running.
+    """
+    folders = cfg.model.get("folder")
+    if not isinstance(folders, ListConfig):
+        return 0
+    stages = [str(folder) for folder in folders]
+    if len(stages) < 2:
+        raise ConfigError(f"model.folder is a folder, or the folders of a cascade in their order; it is {stages}.")
+    if cfg.model.get("previous") is not None:
+        raise ConfigError("model.previous goes with one folder: of several, each has the labels of the one before.")
+    status = 0
+    for stage in stages[:-1]:
+        name = read_folder(Path(stage).expanduser(), checkpoint=str(cfg.model.checkpoint)).plan.configuration
+        output_dir = str(Path(str(cfg.output_dir)).expanduser() / name)
+        if is_first():
+            status = max(status, _predict_stage(cfg, overrides, stage, output_dir))
+        OmegaConf.update(cfg, "model.previous", f"{output_dir}/{{subject}}_labels.nii{_ending(cfg)}", merge=False)
+    OmegaConf.update(cfg, "model.folder", stages[-1], merge=False)
+    return status
+
+
+def _ending(cfg: DictConfig) -> str:
+    return ".gz" if OmegaConf.select(cfg, "callbacks.writer.compress", default=True) else ""
+
+
+def _predict_stage(cfg: DictConfig, overrides: Sequence[str], stage: str, output_dir: str) -> int:
+    if is_external():
+        raise ConfigError(
+            "model.folder has several folders, which are predicted one after the other by one command; where a launcher "
+            "starts the processes, start a run for each, the second with model.previous."
+        )
+    own: Mapping[str, Any] = {
+        "model.folder": _quoted(stage), "output_dir": _quoted(output_dir), "stitch.products": "[labels]",
+        "model.previous": "null" if cfg.model.get("previous") is None else _quoted(cfg.model.previous),
+        "stitch.compare": "[]", "data.labels": "null", "run.status": "false",
+    }  # fmt: skip
+    kept = [text for text in overrides if text.lstrip("+").partition("=")[0] not in own]
+    ended = subprocess.run([sys.executable, sys.argv[0], *kept, *(f"{key}={value}" for key, value in own.items())])
+    if ended.returncode == 2:
+        raise ConfigError(f"the stage of {stage} was not started, as said above.")
+    return ended.returncode
+
+
+def _quoted(value: str) -> str:
+    text = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{text}'"
