@@ -77,10 +77,10 @@ class GridLoader:
                 step=self.step,
             )
             transformed = bool(self.preprocess.intensity)
-            order = self.preprocess.interpolation
             size = measure_subject(
-                subject, space, grid, padding, transformed=transformed, halo=self.halo, order=order
-            )
+                subject, space, grid, padding, transformed=transformed, halo=self.halo,
+                order=self.preprocess.interpolation, one_hot=self.preprocess.one_hot,
+            )  # fmt: skip
             return SubjectCost(len(grid) + 1, len(split_rows(grid, ranks)), size)
         except Exception as error:  # too large numbers raise many kinds of errors
             return SubjectCost(1, problem=_with_files(reason_of(error), files))

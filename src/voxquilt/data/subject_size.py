@@ -1,7 +1,7 @@
 """Computes from headers the sizes of subjects and runs: voxels, patches, and the memory to load and stitch them."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
@@ -51,6 +51,7 @@ def measure_subject(
     transformed: bool,
     halo: Padding = NO_PADDING,
     order: int = 1,
+    one_hot: Mapping[str, Sequence[int]] | None = None,
 ) -> SubjectSize:
     """The sizes of a subject, computed from headers.
 
@@ -61,15 +62,17 @@ def measure_subject(
         transformed: Whether intensity transforms are applied, which make voxels float32.
         halo: Voxels around the grid that patches include.
         order: Order by which images are interpolated.
+        one_hot: Labels that become a channel each, by the name of their image.
     """
     native, model, padded = (prod(shape) for shape in (space.native.shape, space.model.shape, grid.shape))
     padded_with_halo = prod(n + sum(around) for n, around in zip(grid.shape, halo, strict=True))
     resampled = native != model or any(abs(abs(m.scale) - 1) > 1e-6 for m in space.maps)
     is_padded = (padding, halo) != (NO_PADDING, NO_PADDING)
     loaded = reading = file = channels = most = beside = 0
-    for image in subject.images.values():
-        count, stored = image.shape[0], image.file.voxel_bytes
-        size = _FLOAT if transformed or resampled else stored
+    for name, image in subject.images.items():
+        labels = (one_hot or {}).get(name)
+        count, stored = image.shape[0] if labels is None else len(labels), image.file.voxel_bytes
+        size = _FLOAT if transformed or resampled or labels is not None else stored
         channels += count
         file += count * native * stored
         most = max(most, count * native * stored)

@@ -46,6 +46,6 @@ def even(size: int, patch: int, step: float) -> tuple[int, ...]:
     >>> even(13, 5, 3)
     (0, 3, 5, 8)
     """
-    count = ceil((size - patch) / step)
+    count = ceil((size - patch) / max(step, 1))
     # Multiplied as nnU-Net does, since halves are rounded to even and rounding errors decide which are halves.
     return tuple(round((size - patch) / count * n) for n in range(count + 1)) if count else (0,)
