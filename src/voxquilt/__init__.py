@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     )
     from voxquilt.models.nnunet.predictor import predictor_from_nnunet
     from voxquilt.models.predictor import PatchPredictor
+    from voxquilt.models.several_predictors import SeveralPredictors
     from voxquilt.predict import predict_volume
     from voxquilt.prediction.datamodule import GridDataModule
     from voxquilt.prediction.writer_callback import VolumeWriter
@@ -73,6 +74,7 @@ _HOMES = {
     ],
     "voxquilt.models.nnunet.predictor": ["predictor_from_nnunet"],
     "voxquilt.models.predictor": ["PatchPredictor"],
+    "voxquilt.models.several_predictors": ["SeveralPredictors"],
     "voxquilt.predict": ["predict_volume"],
     "voxquilt.prediction.datamodule": ["GridDataModule"],
     "voxquilt.prediction.writer_callback": ["VolumeWriter"],
@@ -92,10 +94,10 @@ __all__ = [
     "AFFINE", "CHANNELS_DIMENSION", "DATA", "INTENSITY", "LABEL", "LOCATION", "PATH", "STEM", "TYPE",
     "CTNormalization", "GridAggregator", "GridDataModule", "GridSampler", "Image", "KeepLargest", "LabelMap",
     "PatchPredictor", "PatchTrainer", "Preprocess", "RGBTo01Normalization", "RescaleTo01Normalization", "ScalarImage",
-    "Stitch", "Subject", "SubjectsLoader", "TensorBoardImages", "TrainingDataModule", "VolumeWriter", "VoxquiltError",
-    "ZScoreNormalization", "data", "datasets", "inference", "polynomial", "predict_volume", "predictor_from_exported",
-    "predictor_from_file", "predictor_from_lightning", "predictor_from_nnunet", "predictor_from_state_dict",
-    "predictor_from_torchscript", "warmup_cosine",
+    "SeveralPredictors", "Stitch", "Subject", "SubjectsLoader", "TensorBoardImages", "TrainingDataModule",
+    "VolumeWriter", "VoxquiltError", "ZScoreNormalization", "data", "datasets", "inference", "polynomial",
+    "predict_volume", "predictor_from_exported", "predictor_from_file", "predictor_from_lightning",
+    "predictor_from_nnunet", "predictor_from_state_dict", "predictor_from_torchscript", "warmup_cosine",
 ]  # fmt: skip
 
 

@@ -22,6 +22,9 @@ OUTPUTS = ("auto", "resampled", "cropped")
 """How an output lies in its patch; see `voxquilt.geometry.output_layout`."""
 ORDERS = (0, 1, 3)
 """Orders of interpolation: nearest voxel, linear, cubic spline."""
+ORDERED, MEAN = "ordered", "mean"
+COMBINE = (ORDERED, MEAN)
+"""How the outputs of several models are combined; see `voxquilt.stitching.combination`."""
 CROPS = ("nonzero",)
 NONFINITE = ("error", "zero")
 DEVICES = ("auto", "cpu")
@@ -69,7 +72,7 @@ def check_regions(values: object, label_values: object = None) -> None:
     if values is None:
         return
     given: list[Any] = list(values) if isinstance(values, Sequence) and not isinstance(values, str) else [None]
-    if not given or not all(isinstance(n, Integral) and not isinstance(n, bool) and 0 <= int(n) <= 2**31 - 1 for n in given):
+    if not given or not all(isinstance(n, Integral) and not isinstance(n, bool) and 0 <= int(n) < 2**31 for n in given):
         raise ConfigError(f"stitch.regions is a list of the number of each region, such as [1,2,3]; it is {values!r}.")
     if label_values is not None:
         raise ConfigError("stitch.regions are the numbers in label files: leave out stitch.label_values.")

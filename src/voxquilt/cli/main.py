@@ -29,7 +29,8 @@ from voxquilt.cli.exit_status import (
 )
 from voxquilt.cli.first_subject import first_subject_read_ahead
 from voxquilt.cli.inherited_settings import inherit
-from voxquilt.cli.model_folder import has_model_folder, predict_stages_before
+from voxquilt.cli.model_folder import predict_stages_before
+from voxquilt.cli.model_parts import has_parts, take_parts
 from voxquilt.cli.overrides import to_overrides
 from voxquilt.cli.predict_config import check_predict, find_subjects
 from voxquilt.cli.quick_hydra import quick_hydra
@@ -73,8 +74,12 @@ def run_predict(cfg: DictConfig) -> int:
     _drop_script(cfg, "predict")
     _leave_stdout_to_json(cfg)
     typed = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
-    before = predict_stages_before(cfg, typed) if has_model_folder(cfg) else DONE
-    inherited = inherit(cfg, typed, conf_dir())
+    before = predict_stages_before(cfg, typed)
+    inherited = {}
+    if has_parts(cfg):
+        take_parts(cfg, typed, conf_dir())
+    else:
+        inherited = inherit(cfg, typed, conf_dir())
     plain = check_predict(cfg)
     cases = find_subjects(plain)
     if plain["run"]["status"]:

@@ -1,4 +1,4 @@
-"""Fills in what a trained model folder of nnU-Net asks for, and predicts the stages of a cascade one after the other."""
+"""Fills in what a trained model folder of nnU-Net asks for, and runs the models whose labels another one needs."""
 
 import subprocess
 import sys
@@ -16,6 +16,13 @@ from voxquilt.models.nnunet.settings import settings_of
 
 NNUNET = "voxquilt.predictor_from_nnunet"
 """The model of `model=nnunet`."""
+
+
+# Overrides that a rough model is not run with.
+_OF_MODEL = (
+    "model", "ckpt_path", "data.patch_size", "data.patch_overlap", "data.step", "data.divisible_by", "data.labels",
+    "preprocess", "stitch",
+)  # fmt: skip
 
 
 def has_model_folder(cfg: DictConfig) -> bool:
@@ -49,7 +56,9 @@ def take_model_folder(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
 def _read(cfg: DictConfig) -> NnunetFolder:
     if OmegaConf.is_missing(cfg.model, "folder") or not isinstance(cfg.model.get("folder"), str):
         given = "missing" if OmegaConf.is_missing(cfg.model, "folder") else repr(cfg.model.get("folder"))
-        raise ConfigError(f"model.folder is the folder of a trained model, TRAINER__PLANS__CONFIGURATION; it is {given}.")
+        raise ConfigError(
+            f"model.folder is the folder of a trained model, TRAINER__PLANS__CONFIGURATION; it is {given}."
+        )
     try:
         weights = None if OmegaConf.is_missing(cfg, "ckpt_path") else cfg.ckpt_path
     except OmegaConfBaseException:
@@ -83,9 +92,9 @@ def _check_previous(model: NnunetFolder, previous: object) -> None:
 
 
 def predict_stages_before(cfg: DictConfig, overrides: Sequence[str]) -> int:
-    """Predict the stages of a cascade before the last, each into a folder of its own, and make the last one's settings.
+    """Predict whose labels the model needs: the stages of a cascade before the last, and the model of data.within.
 
-    Each runs as this command would, in a process of its own: what it has done already is not done again.
+    Each runs as this command would, in a process and a folder of its own: what it has done already is not done again.
 
     Args:
         cfg: The composed configuration; changed in place.
@@ -97,45 +106,93 @@ def predict_stages_before(cfg: DictConfig, overrides: Sequence[str]) -> int:
     Raises:
         ConfigError: a stage could not be started, or several processes are already running.
     """
-    folders = cfg.model.get("folder")
-    if not isinstance(folders, ListConfig):
+    if cfg.run.get("status"):
         return 0
+    status = _predict_rough(cfg, overrides)
+    folders = cfg.model.get("folder") if has_model_folder(cfg) else None
+    if not isinstance(folders, ListConfig):
+        return status
     stages = [str(folder) for folder in folders]
     if len(stages) < 2:
         raise ConfigError(f"model.folder is a folder, or the folders of a cascade in their order; it is {stages}.")
     if cfg.model.get("previous") is not None:
         raise ConfigError("model.previous goes with one folder: of several, each has the labels of the one before.")
-    status = 0
     for stage in stages[:-1]:
         name = read_folder(Path(stage).expanduser(), checkpoint=str(cfg.model.checkpoint)).plan.configuration
         output_dir = str(Path(str(cfg.output_dir)).expanduser() / name)
         if is_first():
-            status = max(status, _predict_stage(cfg, overrides, stage, output_dir))
-        OmegaConf.update(cfg, "model.previous", f"{output_dir}/{{subject}}_labels.nii{_ending(cfg)}", merge=False)
+            previous = cfg.model.get("previous")
+            own = {
+                "model.folder": _quoted(stage), "output_dir": _quoted(output_dir), "stitch.products": "[labels]",
+                "model.previous": "null" if previous is None else _quoted(previous),
+                "stitch.compare": "[]", "data.labels": "null", "run.status": "false",
+            }  # fmt: skip
+            status = max(status, _predict_stage(overrides, own, stage))
+        OmegaConf.update(cfg, "model.previous", _labels_in(output_dir, cfg), merge=False)
     OmegaConf.update(cfg, "model.folder", stages[-1], merge=False)
     return status
 
 
-def _ending(cfg: DictConfig) -> str:
-    return ".gz" if OmegaConf.select(cfg, "callbacks.writer.compress", default=True) else ""
+def _predict_rough(cfg: DictConfig, overrides: Sequence[str]) -> int:
+    """Predict the model whose labels are the mask of `data.within`, if it names one."""
+    rough = cfg.data.get("within")
+    if not isinstance(rough, DictConfig):
+        return 0
+    known = ("folder", "ckpt_path", "classes")
+    unknown = [str(key) for key in rough if key not in known]
+    if unknown or ("folder" in rough) == ("ckpt_path" in rough):
+        raise ConfigError(
+            f"data.within is a mask's path, or a model: its folder (of nnU-Net) or its ckpt_path, and perhaps the "
+            f"classes of its labels that count, such as '{{folder: rough_model, classes: [liver]}}'; it has "
+            f"{list(rough)}."
+        )
+    output_dir = str(Path(str(cfg.output_dir)).expanduser() / "within")
+    status = 0
+    if is_first():
+        model = (
+            {"model": "nnunet", "model.folder": _quoted(str(rough.folder))}
+            if "folder" in rough
+            else {"model": "auto", "ckpt_path": _quoted(str(rough.ckpt_path))}
+        )
+        own = model | {
+            "output_dir": _quoted(output_dir), "data.within": "null", "run.status": "false",
+            "stitch.classes": _listed(rough.get("classes")),
+        }  # fmt: skip
+        # What the user said of the model, its patches and its labels is said of the other one.
+        kept = [text for text in overrides if not text.lstrip("+~").startswith(_OF_MODEL)]
+        status = _predict_stage(kept, own, str(rough.get("folder") or rough.get("ckpt_path")))
+    OmegaConf.update(cfg, "data.within", _labels_in(output_dir, cfg), merge=False)
+    return status
 
 
-def _predict_stage(cfg: DictConfig, overrides: Sequence[str], stage: str, output_dir: str) -> int:
+def _labels_in(output_dir: str, cfg: DictConfig) -> str:
+    """The pattern of the label files of a run."""
+    ending = ".gz" if OmegaConf.select(cfg, "callbacks.writer.compress", default=True) else ""
+    return f"{output_dir}/{{subject}}_labels.nii{ending}"
+
+
+def _predict_stage(overrides: Sequence[str], own: Mapping[str, str], stage: str) -> int:
+    """Run this command with other settings; the exit status.
+
+    Raises:
+        ConfigError: nothing was started, or a launcher started several processes of this command.
+    """
     if is_external():
         raise ConfigError(
-            "model.folder has several folders, which are predicted one after the other by one command; where a launcher "
-            "starts the processes, start a run for each, the second with model.previous."
+            f"{stage} is to be predicted before, by the same command; where a launcher starts the processes, start a "
+            f"run for each, the second with model.previous or data.within='first_run/{{subject}}_labels.nii.gz'."
         )
-    own: Mapping[str, Any] = {
-        "model.folder": _quoted(stage), "output_dir": _quoted(output_dir), "stitch.products": "[labels]",
-        "model.previous": "null" if cfg.model.get("previous") is None else _quoted(cfg.model.previous),
-        "stitch.compare": "[]", "data.labels": "null", "run.status": "false",
-    }  # fmt: skip
     kept = [text for text in overrides if text.lstrip("+").partition("=")[0] not in own]
     ended = subprocess.run([sys.executable, sys.argv[0], *kept, *(f"{key}={value}" for key, value in own.items())])
     if ended.returncode == 2:
         raise ConfigError(f"the stage of {stage} was not started, as said above.")
     return ended.returncode
+
+
+def _listed(classes: Any) -> str:
+    if classes is None:
+        return "null"
+    return f"[{','.join(_quoted(name) if isinstance(name, str) else str(name) for name in classes)}]"
 
 
 def _quoted(value: str) -> str:

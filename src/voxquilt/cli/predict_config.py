@@ -70,9 +70,10 @@ def find_subjects(plain: Mapping[str, Any]) -> list[SubjectFiles] | None:
         suffixes=data.get("suffixes"), extra=data.get("extra_images"),
     )  # fmt: skip
     check_image_names(plain["preprocess"].get("intensity"), cases)
-    mask = data.get("skip")
-    if isinstance(mask, str) and not any(os.path.isfile(mask.replace("{subject}", case.subject)) for case in cases):
-        raise ConfigError(f"data.skip={mask}: no subject has such a mask (relative to {Path.cwd()}).")
+    for key in ("skip", "within"):
+        mask = data.get(key)
+        if isinstance(mask, str) and not any(os.path.isfile(mask.replace("{subject}", case.subject)) for case in cases):
+            raise ConfigError(f"data.{key}={mask}: no subject has such a mask (relative to {Path.cwd()}).")
     if data.get("labels") is not None:
         _check_labels(data["labels"], plain["stitch"].get("products"), cases)
     return cases

@@ -1,7 +1,7 @@
 """Predicts, from a checked configuration to the exit status."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -13,17 +13,22 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from voxquilt.cli.exit_status import DONE, FAILED
 from voxquilt.cli.inherited_settings import check_images
 from voxquilt.cli.instantiate import build, check_classes
+from voxquilt.cli.model_parts import PARTS
 from voxquilt.cli.quick_imports import paused_collector
 from voxquilt.cli.run_report import report_run
 from voxquilt.data.discovery import SubjectFiles
+from voxquilt.data.grid_loader import GridLoader, make_grids
 from voxquilt.distributed.child_processes import SpawnedLogging, attended, quiet
 from voxquilt.distributed.environment import is_external, is_first
 from voxquilt.errors import ConfigError, VoxquiltError
+from voxquilt.models.several_predictors import SeveralPredictors
 from voxquilt.prediction.datamodule import GridDataModule
 from voxquilt.prediction.dry_run import DryRun
 from voxquilt.prediction.output_lock import locked
 from voxquilt.prediction.resume import Resume
 from voxquilt.prediction.writer_callback import VolumeWriter
+from voxquilt.stitching.combination import Combination
+from voxquilt.stitching.stitch import Stitch
 from voxquilt.text import leave_stdout
 
 
@@ -103,19 +108,44 @@ def _build_parts(
     )
     preprocess = build(plain["preprocess"], "preprocess")
     found = {} if cases is None else {"inputs": cases, "images": None, "suffixes": None, "extra_images": None}
+    stitch = build(plain["stitch"], "stitch")
+    models = _build_models(plain["model"], stitch)
     data: GridDataModule = build(
         plain["data"], "data", **found,
         preprocess=preprocess, shard=_shard(plain), distribute=options["distribute"], resume=resume,
+        more_models=models.grids[1:],
     )  # fmt: skip
-    model = build(plain["model"], "model")
     if is_first() and not is_external():
         check_images(inherited.get("images", []), data.cases)
     nodes = {name: node for name, node in plain["callbacks"].items() if node}
-    stitch = build(plain["stitch"], "stitch")
-    writer = build(nodes.pop("writer"), "callbacks.writer", stitch=stitch, configuration=dict(plain))
+    more = {} if models.combination is None else {"combination": models.combination}
+    writer = build(nodes.pop("writer"), "callbacks.writer", stitch=stitch, configuration=dict(plain), **more)
     others = [build(node, f"callbacks.{name}") for name, node in nodes.items()]
     # Logging comes first, since the others log as they are set up.
-    return _Parts(data, model, writer, [SpawnedLogging(to_stderr=options["log"] == "json"), *others])
+    return _Parts(data, models.module, writer, [SpawnedLogging(to_stderr=options["log"] == "json"), *others])
+
+
+@dataclass(frozen=True)
+class _Models:
+    """The network, or several; with several, the grids of each and how their volumes are combined."""
+
+    module: LightningModule
+    grids: Sequence[GridLoader] = ()
+    combination: Combination | None = None
+
+
+def _build_models(node: Mapping[str, Any], stitch: Stitch) -> _Models:
+    if node["_target_"] != PARTS:
+        return _Models(build(node, "model"))
+    predictors, grids, stitches = [], [], []
+    for n, part in enumerate(node["parts"]):
+        key = f"model.parts[{n}]"
+        predictors.append(build(part["model"], f"{key}.model"))
+        preprocess = build(part["preprocess"], f"{key}.preprocess")
+        grids.append(make_grids(preprocess, **part["data"]))
+        stitches.append(build(part["stitch"], f"{key}.stitch"))
+    numbers = tuple(tuple(part["numbers"] or ()) for part in node["parts"])
+    return _Models(SeveralPredictors(predictors), grids, Combination(stitch, tuple(stitches), numbers))
 
 
 def _plan(plain: Mapping[str, Any], parts: _Parts) -> int:

@@ -45,9 +45,7 @@ def report_run(
 def _evaluate(data: GridDataModule, writer: VolumeWriter, rows: list[Row], tolerance: float) -> int:
     """Compare outputs with true labels: metrics.csv, metrics.png, a table; FAILED if a subject cannot be compared."""
     stitch = writer.stitch
-    evaluation = Evaluation(
-        writer.output_dir, data.cases, data.labels, stitch.class_names, tolerance, stitch.numbers
-    )
+    evaluation = Evaluation(writer.output_dir, data.cases, data.labels, stitch.class_names, tolerance, stitch.numbers)
     scores = evaluation.scores(rows)
     print_scores(scores, writer.output_dir)
     try:

@@ -21,6 +21,8 @@ from voxquilt.cli.value_checks import (
     label_patterns,
     labels_by_image,
     list_of,
+    mask_path,
+    name_or_number,
     number,
     number_or_numbers,
     or_null,
@@ -38,6 +40,7 @@ from voxquilt.stitching.products.registry import PRODUCTS
 from voxquilt.vocabulary import (
     ACTIVATIONS,
     AVERAGES,
+    COMBINE,
     CROPS,
     DEVICES,
     DISTRIBUTE,
@@ -81,6 +84,8 @@ STITCH = Section(
         "class_names": list_of("background,brain"),
         "label_values": anything,  # checked beside class_names
         "regions": anything,  # checked beside label_values
+        "classes": list_of("liver,spleen", name_or_number),
+        "combine": or_null(word(COMBINE)),
         "postprocess": callables,
     },
     together=(check_classes,),
@@ -102,6 +107,8 @@ PREDICT = {
             "batch_size": first_of(lambda value: value == "auto", integer(1)),
             "num_workers": integer(0),
             "skip": or_null(threshold_or_mask),
+            "within": or_null(mask_path),
+            "margin": number("must be a number of mm from 0", lambda mm: 0 <= mm < float("inf")),
             "labels": or_null(label_patterns),
             "nonfinite": word(NONFINITE),
         },

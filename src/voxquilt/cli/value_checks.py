@@ -155,12 +155,29 @@ def labels_by_image(value: Any, key: str) -> None:
     """Lists of labels by the names of images."""
     lists = list(value.values()) if isinstance(value, Mapping) else [None]
     if not all(isinstance(labels, list) and labels and all(map(is_integer, labels)) for labels in lists):
-        raise ConfigError(f"{key} has a list of labels for each image of labels, such as '{{stage1: [1,2]}}'; it is {value!r}.")
+        raise ConfigError(
+            f"{key} has a list of labels for each image of labels, such as '{{stage1: [1,2]}}'; it is {value!r}."
+        )
 
 
 def is_integer(value: Any) -> bool:
     """Whether a value is an integer, and neither true nor false."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def name_or_number(value: Any, key: str) -> None:
+    """A name, or an integer from 0."""
+    if not isinstance(value, str) and not (is_integer(value) and value >= 0):
+        raise ConfigError(f"{key} has names or numbers of labels; it has {value!r}.")
+
+
+def mask_path(value: Any, key: str) -> None:
+    """A path with {subject}."""
+    if not isinstance(value, str) or "{subject}" not in value:
+        raise ConfigError(
+            f"{key} is a mask's path with {{subject}}, or a model whose labels are one, such as "
+            f"'{{folder: rough_model, classes: [liver]}}'; it is {value!r}."
+        )
 
 
 def threshold_or_mask(value: Any, key: str) -> None:

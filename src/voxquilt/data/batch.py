@@ -59,6 +59,11 @@ class PatchBatch:
         self.rows = rows
         self._arrived = arrived
 
+    @property
+    def model(self) -> int:
+        """Which of several models the batch is for."""
+        return self.rows[0].work.task.model
+
     def to(self, device: torch.device) -> "PatchBatch":
         """The batch on another device; Lightning calls it just before the network, and it waits for no other batch."""
         if self._arrived is not None:
@@ -90,7 +95,7 @@ class PatchBatch:
 def cut_batches(
     subjects: Iterable[LoadedSubject], batch_size: int, feed: DeviceFeed | None = None
 ) -> Iterator[PatchBatch]:
-    """Cut subjects into batches; all are full but the last, and those before the number of channels changes.
+    """Cut subjects into batches; all are full but the last, and those before the channels or the model change.
 
     Two buffers take turns, since first use of memory is slow: a batch is valid until the next but one is requested.
 
@@ -114,7 +119,7 @@ def cut_batches(
         work, source = loaded.work, loaded.source
         source.hand_over()
         shape = (batch_size, source.channels, *source.patch_size)
-        if filled and buffers[0].data.shape != shape:
+        if filled and (buffers[0].data.shape != shape or rows[0].work.task.model != work.task.model):
             yield take_batch()
         if not buffers or buffers[0].data.shape != shape:
             buffers = _make_buffers(shape, feed)

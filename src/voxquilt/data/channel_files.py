@@ -1,4 +1,4 @@
-"""Puts together the images of a subject whose files' names differ only in their ends, such as case_0000 and case_0001."""
+"""Puts together the images of a subject whose files' names differ only in their ends, as case_0000 and case_0001."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,8 @@ log = logging.getLogger("voxquilt")
 def group_images(cases: Sequence[SubjectFiles], suffixes: Mapping[str, str]) -> list[SubjectFiles]:
     """One subject for all files whose names differ only in their ends.
 
-    A subject that lacks an image is known by its others, and fails alone. Subjects of several images, from a table, stay
-    as they are; files with other ends are left out, and named once.
+    A subject that lacks an image is known by its others, and fails alone. Subjects of several images, from a table,
+    stay as they are; files with other ends are left out, and named once.
 
     Args:
         cases: Subjects as they were found.
@@ -42,8 +42,8 @@ def group_images(cases: Sequence[SubjectFiles], suffixes: Mapping[str, str]) -> 
             ends = ", ".join(f"{name} {end}" for name, end in suffixes.items())
             raise ConfigError(
                 f"data.inputs: a subject has {len(suffixes)} images, whose files' names end in {ends}; none of "
-                f"{len(single)} files does, such as {next(iter(single[0].images.values()))}. Rename them, or name them by "
-                f"data.images or the columns of a .csv."
+                f"{len(single)} files does, such as {next(iter(single[0].images.values()))}. Rename them, or name them "
+                f"by data.images or the columns of a .csv."
             )
         return [*whole, *others]
     if others:

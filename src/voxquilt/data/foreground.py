@@ -1,6 +1,7 @@
 """Finds the patches without foreground, by a threshold or a mask, which need not be predicted."""
 
 from collections.abc import Iterable
+from math import ceil
 
 import torch
 from jaxtyping import Bool
@@ -10,7 +11,7 @@ from voxquilt.data.grid_sampler import GridSampler
 from voxquilt.data.subject import LabelMap, Subject
 from voxquilt.geometry.resample import resample
 from voxquilt.geometry.slab_split import Part
-from voxquilt.geometry.space import Space, inverse
+from voxquilt.geometry.space import Box, Space, inverse
 
 
 def empty_patches(sampler: GridSampler, foreground: Bool[Tensor, "i j k"]) -> list[int]:
@@ -52,6 +53,25 @@ def mask_foreground(mask: LabelMap, subject: Subject, space: Space) -> Bool[Tens
         positions[m.axis] = torch.where(share > 0.5, upper, below)[voxels[:, n]]
     model[positions[0], positions[1], positions[2]] = True
     return model
+
+
+def box_of_mask(mask: LabelMap, subject: Subject, margin: float = 0.0) -> Box | None:
+    """The bounding box of a mask and of some mm around it, within the volume; None if nothing is above 0.
+
+    Raises:
+        InputError: the mask is not on the subject's grid, or cannot be read.
+    """
+    frame = Subject({**subject.images, "the mask of within": mask}).frame
+    inside = (mask.stored() > 0).any(0)
+    box = []
+    for axis, (size, mm) in enumerate(zip(frame.shape, frame.spacing, strict=True)):
+        others = [other for other in range(3) if other != axis]
+        along = inside.any(others[1]).any(others[0]).nonzero().flatten()
+        if not len(along):
+            return None
+        more = ceil(margin / mm - 1e-6)
+        box.append((max(0, int(along[0]) - more), min(size, int(along[-1]) + 1 + more)))
+    return box[0], box[1], box[2]
 
 
 def patches_to_skip(skip: float | LabelMap | None, sampler: GridSampler, subject: Subject, space: Space) -> list[int]:

@@ -1,22 +1,24 @@
 """Reads subjects and lays their grids of patches, for prediction and validation."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from time import perf_counter
 
 from voxquilt.data.device_feed import DeviceFeed
 from voxquilt.data.discovery import SubjectFiles, check_id
-from voxquilt.data.foreground import patches_to_predict, patches_to_skip
+from voxquilt.data.foreground import box_of_mask, patches_to_predict, patches_to_skip
 from voxquilt.data.grid_sampler import GridSampler
 from voxquilt.data.preprocess import Preprocess
+from voxquilt.data.shared_reads import SharedReads
 from voxquilt.data.subject import LabelMap, ScalarImage, Subject
 from voxquilt.data.subject_size import SubjectCost, measure_subject
 from voxquilt.data.subject_task import LoadedSubject, SubjectTask, SubjectWork
 from voxquilt.errors import InputError
-from voxquilt.geometry.frame import Padding, Triple, described
-from voxquilt.geometry.padding import NO_PADDING, lay_grid
+from voxquilt.geometry.frame import Padding, Triple, described, to_triple
+from voxquilt.geometry.padding import NO_PADDING, lay_grid, to_padding
 from voxquilt.geometry.slab_split import split_rows
-from voxquilt.geometry.space import Space
+from voxquilt.geometry.space import Box, Space
 from voxquilt.text import reason_of
 
 # Limits of model space, in all and along an axis: no machine has memory for more, and patches could not be counted.
@@ -36,6 +38,9 @@ class GridLoader:
         skip: See `voxquilt.data.foreground`: a number, a pattern of mask files with `{subject}`, or None.
         halo: Voxels before and after along i, j, k by which the network's outputs are smaller than a patch.
         placement, step: See GridSampler.
+        within: A pattern of mask files with `{subject}`: only the bounding box of what is above 0 is predicted.
+        margin: mm around that box.
+        layout: How the network's outputs lie in patches; see `voxquilt.geometry.output_layout.factor_of`.
     """
 
     patch_size: Triple
@@ -47,6 +52,9 @@ class GridLoader:
     halo: Padding = NO_PADDING
     placement: str = "regular"
     step: float | None = None
+    within: str | None = None
+    margin: float = 0.0
+    layout: str = "auto"
 
     def cost(self, files: SubjectFiles, ranks: int = 1) -> SubjectCost:
         """The cost of a subject, from its headers alone.
@@ -62,9 +70,9 @@ class GridLoader:
             subject = self._subject_of(files)
             space = self.preprocess.space(subject)
             check_model_space(space)
-            if ranks > 1 and self.preprocess.crop:
-                # How many slabs there are for the processes depends on what is cropped.
-                space = self.preprocess.space(subject, self.preprocess.box(subject))
+            if ranks > 1 and (self.preprocess.crop or self.within):
+                # How many slabs there are for the processes depends on what is left out.
+                space = self.preprocess.space(subject, self.preprocess.box(subject, self._box(files, subject)[0]))
             grid, padding = lay_grid(
                 space.model.shape,
                 self.patch_size,
@@ -85,27 +93,31 @@ class GridLoader:
         except Exception as error:  # too large numbers raise many kinds of errors
             return SubjectCost(1, problem=_with_files(reason_of(error), files))
 
-    def load(self, task: SubjectTask, rank: int = 0, feed: DeviceFeed | None = None) -> LoadedSubject:
+    def load(
+        self, task: SubjectTask, rank: int = 0, feed: DeviceFeed | None = None, reads: SharedReads | None = None
+    ) -> LoadedSubject:
         """Read a subject, take it to model space and lay the grid.
 
         Args:
             task: The subject.
             rank: The rank of this process, which predicts only its part of a grid that several share.
             feed: The device that its volumes are prepared and kept on, if that is possible; None for the host.
+            reads: Reads subjects for several models; None reads them for this one alone.
 
         Raises:
             VoxquiltError: the subject cannot be read or preprocessed.
         """
         if task.problem:
             raise InputError(task.problem)
-        loaded = None if feed is None else feed.try_on_device(lambda: self._load(task, rank, feed))
-        return loaded or self._load(task, rank, None)
+        reads = reads or SharedReads([self.preprocess])
+        loaded = None if feed is None else feed.try_on_device(lambda: self._load(task, rank, feed, reads))
+        return loaded or self._load(task, rank, None, reads)
 
-    def _load(self, task: SubjectTask, rank: int, feed: DeviceFeed | None) -> LoadedSubject:
+    def _load(self, task: SubjectTask, rank: int, feed: DeviceFeed | None, reads: SharedReads) -> LoadedSubject:
         started = perf_counter()
-        subject = self._subject_of(task.case)
+        box, is_empty = self._box(task.case, self._subject_of(task.case))
+        subject, (model_subject, space) = reads.prepare(task, lambda: self._subject_of(task.case), feed, box)
         file = next(iter(subject.images.values())).file
-        model_subject, space = self.preprocess(subject, feed)
         sampler = GridSampler(
             model_subject,
             self.patch_size,
@@ -121,17 +133,51 @@ class GridLoader:
         mask = self.skip
         if isinstance(mask, str):
             mask = LabelMap(mask.replace("{subject}", task.case.subject))
-        skipped = patches_to_skip(mask, sampler, subject, space)
+        skipped = list(range(len(sampler))) if is_empty else patches_to_skip(mask, sampler, subject, space)
         part = split_rows(sampler.grid, len(task.team))[task.team.index(rank)] if task.team else None
         numbers = patches_to_predict(sampler, skipped, part)
         seconds = perf_counter() - started
         work = SubjectWork(task, file, sampler.grid, sampler.padding, space, numbers, skipped, part, seconds)
         return LoadedSubject(work, source if feed is None else feed.keep(source))
 
+    def _box(self, files: SubjectFiles, subject: Subject) -> tuple[Box | None, bool]:
+        """The native voxels that `within` leaves, None for all, and whether there is nothing to predict in them."""
+        if self.within is None:
+            return None, False
+        mask = LabelMap(self.within.replace("{subject}", files.subject))
+        box = box_of_mask(mask, subject, self.margin)
+        return (box, False) if box is not None else (((0, 1), (0, 1), (0, 1)), True)
+
     def _subject_of(self, files: SubjectFiles) -> Subject:
         """A subject, of which nothing has been read."""
         labels = self.preprocess.one_hot or ()
         return Subject({n: LabelMap(path) if n in labels else ScalarImage(path) for n, path in files.images.items()})
+
+
+def make_grids(
+    preprocess: Preprocess,
+    patch_size: int | Iterable[int],
+    patch_overlap: int | Iterable[int] = 0,
+    padding_mode: str | float | None = None,
+    divisible_by: int | Iterable[int] = 1,
+    placement: str = "regular",
+    step: float | None = None,
+) -> GridLoader:
+    """A GridLoader from settings of a user.
+
+    Raises:
+        GridError: (a ValueError) a size that is not an integer or three.
+    """
+    to_padding(0 if padding_mode is None else padding_mode)
+    return GridLoader(
+        to_triple(patch_size, "data.patch_size", minimum=1),
+        to_triple(patch_overlap, "data.patch_overlap"),
+        preprocess,
+        padding_mode,
+        to_triple(divisible_by, "data.divisible_by", minimum=1),
+        placement=placement,
+        step=step,
+    )
 
 
 def check_model_space(space: Space) -> None:

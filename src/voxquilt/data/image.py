@@ -63,6 +63,7 @@ class Image(dict[str, Any]):
             raise InputError(f"{path}: a file has its own affine; give one only with a tensor.")
         self.path = None if path is None else Path(path).expanduser()  # type: ignore[arg-type]
         self._file: ImageFile | None = None
+        self._held: Tensor | None = None
         name = "" if self.path is None else stem(self.path)
         super().__init__({PATH: str(self.path or ""), STEM: name, **self, TYPE: self.kind})
         if tensor is not None:
@@ -110,8 +111,14 @@ class Image(dict[str, Any]):
         return self.frame.spacing
 
     def stored(self) -> Shaped[Tensor, "c i j k"]:
-        """The voxels in the file's type, which takes little memory; they are not kept."""
+        """The voxels in the file's type, which takes little memory; they are not kept, except by `hold`."""
+        if self._held is not None:
+            return self._held
         return self[DATA] if DATA in self else self.file.read()
+
+    def hold(self) -> None:
+        """Read the voxels in the file's type, and keep them for all later calls of `stored`."""
+        self._held = self.stored()
 
     @property
     def data(self) -> Shaped[Tensor, "c i j k"]:
@@ -152,7 +159,7 @@ class Image(dict[str, Any]):
     def part(self, data: Shaped[Tensor, "c i j k"], affine: np.ndarray) -> "Image":
         """A part of this image, such as a patch, with the path and name of the image."""
         new = type(self).__new__(type(self))
-        new.path, new._file = self.path, None
+        new.path, new._file, new._held = self.path, None, None
         new.update({**self, DATA: data, AFFINE: affine})
         return new
 

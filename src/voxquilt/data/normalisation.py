@@ -18,7 +18,7 @@ from voxquilt.errors import InputError
 LEAST_SCALE = 1e-8
 """What is divided by, at least."""
 
-Box = tuple[tuple[int, int], ...]
+Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 """First voxel, and the one after the last, along each axis."""
 
 
@@ -163,7 +163,8 @@ def _box(mask: Tensor) -> Box:
         others = [other for other in range(mask.ndim) if other != axis]
         present = mask.any(others[0]).any(others[1] - 1).nonzero()
         ranges.append((int(present[0]), int(present[-1]) + 1) if len(present) else (0, size))
-    return tuple(ranges)
+    i, j, k = ranges
+    return i, j, k
 
 
 def _slices(box: Box) -> tuple[slice, ...]:

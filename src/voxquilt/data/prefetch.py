@@ -36,6 +36,7 @@ class PatchStream:
         failed: Called with each subject that cannot be loaded, in any thread.
         stopped: Tells whether to end before the next batch.
         feed: The device that batches lie on; None for the host.
+        is_dropped: Tells whether a subject need not be loaded any more.
     """
 
     tasks: Sequence[SubjectTask]
@@ -45,6 +46,7 @@ class PatchStream:
     failed: Callable[[LoadFailure], None]
     stopped: Callable[[], bool]
     feed: DeviceFeed | None = None
+    is_dropped: Callable[[SubjectTask], bool] = bool
 
     def __iter__(self) -> Iterator[PatchBatch]:
         for batch in cut_batches(self._subjects(), self.batch_size, self.feed):
@@ -71,7 +73,7 @@ class PatchStream:
                     future.cancel()
 
     def _load(self, task: SubjectTask) -> LoadedSubject | None:
-        if self.stopped():
+        if self.stopped() or self.is_dropped(task):
             return None
         started = perf_counter()
         try:

@@ -105,7 +105,7 @@ class Preprocess:
         Args:
             subject: The subject.
             feed: The device to do so on, in the thread's current stream; None for where the voxels are.
-            box: The native voxels that model space covers, if they are known, whatever `crop` says.
+            box: The native voxels that model space may cover; None for all. `crop` is applied to these.
 
         Raises:
             InputError: a file that cannot be read, images on different grids, or voxels that are not finite.
@@ -114,10 +114,10 @@ class Preprocess:
         """
         _ = subject.frame  # that of all images, before any is read
         self._check_names(subject)
-        stored = self._stored(subject) if box is None else {}
+        stored = self._stored(subject)
         inside = None
         if stored:
-            box, inside = self._cropped(stored)
+            box, inside = self._cropped(stored, box)
         space = self.space(subject, box)
         if feed is not None and inside is not None:
             inside = feed.upload(inside)
@@ -145,24 +145,29 @@ class Preprocess:
             images[name] = ScalarImage(tensor=data, affine=space.model.affine)
         return Prepared(Subject(dict(images)), space)
 
-    def box(self, subject: Subject) -> Box | None:
-        """The native voxels that `crop` leaves, for which the images are read; None for all.
+    def box(self, subject: Subject, box: Box | None = None) -> Box | None:
+        """The native voxels that `crop` leaves of a box, for which the images are read; None for all.
 
         Raises:
             InputError: a file that cannot be read.
         """
         stored = self._stored(subject)
-        return self._cropped(stored)[0] if stored else None
+        return self._cropped(stored, box)[0] if stored else box
 
     def _stored(self, subject: Subject) -> dict[str, Tensor]:
         """The voxels of all images, if what `crop` leaves depends on them."""
         return {name: image.stored() for name, image in subject.images.items()} if self.crop else {}
 
-    def _cropped(self, stored: Mapping[str, Tensor]) -> tuple[Box, Tensor]:
-        """What `crop` leaves: the box, and where the volume is within it."""
-        inside, box = inside_mask([voxels for name, voxels in stored.items() if name not in (self.one_hot or {})])
-        (i, j, k) = (slice(*ends) for ends in box)
-        return box, inside[i, j, k]
+    def _cropped(self, stored: Mapping[str, Tensor], within: Box | None) -> tuple[Box, Tensor]:
+        """What `crop` leaves of a box: a smaller one, and where the volume is inside."""
+        images = [voxels for name, voxels in stored.items() if name not in (self.one_hot or {})]
+        if within is not None:
+            images = [voxels[:, *(slice(*ends) for ends in within)] for voxels in images]
+        inside, box = inside_mask(images)
+        inside = inside[tuple(slice(*ends) for ends in box)]
+        starts = [0, 0, 0] if within is None else [first for first, _ in within]
+        i, j, k = ((first + start, stop + start) for (first, stop), start in zip(box, starts, strict=True))
+        return (i, j, k), inside
 
     def _check_names(self, subject: Subject) -> None:
         """Refuse intensities of images that the subject does not have."""

@@ -117,6 +117,18 @@ class RunSize:
     channel_counts: Mapping[int, int] = field(default_factory=dict)
 
 
+def largest_of(costs: Sequence["SubjectCost"]) -> "SubjectCost":
+    """The cost of a subject that several models predict one after the other."""
+    problem = next((cost for cost in costs if cost.problem), None)
+    if problem is not None or len(costs) == 1:
+        return problem or costs[0]
+    sizes = [cost.size for cost in costs if cost.size is not None]
+    most = {key: max(getattr(size, key) for size in sizes) for key in ("ring", "loaded", "reading")}
+    patches = sum(size.patches for size in sizes)
+    largest = max(sizes, key=lambda size: prod(size.model))
+    return SubjectCost(patches + 1, min(cost.parts for cost in costs), largest._replace(patches=patches, **most))
+
+
 def run_size(subjects: Iterable[SubjectSize | None]) -> RunSize:
     """The size of a run with these subjects; None stands for a subject that will fail."""
     subjects = list(subjects)

@@ -1,6 +1,6 @@
 """Provides what a run knows of a subject: its task, its work and its volumes in memory."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from voxquilt.data.discovery import SubjectFiles
 from voxquilt.data.formats.image_file import ImageFile
@@ -22,6 +22,7 @@ class SubjectTask:
         team: The ranks that share its grid, in the order of their parts; the first collects and writes. Empty for a
             subject that one process predicts by itself.
         problem: Why it will fail, where that is known beforehand.
+        model: Which of several models is to predict it.
     """
 
     case: SubjectFiles
@@ -29,6 +30,11 @@ class SubjectTask:
     number: int = 0
     team: tuple[int, ...] = ()
     problem: str = ""
+    model: int = 0
+
+    def by_models(self, count: int) -> "list[SubjectTask]":
+        """The task of each of several models, which have numbers of their own."""
+        return [replace(self, number=self.number * count + model, model=model) for model in range(count)]
 
 
 @dataclass(eq=False)

@@ -1,4 +1,4 @@
-"""Maps the voxels of one axis of a volume to those of another, and gives the weights by which these are interpolated."""
+"""Maps the voxels of an axis of a volume to those of another, and gives the weights of their interpolation."""
 
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -106,9 +106,10 @@ AxisMaps = tuple[AxisMap, AxisMap, AxisMap]
 def _spline(x: Tensor, first: int, stop: int, source_size: int) -> Neighbours:
     """Interpolation by the cubic spline through all voxels, the outermost of which are repeated endlessly.
 
-    A voxel's coefficients are a filter of its neighbours with weights that fall as powers of a pole (M. Unser, "Splines:
-    a perfect fit for signal and image processing", IEEE Signal Processing Magazine 16(6), 1999), so that each voxel's
-    weight is known in closed form. The result is that of scipy.ndimage.zoom(order=3, mode="nearest", grid_mode=True).
+    A voxel's coefficients are a filter of its neighbours with weights that fall as powers of a pole (M. Unser,
+    "Splines: a perfect fit for signal and image processing", IEEE Signal Processing Magazine 16(6), 1999), so that each
+    voxel's weight is known in closed form. The result is that of scipy.ndimage.zoom(order=3, mode="nearest",
+    grid_mode=True).
     """
     reach = torch.arange(-_REACH, _REACH + 1)
     filtered = -6 * _POLE / (1 - _POLE**2) * _POLE ** reach.abs().double()
@@ -116,7 +117,9 @@ def _spline(x: Tensor, first: int, stop: int, source_size: int) -> Neighbours:
     weights = torch.zeros(len(x), source_size, dtype=torch.float64)
     for step in range(-1, 3):  # the four pieces of the spline around a position
         distance = (x - base - step).abs()
-        piece = torch.where(distance < 1, (4 - 6 * distance**2 + 3 * distance**3) / 6, (2 - distance).clamp(min=0) ** 3 / 6)
+        piece = torch.where(
+            distance < 1, (4 - 6 * distance**2 + 3 * distance**3) / 6, (2 - distance).clamp(min=0) ** 3 / 6
+        )
         index = (base.long()[:, None] + step + reach).clamp(first, stop - 1)
         weights.scatter_add_(1, index, piece[:, None] * filtered)
     below = (base.long() - 1 - _REACH).clamp(first, stop - 1)

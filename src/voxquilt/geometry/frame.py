@@ -148,7 +148,9 @@ def to_axis_order(transpose: Iterable[int] | None) -> Triple:
     """
     order = (0, 1, 2) if transpose is None else tuple(transpose) if isinstance(transpose, Iterable) else (transpose,)
     if sorted(order, key=str) != [0, 1, 2]:
-        raise ConfigError(f"transpose must be null or the axes 0, 1, 2, each once, such as [2,1,0]; it is {transpose!r}.")
+        raise ConfigError(
+            f"transpose must be null or the axes 0, 1, 2, each once, such as [2,1,0]; it is {transpose!r}."
+        )
     i, j, k = (int(n) for n in order)
     return i, j, k
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from math import prod
 
 import numpy as np
@@ -74,7 +75,7 @@ def make_grid(
 
 def _check_starts(starts: tuple[int, ...], size: int, patch: int, what: str) -> None:
     """Raise GridError where patches leave voxels out, or reach beyond the volume."""
-    gaps = any(not 0 < b - a <= patch for a, b in zip(starts, starts[1:], strict=False))
+    gaps = any(not 0 < b - a <= patch for a, b in pairwise(starts))
     if not starts or starts[0] != 0 or starts[-1] != size - patch or gaps:
         raise GridError(f"{what} does not cover {size} voxels by patches of {patch}: they start at {_listed(starts)}.")
 

@@ -1,7 +1,7 @@
-"""Places the voxels of model space along an axis where its spacing is not the file's: one function for each convention.
+"""Places the voxels of model space along an axis where its spacing is not the file's: a function per convention.
 
-Each takes the native voxels along an axis and the two spacings in mm, and gives the model's number of voxels, the native
-voxels per model voxel, and the native position of the first model voxel's centre:
+Each takes the native voxels along an axis and the two spacings in mm, and gives the model's number of voxels, the
+native voxels per model voxel, and the native position of the first model voxel's centre:
 
     native   |  0  |  1  |  2  |  3  |  4  |      five voxels of 1 mm, to 1.6 mm
     centre   |    0    |    1    |    2    |      exactly 1.6 mm; the two fields of view have the same centre

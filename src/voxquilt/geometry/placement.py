@@ -13,8 +13,8 @@ Along one axis of N = 13 voxels, patches of 5 that share 2:
                              |---------|
 
 Each function takes the voxels of the axis, the voxels of a patch, and the voxels from patch to patch, which may be a
-fraction; it gives the first voxel of every patch, from 0 to the last at which a patch fits. Other packages add functions
-by the entry point group `voxquilt.placements`.
+fraction; it gives the first voxel of every patch, from 0 to the last at which a patch fits. Other packages add
+functions by the entry point group `voxquilt.placements`.
 """
 
 from math import ceil

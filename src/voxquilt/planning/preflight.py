@@ -15,6 +15,7 @@ from voxquilt.geometry.frame import Triple
 from voxquilt.geometry.output_layout import describe_layouts
 from voxquilt.models.ensemble import size_of
 from voxquilt.models.predictor import PatchPredictor
+from voxquilt.models.several_predictors import predictors_of
 from voxquilt.planning.network_check import ChannelsError, check_network
 from voxquilt.planning.planner import MAX_BATCH, Forecast, Planner
 from voxquilt.planning.resource_estimate import RunSettings
@@ -62,6 +63,41 @@ class PlannedSubjects(Protocol):
     def set_apart(self, problem: Callable[[SubjectSize], str | None]) -> None:
         """Have subjects with a problem fail, unless all have one; called by all processes."""
         ...
+
+
+def check_models(
+    trainer: Trainer,
+    module: LightningModule,
+    settings_of: Callable[[LightningModule, int], RunSettings],
+    subjects: PlannedSubjects,
+    *,
+    refuse: bool = True,
+) -> list[Forecast]:
+    """Check each model of a run as `check_before_run` does, and agree on one batch size.
+
+    Args:
+        trainer, module: Trainer and network of the run.
+        settings_of: The settings of a model, from its module and its number.
+        subjects: The subjects of the run, which get the batch size.
+        refuse: See `check_before_run`.
+
+    Returns:
+        The forecasts that can be made, that of the model that needs most memory first.
+
+    Raises:
+        ConfigError: see `check_before_run`.
+    """
+    predictors = predictors_of(module)
+    weights = sum(map(weights_on_device, predictors))
+    checks = [
+        check_before_run(
+            trainer, predictor, replace(settings_of(predictor, n), weights=weights), subjects, refuse=refuse
+        )
+        for n, predictor in enumerate(predictors)
+    ]
+    subjects.batch_size = min(size for size, _ in checks)
+    forecasts = [forecast for _, forecast in checks if forecast is not None]
+    return sorted(forecasts, key=lambda forecast: -forecast.requirements.memory)
 
 
 def check_before_run(

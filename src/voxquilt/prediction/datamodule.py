@@ -1,7 +1,7 @@
 """Provides the LightningDataModule of a predict run: a grid of patches per subject, and subjects dealt to processes."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -12,17 +12,17 @@ from lightning.pytorch import LightningDataModule, Trainer
 from voxquilt.data.copy_stream import copy_stream
 from voxquilt.data.device_feed import DeviceFeed
 from voxquilt.data.discovery import SubjectFiles, find_cases
-from voxquilt.data.grid_loader import GridLoader
+from voxquilt.data.grid_loader import GridLoader, make_grids
 from voxquilt.data.prefetch import LoadFailure, PatchStream
 from voxquilt.data.preprocess import Preprocess
+from voxquilt.data.shared_reads import SharedReads
 from voxquilt.data.subject_size import RunSize, SubjectSize
 from voxquilt.data.subject_task import LoadedSubject, SubjectTask
 from voxquilt.distributed.environment import is_external, is_first
 from voxquilt.distributed.process_group import Group
 from voxquilt.errors import ConfigError
-from voxquilt.geometry.frame import to_triple
-from voxquilt.geometry.padding import to_padding
 from voxquilt.models.predictor import PatchPredictor
+from voxquilt.models.several_predictors import predictors_of
 from voxquilt.planning.network_check import check_overlap, find_halo
 from voxquilt.prediction.resume import Resume
 from voxquilt.prediction.run_plan import RunPlan, RunPlanner, check_world
@@ -36,6 +36,8 @@ class RunOptions(TypedDict, total=False):
 
     placement: str
     step: float | None
+    within: str | None
+    margin: float
     suffixes: Mapping[str, str] | None
     extra_images: Mapping[str, str] | None
     nonfinite: str
@@ -43,6 +45,7 @@ class RunOptions(TypedDict, total=False):
     distribute: str
     resume: Resume | None
     output_dir: str | Path | None
+    more_models: Sequence[GridLoader]
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class _Run:
 
     placement: str = "regular"
     step: float | None = None
+    within: str | None = None
+    margin: float = 0.0
     suffixes: Mapping[str, str] | None = None
     extra_images: Mapping[str, str] | None = None
     nonfinite: str = "error"
@@ -58,6 +63,7 @@ class _Run:
     distribute: str = "subject"
     resume: Resume | None = None
     output_dir: str | Path | None = None
+    more_models: Sequence[GridLoader] = ()
 
 
 class GridDataModule(LightningDataModule):
@@ -80,6 +86,9 @@ class GridDataModule(LightningDataModule):
         padding_mode: See GridSampler; volumes smaller than a patch are padded in any case.
         divisible_by: Pad model space to a multiple of this many voxels.
         placement, step: See GridSampler.
+        within: A pattern of mask files with `{subject}`, on the grid of the first image: only the bounding box of what
+            is above 0 is seen by the network; all around it is background.
+        margin: mm around that box.
         batch_size: Patches per forward pass; with 'auto' VolumeWriter chooses as many as fit.
         num_workers: Threads that load subjects ahead, one subject each; 0 loads in the main thread.
         skip: Patches without foreground are not predicted and count as background. Foreground is where the
@@ -96,6 +105,7 @@ class GridDataModule(LightningDataModule):
             that has more than an even share of the patches.
         resume: Finds the subjects that are done already; None predicts all.
         output_dir: Where the run writes; files there are never inputs. By default the folder of `resume`.
+        more_models: Where several models predict each subject, how it is read and cut for those behind the first.
 
     Raises:
         ConfigError, GridError: one of these is wrong.
@@ -124,18 +134,20 @@ class GridDataModule(LightningDataModule):
         self._find = partial(find_cases, inputs, images, (), output_dir, suffixes=run.suffixes, extra=run.extra_images)
         if is_first() and not is_external():
             _ = self.cases  # errors are raised at once, or in `setup` where all processes take part
-        to_padding(0 if padding_mode is None else padding_mode)
-        self.grids = GridLoader(
-            to_triple(patch_size, "data.patch_size", minimum=1),
-            to_triple(patch_overlap, "data.patch_overlap"),
-            replace(preprocess or Preprocess(), nonfinite=run.nonfinite),
-            padding_mode,
-            to_triple(divisible_by, "data.divisible_by", minimum=1),
-            skip,
-            placement=run.placement,
-            step=run.step,
+        first = make_grids(
+            preprocess or Preprocess(), patch_size, patch_overlap, padding_mode, divisible_by, run.placement, run.step
         )
-        """How subjects are read and cut; the halo of the network's outputs is known after `setup`."""
+        self.models = [
+            replace(
+                grids,
+                skip=skip,
+                within=run.within,
+                margin=run.margin,
+                preprocess=replace(grids.preprocess, nonfinite=run.nonfinite),
+            )
+            for grids in (first, *run.more_models)
+        ]
+        """How each model's subjects are read and cut; the halo of a network's outputs is known after `setup`."""
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.labels = labels
@@ -146,10 +158,15 @@ class GridDataModule(LightningDataModule):
         self._feed: DeviceFeed | None = None
         self._stopped: Callable[[], bool] = bool
         self._failed: Callable[[LoadFailure], None] = _log_failure
-        self.layout: str = "auto"
-        """How outputs lie in patches (`voxquilt.geometry.output_layout`); `setup` takes it from the network."""
+        self._reads: SharedReads | None = None
+        self._is_dropped: Callable[[SubjectTask], bool] = bool
         self.detailed = False
         """Whether `plan.costs` has the sizes of each subject; set before `setup`."""
+
+    @property
+    def grids(self) -> GridLoader:
+        """How subjects are read and cut for the model, or for the first of several."""
+        return self.models[0]
 
     @cached_property
     def cases(self) -> list[SubjectFiles]:
@@ -172,9 +189,10 @@ class GridDataModule(LightningDataModule):
         group = Group(self.trainer)
         # Only rank 0 lists folders, since their contents may be changing; each header is read by one process.
         cases = group.first(lambda: self.cases)
-        self._find_halo(cases)
+        self._find_halos(cases)
+        self._reads = SharedReads([grids.preprocess for grids in self.models])
         self._feed = None if self.trainer is None else _make_feed(self.trainer, self.grids.preprocess)
-        self._planner = RunPlanner(group, self.grids, self.shard, self._run.distribute, self._run.resume)
+        self._planner = RunPlanner(group, self.models, self.shard, self._run.distribute, self._run.resume)
         self._plan = self._planner.plan(cases, detailed=self.detailed)
 
     @property
@@ -222,17 +240,18 @@ class GridDataModule(LightningDataModule):
         """Keep all images on the host, since the device's memory is too small; False if they are there already."""
         return self._feed is not None and self._feed.to_host()
 
-    def _find_halo(self, cases: list[SubjectFiles]) -> None:
-        """Take the layout of outputs from the network, and the halo of patches if outputs lack a border."""
+    def _find_halos(self, cases: list[SubjectFiles]) -> None:
+        """Take the layout of outputs from each network, and the halo of patches if outputs lack a border."""
         module = self.trainer.lightning_module if self.trainer is not None else None
-        if not isinstance(module, PatchPredictor):
-            return
-        self.layout = module.network.layout
-        if self.layout == "cropped":
-            grids = self.grids
-            halo = find_halo(module.network, cases, grids.patch_size)
-            check_overlap(grids.patch_size, halo, grids.patch_overlap)
-            self.grids = replace(grids, halo=halo)
+        for n, predictor in enumerate(predictors_of(module) if module is not None else ()):
+            if not isinstance(predictor, PatchPredictor):
+                continue
+            grids, layout = self.models[n], predictor.network.layout
+            halo = grids.halo
+            if layout == "cropped":
+                halo = find_halo(predictor.network, cases, grids.patch_size)
+                check_overlap(grids.patch_size, halo, grids.patch_overlap)
+            self.models[n] = replace(grids, halo=halo, layout=layout)
 
     def stop_when(self, stopped: Callable[[], bool]) -> None:
         """End the stream of batches before the next one as soon as `stopped` returns True."""
@@ -242,16 +261,26 @@ class GridDataModule(LightningDataModule):
         """Call `failed` with each subject that cannot be loaded, in the thread that tried; by default it is logged."""
         self._failed = failed
 
+    def drop_when(self, is_dropped: Callable[[SubjectTask], bool]) -> None:
+        """Leave out a subject's further models if `is_dropped` returns True for their task."""
+        self._is_dropped = is_dropped
+
+    @property
+    def tasks_by_model(self) -> list[SubjectTask]:
+        """Tasks of this process, those of a subject's models one after the other."""
+        return [task for one in self.plan.tasks for task in one.by_models(len(self.models))]
+
     def predict_dataloader(self) -> PatchStream:
         """All patches of this process, subject by subject."""
         batch_size = int(self.batch_size)
         return PatchStream(
-            self.plan.tasks, self.load, batch_size, self.num_workers, self._failed, self._stopped, self._feed
-        )
+            self.tasks_by_model, self.load, batch_size, self.num_workers, self._failed, self._stopped, self._feed,
+            self._is_dropped,
+        )  # fmt: skip
 
     def load(self, task: SubjectTask) -> LoadedSubject:
         """Read a subject, take it to model space and lay its grid; see GridLoader.load."""
-        loaded = self.grids.load(task, self.plan.group.rank, self._feed)
+        loaded = self.models[task.model].load(task, self.plan.group.rank, self._feed, self._reads)
         if self._feed is not None:
             self._feed.check_range(loaded.source)
         return loaded
@@ -276,7 +305,7 @@ def _make_feed(trainer: Trainer, preprocess: Preprocess) -> DeviceFeed | None:
     return DeviceFeed(
         stream,
         takes_volumes=preprocess.device == "auto",
-        channels_last=isinstance(module, PatchPredictor) and module.network.channels_last,
+        channels_last=all(isinstance(p, PatchPredictor) and p.network.channels_last for p in predictors_of(module)),
         precision=str(trainer.precision),
     )
 

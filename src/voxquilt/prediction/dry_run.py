@@ -1,6 +1,7 @@
 """Plans a run without predicting it: a table for people, and plan.json for programs."""
 
 from collections.abc import Sequence
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from rich.table import Table
 from voxquilt.data.subject_size import SubjectCost, SubjectSize, run_size
 from voxquilt.filesystem import write_json
 from voxquilt.planning.planner import Forecast
-from voxquilt.planning.preflight import check_before_run
+from voxquilt.planning.preflight import check_models
 from voxquilt.planning.resource_estimate import bytes_on_disk, estimate
 from voxquilt.prediction.datamodule import GridDataModule, datamodule_of
 from voxquilt.prediction.output_files import OutputOptions
@@ -44,8 +45,12 @@ class DryRun(Callback):
         """Forecast what the run needs."""
         data = datamodule_of(trainer, "a plan")
         data.stop_when(lambda: True)  # nothing is loaded
-        settings = self._options.settings(data, pl_module)
-        data.batch_size, self._forecast = check_before_run(trainer, pl_module, settings, data, refuse=False)
+        forecasts = check_models(trainer, pl_module, partial(self._options.settings, data), data, refuse=False)
+        self._forecast = forecasts[0] if forecasts else None
+        if len(data.models) > 1 and self._forecast is not None:
+            self._forecast.notes.append(
+                f"{len(data.models)} models predict each subject in turn; memory is that of the one that needs most."
+            )
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure if wanted, and print the plan; the network is on its device now."""

@@ -23,7 +23,8 @@ NO_VOXELS = frozenset(
     {
         "output_dir", "shard", "logger",
         "ckpt_path", "model.ckpt_path",  # the files' checksums count
-        "data.inputs", "data.images", "data.suffixes", "data.extra_images",  # the files count, see `inputs`, and the images' names
+        # The files count, see `inputs`, and the images' names.
+        "data.inputs", "data.images", "data.suffixes", "data.extra_images",
         "data.batch_size", "data.num_workers", "data.labels",
         "preprocess.device",
         "model.folder", "model.folds", "model.checkpoint",  # the weights count, and the settings that come with them
@@ -50,7 +51,7 @@ NO_VOXELS = frozenset(
 _ADDED = {
     "data.placement": "regular",
     "preprocess.grid": "centre", "preprocess.interpolation": 1, "preprocess.intensity_first": False,
-    "stitch.order": 1,
+    "stitch.order": 1, "data.margin": 0,
 }  # fmt: skip
 
 # Other keys at the top are the user's own, for interpolations: they count in the settings that refer to them.
@@ -67,12 +68,17 @@ def settings(plain: Mapping[str, Any], *, content: bool = False) -> dict[str, An
     counted: dict[str, Any] = {}
     for section in _SECTIONS:
         counted |= flattened(_select_counted(plain.get(section) or {}, section), section)
+    for n, part in enumerate(counted.pop("model.parts", None) or ()):
+        for section in _SECTIONS:
+            counted |= flattened(_select_counted(part.get(section) or {}, section), f"part{n}.{section}")
+        counted[f"part{n}.numbers"] = part.get("numbers")
     data = plain.get("data") or {}
     images = [*(data.get("images") or data.get("suffixes") or {}), *(data.get("extra_images") or {})]
     if len(images) > 1:
         counted["data.images"] = images  # the order of channels; the files count in `inputs`
-    if content and isinstance(counted.get("data.skip"), str):
-        counted["data.skip"] = "a mask"  # wherever the file is
+    for key in ("data.skip", "data.within"):
+        if content and isinstance(counted.get(key), str):
+            counted[key] = "a mask"  # wherever the file is
     paths = (plain.get("model") or {}).get("ckpt_path") or plain.get("ckpt_path")
     for n, path in enumerate(paths if isinstance(paths, list) else [paths] if paths else []):
         counted[f"weights.{n}"] = checksum(Path(os.path.expanduser(str(path))))
@@ -100,7 +106,7 @@ def digest(parts: Any) -> str:
     return digest_text(json.dumps(parts, sort_keys=True, default=str), 16)
 
 
-def inputs(cases: Iterable[SubjectFiles], mask: Any = None, *, content: bool = False) -> list[str]:
+def inputs(cases: Iterable[SubjectFiles], masks: Iterable[Any] = (), *, content: bool = False) -> list[str]:
     """A digest of each subject's files: of their paths, sizes and times of change, or with `content` of their contents.
 
     The names and the order of several images count too, since preprocessing may depend on the names and channels on the
@@ -108,13 +114,13 @@ def inputs(cases: Iterable[SubjectFiles], mask: Any = None, *, content: bool = F
 
     Args:
         cases: The subjects.
-        mask: Value of data.skip; a path with {subject} is one of a subject's files.
+        masks: Values of data.skip and data.within; a path with {subject} is one of a subject's files.
         content: Read the files, which takes longer, and ignore their paths and times.
     """
-    pattern = mask if isinstance(mask, str) else None
+    patterns = [mask for mask in masks if isinstance(mask, str)]
 
     def digest_files(case: SubjectFiles) -> str:
-        paths = [*case.images.values(), *([Path(pattern.replace("{subject}", case.subject))] if pattern else [])]
+        paths = [*case.images.values(), *(Path(pattern.replace("{subject}", case.subject)) for pattern in patterns)]
         names = list(case.images) if len(case.images) > 1 else []
         return digest([names, [_identity(file, content) for path in paths for file in _files(path)]])
 

@@ -16,8 +16,8 @@ from voxquilt.prediction.datamodule import GridDataModule
 from voxquilt.prediction.output_files import OutputFiles
 from voxquilt.prediction.shared_subjects import SharedSubjects
 from voxquilt.prediction.subject_outcomes import SubjectOutcomes
+from voxquilt.prediction.subject_results import SubjectResults
 from voxquilt.prediction.writer_thread import WriterThread
-from voxquilt.reporting.manifest import Row
 from voxquilt.reporting.progress_counts import ProcessCounts
 from voxquilt.stitching.buffer_pool import BufferPool
 from voxquilt.stitching.output_rings import Memory
@@ -45,11 +45,13 @@ class OpenSubjects:
         self._memory = Memory(None, BufferPool(), files.options.scratch)
         self._open: dict[SubjectWork, SubjectStitcher] = {}
         self._thread = WriterThread()
-        shared = [task for task in plan.tasks if task.team]
-        self._shared = SharedSubjects(plan.group, shared, self._thread, self._write, outcomes)
+        shared = [task for task in data.tasks_by_model if task.team]
+        self._results = SubjectResults(files, len(data.models))
+        self._shared = SharedSubjects(plan.group, shared, self._thread, self._results, outcomes)
         # Filled by the threads that load subjects.
         self._failures: SimpleQueue[LoadFailure] = SimpleQueue()
         data.report_failures_to(self._failures.put)
+        data.drop_when(self._results.is_dropped)
         self._since = perf_counter()
 
     def begin(self) -> None:
@@ -143,14 +145,14 @@ class OpenSubjects:
     def _stitcher(self, work: SubjectWork) -> SubjectStitcher:
         if work not in self._open:
             self._open[work] = SubjectStitcher(
-                self._files.options.stitch,
+                self._files.options.stitch_of(work.task.model),
                 work,
                 work.space,
                 memory=self._memory,
                 skipped=work.skipped,
                 part=work.part,
                 holds_all=not work.task.team or self._shared.collects(work.task),
-                layout=self._data.layout,
+                layout=self._data.models[work.task.model].layout,
             )
         return self._open[work]
 
@@ -167,18 +169,14 @@ class OpenSubjects:
         self._report_failure(work.task, error, work.seconds)
 
     def _report_failure(self, task: SubjectTask, error: Exception, seconds: float) -> None:
-        if not (task.team and self._shared.failed(task, error)):
+        if not (task.team and self._shared.failed(task, error)) and self._results.fail(task):
             self._outcomes.failed(task, error, seconds)
 
     def _finish(self, work: SubjectWork, stitcher: SubjectStitcher) -> None:
         try:
-            row = self._write(work, stitcher)
+            row = self._results.take(work, stitcher)
         except Exception as error:
             self._fail(work, error)
             return
-        self._outcomes.done(row)
-
-    def _write(self, work: SubjectWork, stitcher: SubjectStitcher) -> Row:
-        began = perf_counter()
-        row = self._files.write(work, stitcher.volumes(), stitcher.kinds)
-        return replace(row, seconds=work.seconds + perf_counter() - began)
+        if row is not None:
+            self._outcomes.done(row)

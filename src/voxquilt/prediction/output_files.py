@@ -20,6 +20,7 @@ from voxquilt.planning.resource_estimate import RunSettings
 from voxquilt.prediction.datamodule import GridDataModule
 from voxquilt.reporting.manifest import Row
 from voxquilt.reporting.overlay import flat, overlay_png
+from voxquilt.stitching.combination import Combination
 from voxquilt.stitching.label_values import count_labels
 from voxquilt.stitching.output_volumes import Scratch
 from voxquilt.stitching.stitch import Stitch
@@ -37,6 +38,7 @@ class OutputOptions:
         overlay: Whether a picture is written with each subject's volumes.
         tensorboard: Whether numbers and pictures are written for TensorBoard.
         in_memory: Bytes; larger products are kept in scratch files until they are written.
+        combination: How the volumes of several models become those of the run; None for one model.
     """
 
     folder: Path
@@ -45,6 +47,11 @@ class OutputOptions:
     overlay: bool = False
     tensorboard: bool = False
     in_memory: float = float("inf")
+    combination: Combination | None = None
+
+    def stitch_of(self, model: int) -> Stitch:
+        """How the patches of one of the models become volumes."""
+        return self.stitch if self.combination is None else self.combination.stitches[model]
 
     @property
     def scratch(self) -> Scratch:
@@ -56,13 +63,13 @@ class OutputOptions:
         """Whether pictures of labels are drawn."""
         return self.overlay or self.tensorboard
 
-    def settings(self, data: GridDataModule, module: LightningModule) -> RunSettings:
-        """The settings that determine the memory and disk of a run."""
+    def settings(self, data: GridDataModule, module: LightningModule, model: int = 0) -> RunSettings:
+        """The settings that determine the memory and disk of a run, as far as one of its models goes."""
         feed = data.feed
         return RunSettings(
-            self.stitch,
+            self.stitch_of(model),
             self.folder,
-            data.grids.patch_size,
+            data.models[model].patch_size,
             1 if data.batch_size == AUTO else int(data.batch_size),
             data.num_workers,
             self.in_memory,

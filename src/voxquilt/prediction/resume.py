@@ -67,7 +67,8 @@ class Resume:
         """
         if self.claim is not None:
             self.claim()
-        files = inputs(cases, (self.plain.get("data") or {}).get("skip"), content=self.content)
+        data = self.plain.get("data") or {}
+        files = inputs(cases, (data.get("skip"), data.get("within")), content=self.content)
         fingerprints = [f"{self.settings_digest}-{file}" for file in files]
         if not self.skip_done:
             return Todo(fingerprints)

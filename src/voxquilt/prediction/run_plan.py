@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from voxquilt.data.discovery import SubjectFiles
 from voxquilt.data.grid_loader import GridLoader
-from voxquilt.data.subject_size import RunSize, SubjectCost, SubjectSize, combined, run_size
+from voxquilt.data.subject_size import RunSize, SubjectCost, SubjectSize, combined, largest_of, run_size
 from voxquilt.data.subject_task import SubjectTask
 from voxquilt.distributed.assignment import assign_tasks
 from voxquilt.distributed.environment import not_the_tasks, slurm_tasks
@@ -75,16 +75,21 @@ class RunPlanner:
 
     Args:
         group: The processes of the run.
-        grids: How subjects are read and cut.
+        models: How each model's subjects are read and cut.
         shard: (index, count); see GridDataModule.
         distribute: See GridDataModule.
         resume: Finds the subjects that are done already; None plans all.
     """
 
     def __init__(
-        self, group: Group, grids: GridLoader, shard: tuple[int, int], distribute: str, resume: Resume | None
+        self,
+        group: Group,
+        models: Sequence[GridLoader],
+        shard: tuple[int, int],
+        distribute: str,
+        resume: Resume | None,
     ) -> None:
-        self._group, self._grids, self._shard = group, grids, shard
+        self._group, self._models, self._shard = group, models, shard
         self._distribute, self._resume = distribute, resume
         self._tasks: list[SubjectTask] = []
         # Costs from headers that were read for all shards, and are needed again for this shard's subjects.
@@ -151,11 +156,7 @@ class RunPlanner:
 
         if self._resume is None:
             return [cases[n] for n in deal(costs(), shards)[index]]
-        grids, preprocess = self._grids, self._grids.preprocess
-        grid = grids.patch_size, grids.patch_overlap, grids.padding_mode is not None, grids.divisible_by, grids.halo
-        grid = *grid, grids.placement, grids.step
-        space = preprocess.orientation, preprocess.spacing, preprocess.grid, preprocess.transpose
-        key = digest([grid, space, [[case.subject, list(case.images.values())] for case in cases]])
+        key = digest([*map(_placement, self._models), [[case.subject, list(case.images.values())] for case in cases]])
         dealt = deal(agreed(self._resume.folder / f"plan_of_{shards}.json", key, costs), shards)
         return [cases[n] for n in dealt[index]]
 
@@ -176,7 +177,15 @@ class RunPlanner:
 
     def _cost(self, case: SubjectFiles, ranks: int) -> SubjectCost:
         known = self._known.get(case.subject) if ranks == 1 else None
-        return known or self._grids.cost(case, ranks)
+        return known or largest_of([grids.cost(case, ranks) for grids in self._models])
+
+
+def _placement(grids: GridLoader) -> list[Any]:
+    """What decides how many patches a model's subjects have."""
+    preprocess = grids.preprocess
+    grid = grids.patch_size, grids.patch_overlap, grids.padding_mode is not None, grids.divisible_by, grids.halo
+    space = preprocess.orientation, preprocess.spacing, preprocess.grid, preprocess.transpose
+    return [*grid, grids.placement, grids.step, *space]
 
 
 def check_world(trainer: Trainer | None, shard: tuple[int, int]) -> None:

@@ -1,6 +1,6 @@
 """Finishes the subjects that several processes share, in the same order in all of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,13 +11,11 @@ from voxquilt.distributed.process_group import Group
 from voxquilt.distributed.slab_exchange import ElsewhereError, Parts, SlabExchange, first_error
 from voxquilt.errors import RunError
 from voxquilt.prediction.subject_outcomes import SubjectOutcomes
+from voxquilt.prediction.subject_results import SubjectResults
 from voxquilt.prediction.writer_thread import WriterThread
 from voxquilt.reporting.manifest import Row
 from voxquilt.stitching.subject_stitcher import SubjectStitcher
 from voxquilt.text import reason_of
-
-Write = Callable[[SubjectWork, SubjectStitcher], Row]
-"""Writes a subject's files and returns its row of the manifest."""
 
 
 @dataclass(eq=False)
@@ -37,14 +35,19 @@ class SharedSubjects:
         group: The processes of the run.
         tasks: The shared subjects, in the order in which every process finishes them.
         thread: The thread in which they are finished.
-        write: Writes a subject whose parts are complete.
+        results: Writes a subject whose parts are complete.
         outcomes: Where results and failures are reported.
     """
 
     def __init__(
-        self, group: Group, tasks: Sequence[SubjectTask], thread: WriterThread, write: Write, outcomes: SubjectOutcomes
+        self,
+        group: Group,
+        tasks: Sequence[SubjectTask],
+        thread: WriterThread,
+        results: SubjectResults,
+        outcomes: SubjectOutcomes,
     ) -> None:
-        self._group, self._thread, self._write, self._outcomes = group, thread, write, outcomes
+        self._group, self._thread, self._results, self._outcomes = group, thread, results, outcomes
         self._turns = list(tasks)
         # Parts that are ready before their turn, and subjects whose head is sent, by number.
         self._ready: dict[int, _Share] = {}
@@ -98,7 +101,7 @@ class SharedSubjects:
     def _finish(self, share: _Share) -> None:
         """Send this process's part, or, in the process that collects, write the volume of all parts."""
         exchange, work, stitcher = self._exchange(share.task), share.work, share.stitcher
-        rows: list[Row] = []
+        rows: list[Row | None] = []
         try:
             # Messages are received even if they are no longer needed, so that each has a receiver.
             error = share.error if exchange.is_last else self._join(exchange, share)
@@ -107,14 +110,15 @@ class SharedSubjects:
                 return
             error = first_error(error, partial(exchange.receive_planes, None if error else stitcher))
             if error is None and work is not None and stitcher is not None:
-                error = first_error(None, lambda: rows.append(self._write(work, stitcher)))
+                error = first_error(None, lambda: rows.append(self._results.take(work, stitcher)))
         finally:
             if stitcher is not None:
                 stitcher.close()
-        for row in rows:
+        for row in filter(None, rows):
             self._outcomes.done(row)
         # A subject that another process gave up because the run stops has not failed: the next run predicts it.
-        if error is not None and not (self._outcomes.channel.stop and isinstance(error, ElsewhereError)):
+        given_up = self._outcomes.channel.stop and isinstance(error, ElsewhereError)
+        if error is not None and not given_up and self._results.fail(share.task):
             self._outcomes.failed(share.task, error, work.seconds if work else 0.0)
 
     def _join(self, exchange: SlabExchange, share: _Share) -> Exception | None:

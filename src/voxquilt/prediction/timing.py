@@ -81,7 +81,9 @@ def measure(trainer: Trainer, data: GridDataModule, options: OutputOptions, task
     loaded = data.load(replace(task, team=()))
     read = perf_counter() - began
     work = loaded.work
-    stitcher = SubjectStitcher(options.stitch, work, work.space, skipped=work.skipped, layout=data.layout)
+    stitcher = SubjectStitcher(
+        options.stitch_of(task.model), work, work.space, skipped=work.skipped, layout=data.models[task.model].layout
+    )
     passes = _measure_passes(trainer, stitcher, cut_batches([loaded], int(data.batch_size), data.feed), device)
     written = _measure_writing(options, work, stitcher)
     return Rates(

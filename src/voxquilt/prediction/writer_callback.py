@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from voxquilt.distributed.signals import Signals
 from voxquilt.errors import ConfigError, RunError
 from voxquilt.filesystem import read_json
 from voxquilt.models.predictor import PatchPredictor
-from voxquilt.planning.preflight import check_before_run
+from voxquilt.models.several_predictors import SeveralPredictors
+from voxquilt.planning.preflight import check_models
 from voxquilt.planning.resource_estimate import MIB
 from voxquilt.prediction.datamodule import GridDataModule, datamodule_of
 from voxquilt.prediction.open_subjects import OpenSubjects
@@ -27,6 +29,7 @@ from voxquilt.prediction.tensorboard import RunEvents
 from voxquilt.reporting.manifest import Row, of_shard, read_rows
 from voxquilt.reporting.progress import make_display
 from voxquilt.reporting.progress_counts import RunProgress
+from voxquilt.stitching.combination import Combination
 from voxquilt.stitching.stitch import Stitch
 from voxquilt.stitching.subject_stitcher import Outputs
 from voxquilt.vocabulary import LOGS, ON_ERROR, check_name
@@ -63,6 +66,7 @@ class VolumeWriter(Callback):
         log: How progress is shown: 'rich' bars, 'plain' lines, 'json' objects on stdout; 'auto' shows bars on a
             terminal.
         configuration: Configuration of the run, for run.json.
+        combination: How the volumes of several models become those of the run.
 
     Raises:
         ConfigError: on_error or log is unknown.
@@ -80,6 +84,7 @@ class VolumeWriter(Callback):
         tensorboard: bool = False,
         log: str = "auto",
         configuration: Mapping[str, Any] | None = None,
+        combination: Combination | None = None,
     ) -> None:
         self.options = OutputOptions(
             Path(output_dir).expanduser().resolve(),
@@ -88,6 +93,7 @@ class VolumeWriter(Callback):
             overlay=overlay,
             tensorboard=tensorboard,
             in_memory=psutil.virtual_memory().available / 8 if in_memory is None else in_memory * MIB,
+            combination=combination,
         )
         self._raise = check_name(on_error, ON_ERROR, "on_error") == "raise"
         self._log = check_name(log, LOGS, "run.log")
@@ -138,9 +144,8 @@ class VolumeWriter(Callback):
         """
         data = datamodule_of(trainer, "VolumeWriter")
         _check_module(pl_module)
-        settings = self.options.settings(data, pl_module)
-        data.batch_size, forecast = check_before_run(trainer, pl_module, settings, data)
-        if forecast is not None and not forecast.settings.images_on_device:
+        forecasts = check_models(trainer, pl_module, partial(self.options.settings, data), data)
+        if not all(forecast.settings.images_on_device for forecast in forecasts):
             data.images_to_host()
         plan = data.plan
         display = self._display(data) if plan.group.rank == 0 else None
@@ -183,7 +188,7 @@ class VolumeWriter(Callback):
         """Feed a batch's outputs to its subjects; hand over those that are complete."""
         subjects = self._running().subjects
         while isinstance(outputs, torch.OutOfMemoryError) and subjects.free_device():
-            if isinstance(pl_module, PatchPredictor):
+            if isinstance(pl_module, PatchPredictor | SeveralPredictors):
                 pl_module.try_full_batches()
             outputs = trainer.strategy.predict_step(batch, batch_idx)
         if isinstance(outputs, Exception) and len(batch.rows) > 1:

@@ -1,7 +1,7 @@
 """Turns classes into the numbers of label files, by post-processing and the number of each class."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ def to_labels(
     classes: Shaped[np.ndarray, "c i j k"],
     postprocess: Sequence[Callable[[Tensor], Tensor]] = (),
     label_values: Sequence[int] | None = None,
+    kept: Collection[int] | None = None,
 ) -> Shaped[np.ndarray, "c i j k"]:
     """The numbers of a label file for a volume of classes.
 
@@ -23,11 +24,26 @@ def to_labels(
             holds `label_values` and there is no post-processing.
         postprocess: Callables on a (C, I, J, K) int64 tensor, applied in turn.
         label_values: The number of each class; None for the classes themselves.
+        kept: The numbers that are kept, of one label per voxel, or of channels; others become 0. None keeps all.
 
     Raises:
         OutputError: post-processing changed the shape, or gave numbers that are not labels (negative, fractional, not
             finite) or, with `label_values`, not classes.
     """
+    labels = _numbered(classes, postprocess, label_values)
+    if kept is not None:
+        for channel, volume in enumerate(labels):
+            if len(labels) == 1:
+                for plane in iterate_planes(volume[None]):
+                    plane[~np.isin(plane, list(kept))] = 0
+            elif channel not in kept:
+                volume[...] = 0
+    return labels
+
+
+def _numbered(
+    classes: np.ndarray, postprocess: Sequence[Callable[[Tensor], Tensor]], label_values: Sequence[int] | None
+) -> np.ndarray:
     if not postprocess and label_values is None:
         return classes
     processed = _postprocess(classes, postprocess) if postprocess else classes

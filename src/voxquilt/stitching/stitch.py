@@ -13,7 +13,20 @@ from voxquilt.stitching.blend import Blend, checked_weights, to_blend
 from voxquilt.stitching.products.base import Product
 from voxquilt.stitching.products.registry import PRODUCTS
 from voxquilt.stitching.products.spec import ProductSpec, make_products
-from voxquilt.vocabulary import ACTIVATIONS, APPLIED, IMAGE, LABELS, MAP, RESTORES, check_label_values, check_name, check_order, check_per_slice, check_regions
+from voxquilt.vocabulary import (
+    ACTIVATIONS,
+    APPLIED,
+    COMBINE,
+    IMAGE,
+    LABELS,
+    MAP,
+    RESTORES,
+    check_label_values,
+    check_name,
+    check_order,
+    check_per_slice,
+    check_regions,
+)
 
 # Patches that overlap, the last one moved back.
 _GRID = make_grid((11, 5, 5), 5, 2)
@@ -50,6 +63,8 @@ class Stitch:
         regions: Where the network's channels are regions that overlap, the number that each of them writes into the
             labels, in turn, so that later ones overwrite earlier ones: one label per voxel in place of a mask per
             channel.
+        combine: How the volumes of several models are put together; see `voxquilt.stitching.combination.Combination`.
+        classes: Names or numbers of the labels that are written; all others become 0. None writes all.
         postprocess: Callables on a (C, I, J, K) label tensor in native space, applied in turn. MONAI's array transforms
             such as KeepLargestConnectedComponent and FillHoles are such callables. They take and give classes; without
             `label_values` they may give any integers from 0, for which files have a type that holds them.
@@ -71,6 +86,8 @@ class Stitch:
     postprocess: Sequence[Callable[[Tensor], Tensor]] = field(default=())
     label_values: Sequence[int] | None = None
     regions: Sequence[int] | None = None
+    classes: Sequence[str | int] | None = None
+    combine: str | None = None
 
     def __post_init__(self) -> None:
         for blend in self.blends.values():  # of another package, say; before anything is started
@@ -82,10 +99,13 @@ class Stitch:
             raise ConfigError(f"stitch.compare names an overlap mode twice: {list(self.compare)}.")
         check_name(self.activation or "none", (*ACTIVATIONS, *APPLIED), "activation")
         check_name(self.restore, RESTORES, "restore")
+        if self.combine is not None:
+            check_name(self.combine, COMBINE, "combine")
         check_order(self.order, "stitch.order")
         check_per_slice(self.per_slice, "stitch.per_slice")
         check_label_values(self.label_values, self.class_names)
         check_regions(self.regions, self.label_values)
+        _ = self.kept  # unknown names
 
     @cached_property
     def blends(self) -> dict[str, Blend]:
@@ -101,6 +121,24 @@ class Stitch:
     def numbers(self) -> Sequence[int] | None:
         """The numbers in label files, of each class or of each region; None for 0, 1, ..."""
         return self.label_values or self.regions
+
+    @property
+    def kept(self) -> set[int] | None:
+        """The numbers of the labels that are written; None for all.
+
+        Raises:
+            ConfigError: no class has a name or number of `classes`.
+        """
+        if self.classes is None:
+            return None
+        by_name = {name: number for number, name in self.names.items()}
+        known = set(by_name.values()) or None
+        for wanted in self.classes:
+            if isinstance(wanted, str):
+                check_name(wanted, by_name, "stitch.classes")
+            elif known is not None and wanted not in known:
+                raise ConfigError(f"stitch.classes names {wanted}; the labels are {sorted(known)}.")
+        return {by_name[wanted] if isinstance(wanted, str) else int(wanted) for wanted in self.classes}
 
     @property
     def names(self) -> dict[int, str]:

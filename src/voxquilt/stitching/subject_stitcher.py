@@ -221,7 +221,8 @@ class SubjectStitcher:
     def _label_volume(self, name: str, classes: np.ndarray) -> np.ndarray:
         """Labels as files hold them; computed once, since classes are replaced in place."""
         if name not in self._labels:
-            self._labels[name] = to_labels(classes, self.stitch.postprocess, self.stitch.label_values)
+            stitch = self.stitch
+            self._labels[name] = to_labels(classes, stitch.postprocess, stitch.label_values, stitch.kept)
         return self._labels[name]
 
 

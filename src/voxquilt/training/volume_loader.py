@@ -47,7 +47,9 @@ class VolumeLoader:
         try:
             in_model, space = self.preprocess(Subject(images))
             # Intensity transforms and the check for finite voxels do not apply to labels.
-            to_model = replace(self.preprocess, intensity=None, crop=None, one_hot=None, interpolation=1, per_slice=None)
+            to_model = replace(
+                self.preprocess, intensity=None, crop=None, one_hot=None, interpolation=1, per_slice=None
+            )
             labels_in_model, _ = to_model(Subject(labels), box=space.box)
             sampler = GridSampler(
                 Subject(in_model.images | labels_in_model.images),

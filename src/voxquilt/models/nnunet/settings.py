@@ -1,4 +1,4 @@
-"""Says in this project's settings what a model folder of nnU-Net asks for, so that nothing else need know of nnU-Net."""
+"""Says in this project's settings what a model folder of nnU-Net asks for: nothing else needs to know of nnU-Net."""
 
 from collections.abc import Mapping
 from dataclasses import asdict

@@ -9,8 +9,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from voxquilt.geometry.grid import Grid
 from voxquilt.geometry.axis_map import AxisMaps, Neighbours
+from voxquilt.geometry.grid import Grid
 from voxquilt.stitching.kernels.label_rule import LabelRule
 
 log = logging.getLogger("voxquilt")

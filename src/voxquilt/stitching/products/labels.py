@@ -46,7 +46,9 @@ def make_labels(output: NetworkOutput) -> ProductSpec:
 
 def _regions(output: NetworkOutput, values: Sequence[int]) -> "Regions":
     if len(values) != output.channels:
-        raise ConfigError(f"stitch.regions has {len(values)} numbers; the network's output has {output.channels} channels.")
+        raise ConfigError(
+            f"stitch.regions has {len(values)} numbers; the network's output has {output.channels} channels."
+        )
     if output.channels > 1 and not output.is_multilabel:
         raise ConfigError(
             f"stitch.regions goes with channels that are labels of their own (model.activation=sigmoid); this output "

@@ -1,0 +1,220 @@
+"""Expands `model.parts`, several models that predict each subject in turn, into the settings of each."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from voxquilt.cli.inherited_settings import inherit
+from voxquilt.cli.plain_config import to_plain
+from voxquilt.cli.schema import PREDICT, TOP
+from voxquilt.cli.sections import check_sections
+from voxquilt.errors import ConfigError, VoxquiltError
+from voxquilt.text import question
+from voxquilt.vocabulary import MEAN, ORDERED
+
+PARTS = "voxquilt.SeveralPredictors"
+"""The model of a configuration whose `model.parts` are expanded."""
+_SECTIONS = ("model", "data", "preprocess", "stitch")
+# What a part's grids are made of; the rest of `data` is the run's.
+_OF_GRIDS = ("patch_size", "patch_overlap", "padding_mode", "divisible_by", "placement", "step")
+
+
+def has_parts(cfg: DictConfig) -> bool:
+    """Whether the model is several models."""
+    return isinstance(cfg.get("model"), DictConfig) and cfg.model.get("parts") is not None
+
+
+def take_parts(cfg: DictConfig, overrides: Sequence[str], conf: Path) -> None:
+    """Replace `model.parts` by the settings of each model, and fill in the run's.
+
+    Args:
+        cfg: The composed configuration; changed in place.
+        overrides: Overrides of the command line, as Hydra has them.
+        conf: The folder of the defaults.
+
+    Raises:
+        ConfigError: a part is wrong; the message has its number.
+    """
+    OmegaConf.set_struct(cfg, False)
+    entries = cfg.model.parts
+    if not isinstance(entries, ListConfig) or not len(entries) or not all(isinstance(e, DictConfig) for e in entries):
+        raise ConfigError(
+            "model.parts is a list of models, each with its folder or ckpt_path, such as '[{folder: a}, {folder: b}]'."
+        )
+    combine = cfg.stitch.get("combine") or ORDERED
+    cfg.stitch.combine = combine
+    wanted = cfg.stitch.get("products")
+    if combine == ORDERED and wanted is not None and list(wanted) != ["labels"]:
+        raise ConfigError(f"stitch.combine={ORDERED} makes labels; stitch.products is {list(wanted)}.")
+    parts = []
+    for n, entry in enumerate(entries):
+        try:
+            parts.append(_expanded(cfg, entry, overrides, conf, "labels" if combine == ORDERED else "probabilities"))
+        except VoxquiltError as error:
+            raise ConfigError(f"model.parts[{n}]: {error}") from error
+    if combine == ORDERED:
+        parts = _numbered(cfg, parts)
+    elif cfg.stitch.get("class_names") is None:
+        cfg.stitch.class_names = parts[0].plain["stitch"].get("class_names")
+    _fill_run(cfg, parts)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A model's whole configuration, the labels that the user gave it, and the numbers that they become."""
+
+    plain: dict[str, Any]
+    labels: Mapping[Any, int] | None
+    numbers: list[int] | None = None
+
+    @property
+    def names(self) -> dict[int, str]:
+        """Names of the part's labels by their numbers in the part."""
+        stitch = self.plain["stitch"]
+        names = stitch.get("class_names") or []
+        numbers = stitch.get("label_values") or stitch.get("regions") or range(len(names))
+        return {int(number): str(name) for number, name in zip(numbers, names, strict=False)}
+
+
+def _expanded(cfg: DictConfig, entry: DictConfig, overrides: Sequence[str], conf: Path, product: str) -> _Part:
+    own = OmegaConf.to_container(entry, resolve=True)
+    assert isinstance(own, dict)
+    labels = own.pop("labels", None)
+    if labels is not None and not (
+        isinstance(labels, dict) and all(type(v) is int and v >= 0 for v in labels.values())
+    ):
+        raise ConfigError(
+            f"labels is a mapping from labels or their names to numbers, such as {{1: 5}}; it is {labels!r}."
+        )
+    if ("folder" in own) == ("ckpt_path" in own):
+        raise ConfigError(f"a model has a folder (of nnU-Net) or a ckpt_path; this one has {sorted(map(str, own))}.")
+    part = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
+    assert isinstance(part, DictConfig)
+    defaults = _defaults_of_model(conf, ("nnunet",) if "folder" in own else ("_options", "auto"))
+    run = OmegaConf.to_container(cfg.model, resolve=False)
+    shared = {k: v for k, v in run.items() if k in defaults and k not in ("_target_", "folder", "parts")}  # type: ignore[union-attr]
+    settings = {str(k): v for k, v in own.items() if k not in ("ckpt_path", "step")}
+    unknown = [key for key in settings if key not in defaults]
+    if unknown:
+        keys = [*defaults, "labels", "step"]
+        raise ConfigError(f"a model has no key {unknown[0]}.{question(unknown[0], keys)}")
+    part.model = {**defaults, **shared, **settings}
+    part.model.pop("parts", None)
+    part.ckpt_path = own.get("ckpt_path") if "ckpt_path" in own else "???"
+    for key in ("class_names", "label_values", "regions", "classes", "threshold", "postprocess", "compare"):
+        part.stitch.pop(key, None)
+    part.stitch.products = [product]
+    if "step" in own:
+        part.data.step = own["step"]
+    part.data.inputs = part.data.inputs if not OmegaConf.is_missing(part.data, "inputs") else "."
+    if not OmegaConf.is_missing(part.data, "patch_size") and "data.patch_size" not in _typed(overrides):
+        part.data.patch_size = "???"
+    inherit(part, overrides, conf)
+    if part.preprocess.get("one_hot"):
+        raise ConfigError("a stage of a cascade cannot be one of several models.")
+    plain = to_plain(part)
+    check_sections(plain, PREDICT, TOP)
+    return _Part(plain, labels)
+
+
+def _defaults_of_model(conf: Path, names: Sequence[str]) -> dict[str, Any]:
+    defaults: dict[str, Any] = {}
+    for name in names:
+        node = OmegaConf.to_container(OmegaConf.load(conf / "model" / f"{name}.yaml"), resolve=False)
+        defaults |= {str(key): value for key, value in node.items() if key != "defaults"}  # type: ignore[union-attr]
+    return defaults
+
+
+def _typed(overrides: Sequence[str]) -> set[str]:
+    return {text.lstrip("+~").partition("=")[0] for text in overrides}
+
+
+def _numbered(cfg: DictConfig, parts: Sequence[_Part]) -> list[_Part]:
+    """The parts with the numbers that their labels become, without those of which no label is wanted."""
+    names: dict[int, str] = {0: "background"}
+    numbers: list[dict[int, int]] = []
+    for n, part in enumerate(parts):
+        table = _given(part, n) if part.labels is not None else _counted(part, n, names)
+        for own, number in table.items():
+            if number:
+                names.setdefault(number, part.names.get(own, str(number)))
+        numbers.append(table)
+    kept = _kept(cfg.stitch.get("classes"), names)
+    cfg.stitch.classes = None
+    cfg.stitch.label_values = sorted(kept | {0})
+    if cfg.stitch.get("class_names") is None:
+        cfg.stitch.class_names = [names[number] for number in sorted(kept | {0})]
+    numbered = []
+    for part, table in zip(parts, numbers, strict=True):
+        wanted = [table.get(n, 0) if table.get(n, 0) in kept else 0 for n in range(max([*table, *part.names, 0]) + 1)]
+        if any(wanted):
+            numbered.append(_Part(part.plain, part.labels, wanted))
+    return numbered
+
+
+def _given(part: _Part, n: int) -> dict[int, int]:
+    """The numbers that the user gave a part's labels, by number or by name."""
+    assert part.labels is not None
+    by_name = {name: number for number, name in part.names.items()}
+    table: dict[int, int] = {}
+    for label, number in part.labels.items():
+        own = label if isinstance(label, int) else by_name.get(str(label))
+        if own is None or (part.names and own not in part.names):
+            raise ConfigError(
+                f"model.parts[{n}].labels names {label!r}; its labels are {part.names}."
+                f"{question(str(label), list(by_name))}"
+            )
+        table[int(own)] = number
+    return table
+
+
+def _counted(part: _Part, n: int, names: Mapping[int, str]) -> dict[int, int]:
+    """Numbers for a part's labels: that of an earlier label of the same name, or the next."""
+    if not part.names:
+        raise ConfigError(f"model.parts[{n}] has no names of classes: give labels, such as {{1: 5}}.")
+    by_name = {name: number for number, name in names.items()}
+    for own, name in part.names.items():
+        if own and name not in by_name:
+            by_name[name] = max(by_name.values()) + 1
+    return {own: by_name[name] for own, name in part.names.items() if own}
+
+
+def _kept(classes: Any, names: Mapping[int, str]) -> set[int]:
+    if classes is None:
+        return set(names)
+    by_name = {name: number for number, name in names.items()}
+    kept = set()
+    for wanted in classes:
+        number = by_name.get(wanted) if isinstance(wanted, str) else wanted
+        if number not in names:
+            raise ConfigError(
+                f"stitch.classes names {wanted!r}; the labels are {', '.join(by_name)}."
+                f"{question(str(wanted), list(by_name))}"
+            )
+        kept.add(number)
+    return kept
+
+
+def _fill_run(cfg: DictConfig, parts: Sequence[_Part]) -> None:
+    first = parts[0].plain
+    for section in ("data", "preprocess"):
+        for key, value in first[section].items():
+            if key not in ("inputs", "images"):
+                OmegaConf.update(cfg, f"{section}.{key}", value, merge=False)
+    for key in ("activation", "regions"):
+        if cfg.stitch.get("combine") == MEAN and OmegaConf.select(cfg, f"stitch.{key}", throw_on_missing=False) is None:
+            OmegaConf.update(cfg, f"stitch.{key}", first["stitch"].get(key), merge=False)
+    weights = []
+    for part in parts:
+        paths = part.plain["ckpt_path"]
+        weights += paths if isinstance(paths, list) else [paths]
+    nodes = []
+    for part in parts:
+        node = {section: part.plain[section] for section in _SECTIONS}
+        node["data"] = {key: node["data"][key] for key in _OF_GRIDS if key in node["data"]}
+        nodes.append(node | {"numbers": part.numbers})
+    OmegaConf.update(cfg, "model", {"_target_": PARTS, "parts": nodes}, merge=False)
+    OmegaConf.update(cfg, "ckpt_path", weights, merge=False)
