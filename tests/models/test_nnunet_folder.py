@@ -262,6 +262,7 @@ def test_a_wrong_dataset_is_refused_by_name(tmp_path: Path, changes: dict[str, A
     [
         ("image_reader_writer", "NaturalImage2DIO"),
         ("image_reader_writer", MISSING),
+        ("image_reader_writer", ["SimpleITKIO"]),
         ("transpose_forward", [0, 1, 1]),
         ("transpose_forward", [0, 1]),
         ("transpose_backward", [2, 0, 1]),
@@ -277,6 +278,7 @@ def test_a_wrong_dataset_is_refused_by_name(tmp_path: Path, changes: dict[str, A
         (f"{MAIN}spacing", [1.0, 1.0, 0.0]),
         (f"{MAIN}spacing", [1.0, 1.0, float("inf")]),
         (f"{MAIN}spacing", "1.0"),
+        (f"{MAIN}spacing", [1.0, 1.0, 10**400]),
         (f"{MAIN}normalization_schemes", ["CTNormalization"]),
         (f"{MAIN}normalization_schemes", ["CTNormalization", "os.system"]),
         (f"{MAIN}use_mask_for_norm", [True]),
@@ -308,6 +310,24 @@ def test_a_wrong_plan_is_refused_by_name(tmp_path: Path, path: str, value: Any) 
     }.get(path, path)
     assert f"{named} is " in text
     assert "; wanted is " in text
+
+
+def test_a_wrong_old_plan_is_refused_by_its_own_keys(tmp_path: Path) -> None:
+    """Not by those of newer plans."""
+    old = {
+        f"{MAIN}architecture": MISSING,
+        f"{MAIN}UNet_class_name": "PlainConvUNet",
+        f"{MAIN}UNet_base_num_features": 2,
+        f"{MAIN}unet_max_num_features": 5,
+        f"{MAIN}n_conv_per_stage_encoder": [1, 2],
+        f"{MAIN}n_conv_per_stage_decoder": [2],
+        f"{MAIN}pool_op_kernel_sizes": [[1, 1, 1], [1, 2, 2]],
+        f"{MAIN}conv_kernel_sizes": [[1, 3, 3], [3, 3, 3]],
+    }
+    assert read(tmp_path / "right", old).plan.architecture.features == (2, 4)
+    for n, key in enumerate(old):
+        if key != f"{MAIN}architecture":
+            assert f": {key} is [0]; wanted is " in refusal(make(tmp_path / str(n), {**old, key: [0]}))
 
 
 def test_a_mode_of_torch_resampling_is_refused_by_name(tmp_path: Path) -> None:
@@ -404,11 +424,13 @@ def test_reading_runs_nothing_that_is_pickled(tmp_path: Path) -> None:
 
 
 def test_all_folds_with_the_checkpoint_predict(tmp_path: Path) -> None:
-    """In the order of their numbers, without fold_all."""
+    """In the order of their numbers, without fold_all, and without copies of folders."""
     folder = make(tmp_path)
     for fold in (10, 2, "all"):
         write_checkpoint(folder, fold, stored(WEIGHTS))
     write_checkpoint(folder, 3, stored(WEIGHTS), "checkpoint_best.pth")
+    for copy in ("0_old", "02", "x"):
+        write_checkpoint(folder, copy, stored(WEIGHTS))
     model = read_folder(folder)
     assert model.folds == (0, 2, 10)
     assert [file.parent.name for file in model.checkpoints] == ["fold_0", "fold_2", "fold_10"]
@@ -422,7 +444,8 @@ def test_fold_all_predicts_where_it_is_alone_or_named(tmp_path: Path) -> None:
     assert read_folder(folder).folds == ("all",)
     write_checkpoint(folder, 0, stored(WEIGHTS))
     assert read_folder(folder).folds == (0,)
-    assert read_folder(folder, folds=["all"]).folds == ("all",)
+    assert read_folder(folder, folds=["all"]).folds == read_folder(folder, folds="all").folds == ("all",)
+    assert read_folder(folder, folds=0).folds == (0,)
     assert read_folder(folder, folds=["0", "all"]).folds == (0, "all")
 
 
@@ -531,7 +554,7 @@ def _link(name: str) -> zipfile.ZipInfo:
         ("Dataset001_Test/m/fold_0/../../../../escaped.pth", "a name that leads out"),
         ("../escaped.pth", "a name that leads out"),
         ("/tmp/escaped.pth", "a name that leads out"),
-        ("C:/escaped.pth", "a name that leads out"),
+        ("C:escaped.pth", "a name that leads out"),
         ("a\\..\\escaped.pth", "a name that leads out"),
         (_link("Dataset001_Test/m/fold_0/escaped.pth"), "a link or a device"),
     ],
