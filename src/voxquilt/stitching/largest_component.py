@@ -30,24 +30,19 @@ class KeepLargest:
 
     def __call__(self, labels: Integer[Tensor, "1 i j k"]) -> Integer[Tensor, "1 i j k"]:
         """A copy of labels without the smaller components."""
-        result = labels.clone()
+        array = labels[0].cpu().numpy().copy()
         for union in self.unions:
-            # Of the labels' own type, since torch compares some unsigned types with nothing else.
-            values = torch.tensor(list(union), dtype=labels.dtype, device=labels.device)
-            mask = torch.zeros_like(result, dtype=torch.bool)
-            for value in values:
-                mask |= result == value
-            result[mask & ~_largest(mask[0])] = self.background
-        return result
+            mask = np.isin(array, list(union))
+            array[mask & ~_largest(mask)] = self.background
+        return torch.from_numpy(array)[None].to(labels.device)
 
 
-def _largest(mask: Tensor) -> Tensor:
+def _largest(mask: np.ndarray) -> np.ndarray:
     """The largest components of a mask, all where several have that size."""
     from scipy import ndimage  # takes long to import, and only some runs need it
 
     components = np.empty(mask.shape, dtype=np.int32)
-    ndimage.label(mask.cpu().numpy(), structure=np.ones((3, 3, 3)), output=components)
+    ndimage.label(mask, structure=np.ones((3, 3, 3)), output=components)
     sizes = np.bincount(components.reshape(-1))
     sizes[0] = 0
-    is_kept = (sizes == sizes.max()) & (sizes > 0)
-    return torch.from_numpy(is_kept[components]).to(mask.device)
+    return ((sizes == sizes.max()) & (sizes > 0))[components]

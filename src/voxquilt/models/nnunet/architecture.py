@@ -112,17 +112,15 @@ def with_batch_norm(architecture: Architecture) -> Architecture:
 def _read_old(node: Node, dimensions: int) -> Architecture:
     """Plans of nnU-Net 2.0 to 2.2, of which utilities/plans_handling/plans_handler.py says what they mean."""
     network = node.choice("UNet_class_name", tuple(_BLOCKS))
-    for key in ("UNet_base_num_features", "unet_max_num_features"):
-        if not is_integer(node.values.get(key)):
-            raise node.refusal(key, "an integer")
-    base, most = node.values["UNet_base_num_features"], node.values["unet_max_num_features"]
     blocks = node.integers("n_conv_per_stage_encoder")
+    stages = len(blocks)
+    ((base,), (most,)) = (_counts(node, key, 1) for key in ("UNet_base_num_features", "unet_max_num_features"))
     options = {
-        "n_stages": len(blocks),
-        "features_per_stage": [min(base * 2**stage, most) for stage in range(len(blocks))],
-        "kernel_sizes": node.values.get("conv_kernel_sizes"),
-        "strides": node.values.get("pool_op_kernel_sizes"),
-        _BLOCKS[network]: list(blocks),
+        "n_stages": stages,
+        "features_per_stage": [min(base * 2**stage, most) for stage in range(stages)],
+        "kernel_sizes": list(_sizes(node, "conv_kernel_sizes", stages, dimensions)),
+        "strides": list(_sizes(node, "pool_op_kernel_sizes", stages, dimensions)),
+        _BLOCKS[network]: blocks,
         "n_conv_per_stage_decoder": node.values.get("n_conv_per_stage_decoder"),
         "conv_bias": True,
     }

@@ -52,10 +52,11 @@ def unpack_model(file: Path, wanted: str | None) -> Path:
             if not target.is_dir():
                 _unpack(archive, members, model, target)
             return target
-    except (OSError, zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{file} cannot be unpacked: {first_line(error)}. Is it complete?") from error
+    except ConfigError:
+        raise
+    except Exception as error:  # zipfile lets those of zlib and of other packers pass
+        problem = f"{file} cannot be unpacked: {first_line(error)}."
+        raise ConfigError(f"{problem} Is it complete, and is there room for it in {cache_dir()}?") from error
 
 
 def _models(archive: zipfile.ZipFile) -> list[str]:

@@ -13,6 +13,8 @@ from voxquilt.models.nnunet.plans import Plan, read_plan
 from voxquilt.text import question
 
 ALL = "all"
+Folds = Sequence[int | str] | int | str | None
+"""Numbers, or 'all'; one or several. None is every fold that is there."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,7 @@ class NnunetFolder:
         return len(self.dataset.channels) + masks
 
 
-def read_folder(
-    folder: str | Path, *, checkpoint: str = "checkpoint_final.pth", folds: Sequence[int | str] | None = None
-) -> NnunetFolder:
+def read_folder(folder: str | Path, *, checkpoint: str = "checkpoint_final.pth", folds: Folds = None) -> NnunetFolder:
     """Read a model folder, or the zip of one that nnU-Net exported.
 
     Args:
@@ -70,7 +70,7 @@ def read_folder(
     """
     path = locate_model(Path(folder))
     chosen = find_folds(path, checkpoint, folds)
-    files = tuple(_checkpoint(path, fold, checkpoint) for fold in chosen)
+    files = tuple(path / f"fold_{fold}" / checkpoint for fold in chosen)
     record = read_record(files[0])  # as nnU-Net does; of the other folds only the weights count
     dataset = read_dataset(path / "dataset.json")
     plan = read_plan(path / "plans.json", record.configuration, len(dataset.channels))
@@ -84,7 +84,7 @@ def read_folder(
     return NnunetFolder(path, chosen, files, record.trainer, record.mirror_axes, dataset, plan)
 
 
-def find_folds(path: Path, checkpoint: str, folds: Sequence[int | str] | None) -> tuple[int | str, ...]:
+def find_folds(path: Path, checkpoint: str, folds: Folds) -> tuple[int | str, ...]:
     """The folds of a model folder that predict; see `read_folder`.
 
     Raises:
@@ -92,11 +92,15 @@ def find_folds(path: Path, checkpoint: str, folds: Sequence[int | str] | None) -
     """
     if "/" in checkpoint or "\\" in checkpoint:
         raise ConfigError(f"checkpoint={checkpoint!r} is a path; wanted is the name of the file in each fold's folder.")
-    present = sorted((_to_fold(file.parent.name[5:]) for file in path.glob(f"fold_*/{checkpoint}")), key=_order)
+    names = {entry.name.removeprefix("fold_") for entry in path.glob("fold_*") if (entry / checkpoint).is_file()}
+    # Not a copy such as fold_0_old, which would be averaged with the others.
+    numbers = sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
+    present = [*numbers, *names & {ALL}]
     if folds is None:
-        chosen = tuple(fold for fold in present if fold != ALL) or tuple(present)
+        chosen = tuple(numbers or present)
     else:
-        chosen = tuple(dict.fromkeys(_to_fold(fold) for fold in ([folds] if isinstance(folds, str) else folds)))
+        listed = [folds] if isinstance(folds, str | int) else folds
+        chosen = tuple(dict.fromkeys(int(fold) if str(fold).isdecimal() else fold for fold in listed))
     missing = [fold for fold in chosen if fold not in present]
     if chosen and not missing:
         return chosen
@@ -108,15 +112,3 @@ def find_folds(path: Path, checkpoint: str, folds: Sequence[int | str] | None) -
         f"{path}: {asked} with {checkpoint} was wanted; {there} with that file came.{advice}"
         f"{question(checkpoint, files) if not present else ''} Choose other folds or another checkpoint."
     )
-
-
-def _to_fold(fold: int | str) -> int | str:
-    return int(fold) if str(fold).isdecimal() else str(fold)
-
-
-def _order(fold: int | str) -> tuple[bool, int, str]:
-    return (True, 0, fold) if isinstance(fold, str) else (False, fold, "")
-
-
-def _checkpoint(path: Path, fold: int | str, name: str) -> Path:
-    return path / f"fold_{fold}" / name

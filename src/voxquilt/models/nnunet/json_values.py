@@ -1,7 +1,6 @@
 """Reads JSON files of a model folder, and checks each value as it is taken out."""
 
 import json
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +63,7 @@ class Node:
         value = self.values.get(key, default)
         if not isinstance(value, str) or value not in known:
             near = question(value, known) if isinstance(value, str) else ""
-            raise self.refusal(key, " or ".join(known), near or USE_NNUNET)
+            raise self.refusal(key, " or ".join(known), near or (USE_NNUNET if key in self.values else _COPY_AGAIN))
         return value
 
     def flag(self, key: str, default: bool) -> bool:
@@ -141,7 +140,7 @@ def is_list_of_integers(value: object) -> TypeGuard[Sequence[int]]:
 
 def is_number(value: object) -> TypeGuard[float]:
     """Whether a value of JSON is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _shown(value: object) -> str:

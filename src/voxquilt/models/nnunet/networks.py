@@ -44,10 +44,10 @@ def build_unet(architecture: Architecture, inputs: int, outputs: int, *, source:
     """
     try:
         return UNet(architecture, inputs, outputs)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"{source}: a layer of the network does not take its options: {first_line(error)}. "
-            f"Compare norm_op_kwargs, dropout_op_kwargs and nonlin_kwargs with torch's documentation."
+            f"{source}: its network cannot be built: {first_line(error)}. Compare norm_op_kwargs, dropout_op_kwargs "
+            f"and nonlin_kwargs with torch's documentation."
         ) from error
 
 

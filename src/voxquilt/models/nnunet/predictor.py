@@ -6,7 +6,7 @@ from typing import TypedDict, Unpack
 
 from voxquilt.errors import ConfigError
 from voxquilt.models.nnunet.checkpoint import load_weights
-from voxquilt.models.nnunet.folder import NnunetFolder, read_folder
+from voxquilt.models.nnunet.folder import Folds, NnunetFolder, read_folder
 from voxquilt.models.nnunet.networks import build_network
 from voxquilt.models.predictor import PatchPredictor
 
@@ -28,7 +28,7 @@ class NnunetOptions(TypedDict, total=False):
 def predictor_from_nnunet(
     folder: str | Path,
     *,
-    folds: Sequence[int | str] | None = None,
+    folds: Folds = None,
     checkpoint: str = "checkpoint_final.pth",
     flips: str | Sequence[int] = CHECKPOINT,
     trust_checkpoint: bool = False,
