@@ -40,7 +40,7 @@ def take_model_folder(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
         ConfigError: the folder cannot be used.
     """
     model = _read(cfg)
-    previous, postprocess = (cfg.model.pop(key, None) for key in ("previous", "postprocess"))
+    previous, postprocess, _ = (cfg.model.pop(key, None) for key in ("previous", "postprocess", "parts"))
     _check_previous(model, previous)
     if not isinstance(postprocess, bool | None):
         raise ConfigError(f"model.postprocess must be true or false; it is {postprocess!r}.")
