@@ -208,6 +208,15 @@ def test_classes_are_named_in_the_order_of_their_numbers(
     assert (result.is_regions, result.ignore, result.heads) == (False, ignore, len(names))
 
 
+def test_numbers_with_gaps_are_written_by_position_as_nnunet_does(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The user is told, and how to get the numbers."""
+    result = read(tmp_path, dataset={"labels": {"background": 0, "a": 1, "b": 3}}).dataset.labels
+    assert (result.names, result.values, result.foreground) == (("background", "a", "b"), (0, 1, 2), (1, 3))
+    assert "stitch.label_values=[0,1,3] writes the numbers" in caplog.text
+
+
 def test_regions_are_in_the_order_of_the_file_and_write_their_own_numbers(tmp_path: Path) -> None:
     """The background has no channel, nor has a region of 0 alone; numbers may be any."""
     labels = {"background": 0, "whole": [1, 2, 3], "none": [0], "core": [1, 3], "enhancing": 3, "ignore": 4}
@@ -219,7 +228,6 @@ def test_regions_are_in_the_order_of_the_file_and_write_their_own_numbers(tmp_pa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"labels": {"background": 0, "a": 1, "b": 3}}, "wanted is numbers without gaps; they are 0, 1, 3."),
         ({"labels": {"a": 1}}, "labels.background is missing; wanted is 0"),
         ({"labels": {"background": [0], "a": 1}}, "labels.background is [0]; wanted is 0"),
         ({"labels": {"background": 1, "a": 2}}, "labels.background is 1; wanted is 0"),

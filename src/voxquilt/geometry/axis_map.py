@@ -18,7 +18,7 @@ class Neighbours(NamedTuple):
     Args:
         below, above: The first and the last of them.
         share: The weight of `above` where there are only the two, 0 where a voxel is copied.
-        weights: The weights of all source voxels, for cubic splines; None where there are only the two.
+        weights: The weights of all source voxels, for cubic splines and `by_weights`; None where there are only the two.
     """
 
     below: Int[Tensor, " t"]
@@ -30,6 +30,15 @@ class Neighbours(NamedTuple):
     def copies(self) -> bool:
         """Whether every target voxel is a copy of a source voxel."""
         return self.weights is None and not self.share.any()
+
+    def by_weights(self, source_size: int) -> "Neighbours":
+        """The same with the weights of all source voxels, by which interpolating is a product of matrices."""
+        if self.copies or self.weights is not None:
+            return self
+        weights = torch.zeros(len(self.share), source_size)
+        weights.scatter_add_(1, self.below[:, None], 1 - self.share[:, None])
+        weights.scatter_add_(1, self.above[:, None], self.share[:, None])
+        return self._replace(weights=weights)
 
     def part(self, where: slice, low: int, high: int) -> "Neighbours":
         """Those of some target voxels, in a source of which only the voxels `low` to `high` (inclusive) are at hand."""

@@ -131,7 +131,10 @@ def _interpolate_axis(
         return source.index_select(dim, index.to(source.device))
     source = source if source.dtype == torch.float64 else source.float()
     if on_device.weights is not None:
-        return (source.movedim(dim, -1) @ on_device.weights.to(source).T).movedim(-1, dim)
+        weights, (before, after) = on_device.weights.to(source), (source.shape[:dim], source.shape[dim + 1 :])
+        if not after:
+            return source @ weights.T
+        return torch.matmul(weights, source.reshape(*before, source.shape[dim], -1)).reshape(*before, -1, *after)
     below, above, share, _ = on_device
     shares = share.reshape([-1 if axis == dim else 1 for axis in range(4)])
     lower, upper = (source.index_select(dim, index.to(source.device)) for index in (below, above))

@@ -62,7 +62,8 @@ class Restorer:
         shape: Voxels of the scores along i, j, k.
         linear: Whether to interpolate, or to take the nearest voxel, as labels require.
         voxels: Approximate number of values per piece.
-        tile: The largest number of native voxels of a piece along each axis; None for whole rows.
+        tile: The largest number of native voxels of a piece along each axis, whose interpolation is a product of
+            matrices: fastest, but not equal to the bit however planes are handed over. None for whole rows.
         planes: Only native planes whose lower plane of the scores is in this range are handed out. `feed` takes the
             scores' planes of this range and the plane behind it. None for all planes.
     """
@@ -84,8 +85,10 @@ class Restorer:
         self._maps, self.source_axis, self._linear = maps, axis, linear
         self._voxels, self._tile = voxels, tile
         self._neighbours = [(m if linear else m.without_spline()).neighbours(shape[m.axis]) for m in maps]
+        if tile is not None:
+            self._neighbours = [n.by_weights(shape[m.axis]) for n, m in zip(self._neighbours, maps, strict=True)]
         along = self._neighbours[self.axis]
-        if along.weights is None:
+        if maps[self.axis].order < 3 or along.weights is None:
             # A plane that is copied need not wait for the plane above it.
             self._neighbours[self.axis] = along._replace(above=torch.where(along.share > 0, along.above, along.below))
         # Native planes in the order in which their model planes come, and how many have been handed out.

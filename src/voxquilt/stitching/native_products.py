@@ -1,7 +1,7 @@
 """Computes products of finished planes and brings them to native space."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,9 +21,9 @@ from voxquilt.stitching.products.labels import ArgMax, contenders
 from voxquilt.stitching.products.spec import ProductSpec
 from voxquilt.stitching.streaming import FinishedPlanes
 
-# Voxels along an edge of the boxes in which labels are made of interpolated scores: small enough that most boxes have
-# few competing classes, and large enough that there are few boxes.
-_TILE = 32
+# Interpolated scores of the boxes in which labels are made: few enough that they stay in a core's cache. Boxes are also
+# small enough that most have few competing classes, and large enough that there are few boxes.
+_TILE_VALUES, _SMALLEST, _LARGEST = 2**19, 16, 32
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,9 @@ def _paths(specs: Mapping[str, ProductSpec], grid: NativeGrid, check: FiniteChec
         return
     only_labels = all(isinstance(product, ArgMax) for product in of_scores.values())
     if only_labels and grid.is_linear and not grid.copies and not grid.execution.deferred:
-        restorer, after = grid.make_restorer(tile=_TILE), _Labels(list(of_scores))
+        tile = round((_TILE_VALUES / grid.channels) ** (1 / 3))
+        restorer = grid.make_restorer(tile=min(max(tile, _SMALLEST), _LARGEST))
+        after: Callable[[Piece], Iterable[tuple[str, Tensor]]] = _Labels(list(of_scores))
     else:
         restorer, after = grid.make_restorer(), _OfScores(of_scores, grid.channels, check)
     yield ProductPath(_scores_of, restorer, after, grid.make_volumes(of_scores, restorer))
@@ -287,6 +289,7 @@ class _Labels:
     names: list[str]
 
     def __call__(self, piece: Piece) -> Iterator[tuple[str, Tensor]]:
+        piece = replace(piece, source=piece.source.contiguous())
         channels = contenders(piece.source)
         if len(channels) == 1:
             labels = channels.reshape(1, 1, 1, 1)

@@ -1,11 +1,14 @@
 """Reads dataset.json of a model folder: channels, file ending and labels."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from voxquilt.models.nnunet.json_values import Node, is_integer, is_list_of_integers, read_object
+
+log = logging.getLogger("voxquilt")
 
 _RENUMBER = " Change the numbers in a copy of the file."
 
@@ -111,13 +114,16 @@ def _classes(
     node: Node, entries: Mapping[str, tuple[int, ...]], present: list[int]
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
     if present != list(range(len(present))):
-        advice = " nnU-Net would write their positions, 0, 1, 2, ..., instead." + _RENUMBER
-        raise node.refusal("labels", f"numbers without gaps; they are {', '.join(map(str, present))}", advice)
+        log.warning(
+            "%s: labels have the numbers %s; nnU-Net writes their positions, 0 to %d, and so does this. "
+            "stitch.label_values=[%s] writes the numbers.",
+            node.file, ", ".join(map(str, present)), len(present) - 1, ",".join(map(str, present)),
+        )  # fmt: skip
     # Where several names have one number the first counts, but for the background.
     first: dict[int, str] = {}
     for name, numbers in {"background": (0,), **entries}.items():
         first.setdefault(numbers[0], name)
-    return tuple(first[number] for number in present), tuple(present)
+    return tuple(first[number] for number in present), tuple(range(len(present)))
 
 
 def _regions(node: Node, entries: Mapping[str, tuple[int, ...]]) -> tuple[tuple[str, ...], tuple[int, ...]]:

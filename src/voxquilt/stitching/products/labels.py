@@ -107,7 +107,7 @@ def contenders(scores: Scores) -> Shaped[Tensor, " n"]:
     Raises:
         OutputError: scores that are NaN or infinite.
     """
-    least, greatest = scores.amin((1, 2, 3)), scores.amax((1, 2, 3))
+    least, greatest = scores.flatten(1).aminmax(dim=1)
     if not (least.isfinite() & greatest.isfinite()).all():
         raise OutputError(NOT_FINITE)
     # Interpolation rounds, so that a channel that is lower only by rounding errors may be the highest.
