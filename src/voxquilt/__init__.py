@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         predictor_from_exported,
         predictor_from_file,
         predictor_from_lightning,
+        predictor_from_onnx,
         predictor_from_state_dict,
         predictor_from_torchscript,
     )
@@ -57,8 +58,8 @@ _HOMES = {
     ],
     "voxquilt.errors": ["VoxquiltError"],
     "voxquilt.models.factory": [
-        "predictor_from_exported", "predictor_from_file", "predictor_from_lightning", "predictor_from_state_dict",
-        "predictor_from_torchscript",
+        "predictor_from_exported", "predictor_from_file", "predictor_from_lightning", "predictor_from_onnx",
+        "predictor_from_state_dict", "predictor_from_torchscript",
     ],
     "voxquilt.models.predictor": ["PatchPredictor"],
     "voxquilt.predict": ["predict_volume"],
@@ -80,8 +81,8 @@ __all__ = [
     "GridAggregator", "GridDataModule", "GridSampler", "Image", "LabelMap", "PatchPredictor", "PatchTrainer",
     "Preprocess", "ScalarImage", "Stitch", "Subject", "SubjectsLoader", "TensorBoardImages", "TrainingDataModule",
     "VolumeWriter", "VoxquiltError", "data", "datasets", "inference", "polynomial", "predict_volume",
-    "predictor_from_exported", "predictor_from_file", "predictor_from_lightning", "predictor_from_state_dict",
-    "predictor_from_torchscript", "warmup_cosine",
+    "predictor_from_exported", "predictor_from_file", "predictor_from_lightning", "predictor_from_onnx",
+    "predictor_from_state_dict", "predictor_from_torchscript", "warmup_cosine",
 ]  # fmt: skip
 
 
