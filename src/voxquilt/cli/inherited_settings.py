@@ -11,6 +11,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from voxquilt.data.discovery import SubjectFiles
 from voxquilt.errors import ConfigError
+from voxquilt.models.weights.detect import kind_of
+from voxquilt.models.weights.onnx_header import fixed_patch
 from voxquilt.models.weights.stored_settings import carried
 from voxquilt.old_names import NEW
 
@@ -40,12 +42,14 @@ def inherit(cfg: DictConfig, overrides: Iterable[str], conf: Path) -> dict[str, 
     paths = _checkpoint_files(cfg)
     settings = _common_settings(paths)
     if not settings:
+        _fill_fixed_patch(cfg, paths)
         return {}
     typed = [text.lstrip("+~").partition("=")[0] for text in overrides]
     choice = _Choice(typed, {}, [], set())
     OmegaConf.set_struct(cfg, False)
     for section in ("data", "preprocess", "model", "stitch"):
-        if section == "model" and NEW.get(cfg.model.get("_target_"), cfg.model.get("_target_")) != AUTO:
+        is_auto = NEW.get(cfg.model.get("_target_"), cfg.model.get("_target_")) == AUTO
+        if section == "model" and not is_auto and "net" in settings[section]:
             continue  # the user says how to read the file
         _fill_section(cfg, section, settings[section], _defaults(conf, section), choice)
     _log_choice(paths[0], choice)
@@ -110,6 +114,19 @@ def _fill_section(
             OmegaConf.update(cfg, full, choice.used[full], merge=False)
     if section == "model" and own.get("prefix") is None:
         cfg.model.prefix = "net."
+
+
+def _fill_fixed_patch(cfg: DictConfig, paths: Sequence[Path]) -> None:
+    """Without data.patch_size, take the one that an ONNX file was exported for."""
+    if not OmegaConf.is_missing(cfg.data, "patch_size") or not paths or kind_of(paths[0]) != "onnx":
+        return
+    sizes = fixed_patch(paths[0])
+    axis = cfg.model.get("squeeze_axis")
+    if sizes is not None and len(sizes) == 2 and axis in (0, 1, 2):
+        sizes = (*sizes[:axis], 1, *sizes[axis:])
+    if sizes is not None and len(sizes) == 3:
+        cfg.data.patch_size = list(sizes)
+        log.info("from %s: data.patch_size=%s", paths[0].name, list(sizes))
 
 
 def _log_choice(path: Path, choice: _Choice) -> None:

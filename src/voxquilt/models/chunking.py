@@ -53,9 +53,8 @@ def check_sizes(what: str, wanted: Sequence[int | None], sizes: Sequence[int]) -
     advice = "Set data.patch_size, or export it with dynamic shapes."
     if len(wanted) != len(sizes):
         advice = f"Set model.squeeze_axis{'=null' if len(wanted) > len(sizes) else ', since it is a 2-D network'}."
-    raise OutputError(
-        f"{what} was exported for inputs of {shown} (channels first); these are {' x '.join(map(str, sizes[1:]))}. {advice}"
-    )
+    given = " x ".join(map(str, sizes[1:]))
+    raise OutputError(f"{what} was exported for inputs of {shown} (channels first); these are {given}. {advice}")
 
 
 def _run_filled(run: Callable[[Tensor], Any], chunk: Tensor, least: int) -> Any:

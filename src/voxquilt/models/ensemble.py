@@ -61,7 +61,9 @@ class Ensemble(nn.ModuleList):
         everyone = frozenset(range(len(self)))
         budget = free_bytes(device) // 2
         numbers = everyone if self.offload is True else waiting([size_of(member) for member in self], budget)
-        numbers -= {n for n, member in enumerate(self) if isinstance(member, OnnxNetwork)}  # onnxruntime has their weights
+        numbers -= {
+            n for n, member in enumerate(self) if isinstance(member, OnnxNetwork)
+        }  # onnxruntime has their weights
         if numbers:
             log.info(
                 "%d of %d networks wait on the host and are moved to the device for each batch (model.offload).",

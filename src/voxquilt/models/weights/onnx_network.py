@@ -13,14 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from voxquilt.errors import ConfigError
 from voxquilt.models.chunking import check_sizes, in_chunks
-from voxquilt.models.weights.onnx_header import Operator, Value, read_header
-from voxquilt.models.weights.onnx_session import Form, Session, infer_forms
+from voxquilt.models.weights.onnx_allocation import allocate
+from voxquilt.models.weights.onnx_header import Value, read_header
+from voxquilt.models.weights.onnx_session import UNKNOWN, Form, Session, infer_forms
 
 _FLOATS = (torch.float16, torch.float32, torch.float64)
-# Operators that onnxruntime computes in the memory of their input, alone or as part of the operator before.
-_IN_PLACE = frozenset(
-    "Add BatchNormalization Clip Div Elu Identity LeakyRelu Mul PRelu Relu Reshape Sigmoid Softmax Sub Tanh".split()
-)
 
 
 class NamedByFile(dict[str, Tensor]):
@@ -90,37 +87,20 @@ class OnnxNetwork(nn.Module):
 
     def _compute(self, patches: Tensor) -> Any:
         forms = self._known_forms(tuple(patches.shape))
-        unknown = Form(None, None)
-        wanted = {name: forms.get(name, unknown) for name in self._outputs}
+        wanted = {name: forms.get(name, UNKNOWN) for name in self._outputs}
         session = self.open_session(patches.device)
         return self._named(session.run(self._patches.name, patches.to(self._type), wanted))
 
     def _allocate(self, patches: Tensor) -> Any:
-        """The outputs without values, while memory is allocated and freed as a run does, for those who count it."""
+        """The outputs without values, while memory is allocated as in a run."""
         forms = self._known_forms(tuple(patches.shape))
         missing = [name for name in self._outputs if name not in forms or forms[name].shape is None]
-        if missing:
+        if missing:  # the file is run on zeros
             session = self.open_session(torch.device("cpu"))
             shapes = session.shapes(self._patches.name, patches.shape, self._type)
             forms |= {name: Form(torch.float32, shapes[name]) for name in missing}
         batch = patches.to(self._type)
-        live = {self._patches.name: batch}
-        for operator, last_used in zip(self._operators, _last_uses(self._operators, self._outputs), strict=True):
-            inputs = [live[name] for name in operator.inputs if name in live]
-            for name in operator.outputs:
-                form = forms.get(name, Form(None, None))
-                reused = [live[other] for other in last_used if other in live and live[other] is not batch]
-                if form.shape is None:  # taken for as large as what it is made of
-                    live[name] = torch.empty_like(max(inputs, key=Tensor.numel)) if inputs else patches.new_empty(0)
-                elif operator.kind in _IN_PLACE and any(tensor.shape == form.shape for tensor in reused):
-                    live[name] = next(tensor for tensor in reused if tensor.shape == form.shape)
-                else:
-                    live[name] = patches.new_empty(form.shape, dtype=form.type)
-                del reused
-            del inputs
-            for name in last_used:
-                live.pop(name, None)
-        return self._named({name: live[name] for name in self._outputs})
+        return self._named(allocate(self._operators, forms, self._patches.name, batch, self._outputs))
 
     def _known_forms(self, sizes: tuple[int, ...]) -> dict[str, Form]:
         if sizes not in self._forms:
@@ -183,15 +163,7 @@ def _check_external(path: Path, external: Mapping[str, int]) -> list[Path]:
         if not file.is_file():
             raise ConfigError(f"{path} has its weights in {name}, which must be beside it, and is not there.")
         if file.stat().st_size < external[name]:
-            raise ConfigError(f"{path} has its weights in {name}, which is smaller than that: copying it was broken off.")
+            raise ConfigError(
+                f"{path} has its weights in {name}, which is smaller than that: copying it was broken off."
+            )
     return files
-
-
-def _last_uses(operators: Sequence[Operator], outputs: Sequence[str]) -> list[list[str]]:
-    """For each operator the values that no later one reads."""
-    seen, last = set(outputs), []
-    for operator in reversed(operators):
-        names = [name for name in dict.fromkeys((*operator.inputs, *operator.outputs)) if name not in seen]
-        seen.update(names)
-        last.append(names)
-    return last[::-1]
