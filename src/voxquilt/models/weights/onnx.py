@@ -27,8 +27,8 @@ class Onnx:
         """The graph as a network.
 
         Raises:
-            ConfigError: onnxruntime is missing, or the file is damaged, reads files outside its folder, has operators that
-                onnxruntime lacks, or takes another input than patches.
+            ConfigError: onnxruntime is missing, or the file is damaged, reads files outside its folder, has operators
+                that onnxruntime lacks, or takes another input than patches.
         """
         from voxquilt.models.weights.onnx_network import OnnxNetwork
 

@@ -60,7 +60,7 @@ class Header:
         inputs: Inputs of the graph that are not weights.
         outputs: Outputs of the graph.
         operators: Operators of the graph, in the order in which they run.
-        external: Names of other files that have its weights, as they are in the file, and the bytes that each must have.
+        external: Names of other files with its weights, as the file has them, and the bytes that each must have.
     """
 
     inputs: tuple[Value, ...]
@@ -139,7 +139,8 @@ def _operators(graph: Message) -> Iterator[Operator]:
 def _value(value: Message) -> Value:
     (kind,) = messages(value, 2, 1)
     sizes = tuple(next(iter(integers(axis, 1)), None) for axis in messages(kind, 2, 1))
-    return Value(text(value, 1), *integers(kind, 1), tuple(size if size and size < 2**31 else None for size in sizes))
+    (type_number,) = integers(kind, 1)
+    return Value(text(value, 1), type_number, tuple(size if size and size < 2**31 else None for size in sizes))
 
 
 def _tensors(graph: Message, node_number: int) -> Iterator[Message]:

@@ -56,22 +56,22 @@ def fields(message: Message) -> Iterator[tuple[int, int | Message]]:
         yield number, value
 
 
-def messages(message: Message, *path: int) -> Iterator[Message]:
+def messages(message: Message, first: int, *rest: int) -> Iterator[Message]:
     """The messages at a path of field numbers.
 
     Raises:
         ValueError: it is not a message, or a field is a number.
     """
     for number, value in fields(message):
-        if number == path[0]:
+        if number == first:
             if isinstance(value, int):
                 raise ValueError(f"field {number} is a number")
-            yield from messages(value, *path[1:]) if len(path) > 1 else (value,)
+            yield from messages(value, *rest) if rest else (value,)
 
 
-def texts(message: Message, *path: int) -> list[str]:
+def texts(message: Message, first: int, *rest: int) -> list[str]:
     """The texts at a path of field numbers."""
-    return [bytes(value).decode() for value in messages(message, *path)]
+    return [bytes(value).decode() for value in messages(message, first, *rest)]
 
 
 def text(message: Message, number: int) -> str:

@@ -128,8 +128,8 @@ def _check_input(path: Path, inputs: Sequence[Value]) -> Value:
         raise ConfigError(f"{path} cannot be used: its inputs are {names}; wanted is one, the patches.")
     if len(inputs[0].sizes) not in (4, 5):
         raise ConfigError(
-            f"{path} cannot be used: its input {inputs[0].name} has {len(inputs[0].sizes)} axes; wanted are 5, (B, C, I, "
-            f"J, K), or 4 of a 2-D network."
+            f"{path} cannot be used: its input {inputs[0].name} has {len(inputs[0].sizes)} axes; wanted are 5, (B, C, "
+            f"I, J, K), or 4 of a 2-D network."
         )
     return inputs[0]
 
@@ -157,8 +157,8 @@ def _check_external(path: Path, external: Mapping[str, int]) -> list[Path]:
     for name, file in zip(external, files, strict=True):
         if not name or os.path.isabs(name) or ".." in Path(name).parts or not file.resolve().is_relative_to(folder):
             raise ConfigError(
-                f"{path} was not loaded, since it reads weights from {name!r}, outside its own folder. If you know where "
-                f"it comes from, put that file beside it, and export it again with this name."
+                f"{path} was not loaded, since it reads weights from {name!r}, outside its own folder. If you know "
+                f"where it comes from, export the network again, with its weights in the file or beside it."
             )
         if not file.is_file():
             raise ConfigError(f"{path} has its weights in {name}, which must be beside it, and is not there.")

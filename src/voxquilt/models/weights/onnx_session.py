@@ -30,7 +30,12 @@ _CUDA = "CUDAExecutionProvider"
 
 @dataclass(frozen=True)
 class Form:
-    """What a tensor of the graph is: its type, None for one that torch lacks, and its shape, None where it is unknown."""
+    """What a tensor of the graph is.
+
+    Args:
+        type: Its type; None for one that torch lacks.
+        shape: Its shape; None where it is not known.
+    """
 
     type: torch.dtype | None
     shape: tuple[int, ...] | None
