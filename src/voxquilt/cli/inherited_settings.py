@@ -112,7 +112,7 @@ def _fill_section(
         choice.choose(full, own.get(key), defaults.get(key), value)
         if full in choice.used:
             OmegaConf.update(cfg, full, choice.used[full], merge=False)
-    if section == "model" and own.get("prefix") is None:
+    if section == "model" and "net" in settings and own.get("prefix") is None:
         cfg.model.prefix = "net."
 
 

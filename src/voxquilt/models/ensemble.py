@@ -61,9 +61,8 @@ class Ensemble(nn.ModuleList):
         everyone = frozenset(range(len(self)))
         budget = free_bytes(device) // 2
         numbers = everyone if self.offload is True else waiting([size_of(member) for member in self], budget)
-        numbers -= {
-            n for n, member in enumerate(self) if isinstance(member, OnnxNetwork)
-        }  # onnxruntime has their weights
+        # Weights of ONNX files are onnxruntime's, and stay where they are.
+        numbers -= {n for n, member in enumerate(self) if isinstance(member, OnnxNetwork)}
         if numbers:
             log.info(
                 "%d of %d networks wait on the host and are moved to the device for each batch (model.offload).",

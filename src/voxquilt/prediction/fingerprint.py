@@ -10,6 +10,7 @@ from typing import Any
 
 from voxquilt.data.discovery import SubjectFiles
 from voxquilt.filesystem import checksum
+from voxquilt.models.weights.onnx_header import external_files
 from voxquilt.old_names import OLD
 from voxquilt.text import digest as digest_text
 from voxquilt.vocabulary import flattened, normalised
@@ -66,7 +67,9 @@ def settings(plain: Mapping[str, Any], *, content: bool = False) -> dict[str, An
         counted["data.skip"] = "a mask"  # wherever the file is
     paths = (plain.get("model") or {}).get("ckpt_path") or plain.get("ckpt_path")
     for n, path in enumerate(paths if isinstance(paths, list) else [paths] if paths else []):
-        counted[f"weights.{n}"] = checksum(Path(os.path.expanduser(str(path))))
+        file = Path(os.path.expanduser(str(path)))
+        counted[f"weights.{n}"] = checksum(file)
+        counted |= {f"weights.{n}.{other.name}": checksum(other) for other in external_files(file) if other.is_file()}
     counted |= {"format": FORMAT, "run.content_hash": content}
     # Without nulls, since a setting that a later version adds as null must not change fingerprints.
     return {key: normalised(key, value, OLD) for key, value in counted.items() if value is not None}

@@ -83,6 +83,16 @@ def read_header(path: Path) -> Header:
     return read_mapped(path, _header)
 
 
+def external_files(path: Path) -> list[Path]:
+    """Other files that have the weights of a file; none if it is not a whole ONNX file."""
+    try:
+        with open(path, "rb") as file:
+            names = read_header(path).external if looks_like_onnx(file.read(3)) else ()
+    except (OSError, ConfigError):
+        return []
+    return [path.parent / name for name in names]
+
+
 def read_metadata(path: Path, key: str) -> str | None:
     """A text of the file's metadata; None if it has none by this key, or is not a whole ONNX file."""
     try:
