@@ -63,9 +63,9 @@ def export(
         difference = _compare(file, network, patches, fixed)
         written = _keep(Path(folder), target)
     return (
-        f"{' and '.join(map(str, written))}: patches of {' x '.join(map(str, patch))}, {fixed or 'any number'} at a time. "
-        f"Outputs differ from those of {source} by at most {difference.largest:.2g} ({difference.share:.1g} of their "
-        f"range)."
+        f"{' and '.join(map(str, written))}: patches of {' x '.join(map(str, patch))}, {fixed or 'any number'} at a "
+        f"time. Outputs differ from those of {source} by at most {difference.largest:.2g} ({difference.share:.1g} of "
+        f"their range)."
     )
 
 

@@ -163,7 +163,5 @@ def _check_external(path: Path, external: Mapping[str, int]) -> list[Path]:
         if not file.is_file():
             raise ConfigError(f"{path} has its weights in {name}, which must be beside it, and is not there.")
         if file.stat().st_size < external[name]:
-            raise ConfigError(
-                f"{path} has its weights in {name}, which is smaller than that: copying it was broken off."
-            )
+            raise ConfigError(f"{path} has its weights in {name}, which is too small: copying it was broken off.")
     return files
