@@ -33,7 +33,7 @@ OWNERS = {
         "train": {"ct", "denoising", "mr_t1", "multimodal", "slices_2d", "tissue"},
     },
     "logger": {"predict": {"tensorboard"}, "train": {"tensorboard"}},
-    "model": {"predict": {"auto", "exported", "lightning", "state_dict", "torchscript"}, "train": {"train"}},
+    "model": {"predict": {"auto", "exported", "lightning", "onnx", "state_dict", "torchscript"}, "train": {"train"}},
     "model/loss": {"predict": set(), "train": {"dice_ce", "dice_bce", "l1", "mse"}},
     "task": {"predict": set(), "train": {"segmentation", "multilabel", "image"}},
 }
