@@ -158,6 +158,11 @@ def check_images(wanted: Sequence[str], cases: Iterable[SubjectFiles]) -> None:
             )
 
 
+def default_targets(conf: Path) -> list[str]:
+    """Classes that a checkpoint may name if the user says nothing: run.checkpoint_targets of conf/."""
+    return list(OmegaConf.load(conf / "predict.yaml").run.checkpoint_targets)
+
+
 def _checkpoint_files(cfg: DictConfig) -> list[Path]:
     try:
         value = cfg.ckpt_path

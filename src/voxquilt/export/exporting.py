@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from voxquilt.cli.inherited_settings import default_targets
 from voxquilt.cli.instantiate import build, check_classes
 from voxquilt.cli.main import conf_dir
 from voxquilt.errors import ConfigError
@@ -79,8 +79,7 @@ def _load(source: Path, allowed: Sequence[str]) -> tuple[dict[str, Any], nn.Modu
             f"{source} does not bring its network and settings, as checkpoints of train.py do: load it in Python, and "
             f"use torch.onnx.export, torch.export.save or torch.jit.save."
         )
-    targets = OmegaConf.load(conf_dir() / "predict.yaml").run.checkpoint_targets
-    check_classes(settings, [*targets, *allowed], "add its package by --allow 'my_package.*'")
+    check_classes(settings, [*default_targets(conf_dir()), *allowed], "add its package by --allow 'my_package.*'")
     settings = deepcopy(settings)
     net = build(settings["model"].pop("net"), "model.net")
     (network,) = read_by_format(source, ReadOptions(net, prefix="net."))
