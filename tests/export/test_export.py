@@ -356,6 +356,18 @@ def test_an_existing_file_is_kept_unless_it_is_to_be_replaced(
     assert left(tmp_path) == ["a.ts", "same.ts"]
 
 
+def test_a_folder_that_cannot_be_written_is_one_message(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the operating system says it."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr(exporting.tempfile, "TemporaryDirectory", fail)
+    assert "Permission denied" in refused(capsys, place / "best.ckpt", tmp_path / "a.ts")
+
+
 def bare(path: Path) -> Path:
     torch.save(nn.Conv3d(1, 1, 1).state_dict(), path)
     return path

@@ -52,6 +52,7 @@ def inherit(cfg: DictConfig, overrides: Iterable[str], conf: Path) -> dict[str, 
         if section == "model" and not is_auto and "net" in settings[section]:
             continue  # the user says how to read the file
         _fill_section(cfg, section, settings[section], _defaults(conf, section), choice)
+    _fill_fixed_patch(cfg, paths)
     _log_choice(paths[0], choice)
     return {"images": settings.get("images", [])} | choice.by_section()
 

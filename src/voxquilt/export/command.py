@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from voxquilt.export.exporting import export  # imports torch
 
         print(export(source, target, patch_size, typed.batch_size, typed.allow))
-    except VoxquiltError as error:
+    except (VoxquiltError, OSError) as error:  # such as a folder that may not be written, or a full disk
         print(f"voxquilt: {error}", file=sys.stderr)
         sys.exit(2)
 
