@@ -26,6 +26,7 @@ FOLDERS = [
     ["planning", "training"],
     ["prediction"],
     ["cli"],
+    ["export"],
 ]
 LEVEL = {folder: level for level, line in enumerate(FOLDERS) for folder in line}
 CORE = ("geometry", "stitching")

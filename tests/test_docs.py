@@ -33,6 +33,7 @@ import torch
 from forks import Server
 from hydra import initialize_config_dir
 from monai.networks.nets import UNet
+from onnx_files import export
 from scipy.ndimage import gaussian_filter
 from synthetic import ROOT, Over50, save
 
@@ -136,6 +137,7 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated, and used
         torch.jit.save(torch.jit.script(Over50()), folder / "network.pt")
+    export(folder / "network.onnx", Over50(), (1, 1, 32, 32, 32))
     torch.save(NETWORK.state_dict(), folder / "unet.pt")
     return folder
 

@@ -61,10 +61,11 @@ def test_a_console_script_of_the_wheel_checks_its_configuration(installed: Path)
     assert "Traceback" not in result.stderr
 
 
-def test_the_wheel_names_both_console_scripts(installed: Path) -> None:
+def test_the_wheel_names_its_console_scripts(installed: Path) -> None:
     """entry_points.txt refers to functions that exist."""
     (points,) = installed.glob("voxquilt-*.dist-info/entry_points.txt")
     text = points.read_text()
+    assert "voxquilt-export = voxquilt.export.command:main" in text
     assert "voxquilt-predict = voxquilt.cli.main:predict" in text
     assert "voxquilt-train = voxquilt.cli.main:train" in text
 

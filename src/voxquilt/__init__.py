@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         predictor_from_exported,
         predictor_from_file,
         predictor_from_lightning,
+        predictor_from_onnx,
         predictor_from_state_dict,
         predictor_from_torchscript,
     )
@@ -69,8 +70,8 @@ _HOMES = {
     ],
     "voxquilt.errors": ["VoxquiltError"],
     "voxquilt.models.factory": [
-        "predictor_from_exported", "predictor_from_file", "predictor_from_lightning", "predictor_from_state_dict",
-        "predictor_from_torchscript",
+        "predictor_from_exported", "predictor_from_file", "predictor_from_lightning", "predictor_from_onnx",
+        "predictor_from_state_dict", "predictor_from_torchscript",
     ],
     "voxquilt.models.nnunet.predictor": ["predictor_from_nnunet"],
     "voxquilt.models.predictor": ["PatchPredictor"],
@@ -97,7 +98,8 @@ __all__ = [
     "SeveralPredictors", "Stitch", "Subject", "SubjectsLoader", "TensorBoardImages", "TrainingDataModule",
     "VolumeWriter", "VoxquiltError", "ZScoreNormalization", "data", "datasets", "inference", "polynomial",
     "predict_volume", "predictor_from_exported", "predictor_from_file", "predictor_from_lightning",
-    "predictor_from_nnunet", "predictor_from_state_dict", "predictor_from_torchscript", "warmup_cosine",
+    "predictor_from_nnunet", "predictor_from_onnx", "predictor_from_state_dict", "predictor_from_torchscript",
+    "warmup_cosine",
 ]  # fmt: skip
 
 

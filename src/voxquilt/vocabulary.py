@@ -37,6 +37,13 @@ PADDING_MODES = (
     "constant", "edge", "linear_ramp", "maximum", "mean", "median", "minimum", "reflect", "symmetric", "wrap", "empty",
 )  # fmt: skip
 
+ADDED_SETTINGS = {
+    "data.placement": "regular", "data.margin": 0,
+    "preprocess.grid": "centre", "preprocess.interpolation": 1, "preprocess.intensity_first": False,
+    "stitch.order": 1,
+}  # fmt: skip
+"""Settings that later versions have added, each with the value of the runs and trainings before."""
+
 # Settings with a number for each axis, or one for all three.
 _ALONG_AXES = ("data.patch_size", "data.patch_overlap", "data.divisible_by", "preprocess.spacing")
 

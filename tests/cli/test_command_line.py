@@ -118,7 +118,7 @@ def light(place: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
         ("stitch.products=[lables]", "it is 'lables'. Did you mean labels?"),
         ("stitch.products=labels", "stitch.products is a list, such as '[labels]'"),
         ("stitch.threshold=high", "stitch.threshold must be a number"),
-        ("stitch.compare=[crop,han]", "stitch.compare must be one of crop, average, hann, gaussian; it is 'han'"),
+        ("stitch.compare=[crop,han]", "stitch.compare must be one of crop, average, hann, gaussian, nnunet; it"),
         ("stitch.compare=hann", "stitch.compare is a list, such as '[crop,hann]'"),
         ("stitch.restore=label", "stitch.restore must be one of scores, labels; it is 'label'. Did you mean labels?"),
         ("stitch.fill=black", "stitch.fill is null, a number, or a number for each channel; it is 'black'"),

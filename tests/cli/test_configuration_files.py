@@ -33,13 +33,17 @@ OWNERS = {
         "train": {"ct", "denoising", "mr_t1", "multimodal", "slices_2d", "tissue"},
     },
     "logger": {"predict": {"tensorboard"}, "train": {"tensorboard"}},
-    "model": {"predict": {"auto", "exported", "lightning", "state_dict", "torchscript"}, "train": {"train"}},
+    "model": {
+        "predict": {"auto", "exported", "lightning", "nnunet", "onnx", "state_dict", "torchscript"},
+        "train": {"train"},
+    },
     "model/loss": {"predict": set(), "train": {"dice_ce", "dice_bce", "l1", "mse"}},
     "task": {"predict": set(), "train": {"segmentation", "multilabel", "image"}},
 }
 # Arguments that an option leaves to the user, and replacements for files that would be fetched.
 NEEDS = {
     "model=lightning": ["model.module_class=a.B"],
+    "model=nnunet": ["model.folder=a"],
     "model=state_dict": ["model/net=unet"],
     "experiment=tissue": ["data.split=null"],
     "experiment=multimodal": ["data.images=null"],

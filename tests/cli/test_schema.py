@@ -24,6 +24,8 @@ GIVEN = {
     "distribute",
     "resume",
     "stitch",
+    "more_models",
+    "combination",
     "configuration",
     "output_dir",
     "label_values",

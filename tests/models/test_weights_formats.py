@@ -14,7 +14,8 @@ import torch
 from forks import Server, checked
 from networks import Lit, unet
 from odd_files import Bomb
-from synthetic import noise, read, save
+from onnx_files import export, export_anew, graph, with_external
+from synthetic import noise, read, run, save
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch.jit and torch.export, which saves weights here
 
@@ -43,6 +44,8 @@ SAVERS: dict[str, Callable[[Path], object]] = {
     "lit.ckpt": lit_checkpoint,
     "script.pt": lambda path: torch.jit.save(torch.jit.script(unet()), path),
     "net.pt2": exported,
+    "net.onnx": lambda path: export_anew(path, unet(), (2, 1, 16, 16, 16)),
+    "two.onnx": lambda path: export(path, unet(), (2, 1, 16, 16, 16)),
 }
 FORMATS = {
     "state dict": (*STATE, "ckpt_path=net.pt"),
@@ -52,6 +55,10 @@ FORMATS = {
     "Lightning as a state dict": (*STATE, "ckpt_path=lit.ckpt", "model.prefix=net."),
     "TorchScript": ("model=torchscript", "ckpt_path=script.pt"),
     "exported": ("model=exported", "ckpt_path=net.pt2"),
+    "ONNX": ("model=onnx", "ckpt_path=net.onnx"),
+    "ONNX by itself": ("ckpt_path=net.onnx",),
+    "ONNX of two patches": ("ckpt_path=two.onnx",),
+    "ONNX beside TorchScript": ("ckpt_path=[net.onnx,script.pt]",),
     "TorchScript by itself": ("ckpt_path=script.pt",),
     "exported by itself": ("ckpt_path=net.pt2",),
     "ensemble": (*STATE, "ckpt_path=[net.pt,net.safetensors]", "model.offload=true"),
@@ -87,6 +94,95 @@ def test_every_format_predicts_the_same_volume(name: str, place: Path, forks: Se
     assert wanted.std() > 0.01, "the volume is no constant"
     np.testing.assert_allclose(made, wanted, atol=1e-5, rtol=0)
     np.testing.assert_allclose(made.sum(-1), 1, atol=1e-5)
+
+
+def test_flips_predict_the_same_with_onnx(place: Path, forks: Server) -> None:
+    """Averaged over all flips of two axes."""
+    for name in ("state dict", "ONNX by itself"):
+        options = (*FORMATS[name], "model.flips=[0,2]", f"output_dir=flipped_{name[0]}")
+        job = forks.start(*JOB, *PRODUCTS, *options, cwd=place)
+        assert checked(job.wait()) == 0, job.text
+    one, other = (read(place / f"flipped_{letter}/a_probabilities.nii") for letter in "sO")
+    np.testing.assert_allclose(one, other, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("strategy", ["", "trainer.strategy=ddp_spawn"])
+def test_two_processes_predict_the_same_with_onnx(
+    place: Path, tmp_path: Path, wanted: np.ndarray, strategy: str
+) -> None:
+    """Started by Lightning, as commands or by pickling the network; each opens the file by itself."""
+    options = (*FORMATS["ONNX by itself"], f"output_dir={tmp_path}", "trainer=ddp", "trainer.devices=2")
+    for n in range(2):
+        save(tmp_path / f"in/{n}.nii", read(place / "in/a.nii"))
+    done = run(
+        "predict.py", *JOB, *PRODUCTS, f"data.inputs={tmp_path}/in", *options, "trainer.accelerator=cpu",
+        *filter(None, [strategy]), cwd=place,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for n in range(2):
+        np.testing.assert_allclose(read(tmp_path / f"{n}_probabilities.nii"), wanted, atol=1e-5, rtol=0)
+
+
+def test_the_fixed_patch_of_an_onnx_file_is_the_default(place: Path, forks: Server, wanted: np.ndarray) -> None:
+    """And any other is refused before the run, by one message."""
+    without = tuple(option for option in JOB if "patch_size" not in option)
+    job = forks.start(*without, *PRODUCTS, "ckpt_path=two.onnx", "output_dir=default", cwd=place)
+    assert checked(job.wait()) == 0, job.text
+    assert "from two.onnx: data.patch_size=[16, 16, 16]" in job.text
+    np.testing.assert_allclose(read(place / "default/a_probabilities.nii"), wanted, atol=1e-5, rtol=0)
+    for options in ((), ("model=onnx",)):
+        job = forks.start(*JOB, "data.patch_size=24", "ckpt_path=two.onnx", "output_dir=no", *options, cwd=place)
+        assert checked(job.wait()) == 2, job.text
+        assert "exported for inputs of 1 x 16 x 16 x 16" in one_message(job.text)
+
+
+def test_a_2d_onnx_file_predicts_slices_of_its_own_size(place: Path, forks: Server) -> None:
+    """Its two axes and model.squeeze_axis make the patch size: a pooling of 3 x 3 voxels, exactly."""
+    export(place / "flat.onnx", torch.nn.AvgPool2d(3, 1, 1, count_include_pad=False), (1, 1, 24, 20))
+    options = ("ckpt_path=flat.onnx", "model.squeeze_axis=2", "stitch.products=[image]", "output_dir=flat")
+    job = forks.start("data.inputs=in", "trainer=cpu", "callbacks.writer.compress=false", *options, cwd=place)
+    assert checked(job.wait()) == 0, job.text
+    image = torch.from_numpy(noise((24, 20, 18)).astype(np.float32)).permute(2, 0, 1)
+    pooled = torch.nn.functional.avg_pool2d(image, 3, 1, 1, count_include_pad=False).permute(1, 2, 0)
+    np.testing.assert_allclose(read(place / "flat/a_image.nii"), pooled, rtol=1e-5)
+
+
+def test_a_plan_counts_an_onnx_file_without_guessing(place: Path, forks: Server) -> None:
+    """run.dry_run knows its outputs."""
+    job = forks.start(*JOB, *FORMATS["ONNX by itself"], "run.dry_run=true", "run.log=json", cwd=place)
+    assert checked(job.wait()) == 0, job.text
+    assert '"outputs": {"": [3, 3, 16, 16, 16]}' in job.text
+    assert "guess" not in job.text
+
+
+ODD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "cut": (lambda path: path.write_bytes(export(path, unet(), (1, 1, 16, 16, 16)).read_bytes()[:5000]), "damaged"),
+    "outside": (lambda path: with_external(path, "../w"), "outside its own folder"),
+    "missing": (lambda path: with_external(path, "w"), "must be beside it"),
+    "custom": (lambda path: graph(path, [("MyOp", ["x"], ["y"], {"domain": "custom.domain"})]), "MyOp"),
+    "wrong weights": (lambda path: with_external(path, "w", bytes(256), 100), "cannot be used by onnxruntime"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_an_onnx_file_that_cannot_be_used_is_one_message(name: str, tmp_path: Path, forks: Server) -> None:
+    """Exit status 2, and no output."""
+    make, message = ODD[name]
+    make(tmp_path / "odd.onnx")
+    save(tmp_path / "in/a.nii", noise((16, 16, 16)))
+    job = forks.start("data.inputs=in", "data.patch_size=4", "ckpt_path=odd.onnx", "trainer=cpu", cwd=tmp_path)
+    assert checked(job.wait()) == 2, job.text
+    assert not list((tmp_path / "outputs").glob("*.nii*"))
+    assert message in one_message(job.text)
+    assert "odd.onnx" in one_message(job.text)
+
+
+def one_message(text: str) -> str:
+    """The only message of a run that was not started."""
+    told = [line for line in text.splitlines() if line.startswith("voxquilt:")]
+    assert len(told) == 1, text
+    assert "Traceback" not in text
+    return told[0]
 
 
 @pytest.mark.slow

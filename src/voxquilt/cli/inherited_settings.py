@@ -12,6 +12,8 @@ from omegaconf.errors import OmegaConfBaseException
 from voxquilt.cli.model_folder import NNUNET, has_model_folder, take_model_folder
 from voxquilt.data.discovery import SubjectFiles
 from voxquilt.errors import ConfigError
+from voxquilt.models.weights.detect import kind_of
+from voxquilt.models.weights.onnx_header import fixed_patch
 from voxquilt.models.weights.stored_settings import carried
 from voxquilt.old_names import NEW
 
@@ -38,6 +40,7 @@ def inherit(cfg: DictConfig, overrides: Iterable[str], conf: Path) -> dict[str, 
     Raises:
         ConfigError: checkpoints of an ensemble that carry different settings.
     """
+    paths: list[Path] = []
     if has_model_folder(cfg):
         OmegaConf.set_struct(cfg, False)
         source, settings = take_model_folder(cfg)
@@ -46,6 +49,7 @@ def inherit(cfg: DictConfig, overrides: Iterable[str], conf: Path) -> dict[str, 
         paths = _checkpoint_files(cfg)
         settings = _common_settings(paths)
         if not settings:
+            _fill_fixed_patch(cfg, paths)
             return {}
         source, model_defaults = paths[0], ("_options", "auto")
     typed = [text.lstrip("+~").partition("=")[0] for text in overrides]
@@ -53,10 +57,12 @@ def inherit(cfg: DictConfig, overrides: Iterable[str], conf: Path) -> dict[str, 
     OmegaConf.set_struct(cfg, False)
     for section in ("data", "preprocess", "model", "stitch"):
         target = cfg.model.get("_target_")
-        if section == "model" and NEW.get(target, target) not in (AUTO, NNUNET):
+        reads_file = NEW.get(target, target) in (AUTO, NNUNET)
+        if section == "model" and not reads_file and "net" in settings[section]:
             continue  # the user says how to read the file
         defaults = _defaults(conf, section, model_defaults)
         _fill_section(cfg, section, settings[section], defaults, choice)
+    _fill_fixed_patch(cfg, paths)
     _log_choice(source, choice)
     return {"images": settings.get("images", [])} | choice.by_section()
 
@@ -117,8 +123,21 @@ def _fill_section(
         choice.choose(full, own.get(key), defaults.get(key), value)
         if full in choice.used:
             OmegaConf.update(cfg, full, choice.used[full], merge=False)
-    if section == "model" and "prefix" in own and own["prefix"] is None:
+    if section == "model" and "net" in settings and own.get("prefix") is None:
         cfg.model.prefix = "net."
+
+
+def _fill_fixed_patch(cfg: DictConfig, paths: Sequence[Path]) -> None:
+    """Without data.patch_size, take the one that an ONNX file was exported for."""
+    if not OmegaConf.is_missing(cfg.data, "patch_size") or not paths or kind_of(paths[0]) != "onnx":
+        return
+    sizes = fixed_patch(paths[0])
+    axis = cfg.model.get("squeeze_axis")
+    if sizes is not None and len(sizes) == 2 and axis in (0, 1, 2):
+        sizes = (*sizes[:axis], 1, *sizes[axis:])
+    if sizes is not None and len(sizes) == 3:
+        cfg.data.patch_size = list(sizes)
+        log.info("from %s: data.patch_size=%s", paths[0].name, list(sizes))
 
 
 def _log_choice(path: Path, choice: _Choice) -> None:
@@ -148,6 +167,11 @@ def check_images(wanted: Sequence[str], cases: Iterable[SubjectFiles]) -> None:
                 f"was trained on {', '.join(wanted)}, in this order. Name them by data.images='{{{patterns}}}', or by "
                 f"the columns of a .csv."
             )
+
+
+def default_targets(conf: Path) -> list[str]:
+    """Classes that a checkpoint may name if the user says nothing: run.checkpoint_targets of conf/."""
+    return list(OmegaConf.load(conf / "predict.yaml").run.checkpoint_targets)
 
 
 def _checkpoint_files(cfg: DictConfig) -> list[Path]:

@@ -42,12 +42,13 @@ def build(node: Mapping[str, Any], key: str, **objects: Any) -> Any:
         ) from error
 
 
-def check_classes(node: Any, allowed: Sequence[str]) -> None:
+def check_classes(node: Any, allowed: Sequence[str], advice: str | None = None) -> None:
     """Refuse what a file names as a _target_, unless it is a class of an allowed package.
 
     Args:
         node: Settings out of the file.
         allowed: Full names of classes, or 'package.*'.
+        advice: What a user who trusts another class does, where that is not what predict.py takes.
 
     Raises:
         ConfigError: another _target_, or one that is not a class. The module in which a class is defined counts, not
@@ -55,7 +56,7 @@ def check_classes(node: Any, allowed: Sequence[str]) -> None:
     """
     if isinstance(node, list):
         for value in node:
-            check_classes(value, allowed)
+            check_classes(value, allowed, advice)
     if not isinstance(node, Mapping):
         return
     target = node.get("_target_")
@@ -64,13 +65,16 @@ def check_classes(node: Any, allowed: Sequence[str]) -> None:
         if not isinstance(cls, type) or not (
             str(target) in OLD or matches(f"{cls.__module__}.{cls.__qualname__}", allowed)
         ):
+            ways = advice or (
+                f"add its package ('run.checkpoint_targets=[my_package.*,...]'), or name it yourself, by "
+                f"model.net._target_={target} and its arguments"
+            )
             raise ConfigError(
                 f"the checkpoint names {target}, which is not a class of run.checkpoint_targets={list(allowed)}. If "
-                f"you trust it, add its package ('run.checkpoint_targets=[my_package.*,...]'), or name it yourself, by "
-                f"model.net._target_={target} and its arguments."
+                f"you trust it, {ways}."
             )
     for value in node.values():
-        check_classes(value, allowed)
+        check_classes(value, allowed, advice)
 
 
 def _import_target(target: str) -> object:

@@ -106,7 +106,7 @@ def predict_stages_before(cfg: DictConfig, overrides: Sequence[str]) -> int:
     Raises:
         ConfigError: a stage could not be started, or several processes are already running.
     """
-    if cfg.run.get("status"):
+    if OmegaConf.select(cfg, "run.status") or not isinstance(cfg.get("data"), DictConfig):
         return 0
     status = _predict_rough(cfg, overrides)
     folders = cfg.model.get("folder") if has_model_folder(cfg) else None

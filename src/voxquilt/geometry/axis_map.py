@@ -18,7 +18,7 @@ class Neighbours(NamedTuple):
     Args:
         below, above: The first and the last of them.
         share: The weight of `above` where there are only the two, 0 where a voxel is copied.
-        weights: The weights of all source voxels, for cubic splines and `by_weights`; None where there are only the two.
+        weights: The weights of all source voxels, for cubic splines and `by_weights`; None where only the two are read.
     """
 
     below: Int[Tensor, " t"]

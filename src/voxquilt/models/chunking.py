@@ -1,6 +1,6 @@
-"""Runs a batch of any size through a network that takes only certain sizes: in chunks, the last one padded."""
+"""Runs batches through a network that takes only certain sizes: checks them, and divides batches into chunks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 from torch.utils._pytree import tree_map
+
+from voxquilt.errors import OutputError
 
 
 def in_chunks(
@@ -35,6 +37,24 @@ def in_chunks(
         return _run_filled(run, chunks[0], least or 0)
     outputs = [tree_map(partial(_kept, copy=copies), _run_filled(run, chunk, least or 0)) for chunk in chunks]
     return tree_map(lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0], *outputs)
+
+
+def check_sizes(what: str, wanted: Sequence[int | None], sizes: Sequence[int]) -> None:
+    """Raises OutputError of a batch that an exported network cannot take, whatever the number of its patches.
+
+    Args:
+        what: The network, for the message.
+        wanted: Sizes of its input, (B, C, I, J, K); None where any size will do.
+        sizes: Sizes of the batch.
+    """
+    if len(wanted) == len(sizes) and all(a in (None, b) for a, b in zip(wanted[1:], sizes[1:], strict=True)):
+        return
+    shown = " x ".join("any" if size is None else str(size) for size in wanted[1:])
+    advice = "Set data.patch_size, or export it with dynamic shapes."
+    if len(wanted) != len(sizes):
+        advice = f"Set model.squeeze_axis{'=null' if len(wanted) > len(sizes) else ', since it is a 2-D network'}."
+    given = " x ".join(map(str, sizes[1:]))
+    raise OutputError(f"{what} was exported for inputs of {shown} (channels first); these are {given}. {advice}")
 
 
 def _run_filled(run: Callable[[Tensor], Any], chunk: Tensor, least: int) -> Any:

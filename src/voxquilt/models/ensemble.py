@@ -8,6 +8,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from voxquilt.models.weights.onnx_network import OnnxNetwork
+
 log = logging.getLogger("voxquilt")
 
 
@@ -59,6 +61,8 @@ class Ensemble(nn.ModuleList):
         everyone = frozenset(range(len(self)))
         budget = free_bytes(device) // 2
         numbers = everyone if self.offload is True else waiting([size_of(member) for member in self], budget)
+        # Weights of ONNX files are onnxruntime's, and stay where they are.
+        numbers -= {n for n, member in enumerate(self) if isinstance(member, OnnxNetwork)}
         if numbers:
             log.info(
                 "%d of %d networks wait on the host and are moved to the device for each batch (model.offload).",
@@ -96,6 +100,8 @@ def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 def size_of(network: nn.Module) -> int:
     """Bytes of a network's weights."""
+    if isinstance(network, OnnxNetwork):
+        return network.weight_bytes
     return sum(tensor.numel() * tensor.element_size() for tensor in (*network.parameters(), *network.buffers()))
 
 

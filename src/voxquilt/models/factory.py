@@ -11,6 +11,7 @@ from voxquilt.models.weights.reading import (
     read_by_format,
     read_exported,
     read_lightning,
+    read_onnx,
     read_state_dict,
     read_torchscript,
 )
@@ -52,6 +53,11 @@ def predictor_from_exported(
 ) -> PatchPredictor:
     """A predictor from exported programs; see `voxquilt.models.weights.reading.read_exported`."""
     return PatchPredictor(read_exported(ckpt_path, trust=trust_checkpoint), **options)
+
+
+def predictor_from_onnx(ckpt_path: Paths, **options: Unpack[Options]) -> PatchPredictor:
+    """A predictor from ONNX files; see `voxquilt.models.weights.reading.read_onnx`."""
+    return PatchPredictor(read_onnx(ckpt_path), **options)
 
 
 def predictor_from_state_dict(

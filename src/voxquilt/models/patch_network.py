@@ -12,6 +12,7 @@ from voxquilt.errors import ConfigError, OutputError
 from voxquilt.geometry.frame import AXES
 from voxquilt.models.ensemble import Ensemble
 from voxquilt.models.flip_augmentation import flip_back, flip_combinations, flip_copy
+from voxquilt.models.weights.onnx_network import NamedByFile, OnnxNetwork
 from voxquilt.vocabulary import ACTIVATIONS, AVERAGES, OFFLOAD, OUTPUTS, check_name
 
 Named = dict[str, Tensor]
@@ -59,8 +60,10 @@ class PatchNetwork(nn.Module):
             raise ConfigError(f"squeeze_axis must be null, 0, 1 or 2; it is {squeeze_axis!r}.")
         if not isinstance(offload, bool):
             check_name(offload, OFFLOAD, "offload (true, false)")
-        if compile and any(isinstance(network, torch.jit.ScriptModule) for network in networks):
-            raise ConfigError("compile=true has no effect on TorchScript, which is compiled already; leave it out.")
+        if compile and any(isinstance(network, (torch.jit.ScriptModule, OnnxNetwork)) for network in networks):
+            raise ConfigError(
+                "compile=true has no effect on TorchScript and ONNX, which are compiled already; leave it out."
+            )
         self.networks = Ensemble(networks, offload)
         self.compiled = compile
         self._calls: list[Callable[[Tensor], object]] = []
@@ -158,6 +161,8 @@ class PatchNetwork(nn.Module):
             unknown = set(self._outputs or ()) - named.keys()
             if unknown:
                 raise OutputError(f"model.outputs names {sorted(map(str, unknown))}; the network gives {list(named)}.")
+            if isinstance(output, NamedByFile):
+                self._check_pyramid(list(named.values()), f"[{next(iter(named))}]")
         elif isinstance(output, (tuple, list)):
             named = self._name_tuple(output)
         else:
@@ -179,12 +184,15 @@ class PatchNetwork(nn.Module):
                 f"model.outputs has {len(names)} names and the network {len(output)} outputs; name each, with null for "
                 f"those to drop, such as model.outputs={_first_named(output)}."
             )
-        if self._outputs is None and _is_pyramid(output):
-            raise OutputError(
-                f"the network gives {len(output)} outputs of the same channels and of fewer and fewer voxels: deep "
-                f"supervision? Set model.outputs={_first_named(output)} to keep the first, or name all to keep."
-            )
+        self._check_pyramid(output, _first_named(output))
         return {name: tensor for name, tensor in zip(names, output, strict=True) if name is not None}
+
+    def _check_pyramid(self, outputs: Sequence[object], first: str) -> None:
+        if self._outputs is None and _is_pyramid(outputs):
+            raise OutputError(
+                f"the network gives {len(outputs)} outputs of the same channels and of fewer and fewer voxels: deep "
+                f"supervision? Set model.outputs={first} to keep the first, or name all to keep."
+            )
 
 
 def _first_named(output: Sequence[object]) -> str:

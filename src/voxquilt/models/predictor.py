@@ -14,6 +14,7 @@ from voxquilt.errors import InputError, OutputError
 from voxquilt.models.chunking import in_chunks
 from voxquilt.models.cudnn_check import cudnn_warning
 from voxquilt.models.patch_network import Named, PatchNetwork
+from voxquilt.models.weights.onnx_network import OnnxNetwork
 
 log = logging.getLogger("voxquilt")
 
@@ -51,10 +52,13 @@ class PatchPredictor(LightningModule):
         self._full_batch = 0
 
     def setup(self, stage: str) -> None:
-        """Compile, in each process, since a compiled network cannot be sent from one to another."""
+        """Compile, and open ONNX files, in each process, since the results cannot be sent from one to another."""
         trainer = self._trainer
         device = self.device if trainer is None else trainer.strategy.root_device
         self.network.compile_members(device)
+        for member in self.network.networks:
+            if isinstance(member, OnnxNetwork):
+                member.open_session(device)  # here, where a device without onnxruntime's support ends the run
         if device.type == "cuda" and trainer is not None and trainer.is_global_zero:
             warning = cudnn_warning(torch.backends.cudnn.version(), str(trainer.precision))
             if warning:

@@ -83,7 +83,7 @@ def check_network(
 
 def _check_channels(network: nn.Module, images: Sequence[str], channels: int, patch_size: Triple) -> None:
     """Raise ChannelsError if the network works with the channels that its first convolution takes."""
-    wanted = _wanted_channels(network)
+    wanted = wanted_channels(network)
     if wanted not in (None, channels) and isinstance(try_probe(network, wanted, patch_size), Probe):
         assert wanted is not None
         raise ChannelsError(
@@ -129,7 +129,7 @@ def find_halo(network: PatchNetwork, cases: Iterable[SubjectFiles], patch_size: 
         ConfigError: the network cannot take such patches, its outputs lack different borders, or they lack voxels
             because of the patch's size.
     """
-    count = _wanted_channels(network) or next(_channels(cases), None)
+    count = wanted_channels(network) or next(_channels(cases), None)
     if count is None:
         return NO_PADDING
     try:
@@ -244,7 +244,7 @@ def _missing_voxels(probe: Probe, patch_size: Triple, name: str | None = None) -
     return [p - n for p, n in zip(patch_size, shape[2:], strict=True)]
 
 
-def _wanted_channels(network: nn.Module) -> int | None:
+def wanted_channels(network: nn.Module) -> int | None:
     """The number of channels that the first convolution takes."""
     weight = next((p for p in network.parameters() if p.ndim in (4, 5)), None)
     return None if weight is None else weight.shape[1]

@@ -1,11 +1,10 @@
 """Provides the LightningDataModule of a predict run: a grid of patches per subject, and subjects dealt to processes."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import cached_property, partial
-from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Unpack
 
 from lightning.pytorch import LightningDataModule, Trainer
 
@@ -24,46 +23,11 @@ from voxquilt.errors import ConfigError
 from voxquilt.models.predictor import PatchPredictor
 from voxquilt.models.several_predictors import predictors_of
 from voxquilt.planning.network_check import check_overlap, find_halo
-from voxquilt.prediction.resume import Resume
+from voxquilt.prediction.run_options import RunChoices, RunOptions
 from voxquilt.prediction.run_plan import RunPlan, RunPlanner, check_world
 from voxquilt.vocabulary import DISTRIBUTE, check_name
 
 log = logging.getLogger("voxquilt")
-
-
-class RunOptions(TypedDict, total=False):
-    """How a predict run places patches and treats its subjects; see GridDataModule."""
-
-    placement: str
-    step: float | None
-    within: str | None
-    margin: float
-    suffixes: Mapping[str, str] | None
-    extra_images: Mapping[str, str] | None
-    nonfinite: str
-    shard: tuple[int, int]
-    distribute: str
-    resume: Resume | None
-    output_dir: str | Path | None
-    more_models: Sequence[GridLoader]
-
-
-@dataclass(frozen=True)
-class _Run:
-    """RunOptions with their defaults; an unknown one is a TypeError that names it."""
-
-    placement: str = "regular"
-    step: float | None = None
-    within: str | None = None
-    margin: float = 0.0
-    suffixes: Mapping[str, str] | None = None
-    extra_images: Mapping[str, str] | None = None
-    nonfinite: str = "error"
-    shard: tuple[int, int] = (0, 1)
-    distribute: str = "subject"
-    resume: Resume | None = None
-    output_dir: str | Path | None = None
-    more_models: Sequence[GridLoader] = ()
 
 
 class GridDataModule(LightningDataModule):
@@ -128,7 +92,7 @@ class GridDataModule(LightningDataModule):
         **options: Unpack[RunOptions],
     ) -> None:
         super().__init__()
-        run = _Run(**options)
+        run = RunChoices(**options)
         check_name(run.distribute, DISTRIBUTE, "run.distribute")
         output_dir = run.resume.folder if run.resume else run.output_dir
         self._find = partial(find_cases, inputs, images, (), output_dir, suffixes=run.suffixes, extra=run.extra_images)

@@ -10,9 +10,10 @@ from typing import Any
 
 from voxquilt.data.discovery import SubjectFiles
 from voxquilt.filesystem import checksum
+from voxquilt.models.weights.onnx_header import external_files
 from voxquilt.old_names import OLD
 from voxquilt.text import digest as digest_text
-from voxquilt.vocabulary import flattened, normalised
+from voxquilt.vocabulary import ADDED_SETTINGS, flattened, normalised
 
 FORMAT = 2
 """Raised when a new version of voxquilt makes other voxels of the same inputs, weights and settings."""
@@ -47,13 +48,6 @@ NO_VOXELS = frozenset(
     }
 )  # fmt: skip
 
-# Settings that later versions have added, with the value that changes nothing.
-_ADDED = {
-    "data.placement": "regular",
-    "preprocess.grid": "centre", "preprocess.interpolation": 1, "preprocess.intensity_first": False,
-    "stitch.order": 1, "data.margin": 0,
-}  # fmt: skip
-
 # Other keys at the top are the user's own, for interpolations: they count in the settings that refer to them.
 _SECTIONS = ("data", "preprocess", "model", "stitch", "callbacks", "trainer", "run")
 
@@ -81,13 +75,15 @@ def settings(plain: Mapping[str, Any], *, content: bool = False) -> dict[str, An
             counted[key] = "a mask"  # wherever the file is
     paths = (plain.get("model") or {}).get("ckpt_path") or plain.get("ckpt_path")
     for n, path in enumerate(paths if isinstance(paths, list) else [paths] if paths else []):
-        counted[f"weights.{n}"] = checksum(Path(os.path.expanduser(str(path))))
+        file = Path(os.path.expanduser(str(path)))
+        counted[f"weights.{n}"] = checksum(file)
+        counted |= {f"weights.{n}.{other.name}": checksum(other) for other in external_files(file) if other.is_file()}
     counted |= {"format": FORMAT, "run.content_hash": content}
     # Without nulls, since a setting that a later version adds as null must not change fingerprints.
     return {
         key: normalised(key, value, OLD)
         for key, value in counted.items()
-        if value is not None and (key not in _ADDED or value != _ADDED[key])
+        if value is not None and (key not in ADDED_SETTINGS or value != ADDED_SETTINGS[key])
     }
 
 

@@ -14,7 +14,7 @@ from voxquilt.old_names import NEW
 from voxquilt.training.file_digest import digest_of
 from voxquilt.training.record_changes import changes
 from voxquilt.training.splits import Split
-from voxquilt.vocabulary import flattened, normalised
+from voxquilt.vocabulary import ADDED_SETTINGS, flattened, normalised
 
 log = logging.getLogger("voxquilt")
 
@@ -162,4 +162,6 @@ def _settings(plain: Mapping[str, Any]) -> dict[str, Any]:
         # The only kind of callback that changes weights.
         if isinstance(node, Mapping) and str(node.get("_target_")).endswith("WeightAveraging"):
             settings |= flattened(node, f"callbacks.{name}", numbered=True)
+    # What later versions have added was not there when earlier trainings began.
+    settings = {k: v for k, v in settings.items() if k not in ADDED_SETTINGS or v != ADDED_SETTINGS[k]}
     return {key: normalised(key, value, NEW) for key, value in settings.items()}

@@ -55,8 +55,6 @@ def _by_magic(start: bytes) -> str:
         return "a DICOM file"
     if start[257:262] == b"ustar":
         return "a tar archive: unpack it"
-    if start[:1] == b"\x08" and (b"onnx" in start.lower() or b"pytorch" in start[:64]):
-        return "an ONNX model, which is not read: export the network to TorchScript or by torch.export"
     if start[:1] == b"\x80" and start[1:2] in (b"\x03", b"\x04", b"\x05") and _MAGIC not in start[:64]:
         return "a pickle that torch.save did not write: load it where it was made, and torch.save its state dict"
     return ""

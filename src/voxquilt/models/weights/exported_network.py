@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from voxquilt.errors import OutputError
-from voxquilt.models.chunking import in_chunks
+from voxquilt.models.chunking import check_sizes, in_chunks
 
 
 class ExportedNetwork(nn.Module):
@@ -46,15 +45,7 @@ class ExportedNetwork(nn.Module):
         Raises:
             OutputError: the program was exported for patches of another size, or with other channels.
         """
-        shape = tuple(patches.shape[1:])
-        if len(shape) != len(self._sizes) - 1 or any(
-            size not in (None, n) for size, n in zip(self._sizes[1:], shape, strict=True)
-        ):
-            wanted = " x ".join("any" if size is None else str(size) for size in self._sizes[1:])
-            raise OutputError(
-                f"the program was exported for inputs of {wanted} (channels first); these are "
-                f"{' x '.join(map(str, shape))}. Set data.patch_size, or export it with dynamic shapes."
-            )
+        check_sizes("the program", self._sizes, patches.shape)
         return in_chunks(self._module, patches, most=self._most, least=self._least)
 
     def train(self, mode: bool = True) -> "ExportedNetwork":

@@ -54,6 +54,15 @@ def read_exported(ckpt_path: Paths, *, trust: bool = False) -> list[nn.Module]:
     return [_read("exported", file, ReadOptions(trust=trust)) for file in to_files(ckpt_path)]
 
 
+def read_onnx(ckpt_path: Paths) -> list[nn.Module]:
+    """ONNX files, which onnxruntime runs.
+
+    Raises:
+        ConfigError: a file is damaged, or cannot be run; or onnxruntime is missing.
+    """
+    return [_read("onnx", file, ReadOptions()) for file in to_files(ckpt_path)]
+
+
 def read_state_dict(
     net: nn.Module, ckpt_path: Paths | None, *, prefix: str | None = None, strict: bool = True, trust: bool = False
 ) -> list[nn.Module]:

@@ -14,6 +14,7 @@ WEIGHTS = Registry(
     {
         "torchscript": f"{_FOLDER}.torchscript:TorchScript",
         "exported": f"{_FOLDER}.exported:Exported",
+        "onnx": f"{_FOLDER}.onnx:Onnx",
         LIGHTNING: f"{_FOLDER}.lightning:LightningCheckpoint",
         STATE_DICT: f"{_FOLDER}.state_dict:StateDict",
     },

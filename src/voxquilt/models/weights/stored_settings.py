@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from voxquilt.errors import ConfigError
+from voxquilt.models.weights.onnx_header import looks_like_onnx, read_metadata
 from voxquilt.old_names import with_new_targets
 
 KEY = "voxquilt"
@@ -55,7 +56,8 @@ def carried(path: Path) -> dict[str, Any] | None:
         ConfigError: settings of a newer version than this, with keys that no checkpoint may bring, or with values that
             are not plain.
     """
-    content = _safetensors_metadata(path) if path.suffix == ".safetensors" else pickled(path)
+    text = _stored_text(path)
+    content = pickled(path) if text is None else _parsed(text)
     settings = content.get(KEY) if isinstance(content, Mapping) else None
     if settings is None:
         return None
@@ -84,12 +86,26 @@ def pickled(path: Path) -> Any:
         return None
 
 
-def _safetensors_metadata(path: Path) -> Any:
+def _stored_text(path: Path) -> str | None:
+    """The settings as text, of formats that keep them so; None where there are none."""
     try:
-        with safe_open(path, framework="np") as file:  # NumPy's, which does not import torch
-            text = (file.metadata() or {}).get(KEY)
-        return {KEY: json.loads(text)} if text else None
-    except (OSError, ValueError, SafetensorError):
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="np") as file:  # NumPy's, which does not import torch
+                return (file.metadata() or {}).get(KEY)
+        with open(path, "rb") as file:
+            if looks_like_onnx(file.read(3)):
+                return read_metadata(path, KEY)
+        with zipfile.ZipFile(path) as archive:  # an extra file of torch.jit.save or torch.export.save
+            name = next(name for name in archive.namelist() if name.partition("/")[2] == f"extra/{KEY}")
+            return archive.read(name).decode()
+    except Exception:  # as in `pickled`
+        return None
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return {KEY: json.loads(text)}
+    except (ValueError, RecursionError):
         return None
 
 
