@@ -1,5 +1,7 @@
 """Fills in what a trained model folder of nnU-Net asks for, and runs the models whose labels another one needs."""
 
+import glob
+import logging
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,6 +15,8 @@ from voxquilt.distributed.environment import is_external, is_first
 from voxquilt.errors import ConfigError
 from voxquilt.models.nnunet.folder import NnunetFolder, read_folder
 from voxquilt.models.nnunet.settings import settings_of
+
+log = logging.getLogger("voxquilt")
 
 NNUNET = "voxquilt.predictor_from_nnunet"
 """The model of `model=nnunet`."""
@@ -45,6 +49,9 @@ def take_model_folder(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
     if not isinstance(postprocess, bool | None):
         raise ConfigError(f"model.postprocess must be true or false; it is {postprocess!r}.")
     settings = settings_of(model, previous=previous, postprocess=bool(postprocess))
+    if OmegaConf.select(cfg, "run.dry_run") and previous is not None and not _exists(previous):
+        # A plan counts the channels of labels that are still to be predicted.
+        settings["data"]["extra_images"] = None
     if cfg.data.get("images"):
         del settings["data"]["suffixes"]  # the user says which files are a subject's images
     if cfg.data.get("patch_overlap"):
@@ -161,8 +168,17 @@ def _predict_rough(cfg: DictConfig, overrides: Sequence[str]) -> int:
         # What the user said of the model, its patches and its labels is said of the other one.
         kept = [text for text in overrides if not text.lstrip("+~").startswith(_OF_MODEL)]
         status = _predict_stage(kept, own, str(rough.get("folder") or rough.get("ckpt_path")))
-    OmegaConf.update(cfg, "data.within", _labels_in(output_dir, cfg), merge=False)
+    mask = _labels_in(output_dir, cfg)
+    is_planned = OmegaConf.select(cfg, "run.dry_run") and not _exists(mask)
+    if is_planned:
+        log.info("data.within is not known before %s has predicted: the plan is that of whole volumes.", rough)
+    OmegaConf.update(cfg, "data.within", None if is_planned else mask, merge=False)
     return status
+
+
+def _exists(pattern: str) -> bool:
+    """Whether there is a file of any subject."""
+    return any(glob.iglob("*".join(map(glob.escape, pattern.split("{subject}")))))
 
 
 def _labels_in(output_dir: str, cfg: DictConfig) -> str:

@@ -70,6 +70,13 @@ def find_subjects(plain: Mapping[str, Any]) -> list[SubjectFiles] | None:
         suffixes=data.get("suffixes"), extra=data.get("extra_images"),
     )  # fmt: skip
     check_image_names(plain["preprocess"].get("intensity"), cases)
+    one_hot = set(plain["preprocess"].get("one_hot") or ())
+    missing = sorted(one_hot - {name for case in cases for name in case.images})
+    if missing and not plain["run"]["dry_run"]:
+        raise ConfigError(
+            f"preprocess.one_hot names {missing}, and no subject has such an image: add it by data.images, or by "
+            f"data.extra_images='{{{missing[0]}: \"labels/{{subject}}.nii.gz\"}}'."
+        )
     for key in ("skip", "within"):
         mask = data.get(key)
         if isinstance(mask, str) and not any(os.path.isfile(mask.replace("{subject}", case.subject)) for case in cases):

@@ -84,6 +84,9 @@ def measure_subject(
         changed = 2 * _FLOAT * model if transformed else 0
         reading = max(reading, count * max(native * stored + along, changed))
         beside += count * size * model * is_padded
+    for labels in (labels for name, labels in (one_hot or {}).items() if name not in subject.images):
+        channels += len(labels)  # of a file that is still to be made, in a plan
+        loaded += len(labels) * _FLOAT * padded_with_halo
     axis = grid.streaming_axis
     ring = padded // grid.shape[axis] * grid.patch_size[axis]
     reading = max(reading, beside)  # until all images are padded, those without padding are kept
