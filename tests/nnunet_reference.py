@@ -63,7 +63,7 @@ class Reference:
             data[n] = self._normalised(channel, n, inside)
         cropped = data.shape[1:]
         wanted = [*([spacing[0]] if len(self.plan["spacing"]) == 2 else []), *self.plan["spacing"]]
-        shape = tuple(int(round(a / b * n)) for a, b, n in zip(spacing, wanted, cropped, strict=True))
+        shape = tuple(round(a / b * n) for a, b, n in zip(spacing, wanted, cropped, strict=True))
         data = self._resampled("data", data, shape, spacing, wanted)
         if previous is not None:
             labels = self._read(previous)[0].transpose(self.order)[box]
@@ -184,9 +184,7 @@ class Reference:
         return labels, probabilities
 
 
-def _separate_axis(
-    current: Sequence[float], new: Sequence[float], forced: bool | None, threshold: float
-) -> int | None:
+def _separate_axis(current: Sequence[float], new: Sequence[float], forced: bool | None, threshold: float) -> int | None:
     """The axis across which slices are resampled each by itself."""
     if forced is False:
         return None
@@ -214,7 +212,7 @@ def _resized(x: np.ndarray, shape: Sequence[int], order: int, axis: int | None) 
 
 
 def _resized_labels(labels: np.ndarray, shape: Sequence[int], axis: int | None) -> np.ndarray:
-    """batchgenerators' resize_segmentation: the label of the largest share; of several, the nearest, or the smallest."""
+    """By batchgenerators' rule: the label of the largest share; of several, the nearest, or the smallest."""
     values = np.unique(labels)
     shares = np.stack([_resized((labels == value).astype(float), shape, 1, axis) for value in values])
     nearest = _resized(labels.astype(float), shape, 0, axis)

@@ -76,7 +76,7 @@ class Case:
 
 CASES = {
     "isotropic CT, two folds": Case(CT, ONE, ((14, 11, 12),), OBLIQUE, (0, 1), channels=1),
-    "mirroring left out": Case(CT, ONE, ((14, 11, 12),), PERMUTED, channels=1, mirror=False, options=("model.flips=[]",)),
+    "not mirrored": Case(CT, ONE, ((14, 11, 12),), PERMUTED, channels=1, mirror=False, options=("model.flips=[]",)),
     "anisotropic regions, transposed": Case(dataset=REGIONS, shapes=((13, 14, 6),), affine=np.diag([1.1, 1.2, 4, 1])),
     "anisotropic, permuted": Case({**Z_SCORE, **RESIDUAL_OPTIONS}, {}, ((9, 5, 14),), PERMUTED),
     "anisotropic, oblique, mirrored along one axis": Case(
@@ -142,7 +142,13 @@ def rows(folder: Path) -> dict[str, dict[str, str]]:
 
 
 def assert_equal(
-    folder: Path, subjects: Sequence[str], reference: Reference, out: str = "outputs", *, previous: str = "", **given: Any
+    folder: Path,
+    subjects: Sequence[str],
+    reference: Reference,
+    out: str = "outputs",
+    *,
+    previous: str = "",
+    **given: Any,
 ) -> None:
     """Labels at every voxel, and probabilities up to rounding; several labels occur."""
     found: list[int] = []
@@ -221,7 +227,11 @@ def test_a_cubic_spline_of_scores_is_refused_by_slabs_before_anything_starts(pla
 def test_a_run_that_was_killed_is_completed(place: Path, forks: Server) -> None:
     """What is done is not done again, and files are those of a run that was not killed."""
     last = sum(int(row["patches"]) for row in rows(place / "outputs").values()) - 1
-    fault = ("+callbacks.fault._target_=synthetic.Fault", "+callbacks.fault.action=kill", f"+callbacks.fault.batch={last}")
+    fault = (
+        "+callbacks.fault._target_=synthetic.Fault",
+        "+callbacks.fault.action=kill",
+        f"+callbacks.fault.batch={last}",
+    )
     options = ("output_dir=killed", "data.batch_size=1")
     job = forks.start(*command(*options, *fault), cwd=place)
     assert job.wait(90) == [-9]
@@ -301,7 +311,10 @@ def test_a_missing_channel_fails_its_subject_alone(place: Path, forks: Server, t
     ("options", "message"),
     [
         (("ckpt_path=w.pt",), "ckpt_path=w.pt: model=nnunet has its weights in model.folder"),
-        ((f"model.folder={NAME}x",), f"{NAME}x is not there; wanted is a model folder of nnU-Net. Did you mean ./{NAME}?"),
+        (
+            (f"model.folder={NAME}x",),
+            f"{NAME}x is not there; wanted is a model folder of nnU-Net. Did you mean ./{NAME}?",
+        ),
         (("model.folder=???",), "model.folder is the folder of a trained model"),
         ((f"model.folder={NAME}/fold_0",), f"Did you mean {NAME}?"),
         (("model.folds=[4]",), "fold 4 with checkpoint_final.pth was wanted; folds 0 with that file came."),
