@@ -206,7 +206,7 @@ def _resized(x: np.ndarray, shape: Sequence[int], order: int, axis: int | None) 
         return resize(x, shape, **options)
     flat = [n for a, n in enumerate(shape) if a != axis]
     slices = [resize(x.take(n, axis), flat, **options) for n in range(x.shape[axis])]
-    places = (np.arange(shape[axis]) + 0.5) * x.shape[axis] / shape[axis] - 0.5
+    places = x.shape[axis] / shape[axis] * (np.arange(shape[axis]) + 0.5) - 0.5
     nearest = ndimage.map_coordinates(np.arange(x.shape[axis]), [places], order=0, mode="nearest")
     return np.stack([slices[n] for n in nearest], axis)
 
