@@ -3,13 +3,15 @@
 import json
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor, nn
 
 from voxquilt.models.nnunet.folder import read_folder
@@ -93,6 +95,17 @@ FLAT_OPTIONS = {
     f"{OPTIONS}n_conv_per_stage_decoder": [1],
     f"{OPTIONS}norm_op": "torch.nn.modules.instancenorm.InstanceNorm2d",
 }
+OLD_PLANS = {
+    f"{MAIN}architecture": MISSING,
+    f"{MAIN}UNet_class_name": "PlainConvUNet",
+    f"{MAIN}UNet_base_num_features": 2,
+    f"{MAIN}unet_max_num_features": 5,
+    f"{MAIN}conv_kernel_sizes": PLAIN["arch_kwargs"]["kernel_sizes"],
+    f"{MAIN}pool_op_kernel_sizes": PLAIN["arch_kwargs"]["strides"],
+    f"{MAIN}n_conv_per_stage_encoder": [1, 2, 1],
+    f"{MAIN}n_conv_per_stage_decoder": [2, 1],
+}
+"""The same network as plans before 2.2 describe it."""
 
 
 def edited(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,16 +163,18 @@ def make_model(
     dataset: Mapping[str, Any] | None = None,
     *,
     folds: Sequence[int | str] = (0,),
+    fill: Callable[[nn.Module, int], nn.Module] | None = None,
     **changes: Any,
 ) -> Path:
-    """A whole model folder. The weights of each fold are `filled` from another number."""
+    """A whole model folder. The weights of each fold are `filled` from another number, or by a function of it."""
     write_settings(folder, plans, dataset)
     weights: Mapping[str, Any] = changes.pop("weights", {})
     for fold in folds:
         write_checkpoint(folder, fold, stored(weights, **changes))
     if not weights:
         for n, fold in enumerate(folds):
-            network = filled(build_network(read_folder(folder, folds=[fold])), offset=n)
+            network = build_network(read_folder(folder, folds=[fold]))
+            network = filled(network, offset=n) if fill is None else fill(network, n)
             write_checkpoint(folder, fold, stored(with_duplicates(network.state_dict()), **changes))
     return folder
 
@@ -171,6 +186,28 @@ def filled(network: nn.Module, offset: float = 0.0) -> nn.Module:
             steps = torch.arange(tensor.numel(), dtype=torch.float64).mul(0.7).add(n + offset)
             values = steps.cos().mul(0.5).reshape(tensor.shape)
             tensor.copy_(values.abs() + 0.5 if name.endswith("running_var") else values)
+    return network
+
+
+def balanced(network: nn.Module, seed: int) -> nn.Module:
+    """A network with random weights whose classes all occur, and whose scores differ from voxel to voxel."""
+    random = torch.Generator().manual_seed(seed)
+    state = network.state_dict()
+    for name, tensor in sorted(state.items()):
+        if tensor.ndim > 1:
+            fan = tensor[0].numel()
+            tensor.copy_(torch.randn(tensor.shape, generator=random) * (2 / fan) ** 0.5)
+        elif name.endswith("weight"):
+            tensor.copy_(1 + 0.2 * torch.randn(tensor.shape, generator=random))
+        elif tensor.is_floating_point() and not name.endswith(("running_mean", "running_var")):
+            tensor.copy_(0.1 * torch.randn(tensor.shape, generator=random))
+    first = next(t for name, t in state.items() if name.endswith("conv.weight"))
+    last = max(name for name in state if "seg_layers" in name and name.endswith("weight")).removesuffix("weight")
+    noise = torch.randn(1, first.shape[1], *[16] * (first.ndim - 2), generator=random)
+    with torch.no_grad():
+        state[f"{last}weight"].mul_(3)
+        scores = network.eval()(noise)[0].flatten(1)
+        state[f"{last}bias"].sub_(scores.median(1).values)
     return network
 
 
@@ -200,3 +237,30 @@ def export(path: Path, folder: Path, inside: str) -> Path:
             if file.is_file():
                 archive.write(file, f"{inside}/{file.relative_to(folder).as_posix()}")
     return path
+
+
+def write_case(
+    folder: Path,
+    name: str,
+    shape: tuple[int, int, int],
+    affine: np.ndarray,
+    channels: int = 1,
+    *,
+    seed: int = 0,
+    ending: str = ".nii.gz",
+) -> list[Path]:
+    """The images of a subject: smooth, with margins of 0 and, where there is room, a hole."""
+    random = np.random.default_rng(seed)
+    inside = np.zeros(shape, bool)
+    inside[tuple(slice(n // 6, n - n // 7) for n in shape)] = True
+    if min(shape) >= 6:
+        inside[tuple(slice(n // 2, n // 2 + 1) for n in shape)] = False
+    paths = []
+    for channel in range(channels):
+        values = ndimage.gaussian_filter(random.normal(size=shape), 0.8)
+        values = values / values.std() * 90 + 60 + 50 * channel
+        image = nib.Nifti1Image(np.where(inside, values, 0).astype(np.float32), affine)
+        folder.mkdir(parents=True, exist_ok=True)
+        paths.append(folder / f"{name}_{channel:04d}{ending}")
+        nib.save(image, paths[-1])
+    return paths

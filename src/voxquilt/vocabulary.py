@@ -32,7 +32,9 @@ DEVICES = ("auto", "cpu")
 ON_ERROR = ("skip", "raise")
 TASKS = ("segmentation", "multilabel", "image")
 LOGS = ("auto", "rich", "plain", "json")
-DISTRIBUTE = ("subject", "slab", "auto")
+SUBJECT, SLAB = "subject", "slab"
+DISTRIBUTE = (SUBJECT, SLAB, "auto")
+"""What several processes share: each has subjects of its own, or a part of every volume."""
 PADDING_MODES = (
     "constant", "edge", "linear_ramp", "maximum", "mean", "median", "minimum", "reflect", "symmetric", "wrap", "empty",
 )  # fmt: skip

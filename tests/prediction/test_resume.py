@@ -298,6 +298,25 @@ def composed(*options: str) -> dict[str, Any]:
     )
 
 
+LATER = (
+    "data.suffixes", "data.extra_images", "data.placement", "data.step", "data.within", "data.margin",
+    "preprocess.transpose", "preprocess.grid", "preprocess.crop", "preprocess.interpolation", "preprocess.per_slice",
+    "preprocess.intensity_first", "preprocess.one_hot", "stitch.order", "stitch.per_slice", "stitch.regions",
+    "stitch.classes", "stitch.combine",
+)  # fmt: skip
+
+
+def test_settings_that_were_added_do_not_count_at_their_defaults() -> None:
+    """So that an earlier version's outputs count as done; away from the default each counts."""
+    plain = composed()
+    assert not set(LATER) & settings(plain).keys()
+    for key in LATER:
+        section, _, name = key.partition(".")
+        assert name in plain[section], "no such setting"
+        counts = key not in ("data.suffixes", "data.extra_images")  # by the files and the images' names
+        assert (settings(changed(plain, key, "another")) != settings(plain)) == counts, key
+
+
 KINDS: list[tuple[str, ...]] = [
     (),
     *((f"model={kind}",) for kind in ("state_dict", "lightning", "torchscript", "exported")),

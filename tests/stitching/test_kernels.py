@@ -444,6 +444,28 @@ def test_kernels_give_the_volumes_of_torch(
     assert_labels(made["labels"], expected["labels"], np.concatenate([logits, 0 * logits + 0.1])[: max(2, classes)])
 
 
+@pytest.mark.parametrize("execution", [DEFERRED, KERNELS])
+@pytest.mark.parametrize("order", [0, 1, 3])
+@pytest.mark.parametrize("per_slice", [None, True])
+def test_every_order_in_a_box_gives_the_volumes_of_the_host(
+    execution: Execution, order: int, per_slice: bool | None
+) -> None:
+    """By kernels where they can, and background around the box."""
+    volume = torch.ones(1, 9, 8, 7)
+    volume[:, :2], volume[..., 5:] = 0, 0
+    affine = np.array([[0, 0, 1.2, 3], [-1, 0, 0, 1], [0, 1, 0, -4], [0, 0, 0, 1]])
+    preprocess = Preprocess("SAR", 1.3, crop="nonzero", grid="corner")
+    model, space = preprocess(Subject(t1=ScalarImage(tensor=volume, affine=affine)))
+    sampler = GridSampler(model, (4, 5, 3), 2, fit=True)
+    stitch = Stitch("nnunet", ["labels", "logits"], order=order, per_slice=per_slice)
+    run = partial(volumes_of, stitch, sampler, space, {"": scores_for(sampler, 3, seed=1)})
+    expected, made = run(execution=HOST), run(execution=execution)
+    np.testing.assert_allclose(made["logits"], expected["logits"], rtol=1e-5, atol=1e-5)
+    assert_labels(made["labels"], expected["labels"], expected["logits"])
+    assert not made["labels"][0, :2].any()
+    assert made["labels"].any()
+
+
 @pytest.mark.parametrize("mode", ["gaussian", "crop"])
 @pytest.mark.parametrize("moved", [False, True])
 @pytest.mark.parametrize("spacing", [None, 1.3])

@@ -18,6 +18,7 @@ from voxquilt.distributed.environment import is_external, is_first
 from voxquilt.errors import ConfigError
 from voxquilt.models.weights.detect import check_has_network
 from voxquilt.stitching.products.registry import PRODUCTS
+from voxquilt.vocabulary import SLAB, SUBJECT
 
 
 def check_predict(cfg: DictConfig) -> dict[str, Any]:
@@ -34,6 +35,7 @@ def check_predict(cfg: DictConfig) -> dict[str, Any]:
     check_weights(plain)
     _check_network(plain)
     check_output(plain)
+    _check_slabs(plain)
     _check_targets(plain, plain["run"]["allowed_targets"])
     return plain
 
@@ -52,6 +54,19 @@ def _check_network(plain: Mapping[str, Any]) -> None:
     model, paths = plain["model"], plain["ckpt_path"]
     if model["_target_"] == AUTO and model.get("net") is None and paths:
         check_has_network(Path(os.path.expanduser(path)) for path in (paths if isinstance(paths, list) else [paths]))
+
+
+def _check_slabs(plain: Mapping[str, Any]) -> None:
+    """Refuse slabs whose scores a cubic spline takes back to native space; `auto` then deals whole subjects."""
+    stitches = [plain["stitch"], *(part["stitch"] for part in plain["model"].get("parts") or ())]
+    if not any(stitch.get("order") == 3 for stitch in stitches):
+        return
+    if plain["run"]["distribute"] == SLAB:
+        raise ConfigError(
+            "stitch.order=3 goes with run.distribute=subject: a cubic spline of scores needs more planes of a "
+            "neighbour's slab than processes exchange. Or set stitch.order=1."
+        )
+    plain["run"]["distribute"] = SUBJECT
 
 
 def find_subjects(plain: Mapping[str, Any]) -> list[SubjectFiles] | None:

@@ -21,6 +21,11 @@ class LoadFailure:
     seconds: float
 
 
+def never_dropped(task: SubjectTask) -> bool:
+    """That every subject is loaded."""
+    return False
+
+
 @dataclass(frozen=True)
 class PatchStream:
     """The batches of a run.
@@ -46,7 +51,7 @@ class PatchStream:
     failed: Callable[[LoadFailure], None]
     stopped: Callable[[], bool]
     feed: DeviceFeed | None = None
-    is_dropped: Callable[[SubjectTask], bool] = bool
+    is_dropped: Callable[[SubjectTask], bool] = never_dropped
 
     def __iter__(self) -> Iterator[PatchBatch]:
         for batch in cut_batches(self._subjects(), self.batch_size, self.feed):

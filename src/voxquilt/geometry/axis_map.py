@@ -83,6 +83,7 @@ class AxisMap:
         x = torch.where((x - x.round()).abs() < 1e-6, x.round(), x)
         if self.order == 0:
             x = (x - 0.5).ceil() if self.scale < 0 and self.reverses_source else (x + 0.5).floor()
+        x = x + first
         if self.order == 3 and (x != x.round()).any():
             return _spline(x, first, stop, source_size)
         x = x.clamp(first, stop - 1)
@@ -94,7 +95,10 @@ class AxisMap:
         return replace(self, order=min(self.order, 1))
 
     def _positions(self, first: int, stop: int) -> Tensor:
-        """Positions of the target voxels in the source, float64."""
+        """Positions of the target voxels among the source's voxels from `first` to `stop`, float64.
+
+        They are counted from `first`, so that rounding is the same with any padding before it.
+        """
         x = torch.arange(self.size, dtype=torch.float64)
         # Where the borders of the two volumes meet, in the order of operations of others (scipy, torch, nnU-Net), by
         # whose rounding it is decided which of two voxels at the same distance is the nearest.
@@ -102,11 +106,13 @@ class AxisMap:
         start, end = (self.scale * (end - 0.5) + self.offset + 0.5 for end in (0, self.size))
         if abs(min(start, end) - first) < 1e-6 and abs(max(start, end) - stop) < 1e-6:
             if self.scale > 0:
-                return exact * (x + 0.5) - 0.5 + first
+                return exact * (x + 0.5) - 0.5
             if self.reverses_source:
-                return stop - 1 - (exact * (x + 0.5) - 0.5)
-            return exact * (x.flip(0) + 0.5) - 0.5 + first
-        return x * self.scale + self.offset
+                return stop - first - 1 - (exact * (x + 0.5) - 0.5)
+            return exact * (x.flip(0) + 0.5) - 0.5
+        x = x * self.scale + (self.offset - first)
+        # Halfway between two voxels up to rounding is halfway.
+        return torch.where((2 * x - (2 * x).round()).abs() < 1e-6, (2 * x).round() / 2, x)
 
 
 AxisMaps = tuple[AxisMap, AxisMap, AxisMap]

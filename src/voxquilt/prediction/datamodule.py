@@ -12,7 +12,7 @@ from voxquilt.data.copy_stream import copy_stream
 from voxquilt.data.device_feed import DeviceFeed
 from voxquilt.data.discovery import SubjectFiles, find_cases
 from voxquilt.data.grid_loader import GridLoader, make_grids
-from voxquilt.data.prefetch import LoadFailure, PatchStream
+from voxquilt.data.prefetch import LoadFailure, PatchStream, never_dropped
 from voxquilt.data.preprocess import Preprocess
 from voxquilt.data.shared_reads import SharedReads
 from voxquilt.data.subject_size import RunSize, SubjectSize
@@ -123,7 +123,7 @@ class GridDataModule(LightningDataModule):
         self._stopped: Callable[[], bool] = bool
         self._failed: Callable[[LoadFailure], None] = _log_failure
         self._reads: SharedReads | None = None
-        self._is_dropped: Callable[[SubjectTask], bool] = bool
+        self._is_dropped: Callable[[SubjectTask], bool] = never_dropped
         self.detailed = False
         """Whether `plan.costs` has the sizes of each subject; set before `setup`."""
 

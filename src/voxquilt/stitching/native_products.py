@@ -200,10 +200,12 @@ class NativeProducts:
 
 
 def _paths(specs: Mapping[str, ProductSpec], grid: NativeGrid, check: FiniteCheck) -> Iterator[ProductPath]:
+    # A spline would swing beyond a product's range, such as below an entropy of 0.
+    in_model = grid if grid.is_linear else replace(grid, maps=tuple(m.without_spline() for m in grid.maps))
     for name, spec in specs.items():
         if spec.in_model:
-            restorer = grid.make_restorer(linear=spec.product.form(grid.channels)[1].kind == "f")
-            volumes = grid.make_volumes({name: spec.product}, restorer)
+            restorer = in_model.make_restorer(linear=spec.product.form(grid.channels)[1].kind == "f")
+            volumes = in_model.make_volumes({name: spec.product}, restorer)
             before = _InModel(spec.product, grid.channels, grid.read, check)
             yield ProductPath(before, restorer, _OfModelProduct(name), volumes)
     of_scores = {name: spec.product for name, spec in specs.items() if not spec.in_model}

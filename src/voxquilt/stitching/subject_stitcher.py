@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from voxquilt.errors import BatchError, LedgerError, OutputError, PatchShapeError
+from voxquilt.errors import BatchError, ConfigError, LedgerError, OutputError, PatchShapeError
 from voxquilt.geometry.slab_split import Part, all_rows
 from voxquilt.geometry.space import Space, Where
 from voxquilt.stitching.aggregator import Placed
@@ -46,7 +46,8 @@ class SubjectStitcher:
         layout: How outputs lie in patches; see `voxquilt.geometry.output_layout.factor_of`.
 
     Raises:
-        ConfigError: (a ValueError) the grid has fewer rows than the part.
+        ConfigError: (a ValueError) the grid has fewer rows than the part, or scores of a part are to be interpolated by
+            cubic splines.
     """
 
     def __init__(
@@ -63,6 +64,11 @@ class SubjectStitcher:
     ) -> None:
         self.stitch = stitch
         self.part = part or all_rows(placed.grid, placed.grid.streaming_axis)
+        if stitch.order == 3 and (self.part.first, self.part.stop) != (0, placed.grid.counts[self.part.axis]):
+            raise ConfigError(
+                "stitch.order=3 goes with whole volumes: a cubic spline of scores needs more planes of the part that "
+                "follows than parts exchange."
+            )
         self.holds_all = holds_all
         self._ledger = Ledger(placed.grid, skipped, self.part)
         self._opener = RingOpener(stitch, placed.padding, space, self._ledger, memory or Memory(), holds_all, layout)
