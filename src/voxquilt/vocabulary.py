@@ -22,6 +22,8 @@ OUTPUTS = ("auto", "resampled", "cropped")
 """How an output lies in its patch; see `voxquilt.geometry.output_layout`."""
 ORDERS = (0, 1, 3)
 """Orders of interpolation: nearest voxel, linear, cubic spline."""
+CHECKPOINT = "checkpoint"
+"""The value of `model.flips` that takes the axes from nnU-Net's checkpoint."""
 ORDERED, MEAN = "ordered", "mean"
 COMBINE = (ORDERED, MEAN)
 """How the outputs of several models are combined; see `voxquilt.stitching.combination`."""

@@ -40,6 +40,7 @@ from voxquilt.stitching.products.registry import PRODUCTS
 from voxquilt.vocabulary import (
     ACTIVATIONS,
     AVERAGES,
+    CHECKPOINT,
     COMBINE,
     CROPS,
     DEVICES,
@@ -137,7 +138,7 @@ PREDICT = {
     "model": Section(
         {
             "outputs": list_of("seg,null"),
-            "flips": list_of("0,1"),
+            "flips": first_of(lambda value: value == CHECKPOINT, list_of("0,1")),
             "average": word(AVERAGES),
             "activation": or_null(word(ACTIVATIONS)),
             "squeeze_axis": anything,

@@ -49,10 +49,6 @@ class GridDataModule(LightningDataModule):
         patch_overlap: Voxels that neighbours share, an even integer or three.
         padding_mode: See GridSampler; volumes smaller than a patch are padded in any case.
         divisible_by: Pad model space to a multiple of this many voxels.
-        placement, step: See GridSampler.
-        within: A pattern of mask files with `{subject}`, on the grid of the first image: only the bounding box of what
-            is above 0 is seen by the network; all around it is background.
-        margin: mm around that box.
         batch_size: Patches per forward pass; with 'auto' VolumeWriter chooses as many as fit.
         num_workers: Threads that load subjects ahead, one subject each; 0 loads in the main thread.
         skip: Patches without foreground are not predicted and count as background. Foreground is where the
@@ -61,15 +57,7 @@ class GridDataModule(LightningDataModule):
         labels: Where `voxquilt.reporting.evaluation` finds true labels: a path with `{subject}`, or one per channel. By
             default the column `label` of a table, which is not an image.
         preprocess: Takes subjects to model space; by default RAS with the file's spacing.
-        nonfinite: What to do with NaN and infinite voxels: 'error' (the default) or 'zero'.
-        shard: (index, count): predict one of `count` parts of the subjects, which have about equally many patches. All
-            parts are computed from the same headers; with `resume` one run reads them for all.
-        distribute: With several processes, 'subject' (the default) gives each subject to one of them, 'slab' divides
-            every volume's grid between all, 'auto' does so if there are fewer subjects than processes, or for a subject
-            that has more than an even share of the patches.
-        resume: Finds the subjects that are done already; None predicts all.
-        output_dir: Where the run writes; files there are never inputs. By default the folder of `resume`.
-        more_models: Where several models predict each subject, how it is read and cut for those behind the first.
+        options: See `voxquilt.prediction.run_options.RunOptions`.
 
     Raises:
         ConfigError, GridError: one of these is wrong.

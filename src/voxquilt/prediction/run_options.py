@@ -10,7 +10,24 @@ from voxquilt.prediction.resume import Resume
 
 
 class RunOptions(TypedDict, total=False):
-    """How a predict run places patches and treats its subjects; see GridDataModule."""
+    """How a predict run places patches and treats its subjects.
+
+    Args:
+        suffixes, extra_images: See `voxquilt.data.discovery.find_cases`.
+        placement, step: See GridSampler.
+        within: A pattern of mask files with `{subject}`, on the grid of the first image: only the bounding box of what
+            is above 0 is seen by the network; all around it is background.
+        margin: mm around that box.
+        nonfinite: What to do with NaN and infinite voxels: 'error' (the default) or 'zero'.
+        shard: (index, count): predict one of `count` parts of the subjects, which have about equally many patches. All
+            parts are computed from the same headers; with `resume` one run reads them for all.
+        distribute: With several processes, 'subject' (the default) gives each subject to one of them, 'slab' divides
+            every volume's grid between all, 'auto' does so if there are fewer subjects than processes, or for a subject
+            that has more than an even share of the patches.
+        resume: Finds the subjects that are done already; None predicts all.
+        output_dir: Where the run writes; files there are never inputs. By default the folder of `resume`.
+        more_models: Where several models predict each subject, how it is read and cut for those behind the first.
+    """
 
     placement: str
     step: float | None

@@ -129,5 +129,5 @@ class MeanProbabilities:
                 plane = torch.from_numpy(np.ascontiguousarray(mean[..., k : k + 1]))
                 volumes[name][..., k : k + 1] = compute(spec.product, plane, channels).numpy()
             if spec.product.kind == LABELS:
-                volumes[name] = to_labels(volumes[name], stitch.postprocess, stitch.label_values, stitch.kept)
+                volumes[name] = stitch.to_labels(volumes[name])
         return volumes, {name: spec.product.kind for name, spec in specs.items()}

@@ -5,11 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
 from torch import Tensor
 
 from voxquilt.errors import ConfigError
 from voxquilt.geometry.grid import make_grid
 from voxquilt.stitching.blend import Blend, checked_weights, to_blend
+from voxquilt.stitching.label_values import to_labels
 from voxquilt.stitching.products.base import Product
 from voxquilt.stitching.products.registry import PRODUCTS
 from voxquilt.stitching.products.spec import ProductSpec, make_products
@@ -144,6 +146,14 @@ class Stitch:
     def names(self) -> dict[int, str]:
         """The classes' names by their numbers in label files."""
         return {self.number_of(n): str(name) for n, name in enumerate(self.class_names or ())}
+
+    def to_labels(self, classes: np.ndarray) -> np.ndarray:
+        """Labels as files hold them, of a (C, I, J, K) volume of classes, which may be replaced in place.
+
+        Raises:
+            OutputError: post-processing gave another shape, or numbers that are not labels.
+        """
+        return to_labels(classes, self.postprocess, self.label_values, self.kept)
 
     def specs(self, output: str, channels: int) -> list[tuple[Blend, dict[str, ProductSpec]]]:
         """The products of an output by name, for each blend.

@@ -11,7 +11,6 @@ from voxquilt.errors import BatchError, ConfigError, LedgerError, OutputError, P
 from voxquilt.geometry.slab_split import Part, all_rows
 from voxquilt.geometry.space import Space, Where
 from voxquilt.stitching.aggregator import Placed
-from voxquilt.stitching.label_values import to_labels
 from voxquilt.stitching.ledger import Ledger
 from voxquilt.stitching.output_rings import Averaged, Memory, Ring, RingOpener
 from voxquilt.stitching.output_volumes import OutputVolumes
@@ -179,7 +178,10 @@ class SubjectStitcher:
         for name, (product, volumes) in self._products.items():
             volumes.check_complete()
             volume = volumes.arrays[product]
-            finished[name] = self._label_volume(name, volume) if volumes.kind(product) == LABELS else volume
+            if volumes.kind(product) == LABELS and name not in self._labels:
+                # Once, since classes are replaced in place.
+                self._labels[name] = self.stitch.to_labels(volume)
+            finished[name] = self._labels.get(name, volume)
         return finished
 
     @property
@@ -223,13 +225,6 @@ class SubjectStitcher:
         if not self._rings:
             raise LedgerError("no patch has come, so the outputs are unknown; add one patch even if all are skipped.")
         return self._all_rings
-
-    def _label_volume(self, name: str, classes: np.ndarray) -> np.ndarray:
-        """Labels as files hold them; computed once, since classes are replaced in place."""
-        if name not in self._labels:
-            stitch = self.stitch
-            self._labels[name] = to_labels(classes, stitch.postprocess, stitch.label_values, stitch.kept)
-        return self._labels[name]
 
 
 def _check_names(wanted: object, outputs: Outputs) -> None:

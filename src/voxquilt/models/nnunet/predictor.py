@@ -9,9 +9,7 @@ from voxquilt.models.nnunet.checkpoint import load_weights
 from voxquilt.models.nnunet.folder import Folds, NnunetFolder, read_folder
 from voxquilt.models.nnunet.networks import build_network
 from voxquilt.models.predictor import PatchPredictor
-
-CHECKPOINT = "checkpoint"
-"""The value of `flips` that takes the axes from the checkpoint."""
+from voxquilt.vocabulary import CHECKPOINT
 
 
 class NnunetOptions(TypedDict, total=False):
