@@ -29,7 +29,6 @@ from voxquilt.cli.exit_status import (
 )
 from voxquilt.cli.first_subject import first_subject_read_ahead
 from voxquilt.cli.inherited_settings import inherit
-from voxquilt.cli.model_folder import predict_stages_before
 from voxquilt.cli.model_parts import has_parts, take_parts
 from voxquilt.cli.overrides import to_overrides
 from voxquilt.cli.predict_config import check_predict, find_subjects
@@ -37,6 +36,7 @@ from voxquilt.cli.quick_hydra import quick_hydra
 from voxquilt.cli.quick_imports import quick_imports
 from voxquilt.cli.resolvers import register_resolvers
 from voxquilt.cli.shard_status import print_status
+from voxquilt.cli.stages import predict_stages_before
 from voxquilt.cli.suggestions import check_script, check_typed, explain
 from voxquilt.cli.sweeps import give_folder, with_names
 from voxquilt.cli.train_config import check_train

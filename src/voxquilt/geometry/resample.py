@@ -69,7 +69,7 @@ def _others(maps: AxisMaps, slices: Sequence[int]) -> list[int]:
 
 def _in_chunks(source: Tensor, maps: AxisMaps, neighbours: Sequence[Neighbours], planes: int = 16) -> Tensor:
     """The interpolation of `interpolate` in float64, of whose volumes only one is in memory; float32."""
-    *first, last = _steps(maps, neighbours, neighbours)
+    *first, last = _steps(maps, neighbours, [along.to(source.device) for along in neighbours])
     axis_map, along, on_device = last
     dim = axis_map.axis + 1
     half = []

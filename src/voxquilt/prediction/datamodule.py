@@ -1,7 +1,7 @@
 """Provides the LightningDataModule of a predict run: a grid of patches per subject, and subjects dealt to processes."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Unpack
@@ -141,7 +141,7 @@ class GridDataModule(LightningDataModule):
         group = Group(self.trainer)
         # Only rank 0 lists folders, since their contents may be changing; each header is read by one process.
         cases = group.first(lambda: self.cases)
-        self._find_halos(cases)
+        self.models = _with_halos(self.models, self.trainer, cases)
         self._reads = SharedReads([grids.preprocess for grids in self.models])
         self._feed = None if self.trainer is None else _make_feed(self.trainer, self.grids.preprocess)
         self._planner = RunPlanner(group, self.models, self.shard, self._run.distribute, self._run.resume)
@@ -192,19 +192,6 @@ class GridDataModule(LightningDataModule):
         """Keep all images on the host, since the device's memory is too small; False if they are there already."""
         return self._feed is not None and self._feed.to_host()
 
-    def _find_halos(self, cases: list[SubjectFiles]) -> None:
-        """Take the layout of outputs from each network, and the halo of patches if outputs lack a border."""
-        module = self.trainer.lightning_module if self.trainer is not None else None
-        for n, predictor in enumerate(predictors_of(module) if module is not None else ()):
-            if not isinstance(predictor, PatchPredictor):
-                continue
-            grids, layout = self.models[n], predictor.network.layout
-            halo = grids.halo
-            if layout == "cropped":
-                halo = find_halo(predictor.network, cases, grids.patch_size)
-                check_overlap(grids.patch_size, halo, grids.patch_overlap)
-            self.models[n] = replace(grids, halo=halo, layout=layout)
-
     def stop_when(self, stopped: Callable[[], bool]) -> None:
         """End the stream of batches before the next one as soon as `stopped` returns True."""
         self._stopped = stopped
@@ -248,6 +235,21 @@ def datamodule_of(trainer: Trainer, user: str) -> GridDataModule:
     if not isinstance(data, GridDataModule):
         raise ConfigError(f"{user} needs a GridDataModule at predict; the trainer has {type(data).__name__}.")
     return data
+
+
+def _with_halos(models: Sequence[GridLoader], trainer: Trainer | None, cases: list[SubjectFiles]) -> list[GridLoader]:
+    """The models with the layout of outputs of each network, and the halo of patches if outputs lack a border."""
+    modules = predictors_of(trainer.lightning_module) if trainer is not None else [None] * len(models)
+    found = []
+    for grids, module in zip(models, modules, strict=True):
+        halo, layout = grids.halo, grids.layout
+        if isinstance(module, PatchPredictor):
+            layout = module.network.layout
+        if isinstance(module, PatchPredictor) and layout == "cropped":
+            halo = find_halo(module.network, cases, grids.patch_size)
+            check_overlap(grids.patch_size, halo, grids.patch_overlap)
+        found.append(replace(grids, halo=halo, layout=layout))
+    return found
 
 
 def _make_feed(trainer: Trainer, preprocess: Preprocess) -> DeviceFeed | None:

@@ -3,19 +3,16 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
-from voxquilt.geometry.axis_map import AxisMaps
-from voxquilt.geometry.frame import Triple
 from voxquilt.geometry.space import Where
 from voxquilt.geometry.streamed_resample import Piece, Restorer, Slab
 from voxquilt.stitching.device_transfer import Progress
-from voxquilt.stitching.execution import Execution
 from voxquilt.stitching.finite_check import FiniteCheck
 from voxquilt.stitching.kernels.label_rule import label_rule
 from voxquilt.stitching.kernels.loading import LabelKernel, load_restore_labels
-from voxquilt.stitching.output_volumes import OutputVolumes, Scratch
+from voxquilt.stitching.native_grid import NativeGrid
+from voxquilt.stitching.output_volumes import OutputVolumes
 from voxquilt.stitching.products.base import Product, compute
 from voxquilt.stitching.products.labels import ArgMax, contenders
 from voxquilt.stitching.products.spec import ProductSpec
@@ -24,79 +21,6 @@ from voxquilt.stitching.streaming import FinishedPlanes
 # Interpolated scores of the boxes in which labels are made: few enough that they stay in a core's cache. Boxes are also
 # small enough that most have few competing classes, and large enough that there are few boxes.
 _TILE_VALUES, _SMALLEST, _LARGEST = 2**19, 16, 32
-
-
-@dataclass(frozen=True)
-class NativeGrid:
-    """The mapping from finished planes of an output to native space.
-
-    Args:
-        maps: Maps from native voxels to the scores.
-        axis: The scores' axis along which planes come.
-        shape: Voxels of the scores along i, j, k.
-        channels: Channels of the scores.
-        planes: The scores' planes that are finished here; the plane behind them comes too.
-        holds_all: Whether volumes are whole, with room for the planes of other processes.
-        scratch: Where volumes that are too large for memory are kept.
-        device: Where scores come from.
-        execution: How products are computed there.
-        keeps: Whether the device has memory for the volumes, which then stay there until they are complete.
-        native: Native voxels along i, j, k, and those of them that the maps are of.
-        fill: Scores outside of these.
-    """
-
-    maps: AxisMaps
-    axis: int
-    shape: Triple
-    channels: int
-    planes: range
-    holds_all: bool
-    scratch: Scratch | None
-    device: torch.device
-    execution: Execution
-    keeps: bool
-    native: tuple[Triple, Where]
-    fill: list[float]
-
-    @property
-    def copies(self) -> bool:
-        """Whether native voxels are voxels of the scores, and nothing is interpolated."""
-        return all(m.neighbours(self.shape[m.axis]).copies for m in self.maps)
-
-    @property
-    def is_linear(self) -> bool:
-        """Whether native voxels lie between the two voxels of the scores around them, along each axis."""
-        return all(m.order < 3 for m in self.maps)
-
-    @property
-    def read(self) -> Where:
-        """The voxels of the scores that are read: those outside the padding."""
-        slices = {m.axis: slice(*(m.within or (0, self.shape[m.axis]))) for m in self.maps}
-        return slices[0], slices[1], slices[2]
-
-    def make_restorer(self, *, linear: bool = True, tile: int | None = None) -> Restorer:
-        """A restorer of planes to native space."""
-        return Restorer(self.maps, self.axis, self.shape, linear=linear, tile=tile, planes=self.planes)
-
-    def make_volumes(self, products: Mapping[str, Product], restorer: Restorer) -> OutputVolumes:
-        """Volumes for products of the voxels that a restorer hands out."""
-        shape, where = self.native
-        background = None
-        if shape != tuple(m.size for m in self.maps):
-            scores = torch.tensor(self.fill, dtype=torch.float64).float().reshape(-1, 1, 1, 1)
-            background = {name: compute(product, scores, self.channels) for name, product in products.items()}
-        return OutputVolumes(
-            products,
-            self.channels,
-            shape,
-            restorer.axis,
-            self.scratch,
-            planes=restorer.native,
-            holds_all=self.holds_all,
-            device=self.device if self.keeps else None,
-            box=None if background is None else where,
-            background=background,
-        )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from voxquilt.stitching.blend import Blend
 from voxquilt.stitching.buffer_pool import BufferPool, choose_device
 from voxquilt.stitching.execution import Execution, execution_on
 from voxquilt.stitching.ledger import Ledger
-from voxquilt.stitching.native_products import NativeGrid, NativeProducts
+from voxquilt.stitching.native_grid import NativeGrid
+from voxquilt.stitching.native_products import NativeProducts
 from voxquilt.stitching.output_volumes import Scratch
 from voxquilt.stitching.products.labels import Regions, Threshold
 from voxquilt.stitching.products.spec import ProductSpec, background

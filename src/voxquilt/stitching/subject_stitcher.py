@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from voxquilt.errors import BatchError, ConfigError, LedgerError, OutputError, PatchShapeError
+from voxquilt.geometry.grid import Grid
 from voxquilt.geometry.slab_split import Part, all_rows
 from voxquilt.geometry.space import Space, Where
 from voxquilt.stitching.aggregator import Placed
@@ -63,11 +64,7 @@ class SubjectStitcher:
     ) -> None:
         self.stitch = stitch
         self.part = part or all_rows(placed.grid, placed.grid.streaming_axis)
-        if stitch.order == 3 and (self.part.first, self.part.stop) != (0, placed.grid.counts[self.part.axis]):
-            raise ConfigError(
-                "stitch.order=3 goes with whole volumes: a cubic spline of scores needs more planes of the part that "
-                "follows than parts exchange."
-            )
+        _check_order(stitch, self.part, placed.grid)
         self.holds_all = holds_all
         self._ledger = Ledger(placed.grid, skipped, self.part)
         self._opener = RingOpener(stitch, placed.padding, space, self._ledger, memory or Memory(), holds_all, layout)
@@ -231,3 +228,11 @@ def _check_names(wanted: object, outputs: Outputs) -> None:
     unknown = sorted(set(wanted) - outputs.keys()) if isinstance(wanted, Mapping) else []
     if unknown:
         raise OutputError(f"stitch.products names {unknown}; the network's outputs are {list(outputs)}.")
+
+
+def _check_order(stitch: Stitch, part: Part, grid: Grid) -> None:
+    if stitch.order == 3 and (part.first, part.stop) != (0, grid.counts[part.axis]):
+        raise ConfigError(
+            "stitch.order=3 goes with whole volumes: a cubic spline of scores needs more planes of the part that "
+            "follows than parts exchange."
+        )

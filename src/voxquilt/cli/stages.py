@@ -1,0 +1,151 @@
+"""Runs the models whose labels another one needs: earlier stages of a cascade, and the rough model of data.within."""
+
+import logging
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from voxquilt.cli.exit_status import DONE, FAILED, NOT_STARTED
+from voxquilt.cli.model_folder import has_files, has_model_folder
+from voxquilt.distributed.environment import is_external, is_first
+from voxquilt.errors import ConfigError
+from voxquilt.models.nnunet.folder import read_folder
+
+log = logging.getLogger("voxquilt")
+
+# Overrides that a rough model is not run with.
+_OF_MODEL = (
+    "model", "ckpt_path", "data.patch_size", "data.patch_overlap", "data.step", "data.divisible_by", "data.labels",
+    "preprocess", "stitch",
+)  # fmt: skip
+
+
+def predict_stages_before(cfg: DictConfig, overrides: Sequence[str]) -> int:
+    """Predict whose labels the model needs: the stages of a cascade before the last, and the model of data.within.
+
+    Each runs as this command would, in a process and a folder of its own: what it has done already is not done again.
+
+    Args:
+        cfg: The composed configuration; changed in place.
+        overrides: The job's overrides, as Hydra has them.
+
+    Returns:
+        The highest exit status of the stages before.
+
+    Raises:
+        ConfigError: a stage could not be started, or several processes are already running.
+    """
+    if OmegaConf.select(cfg, "run.status") or not isinstance(cfg.get("data"), DictConfig):
+        return 0
+    status = _predict_rough(cfg, overrides)
+    folders = cfg.model.get("folder") if has_model_folder(cfg) else None
+    if not isinstance(folders, ListConfig):
+        return status
+    stages = [str(folder) for folder in folders]
+    if len(stages) < 2:
+        raise ConfigError(f"model.folder is a folder, or the folders of a cascade in their order; it is {stages}.")
+    if cfg.model.get("previous") is not None:
+        raise ConfigError("model.previous goes with one folder: of several, each has the labels of the one before.")
+    for stage in stages[:-1]:
+        name = read_folder(Path(stage).expanduser(), checkpoint=str(cfg.model.checkpoint)).plan.configuration
+        output_dir = str(Path(str(cfg.output_dir)).expanduser() / name)
+        if is_first():
+            previous = cfg.model.get("previous")
+            own = {
+                "model.folder": _quoted(stage), "output_dir": _quoted(output_dir), "stitch.products": "[labels]",
+                "model.previous": "null" if previous is None else _quoted(previous),
+                "stitch.compare": "[]", "data.labels": "null", "run.status": "false",
+            }  # fmt: skip
+            status = max(status, _predict_stage(cfg, overrides, own, stage))
+        OmegaConf.update(cfg, "model.previous", _labels_in(output_dir, cfg), merge=False)
+    OmegaConf.update(cfg, "model.folder", stages[-1], merge=False)
+    return status
+
+
+def _predict_rough(cfg: DictConfig, overrides: Sequence[str]) -> int:
+    """Predict the model whose labels are the mask of `data.within`, if it names one."""
+    rough = cfg.data.get("within")
+    if not isinstance(rough, DictConfig):
+        return 0
+    known = ("folder", "ckpt_path", "classes")
+    unknown = [str(key) for key in rough if key not in known]
+    if unknown or ("folder" in rough) == ("ckpt_path" in rough):
+        raise ConfigError(
+            f"data.within is a mask's path, or a model: its folder (of nnU-Net) or its ckpt_path, and perhaps the "
+            f"classes of its labels that count, such as '{{folder: rough_model, classes: [liver]}}'; it has "
+            f"{list(rough)}."
+        )
+    output_dir = str(Path(str(cfg.output_dir)).expanduser() / "within")
+    status = 0
+    if is_first():
+        model = (
+            {"model": "nnunet", "model.folder": _quoted(str(rough.folder))}
+            if "folder" in rough
+            else {"model": "auto", "ckpt_path": _quoted(str(rough.ckpt_path))}
+        )
+        own = model | {
+            "output_dir": _quoted(output_dir), "data.within": "null", "run.status": "false",
+            "stitch.classes": _listed(rough.get("classes")),
+        }  # fmt: skip
+        # What the user said of the model, its patches and its labels is said of the other one.
+        kept = [text for text in overrides if not text.lstrip("+~").startswith(_OF_MODEL)]
+        status = _predict_stage(cfg, kept, own, str(rough.get("folder") or rough.get("ckpt_path")))
+    mask = _labels_in(output_dir, cfg)
+    is_planned = OmegaConf.select(cfg, "run.dry_run") and not has_files(mask)
+    if is_planned:
+        log.info("data.within is not known before %s has predicted: the plan is that of whole volumes.", rough)
+    OmegaConf.update(cfg, "data.within", None if is_planned else mask, merge=False)
+    return status
+
+
+def _labels_in(output_dir: str, cfg: DictConfig) -> str:
+    """The pattern of the label files of a run."""
+    ending = ".gz" if OmegaConf.select(cfg, "callbacks.writer.compress", default=True) else ""
+    return f"{output_dir}/{{subject}}_labels.nii{ending}"
+
+
+def _predict_stage(cfg: DictConfig, overrides: Sequence[str], own: Mapping[str, str], stage: str) -> int:
+    """Run this command with other settings; the exit status.
+
+    Raises:
+        ConfigError: nothing was started, or several processes or shards of this command run beside each other.
+    """
+    if is_external():
+        raise ConfigError(
+            f"{stage} is to be predicted before, by the same command; where a launcher starts the processes, start a "
+            f"run for each, the second with model.previous or data.within='first_run/{{subject}}_labels.nii.gz'."
+        )
+    if str(OmegaConf.select(cfg, "shard.count", default=1)) != "1":
+        raise ConfigError(
+            f"{stage} is to be predicted before, and shards of the two would not have the same subjects: start the "
+            f"shards of a run for each, the second with model.previous or "
+            f"data.within='first_run/{{subject}}_labels.nii.gz'."
+        )
+    kept = [text for text in overrides if text.lstrip("+").partition("=")[0] not in own]
+    process = subprocess.Popen([sys.executable, sys.argv[0], *kept, *(f"{key}={value}" for key, value in own.items())])
+    try:
+        status = process.wait()
+    except KeyboardInterrupt as error:  # which the other process got too, and ends in order
+        process.wait()
+        raise SystemExit(128 + signal.SIGINT) from error
+    if status == NOT_STARTED:
+        raise ConfigError(f"the stage of {stage} was not started, as said above.")
+    if status not in (DONE, FAILED):  # stopped by a signal
+        raise SystemExit(status if status > 0 else 128 - status)
+    return status
+
+
+def _listed(classes: Any) -> str:
+    if classes is None:
+        return "null"
+    return f"[{','.join(_quoted(name) if isinstance(name, str) else str(name) for name in classes)}]"
+
+
+def _quoted(value: str) -> str:
+    text = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{text}'"
