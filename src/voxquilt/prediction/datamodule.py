@@ -2,10 +2,9 @@
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
-from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Unpack
 
 from lightning.pytorch import LightningDataModule, Trainer
 
@@ -24,46 +23,11 @@ from voxquilt.errors import ConfigError
 from voxquilt.models.predictor import PatchPredictor
 from voxquilt.models.several_predictors import predictors_of
 from voxquilt.planning.network_check import check_overlap, find_halo
-from voxquilt.prediction.resume import Resume
+from voxquilt.prediction.run_options import FilledOptions, RunOptions
 from voxquilt.prediction.run_plan import RunPlan, RunPlanner, check_world
 from voxquilt.vocabulary import DISTRIBUTE, check_name
 
 log = logging.getLogger("voxquilt")
-
-
-class RunOptions(TypedDict, total=False):
-    """How a predict run places patches and treats its subjects; see GridDataModule."""
-
-    placement: str
-    step: float | None
-    within: str | None
-    margin: float
-    suffixes: Mapping[str, str] | None
-    extra_images: Mapping[str, str] | None
-    nonfinite: str
-    shard: tuple[int, int]
-    distribute: str
-    resume: Resume | None
-    output_dir: str | Path | None
-    more_models: Sequence[GridLoader]
-
-
-@dataclass(frozen=True)
-class _Run:
-    """RunOptions with their defaults; an unknown one is a TypeError that names it."""
-
-    placement: str = "regular"
-    step: float | None = None
-    within: str | None = None
-    margin: float = 0.0
-    suffixes: Mapping[str, str] | None = None
-    extra_images: Mapping[str, str] | None = None
-    nonfinite: str = "error"
-    shard: tuple[int, int] = (0, 1)
-    distribute: str = "subject"
-    resume: Resume | None = None
-    output_dir: str | Path | None = None
-    more_models: Sequence[GridLoader] = ()
 
 
 class GridDataModule(LightningDataModule):
@@ -128,7 +92,7 @@ class GridDataModule(LightningDataModule):
         **options: Unpack[RunOptions],
     ) -> None:
         super().__init__()
-        run = _Run(**options)
+        run = FilledOptions(**options)
         check_name(run.distribute, DISTRIBUTE, "run.distribute")
         output_dir = run.resume.folder if run.resume else run.output_dir
         self._find = partial(find_cases, inputs, images, (), output_dir, suffixes=run.suffixes, extra=run.extra_images)
@@ -137,16 +101,7 @@ class GridDataModule(LightningDataModule):
         first = make_grids(
             preprocess or Preprocess(), patch_size, patch_overlap, padding_mode, divisible_by, run.placement, run.step
         )
-        self.models = [
-            replace(
-                grids,
-                skip=skip,
-                within=run.within,
-                margin=run.margin,
-                preprocess=replace(grids.preprocess, nonfinite=run.nonfinite),
-            )
-            for grids in (first, *run.more_models)
-        ]
+        self.models = [_of_run(grids, skip, run) for grids in (first, *run.more_models)]
         """How each model's subjects are read and cut; the halo of a network's outputs is known after `setup`."""
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -189,7 +144,7 @@ class GridDataModule(LightningDataModule):
         group = Group(self.trainer)
         # Only rank 0 lists folders, since their contents may be changing; each header is read by one process.
         cases = group.first(lambda: self.cases)
-        self._find_halos(cases)
+        self.models = _with_layouts(self.models, self.trainer, cases)
         self._reads = SharedReads([grids.preprocess for grids in self.models])
         self._feed = None if self.trainer is None else _make_feed(self.trainer, self.grids.preprocess)
         self._planner = RunPlanner(group, self.models, self.shard, self._run.distribute, self._run.resume)
@@ -240,19 +195,6 @@ class GridDataModule(LightningDataModule):
         """Keep all images on the host, since the device's memory is too small; False if they are there already."""
         return self._feed is not None and self._feed.to_host()
 
-    def _find_halos(self, cases: list[SubjectFiles]) -> None:
-        """Take the layout of outputs from each network, and the halo of patches if outputs lack a border."""
-        module = self.trainer.lightning_module if self.trainer is not None else None
-        for n, predictor in enumerate(predictors_of(module) if module is not None else ()):
-            if not isinstance(predictor, PatchPredictor):
-                continue
-            grids, layout = self.models[n], predictor.network.layout
-            halo = grids.halo
-            if layout == "cropped":
-                halo = find_halo(predictor.network, cases, grids.patch_size)
-                check_overlap(grids.patch_size, halo, grids.patch_overlap)
-            self.models[n] = replace(grids, halo=halo, layout=layout)
-
     def stop_when(self, stopped: Callable[[], bool]) -> None:
         """End the stream of batches before the next one as soon as `stopped` returns True."""
         self._stopped = stopped
@@ -284,6 +226,28 @@ class GridDataModule(LightningDataModule):
         if self._feed is not None:
             self._feed.check_range(loaded.source)
         return loaded
+
+
+def _of_run(grids: GridLoader, skip: float | str | None, run: FilledOptions) -> GridLoader:
+    """A model's grids with what all models of a run have in common."""
+    preprocess = replace(grids.preprocess, nonfinite=run.nonfinite)
+    return replace(grids, skip=skip, within=run.within, margin=run.margin, preprocess=preprocess)
+
+
+def _with_layouts(models: Sequence[GridLoader], trainer: Trainer | None, cases: list[SubjectFiles]) -> list[GridLoader]:
+    """The grids with the layout of each network's outputs, and the halo of patches if outputs lack a border."""
+    found = list(models)
+    module = trainer.lightning_module if trainer is not None else None
+    for n, predictor in enumerate(predictors_of(module) if module is not None else ()):
+        if not isinstance(predictor, PatchPredictor):
+            continue
+        grids, layout = found[n], predictor.network.layout
+        halo = grids.halo
+        if layout == "cropped":
+            halo = find_halo(predictor.network, cases, grids.patch_size)
+            check_overlap(grids.patch_size, halo, grids.patch_overlap)
+        found[n] = replace(grids, halo=halo, layout=layout)
+    return found
 
 
 def datamodule_of(trainer: Trainer, user: str) -> GridDataModule:

@@ -46,8 +46,7 @@ class SubjectStitcher:
         layout: How outputs lie in patches; see `voxquilt.geometry.output_layout.factor_of`.
 
     Raises:
-        ConfigError: (a ValueError) the grid has fewer rows than the part, or scores of a part are to be interpolated by
-            cubic splines.
+        ConfigError: (a ValueError) the grid has fewer rows than the part, or a part with `stitch.order` 3.
     """
 
     def __init__(
@@ -63,12 +62,7 @@ class SubjectStitcher:
         layout: str = "auto",
     ) -> None:
         self.stitch = stitch
-        self.part = part or all_rows(placed.grid, placed.grid.streaming_axis)
-        if stitch.order == 3 and (self.part.first, self.part.stop) != (0, placed.grid.counts[self.part.axis]):
-            raise ConfigError(
-                "stitch.order=3 goes with whole volumes: a cubic spline of scores needs more planes of the part that "
-                "follows than parts exchange."
-            )
+        self.part = _checked(part or all_rows(placed.grid, placed.grid.streaming_axis), stitch, placed)
         self.holds_all = holds_all
         self._ledger = Ledger(placed.grid, skipped, self.part)
         self._opener = RingOpener(stitch, placed.padding, space, self._ledger, memory or Memory(), holds_all, layout)
@@ -227,9 +221,21 @@ class SubjectStitcher:
     def _label_volume(self, name: str, classes: np.ndarray) -> np.ndarray:
         """Labels as files hold them; computed once, since classes are replaced in place."""
         if name not in self._labels:
-            stitch = self.stitch
-            self._labels[name] = to_labels(classes, stitch.postprocess, stitch.label_values, stitch.kept)
+            self._labels[name] = _to_labels(self.stitch, classes)
         return self._labels[name]
+
+
+def _to_labels(stitch: Stitch, classes: np.ndarray) -> np.ndarray:
+    return to_labels(classes, stitch.postprocess, stitch.label_values, stitch.kept)
+
+
+def _checked(part: Part, stitch: Stitch, placed: Placed) -> Part:
+    if stitch.order == 3 and (part.first, part.stop) != (0, placed.grid.counts[part.axis]):
+        raise ConfigError(
+            "stitch.order=3 goes with whole volumes: a cubic spline of scores needs more planes of the part that "
+            "follows than parts exchange."
+        )
+    return part
 
 
 def _check_names(wanted: object, outputs: Outputs) -> None:
