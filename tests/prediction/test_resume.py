@@ -314,7 +314,8 @@ def test_settings_that_were_added_do_not_count_at_their_defaults() -> None:
         section, _, name = key.partition(".")
         assert name in plain[section], "no such setting"
         counts = key not in ("data.suffixes", "data.extra_images")  # by the files and the images' names
-        assert (settings(changed(plain, key, "another")) != settings(plain)) == counts, key
+        value = "another" if counts else {"t1": "a"}
+        assert (settings(changed(plain, key, value)) != settings(plain)) == counts, key
 
 
 KINDS: list[tuple[str, ...]] = [
@@ -337,14 +338,15 @@ def test_every_key_is_in_the_fingerprint_unless_listed_as_harmless(options: tupl
         named = any(".".join(parents[:n]) in NO_VOXELS for n in range(1, len(parents) + 1))
         named |= key.startswith("callbacks.") and not key.startswith("callbacks.writer.")
         if key not in ("ckpt_path", "model.ckpt_path"):  # files, which another test changes
-            value = {"data.images": {"t1": "a"}, "trainer.plugins": [{"_target_": "a.B"}]}.get(key, "another")
+            one_image = {key: {"t1": "a"} for key in ("data.images", "data.suffixes", "data.extra_images")}
+            value = {**one_image, "trainer.plugins": [{"_target_": "a.B"}]}.get(key, "another")
             assert (settings(changed(plain, key, value)) != before) != named, key
     assert settings(plain, content=True) != before
 
 
 def test_every_key_listed_as_harmless_exists() -> None:
     """In the configuration or among the arguments of Lightning's Trainer."""
-    keys = [f"{name}." for options in KINDS for name in leaves(composed(*options))]
+    keys = [f"{name}." for options in [*KINDS, ("model=nnunet",)] for name in leaves(composed(*options))]
     known = {f"trainer.{name}" for name in inspect.signature(pl.Trainer).parameters}
     assert [key for key in NO_VOXELS - known if not any(name.startswith(f"{key}.") for name in keys)] == []
 
@@ -427,10 +429,10 @@ def test_every_file_of_a_subject_is_in_the_fingerprint(part: str, content: bool,
     for name in ("a.hdr", "a.img", "mask_a.nii"):
         (tmp_path / name).write_bytes(b"1")
     case, mask = find_cases(str(tmp_path / "a.hdr"))[0], str(tmp_path / "mask_{subject}.nii")
-    before = inputs([case], mask, content=content)
-    assert inputs([case], mask, content=content) == before
+    before = inputs([case], [mask], content=content)
+    assert inputs([case], [mask], content=content) == before
     (tmp_path / part).write_bytes(b"22")
-    assert inputs([case], mask, content=content) != before
+    assert inputs([case], [mask], content=content) != before
 
 
 def test_with_content_hash_a_moved_mask_is_unchanged(tmp_path: Path) -> None:
