@@ -8,7 +8,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from forks import Server, checked
+from monai.networks.nets import UNet
 from nnunet_folders import FLAT_OPTIONS, MAIN, balanced, make_model, write_case
 from synthetic import read
 
@@ -306,3 +308,28 @@ def test_a_rough_model_gives_the_box_in_one_command(place: Path, forks: Server, 
         )
     record = json.loads((tmp_path / "one/run.json").read_text())
     assert record
+
+
+def test_checkpoints_among_several_models_bring_their_settings_but_no_foreign_classes(
+    place: Path, forks: Server, tmp_path: Path
+) -> None:
+    """As a checkpoint alone: its settings are used, and a class that is not allowed is refused, unimported."""
+    grid = {"patch_size": 8, "patch_overlap": 4}
+    for name, target in (("good", "monai.networks.nets.UNet"), ("bad", "nnunet_folders.Evil")):
+        net = {"_target_": target, "spatial_dims": 3, "in_channels": 1, "out_channels": 2}
+        net |= {"channels": [2, 2], "strides": [2]}
+        settings = {
+            "format": 1, "images": ["image"], "data": grid, "preprocess": {}, "model": {"net": net},
+            "stitch": {"class_names": ["background", "bone"]},
+        }  # fmt: skip
+        weights = {f"net.{key}": tensor for key, tensor in UNet(3, 1, 2, (2, 2), (2,)).state_dict().items()}
+        torch.save({"state_dict": weights, "voxquilt": settings}, tmp_path / f"{name}.ckpt")
+    texts = []
+    for name, status in (("bad", 2), ("good", 0)):
+        parts = f"model.parts=[{{folder: a}}, {{ckpt_path: {tmp_path / name}.ckpt}}]"
+        done = forks.run(*command(parts, f"output_dir={tmp_path / 'out'}"), cwd=place)
+        assert (done.returncode, "Traceback" in done.stderr) == (status, False), done.stderr
+        texts.append(done.stderr)
+    assert "the checkpoint names nnunet_folders.Evil" in texts[0]
+    names = json.loads((tmp_path / "out/run.json").read_text())["configuration"]["stitch"]["class_names"]
+    assert names == ["background", "organ", "lesion", "bone"]

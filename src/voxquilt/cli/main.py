@@ -75,11 +75,8 @@ def run_predict(cfg: DictConfig) -> int:
     _leave_stdout_to_json(cfg)
     typed = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
     before = predict_stages_before(cfg, typed)
-    inherited = {}
-    if has_parts(cfg):
-        take_parts(cfg, typed, conf_dir())
-    else:
-        inherited = inherit(cfg, typed, conf_dir())
+    take = take_parts if has_parts(cfg) else inherit
+    inherited = take(cfg, typed, conf_dir())
     plain = check_predict(cfg)
     cases = find_subjects(plain)
     if plain["run"]["status"]:

@@ -1,13 +1,14 @@
 """Expands `model.parts`, several models that predict each subject in turn, into the settings of each."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from voxquilt.cli.inherited_settings import inherit
+from voxquilt.cli.model_folder import has_model_folder
 from voxquilt.cli.plain_config import to_plain
 from voxquilt.cli.schema import PREDICT, TOP
 from voxquilt.cli.sections import check_sections
@@ -18,6 +19,8 @@ from voxquilt.vocabulary import MEAN, ORDERED
 PARTS = "voxquilt.SeveralPredictors"
 """The model of a configuration whose `model.parts` are expanded."""
 _SECTIONS = ("model", "data", "preprocess", "stitch")
+# Where the keys of a model are listed: of one with a ckpt_path, and of one with a folder.
+_FILES = (("_options", "auto"), ("nnunet",))
 # What a part's grids are made of; the rest of `data` is the run's.
 _OF_GRIDS = ("patch_size", "patch_overlap", "padding_mode", "divisible_by", "placement", "step")
 
@@ -27,13 +30,16 @@ def has_parts(cfg: DictConfig) -> bool:
     return isinstance(cfg.get("model"), DictConfig) and cfg.model.get("parts") is not None
 
 
-def take_parts(cfg: DictConfig, overrides: Sequence[str], conf: Path) -> None:
+def take_parts(cfg: DictConfig, overrides: Sequence[str], conf: Path) -> dict[str, Any]:
     """Replace `model.parts` by the settings of each model, and fill in the run's.
 
     Args:
         cfg: The composed configuration; changed in place.
         overrides: Overrides of the command line, as Hydra has them.
         conf: The folder of the defaults.
+
+    Returns:
+        The settings that come from the models' files, which may name no classes but those that are allowed.
 
     Raises:
         ConfigError: a part is wrong; the message has its number.
@@ -60,13 +66,15 @@ def take_parts(cfg: DictConfig, overrides: Sequence[str], conf: Path) -> None:
     elif cfg.stitch.get("class_names") is None:
         cfg.stitch.class_names = parts[0].plain["stitch"].get("class_names")
     _fill_run(cfg, parts)
+    return {"parts": [part.inherited for part in parts]}
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A model's whole configuration, the labels that the user gave it, and the numbers that they become."""
+    """A model's whole configuration, what of it its files brought, its labels as the user has them, and as numbers."""
 
     plain: dict[str, Any]
+    inherited: dict[str, Any]
     labels: Mapping[Any, int] | None
     numbers: list[int] | None = None
 
@@ -93,9 +101,11 @@ def _expanded(cfg: DictConfig, entry: DictConfig, overrides: Sequence[str], conf
         raise ConfigError(f"a model has a folder (of nnU-Net) or a ckpt_path; this one has {sorted(map(str, own))}.")
     part = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
     assert isinstance(part, DictConfig)
-    defaults = _defaults_of_model(conf, ("nnunet",) if "folder" in own else ("_options", "auto"))
-    run = OmegaConf.to_container(cfg.model, resolve=False)
-    shared = {k: v for k, v in run.items() if k in defaults and k not in ("_target_", "folder", "parts")}  # type: ignore[union-attr]
+    defaults = _defaults_of_model(conf, _FILES["folder" in own])
+    run: Any = OmegaConf.to_container(cfg.model, resolve=False)
+    of_run = _defaults_of_model(conf, _FILES[has_model_folder(cfg)])
+    # What the user said of all models.
+    shared = {k: v for k, v in run.items() if k in defaults and v != of_run.get(k) and k not in ("folder", "parts")}
     settings = {str(k): v for k, v in own.items() if k not in ("ckpt_path", "step")}
     unknown = [key for key in settings if key not in defaults]
     if unknown:
@@ -112,12 +122,12 @@ def _expanded(cfg: DictConfig, entry: DictConfig, overrides: Sequence[str], conf
     part.data.inputs = part.data.inputs if not OmegaConf.is_missing(part.data, "inputs") else "."
     if not OmegaConf.is_missing(part.data, "patch_size") and "data.patch_size" not in _typed(overrides):
         part.data.patch_size = "???"
-    inherit(part, overrides, conf)
+    inherited = inherit(part, overrides, conf)
     if part.preprocess.get("one_hot"):
         raise ConfigError("a stage of a cascade cannot be one of several models.")
     plain = to_plain(part)
     check_sections(plain, PREDICT, TOP)
-    return _Part(plain, labels)
+    return _Part(plain, inherited, labels)
 
 
 def _defaults_of_model(conf: Path, names: Sequence[str]) -> dict[str, Any]:
@@ -151,7 +161,7 @@ def _numbered(cfg: DictConfig, parts: Sequence[_Part]) -> list[_Part]:
     for part, table in zip(parts, numbers, strict=True):
         wanted = [table.get(n, 0) if table.get(n, 0) in kept else 0 for n in range(max([*table, *part.names, 0]) + 1)]
         if any(wanted):
-            numbered.append(_Part(part.plain, part.labels, wanted))
+            numbered.append(replace(part, numbers=wanted))
     return numbered
 
 

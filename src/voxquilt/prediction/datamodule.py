@@ -34,6 +34,7 @@ class GridDataModule(LightningDataModule):
     """Wraps a GridSampler around each subject and serves their patches for `Trainer.predict`.
 
     >>> import tempfile, torch, voxquilt
+    >>> from pathlib import Path
     >>> folder = Path(tempfile.mkdtemp())
     >>> voxquilt.ScalarImage(tensor=torch.rand(1, 20, 18, 16)).save(folder / "sub-01.nii.gz")
     >>> data = GridDataModule(folder / "sub-01.nii.gz", patch_size=16, patch_overlap=8, batch_size=4)
