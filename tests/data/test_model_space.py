@@ -228,7 +228,7 @@ def test_an_intensity_of_an_unknown_image_is_refused() -> None:
 @pytest.mark.parametrize("crop", [None, "nonzero"])
 def test_labels_become_a_channel_each(crop: str | None) -> None:
     """By the largest share; outside of a filled crop, 0 is a label of its own."""
-    image = with_margins((9, 8, 7), 0, share=0.8)  # so that much of the box is outside
+    image = with_margins((19, 18, 17), 0, share=0.8)  # so that much of the box is outside
     labels = np.random.default_rng(1).choice([0, 0, 1, 3], image.shape).astype(np.uint8)
     subject = Subject(
         t1=ScalarImage(tensor=torch.from_numpy(image)[None], affine=np.eye(4)),
@@ -240,6 +240,8 @@ def test_labels_become_a_channel_each(crop: str | None) -> None:
     own = labels.astype(np.int64)[where]
     if crop:
         own = np.where((own == 0) & ~mask[where], -1, own)
+        plain = resample_labels(torch.from_numpy(own).clamp(min=0)[None], space.to_model())
+        assert not torch.equal(plain, resample_labels(torch.from_numpy(own)[None], space.to_model()).clamp(min=0))
     wanted = resample_labels(torch.from_numpy(own)[None], space.to_model())
     assert made["stage"].data.dtype == torch.float32
     assert made["stage"].data.shape == (3, *space.model.shape)
