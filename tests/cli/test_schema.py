@@ -14,6 +14,7 @@ from voxquilt.cli.schema import HINTS, PREDICT, TOP, TRAIN
 from voxquilt.cli.sections import Section, check_sections
 from voxquilt.cli.suggestions import arguments_of
 from voxquilt.errors import ConfigError
+from voxquilt.models.weights.stored_settings import to_carry
 
 SECTIONS = [("predict", PREDICT, name) for name in PREDICT] + [("train", TRAIN, name) for name in TRAIN]
 # Arguments that the code of a run adds to those of the configuration.
@@ -107,3 +108,10 @@ def test_a_user_defined_class_may_have_keys_of_its_own() -> None:
     check_sections({"data": {"_target_": "mine.Data", "volumes": 3}}, section, TOP)
     with pytest.raises(ConfigError, match=r"data\.num_workers must be an integer of at least 0; it is -1"):
         check_sections({"data": {"_target_": "mine.Data", "num_workers": -1}}, section, TOP)
+
+
+def test_a_checkpoint_carries_all_of_model_space_and_of_the_way_back() -> None:
+    """Else predicting with it would see other voxels than training did; `device` only says where."""
+    carried = to_carry(composed("train"), ["image"])
+    assert carried["preprocess"].keys() - {"_target_"} == PREDICT["preprocess"].keys.keys() - {"device"}
+    assert {"order", "per_slice", "overlap_mode"} <= carried["stitch"].keys()

@@ -60,7 +60,8 @@ def is_sweep() -> bool:
 def check_image_names(intensity: Any, cases: Iterable[SubjectFiles]) -> None:
     """Raises ConfigError where intensities are given by image names that no subject has."""
     names = {name for case in cases for name in case.images}
-    given = {name for name in intensity if not isinstance(name, int)} if isinstance(intensity, Mapping) else set()
+    given = {str(name) for name in intensity} if isinstance(intensity, Mapping) else set()
+    given = {name for name in given if not name.isdecimal() or str(int(name)) != name}  # others are of channels
     unknown = sorted(given - names)
     if unknown:
         raise ConfigError(f"preprocess.intensity names {unknown}; the images are {sorted(names)}.")

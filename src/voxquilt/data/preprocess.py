@@ -82,6 +82,10 @@ class Preprocess:
         check_name(self.device, DEVICES, "device")
         if self.crop is not None:
             check_name(self.crop, CROPS, "crop")
+        if isinstance(self.intensity, Mapping):
+            # JSON, as settings in ONNX files have it, knows no numbers as keys.
+            by_name = {int(k) if str(k).isdecimal() and str(int(k)) == k else k: v for k, v in self.intensity.items()}
+            object.__setattr__(self, "intensity", by_name)
         check_order(self.interpolation, "preprocess.interpolation")
         check_per_slice(self.per_slice, "preprocess.per_slice")
 

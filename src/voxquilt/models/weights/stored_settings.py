@@ -26,9 +26,13 @@ FORMAT = 1
 # say that the file is trusted.
 _SECTIONS = {
     "data": ("patch_size", "patch_overlap", "padding_mode", "divisible_by"),
-    "preprocess": ("_target_", "orientation", "spacing", "intensity"),
+    "preprocess": (
+        "_target_",
+        *("orientation", "transpose", "spacing", "grid", "crop", "interpolation", "per_slice"),
+        *("intensity", "intensity_first", "one_hot"),
+    ),
     "model": ("net", "squeeze_axis", "activation"),
-    "stitch": ("overlap_mode", "products", "threshold", "class_names", "label_values"),
+    "stitch": ("overlap_mode", "products", "threshold", "order", "per_slice", "class_names", "label_values"),
 }
 
 
@@ -146,7 +150,7 @@ class _Plain(pickle.Unpickler):
 
 def _is_plain(value: Any) -> bool:
     if type(value) is dict:
-        return all(isinstance(key, str) and _is_plain(child) for key, child in value.items())
+        return all(type(key) in (str, int) and _is_plain(child) for key, child in value.items())
     if type(value) is list:
         return all(map(_is_plain, value))
     if type(value) is str:
