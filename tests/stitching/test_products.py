@@ -664,7 +664,8 @@ def test_skipping_classes_that_cannot_win_changes_no_label(
     """Equal, ties included, to the arg-max of all classes interpolated, while fewer are interpolated."""
     rng = np.random.default_rng(7)
     image = zoom(rng.uniform(0, 10, (4, 3, 5)), (18, 14, 14), order=1).astype(np.float32)[None]
-    monkeypatch.setattr("voxquilt.stitching.native_products._TILE", 7)
+    for limit in ("_SMALLEST", "_LARGEST"):
+        monkeypatch.setattr(f"voxquilt.stitching.native_products.{limit}", 7)
     if spacing == 0.6:  # a million calls; what they are given is checked at the other spacings
         monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)
     subject = Subject(t1=ScalarImage(image.round() if whole else image, affine=OBLIQUE))
@@ -677,9 +678,12 @@ def test_skipping_classes_that_cannot_win_changes_no_label(
 
     sizes: list[int] = []
     restored = Piece.restored
-    monkeypatch.setattr(
-        Piece, "restored", lambda piece, channels: sizes.append(len(channels)) or restored(piece, channels)
-    )
+
+    def counted(piece: Piece, channels: Tensor | None) -> Tensor:
+        sizes.append(11 if channels is None else len(channels))
+        return restored(piece, channels)
+
+    monkeypatch.setattr(Piece, "restored", counted)
     made = predicted(network, subject, 16, 8, preprocess=preprocess, stitch=Stitch("crop"))
     model_subject, space = preprocess(subject)
     sampler = GridSampler(model_subject, 16, 8, fit=True)

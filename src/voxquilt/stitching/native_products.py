@@ -220,6 +220,7 @@ class _Labels:
         if len(channels) == 1:
             labels = channels.reshape(1, 1, 1, 1)
         else:
-            labels = channels[ArgMax()(piece.restored(channels)).long()]
+            contend = None if len(channels) == len(piece.source) else channels
+            labels = channels[ArgMax()(piece.restored(contend)).long()]
         for name in self.names:
             yield name, labels

@@ -94,7 +94,8 @@ class ArgMax:
             return scores.max(0).indices[None]
         small = torch.uint8 if classes <= 255 else torch.int16
         down = torch.arange(classes, 0, -1, device=scores.device).to(small)
-        best = (scores == scores.amax(0)).to(small).mul_(down[:, None, None, None])
+        # A truth value has the bytes of a uint8 1 or 0, and need not be converted.
+        best = (scores == scores.amax(0)).view(torch.uint8).to(small).mul_(down[:, None, None, None])
         return classes - best.amax(0)[None]
 
 
