@@ -52,7 +52,7 @@ def first_voxel(count: int, spacing: float, wanted: float) -> Placed:
     >>> first_voxel(5, 1.0, 1.6)
     (4, 1.6, 0.0)
     """
-    ratio = 1.0 if abs(wanted / spacing - 1) < 1e-4 else wanted / spacing
+    ratio = 1.0 if abs(wanted - spacing) <= 1e-3 else wanted / spacing  # MONAI's rule of what is the same spacing
     return round((count - 1) / ratio + 1), ratio, 0.0
 
 
