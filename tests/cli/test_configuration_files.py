@@ -34,7 +34,7 @@ OWNERS = {
     },
     "logger": {"predict": {"tensorboard"}, "train": {"tensorboard"}},
     "model": {
-        "predict": {"auto", "exported", "lightning", "nnunet", "onnx", "state_dict", "torchscript"},
+        "predict": {"auto", "bundle", "exported", "lightning", "nnunet", "onnx", "state_dict", "torchscript"},
         "train": {"train"},
     },
     "model/loss": {"predict": set(), "train": {"dice_ce", "dice_bce", "l1", "mse"}},
