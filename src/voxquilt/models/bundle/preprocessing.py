@@ -146,7 +146,7 @@ def _spacing(step: Step, result: Preprocessing) -> None:
     result.spacing = step
     result.settings |= {
         "spacing": [value if value > 0 else None for value in values],
-        "grid": "first_voxel",
+        "grid": "monai",
         "interpolation": orders[mode],
     }
 
