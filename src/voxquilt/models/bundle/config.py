@@ -111,7 +111,7 @@ class BundleConfig:
 
     def _text(self, key: str, text: str) -> Any:
         stripped = text.strip()
-        if stripped.startswith("$"):
+        if stripped.startswith("$") and not stripped.startswith("${"):
             value = read_expression(stripped, lambda name: self.value(absolute(key, name)))
             if value is not NOT_READ:
                 return value
