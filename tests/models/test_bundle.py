@@ -53,7 +53,7 @@ def refusal(folder: Path, changes: dict[str, Any]) -> str:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("VOXQUILT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
