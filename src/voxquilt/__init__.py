@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         Subject,
     )
     from voxquilt.errors import VoxquiltError
+    from voxquilt.models.bundle.trusted import BundleTransform, bundle_network
     from voxquilt.models.factory import (
         predictor_from_exported,
         predictor_from_file,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from voxquilt.prediction.datamodule import GridDataModule
     from voxquilt.prediction.writer_callback import VolumeWriter
     from voxquilt.stitching.aggregator import GridAggregator
+    from voxquilt.stitching.blend import MonaiGaussian
     from voxquilt.stitching.largest_component import KeepLargest
     from voxquilt.stitching.stitch import Stitch
     from voxquilt.training.datamodule import TrainingDataModule
@@ -69,6 +71,7 @@ _HOMES = {
         "Image", "LabelMap", "ScalarImage", "Subject",
     ],
     "voxquilt.errors": ["VoxquiltError"],
+    "voxquilt.models.bundle.trusted": ["BundleTransform", "bundle_network"],
     "voxquilt.models.factory": [
         "predictor_from_exported", "predictor_from_file", "predictor_from_lightning", "predictor_from_onnx",
         "predictor_from_state_dict", "predictor_from_torchscript",
@@ -80,6 +83,7 @@ _HOMES = {
     "voxquilt.prediction.datamodule": ["GridDataModule"],
     "voxquilt.prediction.writer_callback": ["VolumeWriter"],
     "voxquilt.stitching.aggregator": ["GridAggregator"],
+    "voxquilt.stitching.blend": ["MonaiGaussian"],
     "voxquilt.stitching.largest_component": ["KeepLargest"],
     "voxquilt.stitching.stitch": ["Stitch"],
     "voxquilt.training.datamodule": ["TrainingDataModule"],
@@ -93,13 +97,13 @@ _MODULES = ("data", "datasets", "inference")
 
 __all__ = [
     "AFFINE", "CHANNELS_DIMENSION", "DATA", "INTENSITY", "LABEL", "LOCATION", "PATH", "STEM", "TYPE",
-    "CTNormalization", "GridAggregator", "GridDataModule", "GridSampler", "Image", "KeepLargest", "LabelMap",
-    "PatchPredictor", "PatchTrainer", "Preprocess", "RGBTo01Normalization", "RescaleTo01Normalization", "ScalarImage",
-    "SeveralPredictors", "Stitch", "Subject", "SubjectsLoader", "TensorBoardImages", "TrainingDataModule",
-    "VolumeWriter", "VoxquiltError", "ZScoreNormalization", "data", "datasets", "inference", "polynomial",
-    "predict_volume", "predictor_from_exported", "predictor_from_file", "predictor_from_lightning",
-    "predictor_from_nnunet", "predictor_from_onnx", "predictor_from_state_dict", "predictor_from_torchscript",
-    "warmup_cosine",
+    "BundleTransform", "CTNormalization", "GridAggregator", "GridDataModule", "GridSampler", "Image", "KeepLargest",
+    "LabelMap", "MonaiGaussian", "PatchPredictor", "PatchTrainer", "Preprocess", "RGBTo01Normalization",
+    "RescaleTo01Normalization", "ScalarImage", "SeveralPredictors", "Stitch", "Subject", "SubjectsLoader",
+    "TensorBoardImages", "TrainingDataModule", "VolumeWriter", "VoxquiltError", "ZScoreNormalization",
+    "bundle_network", "data", "datasets", "inference", "polynomial", "predict_volume", "predictor_from_exported",
+    "predictor_from_file", "predictor_from_lightning", "predictor_from_nnunet", "predictor_from_onnx",
+    "predictor_from_state_dict", "predictor_from_torchscript", "warmup_cosine",
 ]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ LABELS, MAP, IMAGE, PICTURE = "labels", "map", "image", "picture"
 ACTIVATIONS = ("softmax", "sigmoid", "none")
 APPLIED = ("applied", "applied_sigmoid")
 """Scores that were made probabilities before they were averaged: of one label per voxel, or of several."""
-RESTORES = ("scores", "labels")
+RESTORES = ("scores", "probabilities", "labels")
 OFFLOAD = ("auto",)
 AVERAGES = ("logits", "probabilities")
 OUTPUTS = ("auto", "resampled", "cropped")
@@ -40,6 +40,8 @@ DISTRIBUTE = (SUBJECT, SLAB, "auto")
 PADDING_MODES = (
     "constant", "edge", "linear_ramp", "maximum", "mean", "median", "minimum", "reflect", "symmetric", "wrap", "empty",
 )  # fmt: skip
+FIT_MODES = ("fit_edge", "fit_reflect", "fit_wrap")
+"""The same modes where only what a patch does not fit is padded, and not a border of half the overlap."""
 
 ADDED_SETTINGS = {
     "data.placement": "regular", "data.margin": 0,

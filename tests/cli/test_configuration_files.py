@@ -34,7 +34,7 @@ OWNERS = {
     },
     "logger": {"predict": {"tensorboard"}, "train": {"tensorboard"}},
     "model": {
-        "predict": {"auto", "exported", "lightning", "nnunet", "onnx", "state_dict", "torchscript"},
+        "predict": {"auto", "bundle", "exported", "lightning", "nnunet", "onnx", "state_dict", "torchscript"},
         "train": {"train"},
     },
     "model/loss": {"predict": set(), "train": {"dice_ce", "dice_bce", "l1", "mse"}},
@@ -42,6 +42,7 @@ OWNERS = {
 }
 # Arguments that an option leaves to the user, and replacements for files that would be fetched.
 NEEDS = {
+    "model=bundle": ["model.folder=a"],
     "model=lightning": ["model.module_class=a.B"],
     "model=nnunet": ["model.folder=a"],
     "model=state_dict": ["model/net=unet"],

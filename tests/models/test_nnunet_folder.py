@@ -32,7 +32,7 @@ from nnunet_folders import (
 from odd_files import Bomb
 
 from voxquilt.errors import ConfigError
-from voxquilt.models.nnunet import exported_zip
+from voxquilt.models import zipped_folder
 from voxquilt.models.nnunet.architecture import Layer
 from voxquilt.models.nnunet.folder import NnunetFolder, read_folder
 from voxquilt.models.nnunet.intensity import make_normalisation
@@ -589,7 +589,7 @@ def test_a_zip_that_unpacks_to_too_much_is_refused(
     (folder / "fold_0" / "checkpoint_bomb.pth").write_bytes(bytes(2**22))
     text = refusal(export(tmp_path / "export.zip", folder, "m"))
     assert "its member 'm/fold_0/checkpoint_bomb.pth' has 4194304 bytes, packed into" in text
-    monkeypatch.setattr(exported_zip, "MOST_BYTES", 1000)
+    monkeypatch.setattr(zipped_folder, "MOST_BYTES", 1000)
     assert "would unpack to" in refusal(good)
     assert not cache.exists()
 

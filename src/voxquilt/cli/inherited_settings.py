@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from voxquilt.cli.bundle_folder import has_bundle, take_bundle
 from voxquilt.cli.model_folder import NNUNET, has_model_folder, take_model_folder
 from voxquilt.data.discovery import SubjectFiles
 from voxquilt.errors import ConfigError
@@ -41,10 +42,16 @@ def inherit(cfg: DictConfig, overrides: Iterable[str], conf: Path) -> dict[str, 
         ConfigError: checkpoints of an ensemble that carry different settings.
     """
     paths: list[Path] = []
+    trusted = False
     if has_model_folder(cfg):
         OmegaConf.set_struct(cfg, False)
         source, settings = take_model_folder(cfg)
         model_defaults: tuple[str, ...] = ("nnunet",)
+    elif has_bundle(cfg):
+        OmegaConf.set_struct(cfg, False)
+        trusted = cfg.model.trust_bundle is True
+        source, settings = take_bundle(cfg)
+        model_defaults = ("_options", "bundle")
     else:
         paths = _checkpoint_files(cfg)
         settings = _common_settings(paths)
@@ -62,9 +69,12 @@ def inherit(cfg: DictConfig, overrides: Iterable[str], conf: Path) -> dict[str, 
             continue  # the user says how to read the file
         defaults = _defaults(conf, section, model_defaults)
         _fill_section(cfg, section, settings[section], defaults, choice)
+    if paths and "net" in settings["model"] and cfg.model.get("prefix") is None:
+        cfg.model.prefix = "net."  # of a training's module
     _fill_fixed_patch(cfg, paths)
     _log_choice(source, choice)
-    return {"images": settings.get("images", [])} | choice.by_section()
+    named = {} if trusted else choice.by_section()  # classes of a bundle that is trusted are not checked
+    return {"images": settings.get("images", [])} | named
 
 
 @dataclass(frozen=True)
@@ -123,8 +133,6 @@ def _fill_section(
         choice.choose(full, own.get(key), defaults.get(key), value)
         if full in choice.used:
             OmegaConf.update(cfg, full, choice.used[full], merge=False)
-    if section == "model" and "net" in settings and own.get("prefix") is None:
-        cfg.model.prefix = "net."
 
 
 def _fill_fixed_patch(cfg: DictConfig, paths: Sequence[Path]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from voxquilt.errors import ConfigError, VoxquiltError
 from voxquilt.geometry.frame import to_triple
 from voxquilt.geometry.grid import make_grid
-from voxquilt.vocabulary import PADDING_MODES, check_label_values, check_name, check_regions
+from voxquilt.vocabulary import FIT_MODES, PADDING_MODES, check_label_values, check_name, check_regions
 
 Check = Callable[[Any, str], object]
 
@@ -138,7 +138,7 @@ def check_grid(data: Mapping[str, Any], size_key: str = "patch_size") -> None:
 def padding_mode(value: Any, key: str) -> None:
     """Null, a number, or a mode of numpy.pad."""
     if value is not None and not is_number(value):
-        check_name(value, PADDING_MODES, f"{key} (null, a number, or a mode of numpy.pad)")
+        check_name(value, (*PADDING_MODES, *FIT_MODES), f"{key} (null, a number, or a mode of numpy.pad)")
 
 
 def label_patterns(value: Any, key: str) -> None:

@@ -16,7 +16,7 @@ from voxquilt.data.subject_size import SubjectCost, measure_subject
 from voxquilt.data.subject_task import LoadedSubject, SubjectTask, SubjectWork
 from voxquilt.errors import InputError
 from voxquilt.geometry.frame import Padding, Triple, described, to_triple
-from voxquilt.geometry.padding import NO_PADDING, lay_grid, to_padding
+from voxquilt.geometry.padding import NO_PADDING, lay_grid, pads_border, to_padding
 from voxquilt.geometry.slab_split import split_rows
 from voxquilt.geometry.space import Box, Space
 from voxquilt.text import reason_of
@@ -77,7 +77,7 @@ class GridLoader:
                 space.model.shape,
                 self.patch_size,
                 self.patch_overlap,
-                border=self.padding_mode is not None,
+                border=pads_border(self.padding_mode),
                 fit=True,
                 divisible_by=self.divisible_by,
                 halo=self.halo,

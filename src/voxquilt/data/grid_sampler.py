@@ -17,7 +17,7 @@ from voxquilt.data.patch_source import PatchSource
 from voxquilt.data.subject import AFFINE, LOCATION, Image, Subject
 from voxquilt.errors import GridError
 from voxquilt.geometry.frame import Padding, Triple
-from voxquilt.geometry.padding import NO_PADDING, lay_grid, to_padding
+from voxquilt.geometry.padding import NO_PADDING, lay_grid, pads_border, to_padding
 
 
 class GridSampler(Dataset[Subject]):
@@ -36,13 +36,14 @@ class GridSampler(Dataset[Subject]):
         patch_size: Voxels, an integer or three.
         patch_overlap: Voxels that neighbours share, even, an integer or three.
         padding_mode: None, or the padding by half of the overlap on every side: a mode of `numpy.pad` (statistics
-            such as 'mean' are per line of voxels) or a number. Locations then refer to the padded volume.
+            such as 'mean' are per line of voxels) or a number. Locations then refer to the padded volume. 'fit_edge',
+            'fit_reflect' and 'fit_wrap' add no such border, and are the modes of `fit`.
         fit: Pad volumes that are smaller than a patch, with `padding_mode` or zeros.
         divisible_by: With `fit`, pad to a multiple of so many voxels, an integer or three.
         halo: Voxels before and after along i, j, k by which the network's outputs are smaller than patches (see
             `voxquilt.geometry.output_layout`). The grid and locations are those of outputs; patches include the halo,
             which is padding beyond the volume's edge.
-        placement: How patches are placed along an axis, 'regular' or 'even'; see `voxquilt.geometry.placement`.
+        placement: How patches are placed along an axis, 'regular', 'even', 'monai'; see `voxquilt.geometry.placement`.
         step: Distance between patches as a share of their size, in place of `patch_overlap`.
 
     Raises:
@@ -80,7 +81,7 @@ class GridSampler(Dataset[Subject]):
 
     def _set_subject(self, subject: Subject) -> None:
         self.subject = subject
-        border = self.padding_mode is not None
+        border = pads_border(self.padding_mode)
         self.grid, self.padding = lay_grid(subject.spatial_shape, border=border, **self._sizes)
         i, j, k = ((before + b, after + a) for (before, after), (b, a) in zip(self.padding, self.halo, strict=True))
         self._around: Padding = (i, j, k)

@@ -10,7 +10,7 @@ from torch import Tensor
 from voxquilt.errors import GridError, PaddingModeError
 from voxquilt.geometry.frame import Padding, Triple, to_triple
 from voxquilt.geometry.grid import Grid, make_grid, overlap_of_step
-from voxquilt.vocabulary import PADDING_MODES
+from voxquilt.vocabulary import FIT_MODES, PADDING_MODES
 
 NO_PADDING: Padding = ((0, 0), (0, 0), (0, 0))
 # Modes by which padded voxels are copies of voxels of the volume.
@@ -65,14 +65,21 @@ def _without_halo(patch_size: Triple, halo: Padding) -> Triple:
     return inner[0], inner[1], inner[2]
 
 
+def pads_border(mode: str | float | None) -> bool:
+    """Whether a padding mode pads volumes by half of the overlap, and not only to the size of a patch."""
+    return mode is not None and mode not in FIT_MODES
+
+
 def to_padding(mode: str | float) -> Callable[[Tensor, Padding], Tensor]:
-    """A function that pads a (C, I, J, K) tensor, from a mode of numpy.pad or a number.
+    """A function that pads a (C, I, J, K) tensor, from a mode of numpy.pad (perhaps after 'fit_') or a number.
 
     Raises:
         PaddingModeError: anything else.
     """
     if isinstance(mode, (int, float)) and not isinstance(mode, bool):
         return lambda tensor, padding: _pad_with(tensor, padding, mode)
+    if mode in FIT_MODES:
+        mode = mode.removeprefix("fit_")
     if mode not in PADDING_MODES:
         raise PaddingModeError(f"padding_mode must be a number or one of {', '.join(PADDING_MODES)}; it is {mode!r}.")
     return lambda tensor, padding: _pad(tensor, padding, mode)

@@ -6,6 +6,7 @@ Along one axis of N = 13 voxels, patches of 5 that share 2:
     regular  |---------|                   one patch every 3 voxels
                    |---------|
                          |---------|
+    monai    as regular, but a step that is a share of the patch (data.step) is rounded down, to odd overlaps as well
                              |---------|   the last patch is moved back to end with the volume
     even     |---------|                   as few patches as steps of at most 3 voxels need, and all steps alike
                    |---------|             (2.67 voxels, rounded)
@@ -23,7 +24,7 @@ from voxquilt.vocabulary import Registry
 
 PLACEMENTS = Registry(
     "placement of patches",
-    {name: f"voxquilt.geometry.placement:{name}" for name in ("regular", "even")},
+    {name: f"voxquilt.geometry.placement:{name}" for name in ("regular", "even", "monai")},
     "voxquilt.placements",
 )
 
@@ -49,3 +50,12 @@ def even(size: int, patch: int, step: float) -> tuple[int, ...]:
     count = ceil((size - patch) / max(step, 1))
     # Multiplied as nnU-Net does, since halves are rounded to even and rounding errors decide which are halves.
     return tuple(round((size - patch) / count * n) for n in range(count + 1)) if count else (0,)
+
+
+def monai(size: int, patch: int, step: float) -> tuple[int, ...]:
+    """One patch every `int(step)` voxels, and the last at the end: MONAI's sliding window.
+
+    >>> monai(13, 5, 5 * (1 - 0.3))
+    (0, 3, 6, 8)
+    """
+    return regular(size, patch, max(step, 1))

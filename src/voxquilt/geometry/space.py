@@ -22,7 +22,7 @@ from voxquilt.geometry.frame import (
     to_spacing,
     to_triple,
 )
-from voxquilt.geometry.model_grids import GRIDS
+from voxquilt.geometry.model_grids import GRIDS, OfFrame
 
 Where = tuple[slice, slice, slice]
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
@@ -154,10 +154,17 @@ def make_space(
     lay = GRIDS.load(grid)
     ends = box or [(0, n) for n in native.shape]
     header = native.header_spacing
+    order, wanted_spacing = to_axis_order(transpose), to_spacing(spacing)
+    if isinstance(lay, OfFrame):
+        axes = [oriented[which] for which in order]
+        columns = np.stack([native.affine[:, n] * flip for n, flip in axes], 1)
+        counts = tuple(ends[n][1] - ends[n][0] for n, _ in axes)
+        mms = tuple(header[n] if mm is None else mm for (n, _), mm in zip(axes, wanted_spacing, strict=True))
+        lay = lay.choose(columns, counts, mms)
     maps: dict[int, AxisMap] = {}
     affine, shape, sizes = np.eye(4), [], list(header)
     affine[:3, 3] = native.affine[:3, 3]
-    for axis, (which, mm) in enumerate(zip(to_axis_order(transpose), to_spacing(spacing), strict=True)):
+    for axis, (which, mm) in enumerate(zip(order, wanted_spacing, strict=True)):
         n, flip = oriented[which]  # the native axis of this model axis, and whether it runs the same way
         first, stop = ends[n]
         count = stop - first

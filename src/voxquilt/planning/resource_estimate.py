@@ -9,6 +9,7 @@ from voxquilt.data.staging import STAGED
 from voxquilt.data.subject_size import RunSize
 from voxquilt.geometry.frame import Triple
 from voxquilt.planning.shape_probe import Probe
+from voxquilt.stitching.blend import MonaiGaussian
 from voxquilt.stitching.products.disagreement import Moments
 from voxquilt.stitching.stitch import Stitch
 from voxquilt.vocabulary import LABELS
@@ -140,12 +141,13 @@ def plan_outputs(
     for output, shape in outputs.items():
         # The ring of a cropped output has the output's voxels, not the patch's.
         channels, share = shape[1], 1.0 if layout == "cropped" else prod(shape[2:]) / prod(patch_size)
-        for _, specs in stitch.specs(output, channels):
+        for blend, specs in stitch.specs(output, channels):
             for averaged in dict.fromkeys(spec.averaged for spec in specs.values()):
                 moments = averaged if isinstance(averaged, Moments) else None
                 sums += share * (
                     moments.channels(channels) * (8 if moments.is_double else 4) if moments else channels * 4
                 )
+                sums += share * 4 * isinstance(blend, MonaiGaussian)  # sums of weights
                 blends += 1
             for product, spec in specs.items():
                 count, dtype = spec.product.form(channels)

@@ -19,6 +19,7 @@ from voxquilt.distributed.load_balancing import deal
 from voxquilt.distributed.process_group import Group
 from voxquilt.distributed.shard_agreement import agreed
 from voxquilt.errors import ConfigError
+from voxquilt.geometry.padding import pads_border
 from voxquilt.prediction.fingerprint import digest
 from voxquilt.prediction.resume import Resume, Todo
 from voxquilt.reporting.manifest import Row
@@ -183,7 +184,7 @@ class RunPlanner:
 def _placement(grids: GridLoader) -> list[Any]:
     """What decides how many patches a model's subjects have."""
     preprocess = grids.preprocess
-    grid = grids.patch_size, grids.patch_overlap, grids.padding_mode is not None, grids.divisible_by, grids.halo
+    grid = grids.patch_size, grids.patch_overlap, pads_border(grids.padding_mode), grids.divisible_by, grids.halo
     space = preprocess.orientation, preprocess.spacing, preprocess.grid, preprocess.transpose
     return [*grid, grids.placement, grids.step, *space]
 

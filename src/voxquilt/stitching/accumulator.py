@@ -11,7 +11,7 @@ from torch import Tensor
 
 from voxquilt.errors import BatchError, PatchShapeError
 from voxquilt.geometry.grid import Grid
-from voxquilt.stitching.blend import Blend, checked_weights
+from voxquilt.stitching.blend import Blend, MonaiGaussian, checked_weights
 from voxquilt.stitching.buffer_pool import BufferPool
 from voxquilt.stitching.device_transfer import upload
 from voxquilt.stitching.execution import ON_HOST, Execution
@@ -59,6 +59,10 @@ class Accumulator:
         self._window = grid.shape[axis] if window is None else window
         voxels, self._fill = prod(grid.shape) // grid.shape[axis] * self._window, fill
         weights = [checked_weights(blend, grid, n) for n in range(3)]
+        self._floor = None
+        if isinstance(blend, MonaiGaussian):  # whose weights do not sum to 1 before they are divided by their sum
+            weights = [blend.window(grid.patch_size[n]).expand(grid.counts[n], -1) for n in range(3)]
+            self._floor = blend.floor
         self._weights = [upload(w.to(types.sums), device) for w in weights] if blend.averages else []
         self._owned = [] if blend.averages else [[_owned_interval(w) for w in along] for along in weights]
         patch = grid.patch_size if blend.averages else (0,)
@@ -67,7 +71,7 @@ class Accumulator:
         # Sums of weights have the type of the sums, so that a voxel that one patch covers is divided by exactly the
         # weight that it was multiplied with.
         of_weights = types.sums if types.sums.is_floating_point else torch.float32
-        kept = [(channels, types.sums), (1, of_weights)][: 1 if fill is None else 2]
+        kept = [(channels, types.sums), (1, of_weights)][: 1 if fill is None and self._floor is None else 2]
         self._memory = [buffers.take(n * voxels, dtype, device) for n, dtype in kept]
         self._planes = [
             _view_planes(memory, n, grid, axis, window) for memory, (n, _) in zip(self._memory, kept, strict=True)
@@ -77,7 +81,7 @@ class Accumulator:
         for planes, blank in zip(self._planes, self._blank, strict=True):
             if blank:
                 planes.zero_()
-        uses_kernel = execution.kernels and blend.averages
+        uses_kernel = execution.kernels and blend.averages and self._floor is None
         self._kernel = load_blend_add(grid, axis, self._weights, self._planes) if uses_kernel else None
 
     @property
@@ -87,7 +91,7 @@ class Accumulator:
 
     @property
     def layouts(self) -> list[tuple[int, torch.dtype]]:
-        """Channels and types of what is kept: sums, and if patches are skipped also sums of weights."""
+        """Channels and types of what is kept: sums, and where these do not sum to 1 also sums of weights."""
         return [(len(planes), planes.dtype) for planes in self._planes]
 
     def check(self, shape: Sequence[int], dtype: torch.dtype) -> None:
@@ -199,6 +203,8 @@ class Accumulator:
         if self.blend.averages:
             i, j, k = (along[n] for along, n in zip(self._weights, place, strict=True))
             weights = torch.mul(i[:, None, None], j[:, None] * k, out=self._product)
+            if self._floor is not None:
+                weights.clamp_(min=self._floor)
         else:
             for n, along in enumerate(self._owned):
                 first[n], count = along[place[n]]

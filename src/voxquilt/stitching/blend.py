@@ -102,11 +102,35 @@ def nnunet(patch: int) -> Float64[Tensor, "p"]:
     return torch.exp(-0.5 * (x / (patch / 8)) ** 2)
 
 
+@dataclass(frozen=True)
+class MonaiGaussian:
+    """MONAI's gaussian: the product of `gaussian` along the three axes, raised to 1e-3 wherever it is below.
+
+    Since a floor of a product is not a product of floors, sums of weights are kept beside the sums of patches.
+
+    Args:
+        sigma_scale: Sigma as a share of the patch size.
+    """
+
+    sigma_scale: float = 0.125
+    averages = True
+    floor = 1e-3
+
+    def axis_weights(self, grid: Grid, axis: int) -> AxisWeights:
+        """Weights without the floor, which sum to 1 as those of other blends."""
+        return Windowed(self.window).axis_weights(grid, axis)
+
+    def window(self, patch: int) -> Float64[Tensor, "p"]:
+        """The weights along an axis, before the floor."""
+        return gaussian(patch, self.sigma_scale)
+
+
 CROP = Crop()
 AVERAGE = Windowed(average)
 HANN = Windowed(hann)
 GAUSSIAN = Windowed(gaussian)
 NNUNET = Windowed(nnunet)
+MONAI = MonaiGaussian()
 
 
 def to_blend(overlap_mode: str | Blend) -> Blend:

@@ -10,6 +10,7 @@ BLENDS = Registry(
         "hann": "voxquilt.stitching.blend:HANN",
         "gaussian": "voxquilt.stitching.blend:GAUSSIAN",
         "nnunet": "voxquilt.stitching.blend:NNUNET",
+        "monai": "voxquilt.stitching.blend:MONAI",
     },
     "voxquilt.blends",
 )

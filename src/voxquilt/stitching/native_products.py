@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from voxquilt.geometry.space import Where
 from voxquilt.geometry.streamed_resample import Piece, Restorer, Slab
 from voxquilt.stitching.device_transfer import Progress
 from voxquilt.stitching.finite_check import FiniteCheck
@@ -13,8 +12,9 @@ from voxquilt.stitching.kernels.label_rule import label_rule
 from voxquilt.stitching.kernels.loading import LabelKernel, load_restore_labels
 from voxquilt.stitching.native_grid import NativeGrid
 from voxquilt.stitching.output_volumes import OutputVolumes
-from voxquilt.stitching.products.base import Product, compute
-from voxquilt.stitching.products.labels import ArgMax, contenders
+from voxquilt.stitching.product_steps import InModel, Interpolated, LabelsOfScores, OfModelProduct, OfScores
+from voxquilt.stitching.products.base import Product
+from voxquilt.stitching.products.labels import ArgMax
 from voxquilt.stitching.products.spec import ProductSpec
 from voxquilt.stitching.streaming import FinishedPlanes
 
@@ -130,97 +130,35 @@ def _paths(specs: Mapping[str, ProductSpec], grid: NativeGrid, check: FiniteChec
         if spec.in_model:
             restorer = in_model.make_restorer(linear=spec.product.form(grid.channels)[1].kind == "f")
             volumes = in_model.make_volumes({name: spec.product}, restorer)
-            before = _InModel(spec.product, grid.channels, grid.read, check)
-            yield ProductPath(before, restorer, _OfModelProduct(name), volumes)
-    of_scores = {name: spec.product for name, spec in specs.items() if not spec.in_model}
+            before = InModel(spec.product, grid.channels, grid.read, check)
+            yield ProductPath(before, restorer, OfModelProduct(name), volumes)
+    of_scores = {name: spec for name, spec in specs.items() if not spec.in_model}
+    for interpolated in dict.fromkeys(spec.interpolated for spec in of_scores.values()):
+        products = {name: spec.product for name, spec in of_scores.items() if spec.interpolated == interpolated}
+        yield from _native_paths(products, grid, check, Interpolated(interpolated))
+
+
+def _native_paths(
+    products: Mapping[str, Product], grid: NativeGrid, check: FiniteCheck, before: Interpolated
+) -> Iterator[ProductPath]:
+    """The paths of products that are computed from the same interpolated values."""
     has_kernels = grid.execution.kernels and grid.is_linear
-    for name, product in of_scores.items():
+    grid = replace(grid, fill=before.of_voxel(grid.fill))
+    for name, product in products.items():
         rule = label_rule(product) if has_kernels else None
         if rule is not None:
-            restorer, after = grid.make_restorer(), _OfScores({name: product}, grid.channels, check)
+            restorer, after = grid.make_restorer(), OfScores({name: product}, grid.channels, check)
             kernel = load_restore_labels(rule, grid.maps, restorer.neighbours, check.mark)
-            yield KernelPath(_scores_of, restorer, after, grid.make_volumes({name: product}, restorer), name, kernel)
+            yield KernelPath(before, restorer, after, grid.make_volumes({name: product}, restorer), name, kernel)
     if has_kernels:
-        of_scores = {name: product for name, product in of_scores.items() if label_rule(product) is None}
-    if not of_scores:
+        products = {name: product for name, product in products.items() if label_rule(product) is None}
+    if not products:
         return
-    only_labels = all(isinstance(product, ArgMax) for product in of_scores.values())
+    only_labels = all(isinstance(product, ArgMax) for product in products.values())
     if only_labels and grid.is_linear and not grid.copies and not grid.execution.deferred:
         tile = round((_TILE_VALUES / grid.channels) ** (1 / 3))
         restorer = grid.make_restorer(tile=min(max(tile, _SMALLEST), _LARGEST))
-        after: Callable[[Piece], Iterable[tuple[str, Tensor]]] = _Labels(list(of_scores))
+        after: Callable[[Piece], Iterable[tuple[str, Tensor]]] = LabelsOfScores(list(products))
     else:
-        restorer, after = grid.make_restorer(), _OfScores(of_scores, grid.channels, check)
-    yield ProductPath(_scores_of, restorer, after, grid.make_volumes(of_scores, restorer))
-
-
-def _scores_of(finished: FinishedPlanes) -> Iterable[tuple[int, Tensor]]:
-    return [(finished.start, finished.scores)]
-
-
-@dataclass(frozen=True)
-class _InModel:
-    """Computes a product in model space; scores outside `read` are not checked."""
-
-    product: Product
-    channels: int
-    read: Where
-    check: FiniteCheck
-
-    def __call__(self, finished: FinishedPlanes) -> Iterator[tuple[int, Tensor]]:
-        # A few planes at a time, which stay in the cache; on a GPU more, since the start of a kernel takes time.
-        axis, stop = finished.axis, finished.stop
-        values = 2**25 if finished.scores.is_cuda else 2**22
-        step = max(1, values * (stop - finished.start) // finished.scores.numel())
-        for start in range(finished.start, stop, step):
-            planes = finished.scores.narrow(axis + 1, start - finished.start, min(step, stop - start))
-            along, where = self.read[axis], list(self.read)
-            where[axis] = slice(max(along.start - start, 0), max(along.stop - start, 0))
-            self.check(planes[:, *where])
-            yield start, compute(self.product, planes, self.channels)
-
-
-@dataclass(frozen=True)
-class _OfModelProduct:
-    """Interpolates a product that was computed in model space."""
-
-    name: str
-
-    def __call__(self, piece: Piece) -> Iterator[tuple[str, Tensor]]:
-        yield self.name, piece.restored()
-
-
-@dataclass(frozen=True)
-class _OfScores:
-    """Computes products of interpolated scores."""
-
-    products: Mapping[str, Product]
-    channels: int
-    check: FiniteCheck
-
-    def __call__(self, piece: Piece) -> Iterator[tuple[str, Tensor]]:
-        scores = piece.restored()
-        self.check(scores)
-        for name, product in self.products.items():
-            yield name, compute(product, scores, self.channels)
-
-
-@dataclass(frozen=True)
-class _Labels:
-    """Computes the arg-max of interpolated scores, of only those classes that can have the highest in a piece.
-
-    Which these are is read on the host, so that a device would be waited for.
-    """
-
-    names: list[str]
-
-    def __call__(self, piece: Piece) -> Iterator[tuple[str, Tensor]]:
-        piece = replace(piece, source=piece.source.contiguous())
-        channels = contenders(piece.source)
-        if len(channels) == 1:
-            labels = channels.reshape(1, 1, 1, 1)
-        else:
-            contend = None if len(channels) == len(piece.source) else channels
-            labels = channels[ArgMax()(piece.restored(contend)).long()]
-        for name in self.names:
-            yield name, labels
+        restorer, after = grid.make_restorer(), OfScores(products, grid.channels, check)
+    yield ProductPath(before, restorer, after, grid.make_volumes(products, restorer))

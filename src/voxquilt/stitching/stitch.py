@@ -51,8 +51,9 @@ class Stitch:
         threshold: See `make_products`.
         compare: Overlap modes by which labels (or the image) are also made, from the same forward passes, as
             `labels_<mode>`.
-        restore: 'scores' interpolates scores to native space and makes labels of them there; 'labels' makes labels in
-            model space and resamples them by nearest neighbour, which is faster and coarser.
+        restore: 'scores' interpolates scores to native space and makes labels of them there; 'probabilities' activates
+            them before they are interpolated, as MONAI's bundles do; 'labels' makes labels in model space and resamples
+            them by nearest neighbour, which is faster and coarser.
         order: Order by which scores are interpolated to native space: 0 takes the nearest voxel, 1 is linear, 3 a cubic
             spline, whose labels have smoother surfaces.
         per_slice: Where the largest voxel size is more than so many times the smallest, slices across that axis are

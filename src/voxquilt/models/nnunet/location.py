@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 
 from voxquilt.errors import ConfigError
-from voxquilt.models.nnunet.exported_zip import is_export, unpack_model
+from voxquilt.models.nnunet.exported_zip import EXPORTED_ZIP
+from voxquilt.models.zipped_folder import unpack_model
 from voxquilt.text import question
 
 FILES = ("plans.json", "dataset.json")
@@ -20,8 +21,8 @@ def locate_model(path: Path) -> Path:
     file = next((place for place in (path, *path.parents) if os.path.isfile(place)), None)
     if file is None:
         return _check_folder(path)
-    if is_export(file):
-        return unpack_model(file, path.relative_to(file).as_posix() if path != file else None)
+    if EXPORTED_ZIP.recognises(file):
+        return unpack_model(file, path.relative_to(file).as_posix() if path != file else None, EXPORTED_ZIP)
     if file.parent.name.startswith("fold_"):
         hint = f" Did you mean {file.parents[1]}, with checkpoint={file.name}?"
     else:

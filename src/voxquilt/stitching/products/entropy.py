@@ -13,7 +13,8 @@ from voxquilt.vocabulary import MAP
 def make_entropy(output: NetworkOutput) -> ProductSpec:
     """Entropy over classes; over yes and no where channels are labels of their own."""
     output.check_distribution("entropy")
-    return ProductSpec(Entropy(output.activate, each=output.channels == 1 or output.is_multilabel))
+    each = output.channels == 1 or output.is_multilabel
+    return ProductSpec(Entropy(output.activate_restored, each), interpolated=output.interpolated)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -28,20 +29,21 @@ def make_labels(output: NetworkOutput) -> ProductSpec:
     dtype = None if values is None else _type_of_labels(values, output)
     output.check_distribution("labels")
     in_model = output.restore == "labels"
+    spec = partial(ProductSpec, in_model=in_model, packed=_PACKED, interpolated=output.interpolated)
     if output.regions is not None:
-        return ProductSpec(_regions(output, output.regions), in_model=in_model, packed=_PACKED)
+        return spec(_regions(output, output.regions))
     if output.channels == 1 or output.is_multilabel:
         if threshold is None and output.channels == 1:
             raise OutputError("labels of a network with one output channel need stitch.threshold, such as 0.5.")
-        product = Threshold(output.activate, 0.5 if threshold is None else threshold, dtype)
-        return ProductSpec(product, in_model=in_model, packed=_PACKED)
+        product = Threshold(output.activate_restored, 0.5 if threshold is None else threshold, dtype)
+        return spec(product)
     if threshold is not None:
         raise OutputError(
             f"stitch.threshold={threshold} goes with one output channel or with model.activation=sigmoid (several "
             f"labels per voxel); this output has {output.channels} channels and {output.activation}, so its labels are "
             f"the arg-max."
         )
-    return ProductSpec(ArgMax(dtype), in_model=in_model, packed=_PACKED)
+    return spec(ArgMax(dtype))
 
 
 def _regions(output: NetworkOutput, values: Sequence[int]) -> "Regions":
@@ -54,7 +56,7 @@ def _regions(output: NetworkOutput, values: Sequence[int]) -> "Regions":
             f"stitch.regions goes with channels that are labels of their own (model.activation=sigmoid); this output "
             f"has {output.channels} channels and {output.activation}."
         )
-    return Regions(output.activate, 0.5 if output.threshold is None else output.threshold, tuple(values))
+    return Regions(output.activate_restored, 0.5 if output.threshold is None else output.threshold, tuple(values))
 
 
 def _type_of_labels(label_values: Sequence[int], output: NetworkOutput) -> np.dtype:

@@ -26,7 +26,8 @@ class NetworkOutput:
         activation: What turns scores into probabilities: 'softmax', 'sigmoid', 'none' (they are probabilities), or
             'applied' or 'applied_sigmoid' (they were turned into probabilities before they were averaged).
         threshold: Threshold for labels of one channel, or of several with sigmoid (each separately; 0.5 if None).
-        restore: 'scores' makes labels of scores in native space; 'labels' makes them in model space and resamples them.
+        restore: 'scores' makes labels of scores in native space; 'probabilities' of scores that were activated before
+            they were resampled; 'labels' makes them in model space and resamples them.
         label_values: The numbers that classes will have in files, which determine the labels' type; products give
             classes.
         regions: The number that each channel writes into the labels, in turn, where channels are regions that overlap.
@@ -54,6 +55,16 @@ class NetworkOutput:
         """Turns averaged scores (C, I, J, K) into probabilities."""
         return ACTIVATIONS["none" if self.is_applied else self.activation]
 
+    @property
+    def interpolated(self) -> Activation | None:
+        """What turns averaged scores into the values that are resampled, where these are not the scores themselves."""
+        return self.activate if self.restore == "probabilities" else None
+
+    @property
+    def activate_restored(self) -> Activation:
+        """Turns the values that were resampled into probabilities."""
+        return self.activate if self.interpolated is None else ACTIVATIONS["none"]
+
     def check_distribution(self, product: str) -> None:
         """Raises OutputError where probabilities would be 1 everywhere."""
         if self.channels == 1 and self.activation == "softmax":
@@ -71,6 +82,8 @@ class ProductSpec:
         averaged: Turns (B, C, ...) patches into the values that are averaged; None if patches are averaged as they are.
         in_model: Whether the product is computed in model space and then resampled to native space (numbers linearly,
             labels by nearest neighbour), or computed from scores that were resampled.
+        interpolated: Turns averaged scores into the values that are resampled and that the product is computed from;
+            None if these are the scores.
         packed: Its expected size as .nii.gz, as a share of its voxels.
     """
 
@@ -78,6 +91,7 @@ class ProductSpec:
     averaged: Callable[[Tensor], Tensor] | None = None
     in_model: bool = False
     packed: float = _PACKED
+    interpolated: Activation | None = None
 
 
 def make_products(
