@@ -129,4 +129,3 @@ def zipped(folder: Path, file: Path, top: str = "", extra: Mapping[str, bytes] |
         for name, content in (extra or {}).items():
             archive.writestr(name, content)
     return file
-

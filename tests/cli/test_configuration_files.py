@@ -42,6 +42,7 @@ OWNERS = {
 }
 # Arguments that an option leaves to the user, and replacements for files that would be fetched.
 NEEDS = {
+    "model=bundle": ["model.folder=a"],
     "model=lightning": ["model.module_class=a.B"],
     "model=nnunet": ["model.folder=a"],
     "model=state_dict": ["model/net=unet"],

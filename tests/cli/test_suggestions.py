@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[2]
         ),
         ("predict", "experiment=ct", "experiment=ct is for train.py: python train.py experiment=ct ...; "),
         ("predict", "-m experiment=brain_extraction,ct", "experiment=ct is for train.py"),
-        ("predict", "model=train", "model=train is for train.py; predict.py has auto, exported, lightning, "),
+        ("predict", "model=train", "model=train is for train.py; predict.py has auto, bundle, exported, lightning, "),
         ("predict", "callbacks=[predict,ema]", "callbacks=ema is for train.py; predict.py has predict."),
         ("predict", "model/loss=l1", "model/loss=l1 is for train.py."),
         ("train", "model=torchscript", "model=torchscript is for predict.py; train.py has train."),

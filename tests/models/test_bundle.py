@@ -53,7 +53,7 @@ def refusal(folder: Path, changes: dict[str, Any]) -> str:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("VOXQUILT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
@@ -88,7 +88,9 @@ def test_references_and_choices_are_followed(tmp_path: Path) -> None:
         "inferer.roi_size": "@sizes#roi",
         "inferer.sw_batch_size": "@##edge",
         "inferer.device": "$torch.device('cuda')",
-        **transforms("preprocessing", *LOAD, ORIENT, {**SPACE, "pixdim": "$[1.5,1.5,1.5] if @highres else (3.0, 3, 2)"}),
+        **transforms(
+            "preprocessing", *LOAD, ORIENT, {**SPACE, "pixdim": "$[1.5,1.5,1.5] if @highres else (3.0, 3, 2)"}
+        ),
     }
     settings = read(tmp_path / "b", changes).settings
     assert settings["data"]["patch_size"] == [16, 16, 24]
@@ -277,7 +279,7 @@ def test_a_zip_is_unpacked_into_the_cache_without_what_is_not_needed(tmp_path: P
 def test_a_zip_that_leads_out_of_its_folder_is_refused(tmp_path: Path, cache: Path, name: str) -> None:
     """Nothing is unpacked."""
     file = zipped(make_bundle(tmp_path / "b"), tmp_path / "b.zip", extra={name: b"x"})
-    with pytest.raises(ConfigError, match="leads out of the zip's folder; wanted are plain files .* as MONAI exports"):
+    with pytest.raises(ConfigError, match=r"leads out of the zip's folder; wanted are plain files .* as MONAI exports"):
         read_bundle(file)
     assert not cache.exists()
     assert not list(tmp_path.rglob("evil.py"))

@@ -77,7 +77,10 @@ def test_a_package_adds_a_blend_by_one_file_and_one_line(place: Path) -> None:
     arguments = (*JOB, "stitch.overlap_mode=triangle", "stitch.products=[labels,logits]", "stitch.compare=[triangle]")
     done = run("predict.py", *arguments, cwd=place)
     assert done.returncode == 2
-    assert "stitch.overlap_mode must be one of crop, average, hann, gaussian, nnunet, monai; it is 'triangle'" in done.stderr
+    assert (
+        "stitch.overlap_mode must be one of crop, average, hann, gaussian, nnunet, monai; it is 'triangle'"
+        in done.stderr
+    )
     package = install_documented("triangle.py", place / "package")
     done = run("predict.py", *arguments, cwd=place, env={"PYTHONPATH": str(package)})
     assert done.returncode == 0, done.stderr
