@@ -57,7 +57,7 @@ def images(folder: Path) -> dict[str, Path]:
 def predict(forks: Server, folder: Path, *options: str) -> str:
     """Predict `in` with the bundle of a folder; what was printed."""
     given = (f"model.folder={folder / 'bundle'}", "data.inputs=in", "output_dir=out", "run.log=plain")
-    done = forks.run("model=bundle", *given, *options, cwd=folder)
+    done = forks.run("model=bundle", *given, *options, cwd=folder, env={"VOXQUILT_CACHE": str(folder / "cache")})
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

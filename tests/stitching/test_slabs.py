@@ -322,7 +322,8 @@ def test_a_head_is_ready_before_the_part_is_finished(mode: str) -> None:
         there.append(aggregator.head() is not None)
     # Planes 12 to 16; for crop, plane 14 alone.
     assert there == ([True] * 4 if mode == "crop" else [False, True, True, True])
-    (head,) = aggregator.head() or []
+    head, *weights = aggregator.head() or []
+    assert len(weights) == (mode == "monai")
     assert head.shape == (1, 1 if mode == "crop" else 5, 4, 4)
     assert head.is_contiguous()
     assert head.dtype == torch.float32
