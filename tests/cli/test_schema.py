@@ -112,6 +112,9 @@ def test_a_user_defined_class_may_have_keys_of_its_own() -> None:
 
 def test_a_checkpoint_carries_all_of_model_space_and_of_the_way_back() -> None:
     """Else predicting with it would see other voxels than training did; `device` only says where."""
-    carried = to_carry(composed("train"), ["image"])
+    plain = composed("train")
+    plain["preprocess"] = dict.fromkeys(plain["preprocess"], "chosen")
+    plain["stitch"] |= {"order": 3, "per_slice": 2.0}
+    carried = to_carry(plain, ["image"])
     assert carried["preprocess"].keys() - {"_target_"} == PREDICT["preprocess"].keys.keys() - {"device"}
     assert {"order", "per_slice", "overlap_mode"} <= carried["stitch"].keys()

@@ -19,6 +19,8 @@ from voxquilt.data.grid_loader import make_grids
 from voxquilt.data.normalisation import ZScoreNormalization
 from voxquilt.data.preprocess import Preprocess
 from voxquilt.prediction.datamodule import GridDataModule
+from voxquilt.stitching.combination import Combination
+from voxquilt.stitching.stitch import Stitch
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -255,6 +257,7 @@ def test_a_file_is_read_once_for_all_models(tmp_path: Path, monkeypatch: pytest.
         ("[{folder: a, labels: [1, 2]}]", "model.parts[0]: labels is a mapping from labels or their names to numbers"),
         ("[{folder: a, labels: {1: -1}}]", "model.parts[0]: labels is a mapping from labels or their names to numbers"),
         ("[{folder: a}, {folder: x}]", "model.parts[1]: x is not there; wanted is a model folder of nnU-Net."),
+        ("[{folder: a, labels: {1: 0}}]", "no model has a label that is to be written"),
         ("[]", "model.parts is a list of models, each with its folder or ckpt_path"),
         ("[a, b]", "model.parts is a list of models, each with its folder or ckpt_path"),
     ],
@@ -273,6 +276,9 @@ def test_wrong_parts_are_refused_before_anything_starts(
     ("option", "message"),
     [
         ("stitch.classes=[tumor]", "stitch.classes names 'tumor'; the labels are background, organ, lesion, tumour."),
+        ("stitch.classes=[background]", "no model has a label that is to be written: see stitch.classes"),
+        ("stitch.classes=tumour", "stitch.classes is a list, such as '[liver,spleen]'; it is 'tumour'."),
+        ("model.folder=a", "model.folder=a: the folders of several models are those in model.parts."),
         ("stitch.products=[entropy]", "stitch.combine=ordered makes labels; stitch.products is ['entropy']."),
         ("stitch.combine=max", "stitch.combine must be one of ordered, mean; it is 'max'."),
         ("data.within={folder: b, klasses: [1]}", "data.within is a mask's path, or a model"),
@@ -288,6 +294,35 @@ def test_wrong_settings_of_several_models_are_refused(
     done = forks.run(*command(*options), cwd=place)
     assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
     assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (
+            "[{folder: a}, {folder: c}]",
+            "stitch.combine=mean: model.parts[1] has the classes background, vessel, and model.parts[0] background, "
+            "organ, lesion. Averaged are probabilities of the same classes.",
+        ),
+        ("[{folder: a, labels: {1: 5}}, {folder: b}]", "model.parts[0].labels goes with stitch.combine=ordered"),
+    ],
+)
+def test_only_models_with_the_same_classes_are_averaged(
+    parts: str, message: str, place: Path, forks: Server, tmp_path: Path
+) -> None:
+    """Others would fail subject after subject, once predicted; labels of a part would be ignored."""
+    options = (f"model.parts={parts}", "stitch.combine=mean", f"output_dir={tmp_path / 'out'}")
+    done = forks.run(*command(*options), cwd=place)
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
+    assert message in done.stderr
+
+
+def test_labels_without_a_number_are_left_out_of_models_that_name_no_classes() -> None:
+    """Which labels a subject has does not decide whether it fails."""
+    combined = Combination(Stitch(), (Stitch(),), numbers=((0, 5),)).begin()
+    combined.add(0, {"labels": np.array([0, 1, 2, 3], np.uint8).reshape(1, 1, 2, 2)})
+    volumes, _ = combined.finish()
+    assert volumes["labels"].ravel().tolist() == [0, 5, 0, 0]
 
 
 def test_a_rough_model_gives_the_box_in_one_command(place: Path, forks: Server, tmp_path: Path) -> None:

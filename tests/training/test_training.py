@@ -1,6 +1,7 @@
 """Tests training: where patches are cut and by which process, what validation computes, what checkpoints predict."""
 
 import io
+import json
 import os
 import re
 import shutil
@@ -36,7 +37,7 @@ from voxquilt.data.discovery import SubjectFiles
 from voxquilt.data.subject import ScalarImage, Subject
 from voxquilt.errors import ConfigError, InputError
 from voxquilt.models.patch_network import PatchNetwork
-from voxquilt.models.weights.stored_settings import carried
+from voxquilt.models.weights.stored_settings import carried, to_carry
 from voxquilt.planning.network_check import check_network
 from voxquilt.predict import predict_volume
 from voxquilt.reporting.metrics import class_dice
@@ -541,6 +542,32 @@ def test_a_checkpoint_predicts_with_nothing_but_inputs(forks: Server, blobs: Pat
     )  # fmt: skip
     assert checked(run.wait()) == 0, run.text
     assert "yours: data.patch_overlap=0, stitch.overlap_mode=crop" in run.text
+
+
+def test_a_checkpoint_brings_all_that_makes_its_model_space(forks: Server, blobs: Path, tmp_path: Path) -> None:
+    """Without them its network would see other voxels than it was trained on, and nothing would say so."""
+    keys = (
+        "preprocess.spacing=1.5", "preprocess.transpose=[2,1,0]", "preprocess.grid=corner", "preprocess.crop=nonzero",
+        "preprocess.interpolation=3", "preprocess.per_slice=3", "preprocess.intensity_first=true", "stitch.order=0",
+        "stitch.per_slice=2",
+    )  # fmt: skip
+    train(forks, blobs, tmp_path, "trainer.max_epochs=1", *keys)
+    checkpoint = tmp_path / "outputs/checkpoints/last.ckpt"
+    said = (f"data.inputs={blobs}/images/s0.nii.gz", f"ckpt_path={checkpoint}", "output_dir=predicted")
+    run = forks.start(*said, cwd=tmp_path)
+    assert checked(run.wait()) == 0, run.text
+    (recorded,) = json.loads((tmp_path / "predicted/run.json").read_text())["settings"].values()
+    for text in keys:
+        key, _, value = text.partition("=")
+        assert recorded[key] == OmegaConf.from_dotlist([f"value={value}"]).value, key
+    run = forks.start(*said, "data.step=0.5", "run.overwrite=true", cwd=tmp_path)
+    assert checked(run.wait()) == 0, run.text  # in place of the overlap that it brings
+
+
+def test_settings_of_the_defaults_are_not_carried() -> None:
+    """So that checkpoints from before a key was there have the same settings."""
+    plain = {"data": {"patch_size": 8}, "preprocess": {"orientation": "RAS", "grid": "centre", "interpolation": 1}}
+    assert to_carry({**plain, "model": {}, "stitch": {"order": 1}}, ["image"])["preprocess"] == {"orientation": "RAS"}
 
 
 GOING_ON = ("trainer.max_epochs=4", "data.patches_per_volume=4")

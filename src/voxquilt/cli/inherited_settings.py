@@ -59,6 +59,8 @@ def inherit(cfg: DictConfig, overrides: Iterable[str], conf: Path) -> dict[str, 
             _fill_fixed_patch(cfg, paths)
             return {}
         source, model_defaults = paths[0], ("_options", "auto")
+        if cfg.data.get("step") is not None:  # the user's, in place of the overlap
+            settings["data"] = {key: value for key, value in settings["data"].items() if key != "patch_overlap"}
     typed = [text.lstrip("+~").partition("=")[0] for text in overrides]
     choice = _Choice(typed, {}, [], set())
     OmegaConf.set_struct(cfg, False)

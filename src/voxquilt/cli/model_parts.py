@@ -1,5 +1,6 @@
 """Expands `model.parts`, several models that predict each subject in turn, into the settings of each."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from voxquilt.cli.sections import check_sections
 from voxquilt.errors import ConfigError, VoxquiltError
 from voxquilt.text import question
 from voxquilt.vocabulary import MEAN, ORDERED
+
+log = logging.getLogger("voxquilt")
 
 PARTS = "voxquilt.SeveralPredictors"
 """The model of a configuration whose `model.parts` are expanded."""
@@ -50,6 +53,8 @@ def take_parts(cfg: DictConfig, overrides: Sequence[str], conf: Path) -> dict[st
         raise ConfigError(
             "model.parts is a list of models, each with its folder or ckpt_path, such as '[{folder: a}, {folder: b}]'."
         )
+    if not OmegaConf.is_missing(cfg.model, "folder") and cfg.model.get("folder") is not None:
+        raise ConfigError(f"model.folder={cfg.model.folder}: the folders of several models are those in model.parts.")
     combine = cfg.stitch.get("combine") or ORDERED
     cfg.stitch.combine = combine
     wanted = cfg.stitch.get("products")
@@ -63,8 +68,10 @@ def take_parts(cfg: DictConfig, overrides: Sequence[str], conf: Path) -> dict[st
             raise ConfigError(f"model.parts[{n}]: {error}") from error
     if combine == ORDERED:
         parts = _numbered(cfg, parts)
-    elif cfg.stitch.get("class_names") is None:
-        cfg.stitch.class_names = parts[0].plain["stitch"].get("class_names")
+    else:
+        _check_alike(parts)
+        if cfg.stitch.get("class_names") is None:
+            cfg.stitch.class_names = parts[0].plain["stitch"].get("class_names")
     _fill_run(cfg, parts)
     return {"parts": [part.inherited for part in parts]}
 
@@ -162,7 +169,31 @@ def _numbered(cfg: DictConfig, parts: Sequence[_Part]) -> list[_Part]:
         wanted = [table.get(n, 0) if table.get(n, 0) in kept else 0 for n in range(max([*table, *part.names, 0]) + 1)]
         if any(wanted):
             numbered.append(replace(part, numbers=wanted))
+    if not numbered:
+        raise ConfigError(
+            "no model has a label that is to be written: see stitch.classes, and the labels of model.parts."
+        )
     return numbered
+
+
+def _check_alike(parts: Sequence[_Part]) -> None:
+    """Refuse to average models of which the files say that they have other numbers of classes.
+
+    Raises:
+        ConfigError: so they say, or a part has labels of its own.
+    """
+    known = {n: list(names) for n, part in enumerate(parts) if (names := part.plain["stitch"].get("class_names"))}
+    first = next(iter(known), 0)
+    for n, part in enumerate(parts):
+        if part.labels is not None:
+            raise ConfigError(f"model.parts[{n}].labels goes with stitch.combine={ORDERED}; {MEAN} numbers no labels.")
+        if n not in known or known[n] == known[first]:
+            continue
+        own, others = (", ".join(map(str, known[m])) for m in (n, first))
+        text = f"stitch.combine={MEAN}: model.parts[{n}] has the classes {own}, and model.parts[{first}] {others}"
+        if len(known[n]) != len(known[first]):
+            raise ConfigError(f"{text}. Averaged are probabilities of the same classes.")
+        log.warning("%s, whose names are kept.", text)
 
 
 def _given(part: _Part, n: int) -> dict[int, int]:
@@ -195,6 +226,8 @@ def _counted(part: _Part, n: int, names: Mapping[int, str]) -> dict[int, int]:
 def _kept(classes: Any, names: Mapping[int, str]) -> set[int]:
     if classes is None:
         return set(names)
+    if not isinstance(classes, ListConfig):
+        raise ConfigError(f"stitch.classes is a list, such as '[liver,spleen]'; it is {classes!r}.")
     by_name = {name: number for number, name in names.items()}
     kept = set()
     for wanted in classes:

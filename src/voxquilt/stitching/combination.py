@@ -28,7 +28,8 @@ class Combination:
     Args:
         stitch: What is written of the whole, and `combine`.
         stitches: How each model's patches become volumes.
-        numbers: With 'ordered', the number in the whole of each label 0, 1, ... of each model; 0 leaves it out.
+        numbers: With 'ordered', the number in the whole of each label 0, 1, ... of each model; 0 leaves it out, and so
+            are the labels after the last.
     """
 
     stitch: Stitch
@@ -51,7 +52,7 @@ class OrderedLabels:
         """Add a model's labels, whose array may be kept and changed.
 
         Raises:
-            OutputError: a model's labels are not one label per voxel, or have a number that was not foreseen.
+            OutputError: a model's labels are not one label per voxel.
         """
         labels = volumes[LABELS]
         if len(labels) != 1:
@@ -63,7 +64,7 @@ class OrderedLabels:
             self._labels = np.zeros_like(labels, dtype=dtype)
         for own, into in zip(iterate_planes(labels), iterate_planes(self._labels), strict=True):
             if own.max() >= len(table):
-                raise OutputError(f"model {model} gives label {own.max()}; it was to have {len(table)} classes.")
+                table = np.pad(table, (0, int(own.max()) + 1 - len(table)))
             mapped = table[own]
             np.copyto(into, mapped, where=mapped != 0)
 

@@ -27,13 +27,21 @@ FORMAT = 1
 _SECTIONS = {
     "data": ("patch_size", "patch_overlap", "padding_mode", "divisible_by"),
     "preprocess": (
-        "_target_",
-        *("orientation", "transpose", "spacing", "grid", "crop", "interpolation", "per_slice"),
-        *("intensity", "intensity_first", "one_hot"),
+        "_target_", "orientation", "spacing", "intensity",
+        "transpose", "grid", "crop", "interpolation", "per_slice", "intensity_first", "one_hot",
     ),
     "model": ("net", "squeeze_axis", "activation"),
-    "stitch": ("overlap_mode", "products", "threshold", "order", "per_slice", "class_names", "label_values"),
-}
+    "stitch": ("overlap_mode", "products", "threshold", "class_names", "label_values", "order", "per_slice"),
+}  # fmt: skip
+# Values that are not carried, since a file without the key means them: files from before the key go on forming
+# ensembles with new ones, and other voxquilts go on reading these.
+_MEANT = {
+    "preprocess": {
+        "transpose": None, "grid": "centre", "crop": None, "interpolation": 1, "per_slice": None,
+        "intensity_first": False, "one_hot": None,
+    },
+    "stitch": {"order": 1, "per_slice": None},
+}  # fmt: skip
 
 
 def to_carry(plain: Mapping[str, Any], images: Sequence[str]) -> dict[str, Any]:
@@ -46,7 +54,10 @@ def to_carry(plain: Mapping[str, Any], images: Sequence[str]) -> dict[str, Any]:
     settings: dict[str, Any] = {"format": FORMAT, "images": list(images)}
     for section, keys in _SECTIONS.items():
         node = plain.get(section) or {}
-        settings[section] = {key: node[key] for key in keys if key in node}
+        meant = _MEANT.get(section, {})
+        settings[section] = {
+            key: node[key] for key in keys if key in node and not (key in meant and node[key] == meant[key])
+        }
     settings["data"]["patch_size"] = plain["data"].get("inference_patch_size") or plain["data"]["patch_size"]
     # Where predict.py has it, since flips and ensembles may be averaged as probabilities.
     settings["model"]["activation"] = plain["stitch"].get("activation")
