@@ -58,18 +58,13 @@ class Accumulator:
         self.grid, self.blend, self._axis, self._buffers = grid, blend, axis, buffers
         self._window = grid.shape[axis] if window is None else window
         voxels, self._fill = prod(grid.shape) // grid.shape[axis] * self._window, fill
-        weights = [checked_weights(blend, grid, n) for n in range(3)]
-        self._floor = None
-        if isinstance(blend, MonaiGaussian):  # whose weights do not sum to 1 before they are divided by their sum
-            weights = [blend.window(grid.patch_size[n]).expand(grid.counts[n], -1) for n in range(3)]
-            self._floor = blend.floor
+        weights, self._floor = _weights_of(blend, grid)
         self._weights = [upload(w.to(types.sums), device) for w in weights] if blend.averages else []
         self._owned = [] if blend.averages else [[_owned_interval(w) for w in along] for along in weights]
         patch = grid.patch_size if blend.averages else (0,)
         with torch.inference_mode(False):
             self._product = torch.empty(patch, dtype=types.sums, device=device)
-        # Sums of weights have the type of the sums, so that a voxel that one patch covers is divided by exactly the
-        # weight that it was multiplied with.
+        # Sums of weights have the type of the sums: one patch's voxel is divided by exactly the weight that it had.
         of_weights = types.sums if types.sums.is_floating_point else torch.float32
         kept = [(channels, types.sums), (1, of_weights)][: 1 if fill is None and self._floor is None else 2]
         self._memory = [buffers.take(n * voxels, dtype, device) for n, dtype in kept]
@@ -203,8 +198,7 @@ class Accumulator:
         if self.blend.averages:
             i, j, k = (along[n] for along, n in zip(self._weights, place, strict=True))
             weights = torch.mul(i[:, None, None], j[:, None] * k, out=self._product)
-            if self._floor is not None:
-                weights.clamp_(min=self._floor)
+            weights = weights if self._floor is None else weights.clamp_(min=self._floor)
         else:
             for n, along in enumerate(self._owned):
                 first[n], count = along[place[n]]
@@ -257,6 +251,13 @@ def _select_patch(planes: Tensor, axis: int, starts: list[int], patch: Tensor) -
         if n != axis:
             planes = planes.narrow(n + 1, starts[n], patch.shape[n + 1])
     return planes
+
+
+def _weights_of(blend: Blend, grid: Grid) -> tuple[list[Tensor], float | None]:
+    """The weights along each axis, and what a patch's weights are raised to, which then do not sum to 1."""
+    if isinstance(blend, MonaiGaussian):
+        return [blend.window(grid.patch_size[n]).expand(grid.counts[n], -1) for n in range(3)], blend.floor
+    return [checked_weights(blend, grid, n) for n in range(3)], None
 
 
 def _owned_interval(weights: Shaped[Tensor, "p"]) -> tuple[int, int]:
