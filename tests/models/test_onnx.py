@@ -431,6 +431,8 @@ def test_settings_are_read_from_the_metadata_and_checked_as_those_of_other_files
     assert carried(fixed) is None
     assert stored(json.dumps(SETTINGS)) == SETTINGS
     assert stored("{no json") is None
+    by_channel = SETTINGS | {"preprocess": {"intensity": {0: [{"_target_": "voxquilt.NoNormalization"}]}}}
+    assert stored(json.dumps(by_channel)) == by_channel  # though JSON's keys are texts
     with pytest.raises(ConfigError, match=r"model\.trust_checkpoint, which no checkpoint may bring"):
         stored(json.dumps(SETTINGS | {"model": {"trust_checkpoint": True}}))
     with pytest.raises(ConfigError, match="have format 99"):

@@ -317,6 +317,16 @@ def test_only_models_with_the_same_classes_are_averaged(
     assert message in done.stderr
 
 
+def test_products_that_means_do_not_have_are_refused_before_anything_starts(
+    place: Path, forks: Server, tmp_path: Path
+) -> None:
+    """Not subject after subject, once all models have predicted it."""
+    options = ("model.parts=[{folder: a}, {folder: b}]", "stitch.combine=mean", f"output_dir={tmp_path / 'out'}")
+    done = forks.run(*command(*options, "stitch.products=[labels,disagreement]"), cwd=place)
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
+    assert "stitch.combine=mean averages probabilities, of which disagreement cannot be made." in done.stderr
+
+
 def test_labels_without_a_number_are_left_out_of_models_that_name_no_classes() -> None:
     """Which labels a subject has does not decide whether it fails."""
     combined = Combination(Stitch(), (Stitch(),), numbers=((0, 5),)).begin()

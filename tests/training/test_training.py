@@ -551,7 +551,8 @@ def test_a_checkpoint_brings_all_that_makes_its_model_space(forks: Server, blobs
         "preprocess.interpolation=3", "preprocess.per_slice=3", "preprocess.intensity_first=true", "stitch.order=0",
         "stitch.per_slice=2",
     )  # fmt: skip
-    train(forks, blobs, tmp_path, "trainer.max_epochs=1", *keys)
+    intensity = "preprocess.intensity={0: [{_target_: voxquilt.ZScoreNormalization, use_mask: true}]}"
+    train(forks, blobs, tmp_path, "trainer.max_epochs=1", *keys, intensity)
     checkpoint = tmp_path / "outputs/checkpoints/last.ckpt"
     said = (f"data.inputs={blobs}/images/s0.nii.gz", f"ckpt_path={checkpoint}", "output_dir=predicted")
     run = forks.start(*said, cwd=tmp_path)
@@ -560,6 +561,7 @@ def test_a_checkpoint_brings_all_that_makes_its_model_space(forks: Server, blobs
     for text in keys:
         key, _, value = text.partition("=")
         assert recorded[key] == OmegaConf.from_dotlist([f"value={value}"]).value, key
+    assert recorded["preprocess.intensity.0"] == [{"_target_": "voxquilt.ZScoreNormalization", "use_mask": True}]
     run = forks.start(*said, "data.step=0.5", "run.overwrite=true", cwd=tmp_path)
     assert checked(run.wait()) == 0, run.text  # in place of the overlap that it brings
 

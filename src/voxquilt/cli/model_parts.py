@@ -24,6 +24,8 @@ PARTS = "voxquilt.SeveralPredictors"
 _SECTIONS = ("model", "data", "preprocess", "stitch")
 # Where the keys of a model are listed: of one with a ckpt_path, and of one with a folder.
 _FILES = (("_options", "auto"), ("nnunet",))
+# Products that need scores, or each patch's.
+_NOT_OF_MEANS = ("logits", "disagreement")
 # What a part's grids are made of; the rest of `data` is the run's.
 _OF_GRIDS = ("patch_size", "patch_overlap", "padding_mode", "divisible_by", "placement", "step")
 
@@ -60,6 +62,8 @@ def take_parts(cfg: DictConfig, overrides: Sequence[str], conf: Path) -> dict[st
     wanted = cfg.stitch.get("products")
     if combine == ORDERED and wanted is not None and list(wanted) != ["labels"]:
         raise ConfigError(f"stitch.combine={ORDERED} makes labels; stitch.products is {list(wanted)}.")
+    if combine == MEAN and (impossible := [name for name in wanted or () if name in _NOT_OF_MEANS]):
+        raise ConfigError(f"stitch.combine={MEAN} averages probabilities, of which {impossible[0]} cannot be made.")
     parts = []
     for n, entry in enumerate(entries):
         try:

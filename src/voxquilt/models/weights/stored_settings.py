@@ -82,7 +82,7 @@ def carried(path: Path) -> dict[str, Any] | None:
         raise ConfigError(f"{path}: its settings have format {settings.get('format')!r}; this voxquilt reads {FORMAT}.")
     for section, keys in _SECTIONS.items():
         node = settings.get(section, {})
-        unknown = sorted(set(node) - set(keys)) if isinstance(node, Mapping) else [section]
+        unknown = sorted(set(node) - set(keys), key=str) if isinstance(node, Mapping) else [section]
         if unknown:
             raise ConfigError(f"{path}: its settings have {section}.{unknown[0]}, which no checkpoint may bring.")
     return {section: {} for section in _SECTIONS} | with_new_targets(dict(settings))
@@ -119,9 +119,14 @@ def _stored_text(path: Path) -> str | None:
 
 def _parsed(text: str) -> Any:
     try:
-        return {KEY: json.loads(text)}
+        return {KEY: json.loads(text, object_pairs_hook=_with_numbers)}
     except (ValueError, RecursionError):
         return None
+
+
+def _with_numbers(pairs: list[tuple[str, Any]]) -> dict[str | int, Any]:
+    """Numbers of channels, in preprocess.intensity, which JSON writes as texts."""
+    return {int(key) if key.isdecimal() and key.isascii() else key: value for key, value in pairs}
 
 
 class _StandIn(dict[Any, Any]):
