@@ -389,3 +389,13 @@ def test_the_space_of_a_box_is_that_of_the_cut_out_volume() -> None:
     assert whole.model.shape == alone.model.shape
     np.testing.assert_allclose(whole.model.affine, alone.model.affine, rtol=0, atol=1e-9)
     assert whole.maps == alone.maps
+
+
+def test_a_subject_that_a_table_names_keeps_its_name(tmp_path: Path) -> None:
+    """Though its file ends as images of a subject do; without such a column subjects are named by their files."""
+    save(tmp_path / "in/p_0000.nii.gz", noise((4, 4, 4)))
+    (tmp_path / "named.csv").write_text("subject,image\nzz,in/p_0000.nii.gz\n")
+    (tmp_path / "plain.csv").write_text("image\nin/p_0000.nii.gz\n")
+    (named,) = find_cases(tmp_path / "named.csv", suffixes={"t1": "_0000"})
+    (plain,) = find_cases(tmp_path / "plain.csv", suffixes={"t1": "_0000"})
+    assert (named.subject, plain.subject) == ("zz", "p")

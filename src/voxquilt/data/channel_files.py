@@ -14,8 +14,8 @@ log = logging.getLogger("voxquilt")
 def group_images(cases: Sequence[SubjectFiles], suffixes: Mapping[str, str]) -> list[SubjectFiles]:
     """One subject for all files whose names differ only in their ends.
 
-    A subject that lacks an image is known by its others, and fails alone. Subjects of several images, from a table,
-    stay as they are; files with other ends are left out, and named once.
+    A subject that lacks an image is known by its others, and fails alone. Subjects that a table names, or with several
+    images, stay as they are; files with other ends are left out, and named once.
 
     Args:
         cases: Subjects as they were found.
@@ -26,8 +26,8 @@ def group_images(cases: Sequence[SubjectFiles], suffixes: Mapping[str, str]) -> 
     """
     if not isinstance(suffixes, Mapping) or not all(isinstance(s, str) and s for s in suffixes.values()):
         raise ConfigError(f"data.suffixes has the end of a file's name for each image; it is {suffixes!r}.")
-    whole = [case for case in cases if len(case.images) > 1 or case.values]
-    single = [case for case in cases if not (len(case.images) > 1 or case.values)]
+    whole = [case for case in cases if not _is_named_by_file(case)]
+    single = [case for case in cases if _is_named_by_file(case)]
     found: dict[str, tuple[Path, str]] = {}
     others: list[SubjectFiles] = []
     for case in single:
@@ -54,6 +54,11 @@ def group_images(cases: Sequence[SubjectFiles], suffixes: Mapping[str, str]) -> 
             len(others), ends, shown, ", ..." * (len(others) > 3),
         )  # fmt: skip
     return [*whole, *(_subject(name, path, end, suffixes) for name, (path, end) in found.items())]
+
+
+def _is_named_by_file(case: SubjectFiles) -> bool:
+    """Whether a subject is one file that was found, and not named by a table."""
+    return len(case.images) == 1 and not case.values and case.subject == stem(next(iter(case.images.values())))
 
 
 def _subject(name: str, path: Path, end: str, suffixes: Mapping[str, str]) -> SubjectFiles:
