@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
+from voxquilt.cli.model_folder import check_no_weights
 from voxquilt.errors import ConfigError
 from voxquilt.models.bundle.settings import read_bundle
 
@@ -34,7 +34,7 @@ def take_bundle(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
     folder, config, checkpoint, trust = (cfg.model.pop(key, None) for key in _KEYS)
     if not isinstance(trust, bool):
         raise ConfigError(f"model.trust_bundle must be true or false; it is {trust!r}.")
-    _check_no_weights(cfg)
+    check_no_weights(cfg, "model=bundle", "model.checkpoint")
     bundle = read_bundle(Path(folder).expanduser(), config=config, checkpoint=checkpoint, trust=trust)
     settings = bundle.settings
     if cfg.data.get("patch_overlap") and "step" in settings["data"]:
@@ -43,14 +43,3 @@ def take_bundle(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
         log.info("from %s: its network takes %s, in this order.", bundle.file.name, ", ".join(bundle.input_names))
     OmegaConf.update(cfg, "ckpt_path", str(bundle.weights), merge=False)
     return bundle.file, settings
-
-
-def _check_no_weights(cfg: DictConfig) -> None:
-    try:
-        weights = None if OmegaConf.is_missing(cfg, "ckpt_path") else cfg.ckpt_path
-    except OmegaConfBaseException:
-        weights = None
-    if weights is not None:
-        raise ConfigError(
-            f"ckpt_path={weights}: model=bundle has its weights in model.folder; choose them by model.checkpoint."
-        )

@@ -52,21 +52,32 @@ def _read(cfg: DictConfig) -> NnunetFolder:
         raise ConfigError(
             f"model.folder is the folder of a trained model, TRAINER__PLANS__CONFIGURATION; it is {given}."
         )
-    try:
-        weights = None if OmegaConf.is_missing(cfg, "ckpt_path") else cfg.ckpt_path
-    except OmegaConfBaseException:
-        weights = None
-    if weights is not None:
-        raise ConfigError(
-            f"ckpt_path={weights}: model=nnunet has its weights in model.folder; choose them by model.folds and "
-            f"model.checkpoint."
-        )
+    check_no_weights(cfg, "model=nnunet", "model.folds and model.checkpoint")
     folds, checkpoint = cfg.model.get("folds"), cfg.model.get("checkpoint")
     if isinstance(folds, int | str):
         folds = [folds]
     return read_folder(
         Path(cfg.model.folder).expanduser(), checkpoint=str(checkpoint), folds=None if folds is None else list(folds)
     )
+
+
+def check_no_weights(cfg: DictConfig, model: str, keys: str) -> None:
+    """Refuse a ckpt_path beside a folder that has its weights in it.
+
+    Args:
+        cfg: The composed configuration.
+        model: What was chosen, such as 'model=nnunet'.
+        keys: The keys that choose its weights.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    try:
+        weights = None if OmegaConf.is_missing(cfg, "ckpt_path") else cfg.ckpt_path
+    except OmegaConfBaseException:
+        weights = None
+    if weights is not None:
+        raise ConfigError(f"ckpt_path={weights}: {model} has its weights in model.folder; choose them by {keys}.")
 
 
 def _check_previous(model: NnunetFolder, previous: object) -> None:
