@@ -17,7 +17,7 @@ from voxquilt.errors import BatchError, InputError, LedgerError, OutputError
 from voxquilt.geometry.frame import Frame
 from voxquilt.geometry.grid import Grid, make_grid
 from voxquilt.stitching.aggregator import GridAggregator
-from voxquilt.stitching.blend import to_blend
+from voxquilt.stitching.blend import MonaiGaussian, to_blend
 from voxquilt.stitching.blend_registry import BLENDS
 from voxquilt.stitching.stitch import Stitch
 
@@ -27,12 +27,16 @@ AXES = st.tuples(st.integers(1, 7), st.integers(0, 3), st.integers(0, 12))
 
 def renormalised(grid: Grid, patches: Tensor, skipped: set[int], mode: str, fill: list[float]) -> Tensor:
     """A reference: weighted sums over the patches added, divided by their weights; the fill where there are none."""
-    i, j, k = (to_blend(mode).axis_weights(grid, axis) for axis in range(3))
+    blend = to_blend(mode)
+    i, j, k = (blend.axis_weights(grid, axis) for axis in range(3))
+    if isinstance(blend, MonaiGaussian):  # whose weights are raised where they are small
+        i, j, k = (blend.window(n).expand(count, -1) for n, count in zip(grid.patch_size, grid.counts, strict=True))
     total = torch.zeros(patches.shape[1], *grid.shape, dtype=torch.float64)
     cover = torch.zeros(grid.shape, dtype=torch.float64)
     for n in set(range(len(grid))) - skipped:
         (a, b, c), (i0, j0, k0, i1, j1, k1) = grid.place(n), grid.location(n)
         weights = i[a][:, None, None] * j[b][:, None] * k[c]
+        weights = weights.clamp(min=blend.floor) if isinstance(blend, MonaiGaussian) else weights
         total[:, i0:i1, j0:j1, k0:k1] += patches[n].double() * weights
         cover[i0:i1, j0:j1, k0:k1] += weights
     return torch.where(cover > 0, total / cover, torch.tensor(fill, dtype=torch.float64)[:, None, None, None])

@@ -26,7 +26,7 @@ def test_a_package_adds_a_placement_by_one_file_and_one_line(place: Path, mode: 
     arguments = (*JOB, "data.placement=mirrored", "data.step=0.5", f"stitch.overlap_mode={mode}")
     done = run("predict.py", *arguments, cwd=place)
     assert done.returncode == 2
-    assert "data.placement must be one of regular, even; it is 'mirrored'" in done.stderr
+    assert "data.placement must be one of regular, even, monai; it is 'mirrored'" in done.stderr
     package = install_documented("mirrored.py", place / "package")
     done = run("predict.py", *arguments, cwd=place, env={"PYTHONPATH": str(package)})
     assert done.returncode == 0, done.stderr
@@ -38,7 +38,7 @@ def test_a_package_adds_a_grid_by_one_file_and_one_line(place: Path) -> None:
     arguments = (*JOB, "preprocess.spacing=[2,null,null]", "preprocess.grid=first_border", "stitch.restore=labels")
     done = run("predict.py", *arguments, cwd=place)
     assert done.returncode == 2
-    assert "preprocess.grid must be one of centre, corner, first_voxel, ends; it is 'first_border'" in done.stderr
+    assert "must be one of centre, corner, first_voxel, ends, monai; it is 'first_border'" in done.stderr
     package = install_documented("first_border.py", place / "package")
     done = run("predict.py", *arguments, cwd=place, env={"PYTHONPATH": str(package)})
     assert done.returncode == 0, done.stderr

@@ -343,7 +343,7 @@ def test_a_tie_of_labels_goes_to_the_nearest_and_then_to_the_smallest() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"grid": "center"}, "model grid must be one of centre, corner, first_voxel, ends; it is 'center'."),
+        ({"grid": "center"}, "model grid must be one of centre, corner, first_voxel, ends, monai; it is 'center'."),
         ({"transpose": (0, 1)}, "transpose must be null or the axes 0, 1, 2, each once"),
         ({"transpose": (0, 1, 1)}, "transpose must be null or the axes 0, 1, 2, each once"),
     ],

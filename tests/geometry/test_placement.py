@@ -92,7 +92,7 @@ def test_an_invalid_step_is_a_grid_error(options: dict, message: str) -> None:
 
 def test_an_unknown_placement_names_those_there_are() -> None:
     """And the nearest one."""
-    with pytest.raises(ValueError, match=r"must be one of regular, even; it is 'evne'. Did you mean even\?"):
+    with pytest.raises(ValueError, match=r"must be one of regular, even, monai; it is 'evne'. Did you mean even\?"):
         make_grid((16, 16, 16), 8, placement="evne")
 
 

@@ -132,6 +132,11 @@ class SlabStream:
             return [torch.cat(pieces, self._axis + 1).contiguous() for pieces in zip(*self._head, strict=True)]
 
     @property
+    def head_size(self) -> int:
+        """Number of tensors of a head."""
+        return len(self._sums.layouts)
+
+    @property
     def has_next(self) -> bool:
         """Whether another part follows, whose head this one needs."""
         return self._part.stop < self._grid.counts[self._axis]

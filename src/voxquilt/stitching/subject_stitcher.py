@@ -130,11 +130,13 @@ class SubjectStitcher:
             LedgerError: a patch of this part is missing, or a head came before.
         """
         rings = self._require_rings()
-        each, rest = divmod(len(head), len(rings))
-        if rest:
-            raise PatchShapeError(f"the head of the next part has {len(head)} tensors for {len(rings)} blends.")
-        for n, ring in enumerate(rings):
-            ring.stream.join(head[n * each : (n + 1) * each])
+        # Sums, and for some blends sums of weights.
+        sizes = [ring.stream.head_size for ring in rings]
+        if len(head) != sum(sizes):
+            raise PatchShapeError(f"the head of the next part has {len(head)} tensors; wanted are {sum(sizes)}.")
+        tensors = iter(head)
+        for ring, size in zip(rings, sizes, strict=True):
+            ring.stream.join([next(tensors) for _ in range(size)])
 
     def parts(self) -> Iterator[tuple[str, Where, np.ndarray]]:
         """This part of every product, one after the other: its name, native slices and a contiguous (C, I, J, K) array.
