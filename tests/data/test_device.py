@@ -88,7 +88,7 @@ def load_images(loader: GridLoader, images: dict[str, Any], feed: DeviceFeed | N
     sampler = GridSampler(model_subject, loader.patch_size, loader.patch_overlap, fit=True)
     numbers = sampler.grid.streaming_order.tolist()
     work = object.__new__(SubjectWork)
-    work.numbers, work.failed = numbers, False
+    work.numbers, work.failed, work.task = numbers, False, SubjectTask(SubjectFiles("a", {}))
     return LoadedSubject(work, sampler.source(None if feed is None else feed.stream))
 
 

@@ -65,7 +65,7 @@ def test_one_shard_reads_the_headers_for_all(tmp_path: Path, monkeypatch: pytest
     def dealt(patch: int, resume: Resume | None) -> list[str]:
         read.clear()
         shards = [GridDataModule(str(tmp_path / "scans"), patch, shard=(n, 3), resume=resume) for n in range(3)]
-        planners = [RunPlanner(Group(None), data.grids, data.shard, "subject", resume) for data in shards]
+        planners = [RunPlanner(Group(None), [data.grids], data.shard, "subject", resume) for data in shards]
         dealt = [planner.select_shard(data.cases) for planner, data in zip(planners, shards, strict=True)]
         return sorted(case.subject for cases in dealt for case in cases)
 
