@@ -133,7 +133,7 @@ class SlabStream:
 
     @property
     def head_size(self) -> int:
-        """Number of tensors of a head."""
+        """Number of tensors of a head: sums, and for some blends sums of weights."""
         return len(self._sums.layouts)
 
     @property

@@ -130,7 +130,6 @@ class SubjectStitcher:
             LedgerError: a patch of this part is missing, or a head came before.
         """
         rings = self._require_rings()
-        # Sums, and for some blends sums of weights.
         sizes = [ring.stream.head_size for ring in rings]
         if len(head) != sum(sizes):
             raise PatchShapeError(f"the head of the next part has {len(head)} tensors; wanted are {sum(sizes)}.")
