@@ -130,7 +130,8 @@ def nnunet(source: Path, target: Path) -> Callable[[], Run]:
 
 
 def forwards(source: Path, target: Path, patches: int) -> Callable[[], Run]:
-    """The network alone."""
+    """The network alone, with the huge pages that the command asks for."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     import voxquilt
 
     network = voxquilt.predictor_from_nnunet(source / MODEL, flips=[]).network
