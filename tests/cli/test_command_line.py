@@ -118,9 +118,15 @@ def light(place: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
         ("stitch.products=[lables]", "it is 'lables'. Did you mean labels?"),
         ("stitch.products=labels", "stitch.products is a list, such as '[labels]'"),
         ("stitch.threshold=high", "stitch.threshold must be a number"),
-        ("stitch.compare=[crop,han]", "stitch.compare must be one of crop, average, hann, gaussian, nnunet, monai; it"),
+        (
+            "stitch.compare=[crop,han]",
+            "stitch.compare must be one of crop, average, hann, gaussian, nnunet, monai; it is 'han'",
+        ),
         ("stitch.compare=hann", "stitch.compare is a list, such as '[crop,hann]'"),
-        ("stitch.restore=label", "stitch.restore must be one of scores, probabilities, labels; it is 'label'."),
+        (
+            "stitch.restore=label",
+            "stitch.restore must be one of scores, probabilities, labels; it is 'label'. Did you mean labels?",
+        ),
         ("stitch.fill=black", "stitch.fill is null, a number, or a number for each channel; it is 'black'"),
         ("stitch.class_names=brain", "stitch.class_names is a list"),
         ("stitch.postprocess=[fill]", "stitch.postprocess must be a list of callables"),

@@ -118,7 +118,7 @@ def test_padding_never_changes_a_native_voxel(
         wanted = slow(subject, preprocess, name, restore)
         if name == "labels":
             np.testing.assert_array_equal(made[name][0][sure], wanted[0][sure])
-            assert sure.mean() > 0.5
+            assert (~sure).sum() < max(0.1 * sure.size, 8)  # of a volume of a few voxels, some may be ties
         else:
             np.testing.assert_allclose(made[name], wanted, rtol=1e-4, atol=2e-4, err_msg=name)
 
