@@ -9,7 +9,7 @@ from voxquilt.data.staging import STAGED
 from voxquilt.data.subject_size import RunSize
 from voxquilt.geometry.frame import Triple
 from voxquilt.planning.shape_probe import Probe
-from voxquilt.stitching.blend import MonaiGaussian
+from voxquilt.stitching.blend import FlooredBlend
 from voxquilt.stitching.products.disagreement import Moments
 from voxquilt.stitching.stitch import Stitch
 from voxquilt.vocabulary import LABELS
@@ -147,7 +147,7 @@ def plan_outputs(
                 sums += share * (
                     moments.channels(channels) * (8 if moments.is_double else 4) if moments else channels * 4
                 )
-                sums += share * 4 * isinstance(blend, MonaiGaussian)  # sums of weights
+                sums += share * 4 * isinstance(blend, FlooredBlend)  # sums of weights
                 blends += 1
             for product, spec in specs.items():
                 count, dtype = spec.product.form(channels)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from voxquilt.errors import BatchError, PatchShapeError
 from voxquilt.geometry.grid import Grid
-from voxquilt.stitching.blend import Blend, MonaiGaussian, checked_weights
+from voxquilt.stitching.blend import Blend, FlooredBlend, checked_weights
 from voxquilt.stitching.buffer_pool import BufferPool
 from voxquilt.stitching.device_transfer import upload
 from voxquilt.stitching.execution import ON_HOST, Execution
@@ -255,7 +255,7 @@ def _select_patch(planes: Tensor, axis: int, starts: list[int], patch: Tensor) -
 
 def _weights_of(blend: Blend, grid: Grid) -> tuple[list[Tensor], float | None]:
     """The weights along each axis, and what a patch's weights are raised to, which then do not sum to 1."""
-    if isinstance(blend, MonaiGaussian):
+    if isinstance(blend, FlooredBlend):
         return [blend.window(grid.patch_size[n]).expand(grid.counts[n], -1) for n in range(3)], blend.floor
     return [checked_weights(blend, grid, n) for n in range(3)], None
 

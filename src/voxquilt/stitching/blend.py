@@ -35,6 +35,23 @@ class Blend(Protocol):
         ...
 
 
+@runtime_checkable
+class FlooredBlend(Blend, Protocol):
+    """A blend that averages by a window along each axis, whose product is raised to a floor wherever it is below.
+
+    Since a floor of a product is not a product of floors, sums of weights are kept beside the sums of patches.
+    """
+
+    @property
+    def floor(self) -> float:
+        """The least weight of a voxel of a patch."""
+        ...
+
+    def window(self, patch: int) -> Float64[Tensor, "p"]:
+        """The weights along an axis, before the floor, given the patch size."""
+        ...
+
+
 @dataclass(frozen=True)
 class Crop:
     """Assigns each voxel to one patch: half of the overlap to either neighbour.
@@ -104,9 +121,7 @@ def nnunet(patch: int) -> Float64[Tensor, "p"]:
 
 @dataclass(frozen=True)
 class MonaiGaussian:
-    """MONAI's gaussian: the product of `gaussian` along the three axes, raised to 1e-3 wherever it is below.
-
-    Since a floor of a product is not a product of floors, sums of weights are kept beside the sums of patches.
+    """MONAI's gaussian: a FlooredBlend of `gaussian` along the three axes, raised to 1e-3.
 
     Args:
         sigma_scale: Sigma as a share of the patch size.
