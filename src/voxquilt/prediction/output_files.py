@@ -20,6 +20,7 @@ from voxquilt.planning.resource_estimate import RunSettings
 from voxquilt.prediction.datamodule import GridDataModule
 from voxquilt.reporting.manifest import Row
 from voxquilt.reporting.overlay import flat, overlay_png
+from voxquilt.reporting.thumbnails import maps_of, try_thumbnails
 from voxquilt.stitching.combination import Combination
 from voxquilt.stitching.label_values import count_labels
 from voxquilt.stitching.output_volumes import Scratch
@@ -37,6 +38,7 @@ class OutputOptions:
         suffix: '.nii.gz' or '.nii'.
         overlay: Whether a picture is written with each subject's volumes.
         tensorboard: Whether numbers and pictures are written for TensorBoard.
+        report: Whether thumbnails are drawn for the report of the run.
         in_memory: Bytes; larger products are kept in scratch files until they are written.
         combination: How the volumes of several models become those of the run; None for one model.
     """
@@ -46,6 +48,7 @@ class OutputOptions:
     suffix: str = ".nii.gz"
     overlay: bool = False
     tensorboard: bool = False
+    report: bool = False
     in_memory: float = float("inf")
     combination: Combination | None = None
 
@@ -61,7 +64,7 @@ class OutputOptions:
     @property
     def pictures(self) -> bool:
         """Whether pictures of labels are drawn."""
-        return self.overlay or self.tensorboard
+        return self.overlay or self.tensorboard or self.report
 
     def settings(self, data: GridDataModule, module: LightningModule, model: int = 0) -> RunSettings:
         """The settings that determine the memory and disk of a run, as far as one of its models goes."""
@@ -115,11 +118,7 @@ class OutputFiles:
             write(path, data, native, header=work.file.header, label_names=names)
             outputs[path.name] = kinds[product]
         labels = next((volumes[product] for product, kind in kinds.items() if kind == LABELS), None)
-        if labels is not None and self.options.overlay:
-            path = self._check_path(f"{subject}_overlay.png")
-            drawn = flat(labels, self.options.stitch.numbers)
-            overlay_png(work.file.read()[0].numpy(), drawn, native.affine, path)
-            outputs[path.name] = PICTURE
+        outputs |= self._draw(work, volumes, kinds, labels)
         volume, of_classes = None, dict[str, float]()
         if labels is not None:
             ml = abs(float(np.linalg.det(native.affine[:3, :3]))) / 1000  # of sheared voxels too
@@ -137,8 +136,32 @@ class OutputFiles:
             volume_ml=volume,
             fingerprint=work.task.fingerprint,
             kinds=tuple(outputs.values()),
+            inputs=work.task.case.paths,
             class_ml=of_classes,
         )
+
+    def _draw(
+        self,
+        work: SubjectWork,
+        volumes: Mapping[str, np.ndarray],
+        kinds: Mapping[str, str],
+        labels: np.ndarray | None,
+    ) -> dict[str, str]:
+        """Draw a subject's pictures; returns the outputs among them by their kind."""
+        options, subject, affine = self.options, work.task.case.subject, work.space.native.affine
+        overlaid = options.overlay and labels is not None
+        if not overlaid and not options.report:
+            return {}
+        # Read again, since the network has seen it in model space and with other intensities.
+        image = work.file.read()[0].numpy()
+        if options.report:
+            maps = maps_of(volumes, kinds)
+            try_thumbnails(options.folder, subject, image, labels, maps, affine, options.stitch.numbers)
+        if not overlaid:
+            return {}
+        path = self._check_path(f"{subject}_overlay.png")
+        overlay_png(image, flat(labels, options.stitch.numbers), affine, path)
+        return {path.name: PICTURE}
 
     def _names(self, channels: int) -> dict[int, str]:
         """Names by the numbers in the file; by channel if there are several labels per voxel."""

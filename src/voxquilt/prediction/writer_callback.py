@@ -63,6 +63,8 @@ class VolumeWriter(Callback):
         in_memory: MiB; larger products are kept in unnamed files in output_dir until they are written. None is an
             eighth of the memory that is free when the writer is made: up to three subjects are held at a time.
         tensorboard: Whether to write numbers of subjects, and pictures of the first, in output_dir/tensorboard.
+        report: Whether to draw thumbnails of each subject in output_dir/report, for the report of the run, which
+            predict.py writes at its end and `voxquilt-report` on demand.
         log: How progress is shown: 'rich' bars, 'plain' lines, 'json' objects on stdout; 'auto' shows bars on a
             terminal.
         configuration: Configuration of the run, for run.json.
@@ -82,6 +84,7 @@ class VolumeWriter(Callback):
         compress: bool = True,
         in_memory: float | None = None,
         tensorboard: bool = False,
+        report: bool = False,
         log: str = "auto",
         configuration: Mapping[str, Any] | None = None,
         combination: Combination | None = None,
@@ -92,6 +95,7 @@ class VolumeWriter(Callback):
             ".nii.gz" if compress else ".nii",
             overlay=overlay,
             tensorboard=tensorboard,
+            report=report,
             in_memory=psutil.virtual_memory().available / 8 if in_memory is None else in_memory * MIB,
             combination=combination,
         )
