@@ -67,6 +67,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def conf_dir() -> Path:
+    """The configuration's folder: inside the package in a wheel, at the top of a checkout."""
+    inside = Path(__file__).parent / "conf"
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "conf"
+
+
 def checksum(path: Path) -> str:
     """The sha256 of a file's content, in hexadecimal digits."""
     with open(path, "rb") as file:
