@@ -9,7 +9,7 @@ from voxquilt.text import of_subjects
 
 LIMIT = 3.5
 """The robust z-score beyond which a volume is an outlier."""
-LEAST = 8
+LEAST = 5
 """Subjects below which no outlier is sought: a median absolute deviation of so few says little."""
 ALL_LABELS = "all labels"
 """The name of the volume of all labels together, which the manifest has."""

@@ -58,7 +58,7 @@ def _packed() -> bytes:
             packages = list(Path(folder).glob("*.tgz"))
             if done.returncode == 0 and packages:
                 return packages[0].read_bytes()
-    registry = os.environ.get("npm_config_registry") or "https://registry.npmjs.org"
+    registry = os.environ.get("npm_config_registry") or "https://registry.npmjs.org"  # noqa: SIM112 (npm's name)
     url = f"{registry.rstrip('/')}/@niivue/niivue/-/niivue-{VERSION}.tgz"
     with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer:
         return answer.read()

@@ -19,8 +19,9 @@ from voxquilt.report.run_folder import METRICS, RunFolder, read_run
 from voxquilt.report.strip_plot import HEIGHT, WIDTH, strip_plot
 from voxquilt.reporting.manifest import Row
 from voxquilt.text import digest, escaped
-from voxquilt.vocabulary import PICTURE
 
+STATIC = ("report.css", "report.js")
+"""The style and the script of the page."""
 REPORT = "report.html"
 """The page's name in the output folder."""
 THUMBNAILS = Path("report") / "thumbnails"
@@ -88,7 +89,7 @@ def render_report(run: RunFolder, viewer: Callable[[Row], str] | None = None, *,
     """
     cohorts = cohorts_of(run)
     flags = flags_of(run, cohorts)
-    ordered = sorted(run.rows.values(), key=lambda row: _rank(row, flags.get(row.subject, ())))
+    ordered = in_order(run, flags)
     classes = [cohort for cohort in cohorts if cohort.name in run.class_names]
     shown = classes if 1 < len(classes) <= _MOST_CLASSES else []
     metrics = [metric for metric in METRICS if any(metric in means for means in run.metrics.values())]
@@ -112,8 +113,7 @@ def render_report(run: RunFolder, viewer: Callable[[Row], str] | None = None, *,
     ]
     return render(
         "report.html.j2",
-        ("report.css",),
-        ("report.js",),
+        None if served else STATIC,
         run=run,
         record=run.record,
         title=escaped(run.path.name),
@@ -129,22 +129,28 @@ def render_report(run: RunFolder, viewer: Callable[[Row], str] | None = None, *,
         metrics=[METRICS[metric] for metric in metrics],
         settings=[(key, _value(value), _value(default)) for key, value, default in _changed(run)],
         limits=(LIMIT, LEAST),
-        served=served,
         without_pictures=sum(not view.thumbnails and view.status != "failed" for view in subjects),
     )
 
 
-def render(template: str, styles: Sequence[str], scripts: Sequence[str], **values: Any) -> bytes:
-    """A page with its styles and scripts inside, which may load images beside it and nothing else.
+def in_order(run: RunFolder, flags: Mapping[str, Sequence[Flag]]) -> list[Row]:
+    """The subjects in the order of the page: failed ones, flagged ones, the most serious first, then the others."""
+    return sorted(run.rows.values(), key=lambda row: _rank(row, flags.get(row.subject, ())))
+
+
+def render(template: str, static: Sequence[str] | None, **values: Any) -> bytes:
+    """A page that may load images beside it and nothing else.
 
     Args:
         template: Name of the template.
-        styles, scripts: Names of files in static/.
+        static: Names of the style and the script in static/, which are put into the page; None for a page that a server
+            gives out, with these beside it.
         values: What the template needs.
     """
-    style, script = ("".join(_static(name) for name in names) for names in (styles, scripts))
+    style, script = ("", "") if static is None else map(read_static, static)
+    allowed = ("'self'", "'self'") if static is None else (_hash(style), _hash(script))
     policy = (
-        f"default-src 'none'; img-src 'self' data: file:; style-src {_hash(style)}; script-src {_hash(script)}; "
+        f"default-src 'none'; img-src 'self' data: file:; style-src {allowed[0]}; script-src {allowed[1]}; "
         "base-uri 'none'; form-action 'none'"
     )
     page = _environment().get_template(template).render(style=style, script=script, policy=policy, **values)
@@ -161,7 +167,8 @@ def _environment() -> Any:
     )
 
 
-def _static(name: str) -> str:
+def read_static(name: str) -> str:
+    """A style or a script of a page."""
     return (Path(__file__).parent / "static" / name).read_text("utf-8")
 
 
@@ -170,7 +177,6 @@ def _hash(text: str) -> str:
 
 
 def _rank(row: Row, flags: Sequence[Flag]) -> tuple[int, float, str]:
-    """Failed subjects first, then flagged ones, the most serious first, then the others by id."""
     if row.status == "failed":
         return 0, 0.0, row.subject
     return (1, -flags[0].weight, row.subject) if flags else (2, 0.0, row.subject)
@@ -240,8 +246,3 @@ def _changed(run: RunFolder) -> list[tuple[str, Any, Any]]:
 
 def _value(value: Any) -> str:
     return "" if value is None else escaped(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-
-
-def is_picture(kind: str) -> bool:
-    """Whether an output is a picture, which has no place in the viewer."""
-    return kind == PICTURE
