@@ -127,7 +127,7 @@ def render_report(run: RunFolder, viewer: Callable[[Row], str] | None = None, *,
         kinds=KINDS,
         scores=_class_scores(run, metrics),
         metrics=[METRICS[metric] for metric in metrics],
-        settings=[(key, _value(value), _value(default)) for key, value, default in _changed(run)],
+        settings=[(key, value_text(value), value_text(default)) for key, value, default in _changed(run)],
         limits=(LIMIT, LEAST),
         without_pictures=sum(not view.thumbnails and view.status != "failed" for view in subjects),
     )
@@ -244,5 +244,6 @@ def _changed(run: RunFolder) -> list[tuple[str, Any, Any]]:
     return changed_settings(run.configuration) if run.configuration else []
 
 
-def _value(value: Any) -> str:
+def value_text(value: Any) -> str:
+    """The value of a setting; nothing for null."""
     return "" if value is None else escaped(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))

@@ -10,7 +10,7 @@ from typing import Any
 
 from voxquilt.errors import InputError
 from voxquilt.filesystem import read_json
-from voxquilt.reporting.manifest import Row, read_rows
+from voxquilt.reporting.manifest import Row, read_rows, unescaped
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _read_metrics(
 
 def _read_csv(path: Path) -> Iterator[dict[str, str]]:
     with open(path, newline="", encoding="utf-8", errors="replace") as file:
-        for cells in csv.DictReader(file):
+        for cells in csv.DictReader(map(unescaped, file)):
             yield {name: value for name, value in cells.items() if isinstance(name, str) and isinstance(value, str)}
 
 

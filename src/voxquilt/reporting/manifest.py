@@ -158,7 +158,7 @@ def read_rows(manifests: Iterable[Path]) -> dict[str, Row]:
     """
     latest: dict[str, Row] = {}
     for path in sorted(path for path in manifests if path.is_file()):
-        text = _unescaped(path.read_bytes().decode("utf-8", errors="replace"))
+        text = unescaped(path.read_bytes().decode("utf-8", errors="replace"))
         for cells in csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline="")):
             row = _row(cells)
             if row is not None and (row.subject not in latest or latest[row.subject].finished <= row.finished):
@@ -166,7 +166,7 @@ def read_rows(manifests: Iterable[Path]) -> dict[str, Row]:
     return latest
 
 
-def _unescaped(text: str) -> str:
+def unescaped(text: str) -> str:
     """Text with the file names of the operating system."""
     return re.sub(r"\\(udc[89a-f][0-9a-f])", lambda match: chr(int(match[1][1:], 16)), text)
 

@@ -82,7 +82,7 @@
     }
     nv = new niivue.Niivue({
       dragAndDropEnabled: false, logLevel: "error", isNearestInterpolation: true, multiplanarShowRender: 0,
-      isRadiologicalConvention: false, isColorbar: false, crosshairWidth: 1, backColor: [0, 0, 0, 1],
+      isRadiologicalConvention: false, isColorbar: false, crosshairWidth: 0.15, crosshairWidthUnit: "percent", backColor: [0, 0, 0, 1],
       show3Dcrosshair: false, onLocationChange: tellPlace,
     });
     await nv.attachToCanvas($("canvas"));
@@ -125,6 +125,7 @@
     if (steps.length) $("reduced").textContent = `Every ${ordinal(steps[0].step)} voxel along each axis is shown: the volume has ${steps[0].shape.join(" × ")}.`;
     if (place) nv.scene.crosshairPos = place;
     setOpacities();
+    if (wanted.length) nv.createOnLocationChange();
     await frames();
     say("");
     document.body.dataset.ready = "";
@@ -183,7 +184,7 @@
   for (const id of ["opacity", "mapopacity"]) $(id).addEventListener("input", setOpacities);
   for (const id of ["low", "high"]) $(id).addEventListener("change", setWindow);
   $("crosshair").addEventListener("change", () => {
-    nv.opts.crosshairWidth = $("crosshair").checked ? 1 : 0;
+    nv.opts.crosshairWidth = $("crosshair").checked ? 0.15 : 0;
     nv.drawScene();
   });
   window.addEventListener("hashchange", () => location.reload());
