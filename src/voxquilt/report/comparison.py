@@ -106,25 +106,22 @@ def compare_runs(runs: Sequence[RunFolder]) -> list[Pair]:
 def _compare(first: RunFolder, other: RunFolder, subject: str, number: int) -> Pair:
     rows = [run.rows.get(subject) for run in (first, other)]
     volumes = rows[0].volume_ml if rows[0] else None, rows[1].volume_ml if rows[1] else None
-    files = []
-    for run, row in zip((first, other), rows, strict=True):
-        problem = _problem(row)
-        if row is None or problem:
-            return Pair(subject, number, ml=volumes, problem=f"{problem} in {escaped(run.path.name)}")
-        files.append(run.path / row.label_files[0])
+    problems = [_problem(row, run) for run, row in zip((first, other), rows, strict=True)]
+    if any(problems):
+        return Pair(subject, number, ml=volumes, problem=", ".join(filter(None, problems)))
+    files = [run.path / row.label_files[0] for run, row in zip((first, other), rows, strict=True) if row]
     try:
         return Pair(subject, number, dice_of_files(*files), volumes)
     except (VoxquiltError, OSError) as error:
         return Pair(subject, number, ml=volumes, problem=str(error))
 
 
-def _problem(row: Row | None) -> str:
+def _problem(row: Row | None, run: RunFolder) -> str:
     """Why a subject has no labels to compare."""
-    if row is None:
-        return "not"
-    if row.status == "failed":
-        return "failed"
-    return "" if row.label_files else "no labels"
+    if row is not None and row.status != "failed" and row.label_files:
+        return ""
+    what = "not" if row is None else "failed" if row.status == "failed" else "without labels"
+    return f"{what} in {run.path.name}"
 
 
 def _view(pair: Pair, runs: Sequence[RunFolder], shown: Sequence[int], base: Path) -> dict[str, object]:

@@ -106,7 +106,7 @@ def flags_of(run: RunFolder, cohorts: Sequence[ClassCohort]) -> dict[str, list[F
         if row.status != "failed" and row.volume_ml == 0:
             flags.setdefault(subject, []).append(Flag("empty", "no voxel has a label", float("inf")))
     for cohort in cohorts:
-        for subject in cohort.outliers:
+        for subject in [subject for subject in cohort.outliers if cohort.ml[subject]]:  # others are flagged as empty
             score = cohort.scores[subject]
             text = f"{cohort.name}: {cohort.ml[subject]:.4g} ml, z = {score:+.1f}"
             flags.setdefault(subject, []).append(Flag("outlier", text, abs(score)))

@@ -63,6 +63,11 @@ class ReportServer:
         return self._server.server_address[1]
 
     @property
+    def hosts(self) -> list[list[str]]:
+        """What a request's Host headers may be, which is one."""
+        return [[f"{host}:{self.port}"] for host in (HOST, "localhost")]
+
+    @property
     def url(self) -> str:
         """The address of the report."""
         return f"http://{HOST}:{self.port}/{self.token}/{REPORT}"
@@ -117,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         if self.command not in ("GET", "HEAD"):
             self._send(HTTPStatus.METHOD_NOT_ALLOWED, b"only GET and HEAD", Allow="GET, HEAD")
-        elif self.headers.get_all("Host") not in ([f"{host}:{self._report.port}"] for host in (HOST, "localhost")):
+        elif self.headers.get_all("Host") not in self._report.hosts:
             # A page of another site whose name leads to 127.0.0.1 (DNS rebinding) has that name here.
             self._send(HTTPStatus.MISDIRECTED_REQUEST, b"this is another server")
         elif self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):

@@ -82,7 +82,7 @@
     }
     nv = new niivue.Niivue({
       dragAndDropEnabled: false, logLevel: "error", isNearestInterpolation: true, multiplanarShowRender: 0,
-      isRadiologicalConvention: false, isColorbar: false, crosshairWidth: 0.15, crosshairWidthUnit: "percent", backColor: [0, 0, 0, 1],
+      isRadiologicalConvention: false, isColorbar: false, crosshairWidth: 0.3, crosshairWidthUnit: "percent", backColor: [0, 0, 0, 1],
       show3Dcrosshair: false, onLocationChange: tellPlace,
     });
     await nv.attachToCanvas($("canvas"));
@@ -184,7 +184,7 @@
   for (const id of ["opacity", "mapopacity"]) $(id).addEventListener("input", setOpacities);
   for (const id of ["low", "high"]) $(id).addEventListener("change", setWindow);
   $("crosshair").addEventListener("change", () => {
-    nv.opts.crosshairWidth = $("crosshair").checked ? 0.15 : 0;
+    nv.opts.crosshairWidth = $("crosshair").checked ? 0.3 : 0;
     nv.drawScene();
   });
   window.addEventListener("hashchange", () => location.reload());
