@@ -95,7 +95,7 @@ def test_failures_come_first_then_outliers_with_reasons_and_pictures(report: Vis
     assert pictures.count() == 10  # labels and disagreement of five subjects
     for n in range(10):
         pictures.nth(n).scroll_into_view_if_needed()
-        page.wait_for_function("n => document.images[n].complete", arg=n)
+        pictures.nth(n).evaluate("image => image.decode()")
         assert pictures.nth(n).evaluate("image => image.naturalWidth") == 432
         assert pictures.nth(n).get_attribute("alt")
 

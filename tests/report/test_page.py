@@ -43,14 +43,14 @@ class Page(HTMLParser):
             self.rows.append([])
         if tag in ("td", "th") and self.rows:
             self.rows[-1].append("")
-        self.folded |= tag == "details"
+        self.folded |= tag == "p"
         if tag == "a":
             self.links.append(given["href"] or "")
         if tag == "img":
             self.pictures.append(given)
 
     def handle_endtag(self, tag: str) -> None:
-        self.folded &= tag != "details"
+        self.folded &= tag != "p"
 
     def handle_data(self, data: str) -> None:
         if self.rows and self.rows[-1] and not self.folded:

@@ -105,7 +105,7 @@ def render_report(run: RunFolder, viewer: Callable[[Row], str] | None = None, *,
             escaped(row.error),
             [Flag(flag.kind, escaped(flag.text)) for flag in flags.get(row.subject, ())],
             _thumbnails(row, pictures),
-            [(escaped(name), link_to(name)) for name in row.outputs],
+            [(escaped(_product_of(name, row)), link_to(name)) for name in row.outputs],
             viewer(row) if viewer is not None and row.status != "failed" else "",
             _numbers(row, run, shown, metrics, columns[0] == "volume [ml]"),
         )
@@ -201,6 +201,11 @@ def _pictures_in(folder: Path) -> dict[str, set[str]]:
         path = folder / THUMBNAILS / kind
         found[kind] = set(os.listdir(path)) if path.is_dir() else set()
     return found
+
+
+def _product_of(name: str, row: Row) -> str:
+    """What an output is, without the subject in its name and without its suffix."""
+    return name.removeprefix(f"{row.subject}_").partition(".")[0]
 
 
 def _thumbnails(row: Row, pictures: Mapping[str, set[str]]) -> list[tuple[str, str]]:
