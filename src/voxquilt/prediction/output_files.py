@@ -149,18 +149,18 @@ class OutputFiles:
     ) -> dict[str, str]:
         """Draw a subject's pictures; returns the outputs among them by their kind."""
         options, subject, affine = self.options, work.task.case.subject, work.space.native.affine
-        overlaid = options.overlay and labels is not None
-        if not overlaid and not options.report:
+        overlaid = labels if options.overlay else None
+        if overlaid is None and not options.report:
             return {}
         # Read again, since the network has seen it in model space and with other intensities.
         image = work.file.read()[0].numpy()
         if options.report:
             maps = maps_of(volumes, kinds)
             try_thumbnails(options.folder, subject, image, labels, maps, affine, options.stitch.numbers)
-        if not overlaid:
+        if overlaid is None:
             return {}
         path = self._check_path(f"{subject}_overlay.png")
-        overlay_png(image, flat(labels, options.stitch.numbers), affine, path)
+        overlay_png(image, flat(overlaid, options.stitch.numbers), affine, path)
         return {path.name: PICTURE}
 
     def _names(self, channels: int) -> dict[int, str]:
