@@ -346,7 +346,8 @@ def test_a_folder_of_bad_files_is_reported_and_the_good_ones_are_finished(tmp_pa
         np.testing.assert_array_equal(read(tmp_path / f"aus gabe/{name}_labels.nii.gz"), array > 50)
         assert printed[name][:3] == ["done", f"{(array > 50).sum() / 1000:.1f}", "4"]
     assert sorted(os.listdir(tmp_path / "aus gabe")) == sorted(
-        [f"{name}_labels.nii.gz" for name in good] + ["manifest.csv", "report", "report.html", "run.json", "tensorboard"]
+        [f"{name}_labels.nii.gz" for name in good]
+        + ["manifest.csv", "report", "report.html", "run.json", "tensorboard"]
     )
     assert "volume [ml]" in done.stdout
     assert "5 of 19 subjects done" in done.stdout

@@ -1,6 +1,7 @@
 """Tests the report and its viewer in headless Chromium: a real run of six subjects, of which one fails."""
 
 import io
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browser import Visit, chromium
+from browser import REQUIRED, Visit, chromium
 from forks import Server
 from PIL import Image
 from synthetic import save
@@ -241,7 +242,9 @@ def opacity(visit: Visit, value: float) -> np.ndarray:
     return picture(visit)
 
 
-needs_niivue = pytest.mark.skipif(not is_here(), reason="NiiVue is not here: python -m voxquilt.report.niivue")
+needs_niivue = pytest.mark.skipif(
+    not is_here() and not os.environ.get(REQUIRED), reason="NiiVue is not here: python -m voxquilt.report.niivue"
+)
 
 
 def check_overlay(visit: Visit) -> None:
