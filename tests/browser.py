@@ -10,6 +10,8 @@ import pytest
 
 REQUIRED = "VOXQUILT_NEEDS_CHROMIUM"
 """The environment variable that makes a missing browser a failure, as in CI."""
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+"""Names of the browser: Debian's, Ubuntu's, and Google's."""
 # Software rendering, the same on every machine; and no name is resolved, since Chromium itself asks for updates.
 _FLAGS = [
     "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader",
@@ -20,7 +22,7 @@ _FLAGS = [
 @contextmanager
 def chromium() -> Iterator[Any]:
     """A browser; the test is skipped, or fails if the environment says so, where there is none."""
-    path = shutil.which("chromium")
+    path = next(filter(None, map(shutil.which, NAMES)), None)
     if path is None:
         (pytest.fail if os.environ.get(REQUIRED) else pytest.skip)("there is no chromium (apt-get install chromium)")
     playwright = pytest.importorskip("playwright.sync_api") if not os.environ.get(REQUIRED) else None

@@ -146,7 +146,7 @@ def test_a_link_out_of_the_folder_is_refused(server: ReportServer, name: str) ->
     """Even if the manifest names it."""
     answer, body = ask(server, f"/{server.token}/{name}")
     assert answer.status == 404
-    assert b"link out of the folder" in body
+    assert b"leads out of the folder" in body
 
 
 def test_a_wrong_token_is_refused(server: ReportServer) -> None:

@@ -54,8 +54,7 @@ class ServedFiles:
         for n, row in enumerate(shown):
             pictures = [THUMBNAILS / kind / f"{row.subject}.jpg" for kind in KINDS]
             for path in [*pictures, *map(Path, row.outputs)]:
-                if not path.is_absolute() and ".." not in path.parts:
-                    self._answers[os.fsencode(path)] = partial(_read, root, path)
+                self._answers[os.fsencode(path)] = partial(_read, root, path)
             self._volumes[keys[n]] = SubjectVolumes(row, root, run.configuration)
             steps = {"previous": keys[n - 1] if n else "", "next": keys[n + 1] if n + 1 < len(keys) else ""}
             self._answers[f"{FOLDER}/volumes/{keys[n]}.json".encode()] = partial(self._describe, keys[n], steps)
@@ -89,5 +88,5 @@ def _script() -> Answer:
 def _read(root: Path, path: Path) -> Answer:
     file = (root / path).resolve()
     if not file.is_relative_to(root):
-        raise InputError(f"{path} is a link out of the folder.")
+        raise InputError(f"{path} leads out of the folder.")
     return file.read_bytes(), _TYPES.get(path.suffix, _BYTES)
