@@ -155,6 +155,7 @@ PREDICT = {
             "on_error": word(ON_ERROR),
             "log": word(LOGS),
             "tensorboard": anything,
+            "statistics": flag,
             "overlay": anything,
             "compress": anything,
             "in_memory": or_null(number("must be null or a number of MiB", lambda size: size >= 0)),

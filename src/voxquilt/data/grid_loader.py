@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from time import perf_counter
 
@@ -41,6 +42,8 @@ class GridLoader:
         within: A pattern of mask files with `{subject}`: only the bounding box of what is above 0 is predicted.
         margin: mm around that box.
         layout: How the network's outputs lie in patches; see `voxquilt.geometry.output_layout.factor_of`.
+        keeps: Bytes; the images of a subject that take no more, as their files store them, keep their voxels until its
+            outputs are written, for which its work has the images. None keeps neither.
     """
 
     patch_size: Triple
@@ -55,6 +58,7 @@ class GridLoader:
     within: str | None = None
     margin: float = 0.0
     layout: str = "auto"
+    keeps: float | None = None
 
     def cost(self, files: SubjectFiles, ranks: int = 1) -> SubjectCost:
         """The cost of a subject, from its headers alone.
@@ -67,7 +71,7 @@ class GridLoader:
         """
         try:
             check_id(files)
-            subject = self._subject_of(files)
+            subject = self.subject_of(files)
             space = self.preprocess.space(subject)
             check_model_space(space)
             if ranks > 1 and (self.preprocess.crop or self.within):
@@ -115,8 +119,10 @@ class GridLoader:
 
     def _load(self, task: SubjectTask, rank: int, feed: DeviceFeed | None, reads: SharedReads) -> LoadedSubject:
         started = perf_counter()
-        box, is_empty = self._box(task.case, self._subject_of(task.case))
-        subject, (model_subject, space) = reads.prepare(task, lambda: self._subject_of(task.case), feed, box)
+        box, is_empty = self._box(task.case, self.subject_of(task.case))
+        keeps = self.keeps if not task.team or task.team[0] == rank else None  # the first of a team writes
+        open_subject = partial(self._open, task.case, keeps or 0)
+        subject, (model_subject, space) = reads.prepare(task, open_subject, feed, box)
         file = next(iter(subject.images.values())).file
         sampler = GridSampler(
             model_subject,
@@ -138,6 +144,7 @@ class GridLoader:
         numbers = patches_to_predict(sampler, skipped, part)
         seconds = perf_counter() - started
         work = SubjectWork(task, file, sampler.grid, sampler.padding, space, numbers, skipped, part, seconds)
+        work.images = {} if keeps is None else subject.get_images_dict()
         return LoadedSubject(work, source if feed is None else feed.keep(source))
 
     def _box(self, files: SubjectFiles, subject: Subject) -> tuple[Box | None, bool]:
@@ -148,7 +155,17 @@ class GridLoader:
         box = box_of_mask(mask, subject, self.margin)
         return (box, False) if box is not None else (((0, 1), (0, 1), (0, 1)), True)
 
-    def _subject_of(self, files: SubjectFiles) -> Subject:
+    def _open(self, files: SubjectFiles, keeps: float) -> Subject:
+        """A subject, whose images keep their voxels if these take no more bytes than `keeps`."""
+        subject = self.subject_of(files)
+        _ = subject.frame  # that of all images, before any is read
+        images = subject.get_images()
+        if sum(prod(image.shape) * image.file.voxel_bytes for image in images) <= keeps:
+            for image in images:
+                image.hold()
+        return subject
+
+    def subject_of(self, files: SubjectFiles) -> Subject:
         """A subject, of which nothing has been read."""
         labels = self.preprocess.one_hot or ()
         return Subject({n: LabelMap(path) if n in labels else ScalarImage(path) for n, path in files.images.items()})

@@ -103,6 +103,7 @@ class RunSize:
         largest: Native voxels of the largest subject.
         channels, ring, loaded, reading, stored: Maxima; see SubjectSize.
         unread: Subjects that are known to fail.
+        largest_file: The most bytes of a subject's images as they are stored.
         channel_counts: Number of subjects by number of channels.
     """
 
@@ -117,6 +118,7 @@ class RunSize:
     reading: int = 0
     stored: int = 0
     unread: int = 0
+    largest_file: int = 0
     channel_counts: Mapping[int, int] = field(default_factory=dict)
 
 
@@ -147,6 +149,7 @@ def run_size(subjects: Iterable[SubjectSize | None]) -> RunSize:
         voxels=sum(voxels),
         file=sum(size.file for size in sizes),
         largest=max(voxels, default=0),
+        largest_file=most("file"),
         unread=len(subjects) - len(sizes),
         channel_counts=Counter(size.channels for size in sizes),
         **{key: most(key) for key in ("channels", "ring", "loaded", "reading", "stored")},
@@ -168,7 +171,7 @@ def combined(runs: Iterable[RunSize]) -> RunSize:
     return RunSize(
         channel_counts=channel_counts,
         **sums,
-        **{key: most(key) for key in ("largest", "channels", "ring", "loaded", "reading", "stored")},
+        **{key: most(key) for key in ("largest", "largest_file", "channels", "ring", "loaded", "reading", "stored")},
     )
 
 

@@ -1,9 +1,11 @@
 """Provides what a run knows of a subject: its task, its work and its volumes in memory."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from voxquilt.data.discovery import SubjectFiles
 from voxquilt.data.formats.image_file import ImageFile
+from voxquilt.data.image import Image
 from voxquilt.data.patch_source import PatchSource
 from voxquilt.geometry.frame import Padding
 from voxquilt.geometry.grid import Grid
@@ -51,6 +53,8 @@ class SubjectWork:
         part: This process's part of the grid, where several share it; `numbers` are the patches of that part.
         seconds: Time spent so far on loading, its share of forward passes, and adding its patches; without waiting.
         failed: Set once; the rest of the subject is then skipped.
+        images: Its images, without label maps, for statistics of what they hold where labels are; they may have kept
+            their voxels.
     """
 
     task: SubjectTask
@@ -63,6 +67,7 @@ class SubjectWork:
     part: Part | None = None
     seconds: float = 0.0
     failed: bool = False
+    images: Mapping[str, Image] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,7 @@ class RunSettings:
         pictures: Whether pictures are drawn.
         images_on_device: Whether images are prepared on the GPU and kept there while patches are cut from them.
         device_memory: Bytes of the GPU that the process can have.
+        keeps_images: Bytes; images that take no more as they are stored are kept until their subject is written.
     """
 
     stitch: Stitch
@@ -92,6 +93,7 @@ class RunSettings:
     pictures: bool = False
     images_on_device: bool = False
     device_memory: int = 2**63
+    keeps_images: float = 0
 
 
 @dataclass(frozen=True)
@@ -202,9 +204,12 @@ def estimate(size: RunSize, probe: Probe, outputs: OutputPlan, settings: RunSett
         device |= {"products": held * sum(volumes)} if sums + sum(volumes) <= free / 2 else {}
     else:
         host |= {"network": max(network + min(network // 2, _KEPT), probe.output_bytes + _PIECES), "sums": sums}
+    # Also those of subjects that are written. Only a subject's images that are not changed share memory with these.
+    stored = min(size.subjects, ahead + 1) * size.largest_file * (size.largest_file <= settings.keeps_images)
     if settings.gpu and settings.images_on_device:
         device |= images
         host |= {"images": 0, "reading": size.stored + STAGED, "batches": 0}
+    host |= {"images as stored": stored} if stored else {}
     disk = bytes_on_disk(outputs.files, size.voxels, compress=settings.compress)
     bound = bytes_on_disk(outputs.files, size.voxels, compress=False)
     return Requirements(host, device, disk, bound, held * sum(large))

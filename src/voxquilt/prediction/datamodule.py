@@ -193,6 +193,10 @@ class GridDataModule(LightningDataModule):
         """Keep all images on the host, since the device's memory is too small; False if they are there already."""
         return self._feed is not None and self._feed.to_host()
 
+    def keep_images(self, size: float | None) -> None:
+        """Hand over images with the work on their subject, with their voxels if they take at most so many bytes."""
+        self.models = [replace(grids, keeps=size) for grids in self.models]
+
     def stop_when(self, stopped: Callable[[], bool]) -> None:
         """End the stream of batches before the next one as soon as `stopped` returns True."""
         self._stopped = stopped

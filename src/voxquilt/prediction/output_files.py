@@ -20,7 +20,9 @@ from voxquilt.planning.resource_estimate import RunSettings
 from voxquilt.prediction.datamodule import GridDataModule
 from voxquilt.reporting.manifest import Row
 from voxquilt.reporting.overlay import flat, overlay_png
+from voxquilt.reporting.statistics_table import Cells, statistics_rows
 from voxquilt.stitching.combination import Combination
+from voxquilt.stitching.finished_volume import FinishedVolume
 from voxquilt.stitching.label_values import count_labels
 from voxquilt.stitching.output_volumes import Scratch
 from voxquilt.stitching.stitch import Stitch
@@ -39,6 +41,7 @@ class OutputOptions:
         tensorboard: Whether numbers and pictures are written for TensorBoard.
         in_memory: Bytes; larger products are kept in scratch files until they are written.
         combination: How the volumes of several models become those of the run; None for one model.
+        statistics: Whether numbers of each label are computed for statistics.csv.
     """
 
     folder: Path
@@ -48,6 +51,7 @@ class OutputOptions:
     tensorboard: bool = False
     in_memory: float = float("inf")
     combination: Combination | None = None
+    statistics: bool = False
 
     def stitch_of(self, model: int) -> Stitch:
         """How the patches of one of the models become volumes."""
@@ -79,6 +83,7 @@ class OutputOptions:
             weights=weights_on_device(module),
             skips=data.grids.skip is not None,
             pictures=self.pictures,
+            keeps_images=self.in_memory if self.statistics else 0,
             images_on_device=feed is not None and feed.takes_volumes,
             device_memory=2**63 if feed is None else device_memory(feed.stream.device),
         )
@@ -96,36 +101,35 @@ class OutputFiles:
         self.options, self._cases = options, cases
         self._written: set[Path] = set()
 
-    def write(self, work: SubjectWork, volumes: Mapping[str, np.ndarray], kinds: Mapping[str, str]) -> Row:
+    def write(self, work: SubjectWork, volumes: Mapping[str, FinishedVolume]) -> Row:
         """Write a subject's products.
 
         Args:
             work: The subject.
-            volumes: (C, I, J, K) by product.
-            kinds: Their kinds: 'labels', 'map' or 'image'.
+            volumes: By product.
 
         Raises:
             OutputError: a file cannot be written, or is an input of the run, or another subject's.
         """
         subject, native = work.task.case.subject, work.space.native
         outputs: dict[str, str] = {}
-        for product, data in volumes.items():
+        for product, volume in volumes.items():
             path = self._check_path(f"{subject}_{product}{self.options.suffix}")
-            names = self._names(len(data)) if kinds[product] == LABELS else None
-            write(path, data, native, header=work.file.header, label_names=names)
-            outputs[path.name] = kinds[product]
-        labels = next((volumes[product] for product, kind in kinds.items() if kind == LABELS), None)
+            names = self.options.stitch.names_of(len(volume.array)) if volume.kind == LABELS else None
+            write(path, volume.array, native, header=work.file.header, label_names=names)
+            outputs[path.name] = volume.kind
+        labels = next((volume.array for volume in volumes.values() if volume.kind == LABELS), None)
         if labels is not None and self.options.overlay:
             path = self._check_path(f"{subject}_overlay.png")
             drawn = flat(labels, self.options.stitch.numbers)
             overlay_png(work.file.read()[0].numpy(), drawn, native.affine, path)
             outputs[path.name] = PICTURE
-        volume, of_classes = None, dict[str, float]()
+        total, of_classes = None, dict[str, float]()
         if labels is not None:
             ml = abs(float(np.linalg.det(native.affine[:3, :3]))) / 1000  # of sheared voxels too
             voxels, counts = count_labels(labels)
-            volume = voxels * ml
-            names = self._names(len(labels))
+            total = voxels * ml
+            names = self.options.stitch.names_of(len(labels))
             # Several labels per voxel are channels, counted from 0; labels without names have their numbers.
             of_classes = {str(names.get(n, n)): count * ml for n, count in counts.items()}
         return Row(
@@ -134,16 +138,25 @@ class OutputFiles:
             tuple(outputs),
             patches=len(work.grid) - len(work.skipped),
             skipped=len(work.skipped),
-            volume_ml=volume,
+            volume_ml=total,
             fingerprint=work.task.fingerprint,
             kinds=tuple(outputs.values()),
             class_ml=of_classes,
+            statistics=self._statistics(work, volumes) if self.options.statistics else (),
         )
 
-    def _names(self, channels: int) -> dict[int, str]:
-        """Names by the numbers in the file; by channel if there are several labels per voxel."""
-        stitch = self.options.stitch
-        return dict(enumerate(map(str, stitch.class_names or ()))) if channels > 1 else stitch.names
+    def _statistics(self, work: SubjectWork, volumes: Mapping[str, FinishedVolume]) -> list[Cells]:
+        """The rows of a subject for statistics.csv; images that are too large to be kept are read once more."""
+        labels = {name: volume for name, volume in volumes.items() if volume.kind == LABELS}
+        images = {name: image.stored().numpy() for name, image in work.images.items()} if labels else {}
+        rows: list[Cells] = []
+        for name, volume in labels.items():
+            names, known = (
+                self.options.stitch.names_of(len(volume.array)),
+                self.options.stitch.label_numbers(volume.classes),
+            )
+            rows += statistics_rows(work.task.case.subject, name, volume.array, work.space.native, images, names, known)
+        return rows
 
     def _check_path(self, name: str) -> Path:
         path = self.options.folder / name

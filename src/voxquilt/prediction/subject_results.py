@@ -30,17 +30,17 @@ class SubjectResults:
             Exception: the volumes cannot be made, combined or written.
         """
         began, subject = perf_counter(), work.task.case.subject
-        volumes = stitcher.volumes()
+        volumes = stitcher.finished()
         combination = self._files.options.combination
         if combination is None:
-            row = self._files.write(work, volumes, stitcher.kinds)
+            row = self._files.write(work, volumes)
             return replace(row, seconds=work.seconds + perf_counter() - began)
         if subject in self._failed:
             return None
         if work.task.model == 0:
             self._begun[subject] = combination.begin(), Row(subject, "done")
         combined, sofar = self._begun.pop(subject)
-        combined.add(work.task.model, volumes)
+        combined.add(work.task.model, {name: volume.array for name, volume in volumes.items()})
         sofar = replace(
             sofar,
             patches=sofar.patches + len(work.grid) - len(work.skipped),
@@ -50,7 +50,7 @@ class SubjectResults:
         if work.task.model + 1 < self._models:
             self._begun[subject] = combined, sofar
             return None
-        row = self._files.write(work, *combined.finish())
+        row = self._files.write(work, combined.finish())
         seconds = sofar.seconds + perf_counter() - began
         return replace(row, patches=sofar.patches, skipped=sofar.skipped, seconds=seconds)
 

@@ -6,7 +6,7 @@ import io
 import os
 import re
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,6 +37,7 @@ class Row:
         kinds: The kinds of the outputs, in their order: 'labels', 'map', 'image' or 'picture'; left out, as in
             manifests of earlier versions, they follow from the names.
         class_ml: Volume of each label above 0 by its name or number; not in the manifest.
+        statistics: Rows of the subject for statistics.csv; not in the manifest.
     """
 
     subject: str
@@ -51,6 +52,7 @@ class Row:
     fingerprint: str = ""
     kinds: tuple[str, ...] = ()
     class_ml: Mapping[str, float] = field(default_factory=dict)
+    statistics: Sequence[Mapping[str, str]] = ()
 
     def __post_init__(self) -> None:
         if len(self.kinds) != len(self.outputs):
@@ -101,7 +103,7 @@ class Manifest:
         """
         with self._lock:
             try:
-                self._file.write(_line(_cells(row)))
+                self._file.write(csv_line(_cells(row)))
                 self._file.flush()
                 os.fsync(self._file.fileno())
             except OSError as error:
@@ -120,12 +122,12 @@ class Manifest:
             _write(self.path, read_rows([self.path]).values())
 
 
-_HEADER = [field.name for field in fields(Row) if field.name != "class_ml"]
+_HEADER = [field.name for field in fields(Row) if field.name not in ("class_ml", "statistics")]
 
 
 def _write(path: Path, rows: Iterable[Row]) -> None:
     with replacing(path) as file:
-        file.write("".join(map(_line, [_HEADER, *map(_cells, rows)])).encode())
+        file.write("".join(map(csv_line, [_HEADER, *map(_cells, rows)])).encode())
 
 
 def _cells(row: Row) -> list[Any]:
@@ -139,7 +141,8 @@ def _cells(row: Row) -> list[Any]:
     return [values[name] for name in _HEADER]
 
 
-def _line(cells: list[Any]) -> str:
+def csv_line(cells: list[Any]) -> str:
+    """A line of a .csv."""
     text = io.StringIO()
     csv.writer(text).writerow(cells)
     return escaped(text.getvalue())
@@ -153,7 +156,7 @@ def read_rows(manifests: Iterable[Path]) -> dict[str, Row]:
     """
     latest: dict[str, Row] = {}
     for path in sorted(path for path in manifests if path.is_file()):
-        text = _unescaped(path.read_bytes().decode("utf-8", errors="replace"))
+        text = unescaped(path.read_bytes().decode("utf-8", errors="replace"))
         for cells in csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline="")):
             row = _row(cells)
             if row is not None and (row.subject not in latest or latest[row.subject].finished <= row.finished):
@@ -161,7 +164,7 @@ def read_rows(manifests: Iterable[Path]) -> dict[str, Row]:
     return latest
 
 
-def _unescaped(text: str) -> str:
+def unescaped(text: str) -> str:
     """Text with the file names of the operating system."""
     return re.sub(r"\\(udc[89a-f][0-9a-f])", lambda match: chr(int(match[1][1:], 16)), text)
 

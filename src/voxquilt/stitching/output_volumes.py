@@ -17,6 +17,7 @@ from voxquilt.geometry.frame import AXES, Triple
 from voxquilt.geometry.space import Where
 from voxquilt.stitching.device_transfer import Progress
 from voxquilt.stitching.products.base import Product
+from voxquilt.stitching.products.labels import classes_of
 from voxquilt.text import gib
 
 
@@ -84,7 +85,7 @@ class OutputVolumes:
         box: Where | None = None,
         background: Mapping[str, Shaped[Tensor, "c 1 1 1"]] | None = None,
     ) -> None:
-        self._products = products
+        self._products, self._channels = products, channels
         self._axis = axis
         self._begin = (0, 0, 0) if box is None else tuple(along.start for along in box)
         self._filled = _native_planes(range(shape[axis]), box and box[axis], planes)
@@ -121,6 +122,10 @@ class OutputVolumes:
     def kind(self, name: str) -> str:
         """The kind of a product."""
         return self._products[name].kind
+
+    def described(self, name: str) -> tuple[str, int]:
+        """The kind of a product, and the number of its classes; see FinishedVolume."""
+        return self.kind(name), classes_of(self._products[name], self._channels)
 
     def store(self, name: str, where: Where, voxels: Shaped[Tensor, "c i j k"]) -> None:
         """Store a product of the box's voxels `where`; a single voxel stands for all of them."""

@@ -143,10 +143,19 @@ class Stitch:
                 raise ConfigError(f"stitch.classes names {wanted}; the labels are {sorted(known)}.")
         return {by_name[wanted] if isinstance(wanted, str) else int(wanted) for wanted in self.classes}
 
+    def label_numbers(self, classes: int) -> list[int]:
+        """The numbers above 0 that so many classes have in label files, of those that are written."""
+        numbers = sorted({self.number_of(n) for n in range(classes)} - {0})
+        return numbers if self.kept is None else [number for number in numbers if number in self.kept]
+
     @property
     def names(self) -> dict[int, str]:
         """The classes' names by their numbers in label files."""
         return {self.number_of(n): str(name) for n, name in enumerate(self.class_names or ())}
+
+    def names_of(self, channels: int) -> dict[int, str]:
+        """Names by the numbers in a file of labels; by channel if there are several labels per voxel."""
+        return dict(enumerate(map(str, self.class_names or ()))) if channels > 1 else self.names
 
     def to_labels(self, classes: np.ndarray) -> np.ndarray:
         """Labels as files hold them, of a (C, I, J, K) volume of classes, which may be replaced in place.

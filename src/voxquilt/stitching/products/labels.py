@@ -10,7 +10,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from voxquilt.errors import ConfigError, OutputError
-from voxquilt.stitching.products.base import NOT_FINITE, Activation, Scores, Voxels
+from voxquilt.stitching.products.base import NOT_FINITE, Activation, Product, Scores, Voxels
 from voxquilt.stitching.products.spec import NetworkOutput, ProductSpec
 from voxquilt.vocabulary import LABELS
 
@@ -69,6 +69,18 @@ def _type_of_labels(label_values: Sequence[int], output: NetworkOutput) -> np.dt
             f"stitch.label_values has {len(label_values)} numbers; the network's output has {classes} classes."
         )
     return np.min_scalar_type(max(label_values))
+
+
+def classes_of(product: Product, channels: int) -> int:
+    """The number of classes of which a product makes labels; 0 for a mask per channel, and where it is not known.
+
+    Args:
+        product: The product.
+        channels: Channels of the network's output.
+    """
+    if isinstance(product, Threshold):
+        return 2 if channels == 1 else 0
+    return channels if isinstance(product, (ArgMax, Regions)) else 0
 
 
 @dataclass(frozen=True)
