@@ -1,7 +1,7 @@
 """Provides networks of several classes with known results, for runs that tests start."""
 
 from synthetic import Over50
-from torch import Tensor, cat, nn
+from torch import Tensor, arange, cat, nn, tensor
 
 
 class Bands(nn.Module):
@@ -30,3 +30,18 @@ class FirstOfThree(Bands):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x[:, :1])
+
+
+class Soft(Bands):
+    """Bands with probabilities of all sizes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 20
+
+
+class Uneven(Soft):
+    """Soft, whose scores depend on the place in the patch, so that patches that overlap disagree."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        slopes = tensor([1.0, -1, 0.5, 0])[:, None, None, None]
+        return super().forward(x) + slopes * arange(x.shape[2])[:, None, None]

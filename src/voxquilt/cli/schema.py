@@ -45,6 +45,8 @@ from voxquilt.vocabulary import (
     CROPS,
     DEVICES,
     DISTRIBUTE,
+    DTYPES,
+    FILES,
     LOGS,
     NONFINITE,
     OFFLOAD,
@@ -54,6 +56,7 @@ from voxquilt.vocabulary import (
     TASKS,
     check_order,
     check_per_slice,
+    check_positive,
 )
 
 PREPROCESS = Section(
@@ -87,6 +90,9 @@ STITCH = Section(
         "regions": anything,  # checked beside label_values
         "classes": list_of("liver,spleen", name_or_number),
         "combine": or_null(word(COMBINE)),
+        "dtype": word(DTYPES),
+        "files": word(FILES),
+        "temperature": check_positive,
         "postprocess": callables,
     },
     together=(check_classes,),

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+import numpy as np
+
 from voxquilt.data.staging import STAGED
 from voxquilt.data.subject_size import RunSize
 from voxquilt.geometry.frame import Triple
@@ -34,12 +36,14 @@ class OutputFile:
         voxel_bytes: Bytes of a voxel, over all channels.
         packed: Its expected size as .nii.gz, as a share of its voxels.
         labels: Whether it holds labels.
+        file_bytes: Bytes of a voxel in the file, unpacked.
     """
 
     name: str
     voxel_bytes: int
     packed: float
     labels: bool
+    file_bytes: int
 
 
 @dataclass(frozen=True)
@@ -154,13 +158,14 @@ def plan_outputs(
             for product, spec in specs.items():
                 count, dtype = spec.product.form(channels)
                 name = "_".join(filter(None, (output, product)))
-                files.append(OutputFile(name, count * dtype.itemsize, spec.packed, spec.product.kind == LABELS))
+                size, written = count * dtype.itemsize, count * (4 if dtype == np.float16 else dtype.itemsize)
+                files.append(OutputFile(name, size, spec.packed, spec.product.kind == LABELS, written))
     return OutputPlan(files, sums, blends)
 
 
 def bytes_on_disk(files: Sequence[OutputFile], voxels: int, *, compress: bool) -> int:
     """Expected bytes on disk of the output files of so many native voxels."""
-    return round(sum(file.voxel_bytes * (file.packed if compress else 1) for file in files) * voxels)
+    return round(sum(file.file_bytes * (file.packed if compress else 1) for file in files) * voxels)
 
 
 def estimate(size: RunSize, probe: Probe, outputs: OutputPlan, settings: RunSettings) -> Requirements:

@@ -17,7 +17,9 @@ from voxquilt.errors import OutputError
 from voxquilt.planning.machine import device_memory
 from voxquilt.planning.preflight import AUTO, weights_on_device
 from voxquilt.planning.resource_estimate import RunSettings
+from voxquilt.prediction.class_files import parts_of
 from voxquilt.prediction.datamodule import GridDataModule
+from voxquilt.reporting.label_tables import write_label_tables
 from voxquilt.reporting.manifest import Row
 from voxquilt.reporting.overlay import flat, overlay_png
 from voxquilt.reporting.statistics_table import Cells, statistics_rows
@@ -100,6 +102,7 @@ class OutputFiles:
     def __init__(self, options: OutputOptions, cases: Iterable[SubjectFiles]) -> None:
         self.options, self._cases = options, cases
         self._written: set[Path] = set()
+        self._described: set[tuple[int, ...]] = set()
 
     def write(self, work: SubjectWork, volumes: Mapping[str, FinishedVolume]) -> Row:
         """Write a subject's products.
@@ -114,10 +117,12 @@ class OutputFiles:
         subject, native = work.task.case.subject, work.space.native
         outputs: dict[str, str] = {}
         for product, volume in volumes.items():
-            path = self._check_path(f"{subject}_{product}{self.options.suffix}")
             names = self.options.stitch.names_of(len(volume.array)) if volume.kind == LABELS else None
-            write(path, volume.array, native, header=work.file.header, label_names=names)
-            outputs[path.name] = volume.kind
+            for end, array in parts_of(volume, self.options.stitch):
+                path = self._check_path(f"{subject}_{product}{end}{self.options.suffix}")
+                write(path, array, native, header=work.file.header, label_names=names, slope=volume.slope)
+                outputs[path.name] = volume.kind
+            self._describe(product, volume)
         labels = next((volume.array for volume in volumes.values() if volume.kind == LABELS), None)
         if labels is not None and self.options.overlay:
             path = self._check_path(f"{subject}_overlay.png")
@@ -144,6 +149,14 @@ class OutputFiles:
             class_ml=of_classes,
             statistics=self._statistics(work, volumes) if self.options.statistics else (),
         )
+
+    def _describe(self, product: str, volume: FinishedVolume) -> None:
+        """Write names and colours of labels for viewers, once for each set of classes."""
+        stitch = self.options.stitch
+        numbers = tuple(stitch.label_numbers(volume.classes)) if volume.kind == LABELS else ()
+        if numbers and numbers not in self._described:
+            self._described.add(numbers)
+            write_label_tables(self.options.folder, product, numbers, stitch.names, stitch.numbers)
 
     def _statistics(self, work: SubjectWork, volumes: Mapping[str, FinishedVolume]) -> list[Cells]:
         """The rows of a subject for statistics.csv; images that are too large to be kept are read once more."""

@@ -11,6 +11,7 @@ from voxquilt.errors import OutputError
 from voxquilt.stitching.finished_volume import FinishedVolume
 from voxquilt.stitching.label_values import iterate_planes, to_labels
 from voxquilt.stitching.products.base import compute
+from voxquilt.stitching.products.encoded import encoded, slope_of
 from voxquilt.stitching.products.labels import classes_of
 from voxquilt.stitching.products.spec import default_activation, make_products
 from voxquilt.stitching.stitch import Stitch
@@ -121,8 +122,9 @@ class MeanProbabilities:
         if not isinstance(wanted, Sequence | None):
             raise OutputError(f"stitch.combine={MEAN}: stitch.products is a list; models have one output each.")
         specs = make_products(
-            wanted, channels, applied, stitch.threshold, "scores", stitch.label_values, stitch.regions
-        )
+            wanted, channels, applied, stitch.threshold, "scores", stitch.label_values, stitch.regions,
+            dtype=stitch.dtype,
+        )  # fmt: skip
         volumes: dict[str, FinishedVolume] = {}
         for name, spec in specs.items():
             if spec.averaged is not None:
@@ -132,8 +134,9 @@ class MeanProbabilities:
             # Plane by plane along the slowest axis, so that what is computed stays small.
             for k in range(mean.shape[3]):
                 plane = torch.from_numpy(np.ascontiguousarray(mean[..., k : k + 1]))
-                volume[..., k : k + 1] = compute(spec.product, plane, channels).numpy()
+                volume[..., k : k + 1] = encoded(spec.product, compute(spec.product, plane, channels)).numpy()
             if spec.product.kind == LABELS:
                 volume = stitch.to_labels(volume)
-            volumes[name] = FinishedVolume(volume, spec.product.kind, classes_of(spec.product, channels))
+            described = spec.product.kind, classes_of(spec.product, channels), slope_of(spec.product)
+            volumes[name] = FinishedVolume(volume, *described)
         return volumes

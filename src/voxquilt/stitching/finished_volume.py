@@ -14,8 +14,10 @@ class FinishedVolume:
         array: (C, I, J, K).
         kind: 'labels', 'map' or 'image'.
         classes: Of labels: the number of classes that the network has for them; 0 if it is not known.
+        slope: What the array's integers are multiplied by to give the product's numbers; None for numbers themselves.
     """
 
     array: Shaped[np.ndarray, "c i j k"]
     kind: str
     classes: int = 0
+    slope: float | None = None

@@ -118,6 +118,7 @@ def write(
     *,
     header: Nifti1Header | None = None,
     label_names: Mapping[int, str] | None = None,
+    slope: float | None = None,
 ) -> None:
     """Write a volume; the file appears under its name only when it is complete.
 
@@ -127,10 +128,12 @@ def write(
 
     Args:
         path: Ends in .nii or .nii.gz; its folder must exist.
-        data: (C, I, J, K); one channel is written as 3-D, several as 4-D with channels last. Values are not scaled.
+        data: (C, I, J, K); one channel is written as 3-D, several as 4-D with channels last. float16, which NIfTI does
+            not have, is written as float32.
         frame: The geometry, used where `header` is None.
         header: The input's header, whose affine, qform, sform, codes and units are copied unchanged.
         label_names: Names of labels by number, written to a header extension as JSON.
+        slope: What readers multiply voxels by, for the header; None for 1.
 
     Raises:
         OutputError: the file cannot be written; no partial file is left.
@@ -141,6 +144,8 @@ def write(
         names = {"labels": {str(number): name for number, name in label_names.items()}}
         new.extensions.append(Nifti1Extension(6, json.dumps(names, ensure_ascii=False).encode()))
     image = (Nifti2Image if isinstance(new, Nifti2Header) else Nifti1Image)(array, None, new)
+    if slope is not None:  # here, since making an image drops it
+        image.header.set_slope_inter(slope, 0)
     with replacing(path) as file:
         if path.name.endswith(".gz"):
             # Level 1: labels compress well anyhow.
@@ -169,7 +174,7 @@ def _new_header(array: np.ndarray, frame: Frame, source: Nifti1Header | None) ->
         for key in ("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z", "descrip", "aux_file"):
             new[key] = source[key]
     new.set_data_shape(array.shape)
-    new.set_data_dtype(array.dtype)
+    new.set_data_dtype(np.float32 if array.dtype == np.float16 else array.dtype)
     new["pixdim"][4:] = 1 if array.ndim == 4 else 0
     return new
 

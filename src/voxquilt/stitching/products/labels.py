@@ -1,7 +1,7 @@
 """Provides the products that hold labels: the arg-max of scores, and thresholds of activated scores."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -25,6 +25,7 @@ def make_labels(output: NetworkOutput) -> ProductSpec:
         ConfigError: another number of label values than there are classes, or some for several labels per voxel.
         OutputError: a threshold is missing, or is given although labels are the arg-max.
     """
+    output = replace(output, temperature=1.0)  # which class is best does not depend on it
     values, threshold = output.label_values, output.threshold
     dtype = None if values is None else _type_of_labels(values, output)
     output.check_distribution("labels")
