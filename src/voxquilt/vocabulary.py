@@ -32,6 +32,9 @@ CHECKPOINT = "checkpoint"
 ORDERED, MEAN = "ordered", "mean"
 COMBINE = (ORDERED, MEAN)
 """How the outputs of several models are combined; see `voxquilt.stitching.combination`."""
+CHANNELS, VOLUMES = "channels", "volumes"
+TIMES = (CHANNELS, VOLUMES)
+"""What the last axis of a 4-D file has: channels of one volume, or the volumes of a series."""
 CROPS = ("nonzero",)
 NONFINITE = ("error", "zero")
 DEVICES = ("auto", "cpu")
@@ -49,7 +52,7 @@ FIT_MODES = ("fit_edge", "fit_reflect", "fit_wrap")
 """The same modes where only what a patch does not fit is padded, and not a border of half the overlap."""
 
 ADDED_SETTINGS = {
-    "data.placement": "regular", "data.margin": 0,
+    "data.placement": "regular", "data.time": "channels", "data.margin": 0,
     "preprocess.grid": "centre", "preprocess.interpolation": 1, "preprocess.intensity_first": False,
     "stitch.order": 1, "stitch.dtype": "float32", "stitch.files": "one", "stitch.temperature": 1,
 }  # fmt: skip

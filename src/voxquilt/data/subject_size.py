@@ -28,6 +28,7 @@ class SubjectSize(NamedTuple):
         reading: Further bytes that reading and resampling need.
         file: Bytes of the images as the files store them, unpacked.
         stored: Bytes of the largest of these images.
+        volumes: Number of volumes of a series, which count in `patches`, `loaded`, `file` and `stored`.
     """
 
     native: Triple
@@ -40,6 +41,20 @@ class SubjectSize(NamedTuple):
     reading: int
     file: int
     stored: int
+    volumes: int = 1
+
+    @property
+    def voxels(self) -> int:
+        """Native voxels of all volumes."""
+        return prod(self.native) * self.volumes
+
+    def as_series(self, volumes: int) -> "SubjectSize":
+        """The size of a series of such volumes, which is kept as it is stored while they are predicted in turn."""
+        if volumes == 1:
+            return self
+        file, stored = self.file * volumes, self.stored * volumes
+        loaded = self.loaded + file
+        return self._replace(patches=self.patches * volumes, loaded=loaded, file=file, stored=stored, volumes=volumes)
 
 
 def measure_subject(
@@ -131,7 +146,8 @@ def largest_of(costs: Sequence["SubjectCost"]) -> "SubjectCost":
     most = {key: max(getattr(size, key) for size in sizes) for key in ("ring", "loaded", "reading")}
     patches = sum(size.patches for size in sizes)
     largest = max(sizes, key=lambda size: prod(size.model))
-    return SubjectCost(patches + 1, min(cost.parts for cost in costs), largest._replace(patches=patches, **most))
+    size = largest._replace(patches=patches, **most)
+    return SubjectCost(patches + 1, min(cost.parts for cost in costs), size, volumes=size.volumes)
 
 
 def run_size(subjects: Iterable[SubjectSize | None]) -> RunSize:
@@ -142,7 +158,7 @@ def run_size(subjects: Iterable[SubjectSize | None]) -> RunSize:
     def most(key: str) -> int:
         return max((getattr(size, key) for size in sizes), default=0)
 
-    voxels = [prod(size.native) for size in sizes]
+    voxels = [size.voxels for size in sizes]
     return RunSize(
         subjects=len(subjects),
         patches=sum(size.patches for size in sizes),
@@ -184,9 +200,11 @@ class SubjectCost:
         parts: Number of slabs into which the grid can be divided for the ranks of a run.
         size: Its sizes; None where headers cannot be used, and where sizes were not computed.
         problem: Why the subject will fail, where its headers show that.
+        volumes: Number of volumes of a series.
     """
 
     patches: int
     parts: int = 1
     size: SubjectSize | None = None
     problem: str = ""
+    volumes: int = 1

@@ -25,6 +25,8 @@ class SubjectTask:
             subject that one process predicts by itself.
         problem: Why it will fail, where that is known beforehand.
         model: Which of several models is to predict it.
+        volumes: The number of volumes of a series, of which each is predicted by itself; 1 for a volume.
+        volume: Which of them this is.
     """
 
     case: SubjectFiles
@@ -33,10 +35,16 @@ class SubjectTask:
     team: tuple[int, ...] = ()
     problem: str = ""
     model: int = 0
+    volumes: int = 1
+    volume: int = 0
 
     def by_models(self, count: int) -> "list[SubjectTask]":
-        """The task of each of several models, which have numbers of their own."""
-        return [replace(self, number=self.number * count + model, model=model) for model in range(count)]
+        """The task of each volume and of each of several models, which have numbers of their own."""
+        return [
+            replace(self, number=(self.number + volume) * count + model, model=model, volume=volume)
+            for volume in range(self.volumes)
+            for model in range(count)
+        ]
 
 
 @dataclass(eq=False)

@@ -1,6 +1,7 @@
 """Writes finished volumes to files, which are named by subject and product."""
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -109,7 +110,7 @@ class OutputFiles:
 
         Args:
             work: The subject.
-            volumes: By product.
+            volumes: By product; volumes of labels are means over those of a series, and pictures are of its first.
 
         Raises:
             OutputError: a file cannot be written, or is an input of the run, or another subject's.
@@ -124,19 +125,21 @@ class OutputFiles:
                 outputs[path.name] = volume.kind
             self._describe(product, volume)
         labels = next((volume.array for volume in volumes.values() if volume.kind == LABELS), None)
+        series = [] if labels is None else list(np.moveaxis(labels, 1, 0)) if labels.ndim == 5 else [labels]
         if labels is not None and self.options.overlay:
             path = self._check_path(f"{subject}_overlay.png")
-            drawn = flat(labels, self.options.stitch.numbers)
+            drawn = flat(series[0], self.options.stitch.numbers)
             overlay_png(work.file.read()[0].numpy(), drawn, native.affine, path)
             outputs[path.name] = PICTURE
         total, of_classes = None, dict[str, float]()
         if labels is not None:
-            ml = abs(float(np.linalg.det(native.affine[:3, :3]))) / 1000  # of sheared voxels too
-            voxels, counts = count_labels(labels)
-            total = voxels * ml
+            ml = abs(float(np.linalg.det(native.affine[:3, :3]))) / 1000 / len(series)  # of sheared voxels too
+            counted = [count_labels(volume) for volume in series]
+            total = sum(voxels for voxels, _ in counted) * ml
+            counts = sum((Counter(counts) for _, counts in counted), Counter[int]())
             names = self.options.stitch.names_of(len(labels))
             # Several labels per voxel are channels, counted from 0; labels without names have their numbers.
-            of_classes = {str(names.get(n, n)): count * ml for n, count in counts.items()}
+            of_classes = {str(names.get(n, n)): counts[n] * ml for n in sorted({n for _, own in counted for n in own})}
         return Row(
             subject,
             "done",
@@ -147,7 +150,6 @@ class OutputFiles:
             fingerprint=work.task.fingerprint,
             kinds=tuple(outputs.values()),
             class_ml=of_classes,
-            statistics=self._statistics(work, volumes) if self.options.statistics else (),
         )
 
     def _describe(self, product: str, volume: FinishedVolume) -> None:
@@ -158,8 +160,10 @@ class OutputFiles:
             self._described.add(numbers)
             write_label_tables(self.options.folder, product, numbers, stitch.names, stitch.numbers)
 
-    def _statistics(self, work: SubjectWork, volumes: Mapping[str, FinishedVolume]) -> list[Cells]:
-        """The rows of a subject for statistics.csv; images that are too large to be kept are read once more."""
+    def statistics(self, work: SubjectWork, volumes: Mapping[str, FinishedVolume]) -> list[Cells]:
+        """The rows of a volume for statistics.csv; images that are too large to be kept are read once more."""
+        if not self.options.statistics:
+            return []
         labels = {name: volume for name, volume in volumes.items() if volume.kind == LABELS}
         images = {name: image.stored().numpy() for name, image in work.images.items()} if labels else {}
         rows: list[Cells] = []

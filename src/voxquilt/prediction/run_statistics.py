@@ -1,12 +1,12 @@
 """Keeps statistics.csv in step with the manifest: over several runs into one folder, and over shards."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from voxquilt.data.discovery import SubjectFiles
 from voxquilt.data.formats.image_file import open_image
-from voxquilt.data.subject import Subject
+from voxquilt.data.grid_loader import GridLoader
 from voxquilt.errors import VoxquiltError
 from voxquilt.prediction.resume import finished
 from voxquilt.prediction.run_plan import RunPlan
@@ -94,11 +94,11 @@ class RunStatistics:
         complete = finished(self._folder).keys() - ({*self._plan.subjects} - own.keys())
         return {name: rows for name, rows in (_latest(_tables(self._folder)) | own).items() if name in complete}
 
-    def fill(self, open_subject: Callable[[SubjectFiles], Subject], stitch: Stitch) -> None:
+    def fill(self, grids: GridLoader, stitch: Stitch) -> None:
         """Add the subjects that runs without statistics have done, from their label files; then close again.
 
         Args:
-            open_subject: Gives a subject, of which nothing has been read.
+            grids: How subjects are read.
             stitch: Has the classes' names and numbers.
 
         Raises:
@@ -114,23 +114,32 @@ class RunStatistics:
         try:
             for row in missing:
                 try:
-                    self._table.add(_rows_of_files(self._folder, row, open_subject(cases[row.subject]), stitch))
+                    self._table.add(_rows_of_files(self._folder, row, cases[row.subject], grids, stitch))
                 except VoxquiltError as error:
                     log.warning("%s has no rows of %s: %s", NAME, row.subject, reason_of(error))
         finally:
             self.close()
 
 
-def _rows_of_files(folder: Path, row: Row, subject: Subject, stitch: Stitch) -> list[Cells]:
+def _rows_of_files(folder: Path, row: Row, case: SubjectFiles, grids: GridLoader, stitch: Stitch) -> list[Cells]:
     """The rows of a subject whose outputs were written before; classes without a name only if a voxel has them."""
-    images = {name: image.stored().numpy() for name, image in subject.get_images_dict().items()}
+    files = {name: open_image(folder / name) for name in row.label_files}
+    labels = {name: file.read().numpy() for name, file in files.items()}
+    subject = grids.subject_of(case)
+    for image in subject.images.values():
+        image.hold()
     rows: list[Cells] = []
-    for name in row.label_files:
-        file = open_image(folder / name)
-        labels = file.read().numpy()
-        output = name.removeprefix(f"{row.subject}_").partition(".nii")[0]
-        known = stitch.label_numbers(len(stitch.names)) if len(labels) == 1 else ()
-        rows += statistics_rows(row.subject, output, labels, file.frame, images, stitch.names_of(len(labels)), known)
+    volumes = grids.volumes_of(subject)
+    for n, volume in enumerate(volumes):
+        images = {name: image.stored().numpy() for name, image in volume.get_images_dict().items()}
+        for name, array in labels.items():
+            output = name.removeprefix(f"{row.subject}_").partition(".nii")[0]
+            own = array[n : n + 1] if len(volumes) > 1 else array
+            known = stitch.label_numbers(len(stitch.names)) if len(own) == 1 else ()
+            found = statistics_rows(
+                row.subject, output, own, files[name].frame, images, stitch.names_of(len(own)), known
+            )
+            rows += [{**cells, "frame": str(n)} for cells in found] if len(volumes) > 1 else found
     return rows
 
 

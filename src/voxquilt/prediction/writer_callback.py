@@ -32,7 +32,7 @@ from voxquilt.reporting.progress_counts import RunProgress
 from voxquilt.stitching.combination import Combination
 from voxquilt.stitching.stitch import Stitch
 from voxquilt.stitching.subject_stitcher import Outputs
-from voxquilt.vocabulary import LOGS, ON_ERROR, check_name
+from voxquilt.vocabulary import LOGS, ON_ERROR, VOLUMES, check_name
 
 log = logging.getLogger("voxquilt")
 
@@ -215,7 +215,7 @@ class VolumeWriter(Callback):
         if stop is not None and stop.status == BROKEN:
             raise RunError(stop.reason)
         if stop is None and session.record is not None:
-            session.record.statistics.fill(datamodule_of(trainer, "VolumeWriter").grids.subject_of, self.stitch)
+            session.record.statistics.fill(datamodule_of(trainer, "VolumeWriter").grids, self.stitch)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop all processes and finish complete subjects. The others get no row, since they did not fail."""
@@ -230,7 +230,9 @@ class VolumeWriter(Callback):
     def _display(self, data: GridDataModule) -> RunDisplay:
         plan = data.plan
         patches = {subject: cost.patches - 1 for subject, cost in zip(plan.subjects, plan.costs, strict=True)}
-        events = RunEvents(self.output_dir, plan.cases, self.stitch.numbers) if self.options.tensorboard else None
+        series, events = data.grids.time == VOLUMES, None
+        if self.options.tensorboard:
+            events = RunEvents(self.output_dir, plan.cases, self.stitch.numbers, series=series)
         return RunDisplay(make_display(self._log), RunProgress(patches, plan.group.size), events)
 
 
