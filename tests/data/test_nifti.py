@@ -3,8 +3,10 @@
 import contextlib
 import errno
 import gzip
+import io
 import json
 import os
+import threading
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from nibabel.nifti2 import header_dtype as header_dtype_2
 from odd_files import BAD_HEADERS, BAD_VOXELS, OBLIQUE, VOLUME, full_range, save_raw
 from synthetic import unpacked
 
+from voxquilt import filesystem
 from voxquilt.data.formats.nifti import read_header, write
 from voxquilt.errors import InputError, OutputError
 from voxquilt.geometry.frame import Frame
@@ -406,9 +409,12 @@ def test_class_names_are_written_to_a_header_extension(tmp_path: Path, kind: int
     np.testing.assert_array_equal(np.asarray(loaded.dataobj), labels[0])
 
 
-@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
-def test_equal_volumes_are_equal_files(tmp_path: Path, suffix: str) -> None:
+@pytest.mark.parametrize(("suffix", "cores"), [(".nii", 1), (".nii.gz", 1), (".nii.gz", 64)])
+def test_equal_volumes_are_equal_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, cores: int
+) -> None:
     """Header and voxels to the byte; the gzip wrapper has no time and no name."""
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
     data = full_range((2, 9, 9, 9), "f4")
     (tmp_path / "other").mkdir()
     paths = [tmp_path / f"one{suffix}", tmp_path / "other" / f"two{suffix}"]
@@ -467,6 +473,34 @@ def test_a_failed_write_leaves_no_file_and_keeps_an_older_one(
     assert [p.name for p in tmp_path.iterdir()] == ([path.name] if old else [])
     if old:
         assert path.read_bytes() == content
+
+
+class SmallDisk(io.BufferedWriter):
+    """Has room for a megabyte."""
+
+    def write(self, buffer: Any, /) -> int:
+        if self.tell() > 2**20:
+            no_space()
+        return super().write(buffer)
+
+
+@pytest.mark.parametrize("cores", [1, 64])
+def test_volumes_are_packed_by_as_many_threads_as_there_are_cores_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int
+) -> None:
+    """Of many megabytes, which no level packs well; a disk that is full halfway is an error, and no thread is left."""
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    volume = np.random.default_rng(0).integers(0, 2**16, (1, 200, 150, 100), dtype=np.uint16)
+    frame, path = Frame(volume.shape[1:], np.eye(4)), tmp_path / "out.nii.gz"
+    before = threading.active_count()
+    write(path, volume, frame)
+    np.testing.assert_array_equal(np.asarray(nib.load(path).dataobj), volume[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(filesystem, "open", lambda path, _: SmallDisk(io.FileIO(path, "w")), raising=False)
+        with pytest.raises(OutputError, match="No space left on device"):
+            write(path, volume, frame)
+    assert threading.active_count() == before
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 def test_writing_to_a_missing_folder_is_an_output_error(tmp_path: Path) -> None:

@@ -117,8 +117,11 @@ def test_sums_that_would_fill_a_gpu_are_kept_on_the_host(monkeypatch: pytest.Mon
     """Sums take at most half of the free memory, torch's reserve included; host memory is not queried."""
     free, reserved, allocated = 4 * 2**30, 3 * 2**30, 1 * 2**30
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * 2**30))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
+    stats = {
+        name: {"all": {"current": size}}
+        for name, size in [("reserved_bytes", reserved), ("allocated_bytes", allocated)]
+    }
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda device: stats)
     gpu, host = torch.device("cuda", 1), torch.device("cpu")
     assert choose_device(gpu, 3 * 2**30) == gpu
     assert choose_device(gpu, 3 * 2**30 + 1) == host

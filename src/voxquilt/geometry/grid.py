@@ -92,7 +92,7 @@ class Grid:
     patch_overlap: Triple
     starts: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
-    @property
+    @cached_property
     def counts(self) -> Triple:
         """Patches along i, j and k."""
         i, j, k = (len(s) for s in self.starts)

@@ -219,8 +219,14 @@ def to_activation(name: str | None) -> Callable[[Tensor], Tensor]:
 
 
 def _channels_last(tensor: Tensor) -> Tensor:
-    memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim, torch.preserve_format)
-    return tensor if memory_format is torch.preserve_format else tensor.contiguous(memory_format=memory_format)
+    if tensor.ndim not in (4, 5):
+        return tensor
+    memory_format = torch.channels_last if tensor.ndim == 4 else torch.channels_last_3d
+    tensor = tensor.contiguous(memory_format=memory_format)
+    # Along an axis of size 1, such as a single channel, any stride will do; with another one than before, a compiled
+    # network would be compiled again.
+    strides = torch.empty(tensor.shape, device="meta", memory_format=memory_format).stride()
+    return tensor if tensor.stride() == strides else tensor.as_strided(tensor.shape, strides)
 
 
 def _unchanged(batch: Tensor) -> Tensor:

@@ -5,9 +5,8 @@ The forward pass runs on tensors that have shapes but no data, while the bytes o
 
 import logging
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
@@ -18,13 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 from voxquilt.data.batch import named_outputs
 from voxquilt.geometry.frame import Triple
+from voxquilt.planning.convolution_workspace import cpu_workspace, cuda_workspace, tensor_bytes
 
 Shape = tuple[int, ...]
-
-# Channels that oneDNN, which computes convolutions on a CPU, keeps beside each other.
-_BLOCK = 16
-# The product of channels and two axes up to which torch convolves a single patch without oneDNN.
-_SMALL = 20480
 
 
 @dataclass(frozen=True)
@@ -73,7 +68,7 @@ def probe(
     dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
     training = [module for module in network.modules() if module.training]
     network.eval()
-    counter = _Counter(blocked=kind == "cpu")
+    counter = _Counter({"cpu": cpu_workspace, "cuda": cuda_workspace}.get(kind, lambda *_: 0))
     log = logging.getLogger("torch._subclasses.fake_tensor")  # which prints a traceback of every error
     level = log.level
     log.setLevel(logging.CRITICAL)
@@ -94,7 +89,7 @@ def _to_probe(outputs: Any, batch_size: int, peak: int) -> Probe:
     return Probe(
         {name: tuple(tensor.shape) for name, tensor in named.items()},
         peak,
-        sum(map(_bytes, named.values())),
+        sum(map(tensor_bytes, named.values())),
         {name: tensor.dtype for name, tensor in named.items()},
     )
 
@@ -103,13 +98,13 @@ class _Counter(TorchDispatchMode):
     """Counts the bytes of the storages that operations allocate, while these are alive.
 
     Args:
-        blocked: Whether to add the workspace of a CPU's convolutions.
+        workspace: The bytes that an operation uses besides, of the operation, its arguments and its output.
     """
 
-    def __init__(self, *, blocked: bool) -> None:
+    def __init__(self, workspace: Callable[[Any, tuple[Any, ...], Any], int]) -> None:
         super().__init__()
         self.peak = 0
-        self._blocked = blocked
+        self._workspace = workspace
         self._live = 0
         self._known: set[int] = set()
 
@@ -136,22 +131,6 @@ class _Counter(TorchDispatchMode):
         self._known.discard(key)
         self._live -= size
 
-    def _workspace(self, func: Any, args: tuple[Any, ...], output: Any) -> int:
-        """Bytes besides its output that a convolution on a CPU uses while it runs: measured, with AVX-512."""
-        if not self._blocked or "conv" not in str(func) or not isinstance(output, Tensor):
-            return 0
-        batch, weight, out = args[0], args[1], _bytes(output)
-        transposed = "transpose" in str(func) or (len(args) > 6 and args[6] is True)
-        groups = not transposed and weight.shape[1] != batch.shape[1]
-        if transposed or groups:  # the output is copied twice
-            return max(_bytes(batch), 2 * out)
-        if len(batch) == 1 and max(weight.shape[2:]) <= 3 and prod(batch.shape[1:4]) <= _SMALL:
-            # torch does not use oneDNN for so few voxels: it copies a row of voxels for each place of the kernel.
-            each = prod(weight.shape[1:])
-            return 0 if prod(weight.shape[2:]) == 1 else each * out // output.shape[1]
-        # Copies of the input and of the output; the output itself is written when the input's copy is freed.
-        return _blocked(output) + max(_blocked(batch) if batch.shape[1] >= _BLOCK else 0, out) - out
-
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
@@ -159,12 +138,3 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 def _key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _blocked(tensor: Tensor) -> int:
-    batch, channels, *spatial = tensor.shape
-    return batch * -(-channels // _BLOCK) * _BLOCK * prod(spatial) * tensor.element_size()

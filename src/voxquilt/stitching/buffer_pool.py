@@ -16,7 +16,9 @@ def choose_device(device: torch.device, size: int, pooled: int = 0) -> torch.dev
     if device.type != "cuda":
         return device
     free, _ = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) + pooled
+    # Not by memory_reserved and memory_allocated, which together take a millisecond to sort what they do not return.
+    stats = torch.cuda.memory_stats_as_nested_dict(device)
+    free += stats["reserved_bytes"]["all"]["current"] - stats["allocated_bytes"]["all"]["current"] + pooled
     return device if size <= free / 2 else torch.device("cpu")
 
 

@@ -1,22 +1,61 @@
-"""Reads files that may be packed by gzip, checks them to the end, and ignores bytes after the last valid member."""
+"""Packs files by gzip; reads those that may be packed, checked to the end, and ignores bytes after the last member."""
 
 import io
+import os
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from isal import igzip, igzip_lib
+from isal import igzip, igzip_lib, igzip_threaded
 from nibabel.arrayproxy import ArrayProxy
 from nibabel.openers import ImageOpener
 
 _PIECE = 2**20
+# Cores for each thread that packs, and the most threads. On a GPU's host many cores are idle while the last volume of a
+# run is packed; where there are few, they have other work.
+_CORES, _MOST_THREADS = 4, 4
 _UNPACK_ERROR: Any = igzip_lib.IsalError  # isal's stub has an instance where the class is
 
 
 def is_packed(path: Path) -> bool:
     """Whether a file's name says that it is packed by gzip."""
     return path.name.lower().endswith(".gz")
+
+
+@contextmanager
+def packing(file: io.BufferedWriter) -> Iterator[Any]:
+    """A file to write to from beginning to end; its bytes are packed into another, with neither a name nor a time."""
+    threads = min((os.cpu_count() or 1) // _CORES, _MOST_THREADS)
+    level = 1  # labels compress well anyhow
+    if threads > 1:
+        with igzip_threaded.open(file, "wb", level, threads=threads) as packed:
+            yield _Forward(packed)
+    else:
+        with igzip.IGzipFile(filename="", fileobj=file, mode="wb", compresslevel=level, mtime=0) as packed:
+            yield packed
+
+
+class _Forward(io.RawIOBase):
+    """Lets nibabel move forward in a file that is only written."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self._position = file, 0
+
+    def write(self, data: Any, /) -> int:
+        self._position += len(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        if whence or offset < self._position:
+            raise OSError("this file is written from beginning to end")
+        self.write(bytes(offset - self._position))
+        return offset
 
 
 def first_bytes(path: Path, count: int) -> bytes:

@@ -7,7 +7,6 @@ from math import prod
 from pathlib import Path
 
 import numpy as np
-from isal import igzip
 from nibabel.filebasedimages import ImageFileError
 from nibabel.imageclasses import all_image_classes
 from nibabel.nifti1 import Nifti1Extension, Nifti1Header, Nifti1Image, Nifti1Pair
@@ -15,7 +14,7 @@ from nibabel.nifti2 import Nifti2Header, Nifti2Image
 from nibabel.spatialimages import HeaderDataError
 from torch import Tensor
 
-from voxquilt.data.formats.gzip import first_bytes, is_packed, stored
+from voxquilt.data.formats.gzip import first_bytes, is_packed, packing, stored
 from voxquilt.data.formats.image_file import WIDER, ImageHeader, check_file, naming, to_tensor
 from voxquilt.data.formats.unsupported import conversion
 from voxquilt.errors import InputError
@@ -151,8 +150,7 @@ def write(
         image.header.set_slope_inter(slope, 0)
     with replacing(path) as file:
         if path.name.endswith(".gz"):
-            # Level 1: labels compress well anyhow.
-            with igzip.IGzipFile(filename="", fileobj=file, mode="wb", compresslevel=1, mtime=0) as packed:
+            with packing(file) as packed:
                 image.to_stream(packed)
         else:
             image.to_stream(file)

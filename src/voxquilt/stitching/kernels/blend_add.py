@@ -22,7 +22,7 @@ from voxquilt.geometry.grid import Grid
 from voxquilt.stitching.device_transfer import on_device, upload
 
 # Values per program; not tuned.
-_VALUES, _ALONG_K, _CHANNELS = 1024, 64, 32
+_VALUES, _ALONG_K, _CHANNELS, _WARPS = 1024, 64, 32, 4
 _PATCHES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SUMS = (torch.float32, torch.float64)
 
@@ -40,13 +40,15 @@ class BlendAdd:
 
     def __init__(self, grid: Grid, axis: int, weights: Sequence[Tensor], planes: Sequence[Tensor]) -> None:
         order = grid.order_along(axis)
-        self._position = np.empty(len(grid), dtype=np.int64)
-        self._position[order] = np.arange(len(grid))
+        positions = np.empty(len(grid), dtype=np.int64)
+        positions[order] = np.arange(len(grid))
+        # Lists, since batches have few patches: arrays would take longer than their kernels.
+        self._positions, self._locations = positions.tolist(), grid.locations.tolist()
         places = np.stack(np.unravel_index(order, grid.counts), 1)
         rows = np.hstack([grid.locations[order, :3], places])
         self._sums, self._covers = planes[0], planes[-1]
         self._table = upload(torch.from_numpy(rows.astype(np.int32)), self._sums.device)
-        self._has_covers, self._grid, self._weights = len(planes) > 1, grid, weights
+        self._has_covers, self._weights = len(planes) > 1, weights
         self._axis = axis if self._sums.shape[axis + 1] < grid.shape[axis] else -1
 
     def takes(self, batch: Tensor) -> bool:
@@ -56,12 +58,12 @@ class BlendAdd:
     def __call__(self, batch: Shaped[Tensor, "b c pi pj pk"], numbers: Sequence[int]) -> None:
         """Add patches with these numbers in the grid; along a ring, all of one row."""
         with on_device(self._sums.device):
-            for first, stop in _runs(self._position[list(numbers)]):
+            for first, stop in _runs([self._positions[number] for number in numbers]):
                 self._launch(batch[first:stop], numbers[first:stop])
 
     def _launch(self, batch: Tensor, numbers: Sequence[int]) -> None:
-        starts = self._grid.locations[list(numbers)]
-        (i0, j0, k0), (i1, j1, k1) = starts[:, :3].min(0).tolist(), starts[:, 3:].max(0).tolist()
+        along = list(zip(*(self._locations[number] for number in numbers), strict=True))
+        (i0, j0, k0), (i1, j1, k1) = map(min, along[:3]), map(max, along[3:])
         channels, patch = batch.shape[1], batch.shape[2:]
         block_c, block_j, block_k = _tile(batch)
         tiles_k = -(-(k1 - k0) // block_k)
@@ -69,9 +71,9 @@ class BlendAdd:
         _add[programs](
             batch, self._sums, self._covers, self._table, *self._weights,
             *batch.stride(), *self._sums.stride()[:3], *self._covers.stride()[1:3], *self._sums.shape[1:], *patch,
-            channels, int(self._position[numbers[0]]), len(numbers), i0, j0, j1, k0, k1, tiles_k,
+            channels, self._positions[numbers[0]], len(numbers), i0, j0, j1, k0, k1, tiles_k,
             AXIS=self._axis, HAS_COVERS=self._has_covers, BLOCK_C=block_c, BLOCK_J=block_j, BLOCK_K=block_k,
-            enable_fp_fusion=False,
+            enable_fp_fusion=False, num_warps=_WARPS,
         )  # fmt: skip
 
 
@@ -86,10 +88,10 @@ def _tile(batch: Tensor) -> tuple[int, int, int]:
     return c, min(max(1, _VALUES // k // c), j), k
 
 
-def _runs(positions: np.ndarray) -> Iterator[tuple[int, int]]:
+def _runs(positions: Sequence[int]) -> Iterator[tuple[int, int]]:
     """First and last index, end exclusive, of patches that follow each other in streaming order."""
-    edges = [0, *(np.flatnonzero(np.diff(positions) != 1) + 1).tolist(), len(positions)]
-    return pairwise(edges)
+    edges = [n for n, (before, after) in enumerate(pairwise(positions), 1) if after != before + 1]
+    return pairwise([0, *edges, len(positions)])
 
 
 # What differs from launch to launch or from subject to subject must not lead to another compilation.
@@ -112,8 +114,15 @@ def _add(
 ):  # fmt: skip
     # The tile: one plane i, some j, k and channels, of the box around all patches of the launch.
     i = i0 + tl.program_id(1)
-    j = j0 + tl.program_id(0) // tiles_k * BLOCK_J + tl.arange(0, BLOCK_J)
-    k = k0 + tl.program_id(0) % tiles_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    tile_j, tile_k = j0 + tl.program_id(0) // tiles_k * BLOCK_J, k0 + tl.program_id(0) % tiles_k * BLOCK_K
+    # The box has corners where no patch lies.
+    is_covered = 0
+    for n in range(first, first + count):
+        row = table + n * 6
+        is_covered |= _meets(row, i, tile_j, tile_k, patch_i, patch_j, patch_k, BLOCK_J, BLOCK_K)
+    if is_covered == 0:
+        return
+    j, k = tile_j + tl.arange(0, BLOCK_J), tile_k + tl.arange(0, BLOCK_K)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     # Where it lies in the ring.
     kept_i, kept_j, kept_k = i, j, k
@@ -134,9 +143,8 @@ def _add(
         cover = tl.load(over, mask=within, other=0)
     for n in range(first, first + count):
         row = table + n * 6
-        in_i = i - tl.load(row)
-        if (in_i >= 0) & (in_i < patch_i):
-            in_j, in_k = j - tl.load(row + 1), k - tl.load(row + 2)
+        if _meets(row, i, tile_j, tile_k, patch_i, patch_j, patch_k, BLOCK_J, BLOCK_K):
+            in_i, in_j, in_k = i - tl.load(row), j - tl.load(row + 1), k - tl.load(row + 2)
             has_j, has_k = (in_j >= 0) & (in_j < patch_j), (in_k >= 0) & (in_k < patch_k)
             share_i = tl.load(weights_i + tl.load(row + 3) * patch_i + in_i)
             share_j = tl.load(weights_j + tl.load(row + 4) * patch_j + in_j, mask=has_j, other=0)
@@ -153,3 +161,12 @@ def _add(
     tl.store(into, total, mask=wanted)
     if HAS_COVERS and tl.program_id(2) == 0:
         tl.store(over, cover, mask=within)
+
+
+@triton.jit
+@no_type_check
+def _meets(row, i, tile_j, tile_k, patch_i, patch_j, patch_k, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Whether a patch has voxels in a tile of a plane."""
+    in_i, after_j, after_k = i - tl.load(row), tile_j - tl.load(row + 1), tile_k - tl.load(row + 2)
+    meets_i = (in_i >= 0) & (in_i < patch_i)
+    return meets_i & (after_j > -BLOCK_J) & (after_j < patch_j) & (after_k > -BLOCK_K) & (after_k < patch_k)
