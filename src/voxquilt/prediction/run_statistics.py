@@ -50,7 +50,7 @@ class RunStatistics:
             return
         names = {row["subject"] for row in read_statistics(path)} if self._is_shard else None
         done = {row.subject for row in plan.done}
-        complete = (finished(folder).keys() | done) - {*plan.subjects}
+        complete = ((finished(folder).keys() | done) if tables else set[str]()) - {*plan.subjects}
         kept = {
             name: rows
             for name, rows in _latest(tables).items()

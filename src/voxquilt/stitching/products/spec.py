@@ -17,7 +17,7 @@ _CERTAIN = 30.0
 # Expected size of packed volumes of numbers, as a share of their voxels; see docs/memory.md.
 _PACKED = 0.9
 # By how much less of it is left where numbers are rounded.
-_PACKED_AS = {"float16": 0.5, "uint8": 0.5}
+_PACKED_AS = {"float16": 0.5, "uint8": 0.33}
 
 
 @dataclass(frozen=True)
