@@ -1,6 +1,7 @@
 """Tests data.time=volumes: a series gives what each of its volumes gives by itself, in one file per product."""
 
 import csv
+import json
 from pathlib import Path
 
 import nibabel as nib
@@ -111,6 +112,8 @@ def test_a_series_of_five_equals_five_runs(
     """To the bit in one process, in each product; a 3-D file beside is a volume as ever."""
     run(forks, place, "data.inputs=in", "data.time=volumes", f"output_dir={tmp_path}", *options, ranks=ranks)
     check(place, tmp_path, rounding=1e-6 if ranks > 1 else 0)
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert sum(rank["patches"] for rank in record["ranks"]) == record["patches"]
 
 
 def test_a_series_is_one_subject(place: Path, forks: Server, tmp_path: Path) -> None:
