@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: example check test lint bench clean
+.PHONY: example check test lint docs bench clean
 
 example: $(READY)
 	$(BIN)/python predict.py experiment=brain_extraction
@@ -21,6 +21,10 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# The documentation's site, in .site/index.html, which opens from disk; its warnings are errors.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # About an hour. Peers that do not fit into .venv get environments of their own in .bench, once.
 bench: $(READY) .bench/nnunet/.ready .bench/konfai/.ready
@@ -41,8 +45,8 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo 'voxquilt needs Python 3.11 or newer: make PYTHON=/path/to/python3.11'; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,peers]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs,peers]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) .bench outputs
+	rm -rf $(VENV) .bench .site outputs

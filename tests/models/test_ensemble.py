@@ -311,6 +311,19 @@ def test_channels_last_sets_the_memory_layout_of_weights_and_patches(squeeze_axi
     torch.testing.assert_close(made, plain, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_patches_that_are_channels_last_have_one_layout(channels: int) -> None:
+    """Strides too, which with one channel may be others, and for each of which a network is compiled again."""
+    network, seen = nn.Conv3d(channels, 4, 3, padding=1), set[tuple[int, ...]]()
+    network.register_forward_pre_hook(lambda _, args: seen.add(args[0].stride()))
+    predictor = PatchNetwork([network], channels_last=True)
+    patches = torch.randn(2, channels, 6, 5, 4)
+    wanted = predictor(patches)[""]
+    for other in (patches.contiguous(memory_format=torch.channels_last_3d), patches.mT.contiguous().mT):
+        torch.testing.assert_close(predictor(other)[""], wanted)
+    assert seen == {(120 * channels, 1, 20 * channels, 4 * channels, channels)}
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_sums_are_float32_for_patches_of_every_type(tmp_path_factory: pytest.TempPathFactory, precision: str) -> None:

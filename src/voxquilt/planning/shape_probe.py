@@ -6,12 +6,14 @@ The forward pass runs on tensors that have shapes but no data, while the bytes o
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode  # loaded in any case: Lightning imports torch._dynamo
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -75,7 +77,9 @@ def probe(
     try:
         with torch.inference_mode(), FakeTensorMode(allow_non_fake_inputs=True):
             batch = torch.empty(batch_size, channels, *patch_size, dtype=dtype)
-            with torch.autocast(kind, autocast, enabled=autocast is not None), counter:
+            # The batch is the host's, whatever the device.
+            types = _CudaAutocast() if kind == "cuda" and autocast is not None else nullcontext()
+            with torch.autocast("cpu", autocast, enabled=autocast is not None), types, counter:
                 outputs = network(batch)
             return _to_probe(outputs, batch_size, counter.peak)
     finally:
@@ -92,6 +96,17 @@ def _to_probe(outputs: Any, batch_size: int, peak: int) -> Probe:
         sum(map(tensor_bytes, named.values())),
         {name: tensor.dtype for name, tensor in named.items()},
     )
+
+
+class _CudaAutocast(TorchFunctionMode):
+    """Makes the host's autocast what CUDA's is for normalisation over groups, which is in single precision there."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.group_norm, nn.functional.group_norm):
+            args = tuple(value.float() if isinstance(value, Tensor) else value for value in args)
+        return func(*args, **(kwargs or {}))
 
 
 class _Counter(TorchDispatchMode):
