@@ -78,7 +78,9 @@ def test_the_wheel_holds_the_report_and_its_viewer_with_their_licences(installed
     report = installed / "voxquilt/report"
     source = ROOT / "src/voxquilt/report"
     for folder in ("templates", "static"):
-        assert {path.name for path in (report / folder).iterdir()} == {path.name for path in (source / folder).iterdir()}
+        assert {path.name for path in (report / folder).iterdir()} == {
+            path.name for path in (source / folder).iterdir()
+        }
     assert checksum(report / "vendor/niivue.umd.js") == SHA256
     assert {path.name for path in (report / "vendor").glob("*.txt")} == {
         "NIIVUE_LICENSE.txt", "THIRD_PARTY_LICENSES.txt",

@@ -18,7 +18,7 @@ from voxquilt.report.changed_settings import changed_settings, defaults, differi
 from voxquilt.report.flags import ClassCohort
 from voxquilt.report.missing_thumbnails import draw_missing
 from voxquilt.report.page import write_report
-from voxquilt.report.run_folder import read_run
+from voxquilt.report.run_folder import ClassVolume, read_run
 from voxquilt.report.strip_plot import WIDTH, strip_plot
 from voxquilt.reporting.manifest import Row
 
@@ -144,6 +144,13 @@ def test_classes_have_columns_and_metrics_have_means(tmp_path: Path) -> None:
     assert [cell.strip() for cell in cells["b"]][:5] == ["7", "3", "4", "", ""]
     run = read_run(tmp_path)
     assert run.not_compared == {"b": "there is no label"}
+
+
+def test_a_series_of_volumes_has_its_mean(tmp_path: Path) -> None:
+    """As in the manifest; it touches the border where one of them does."""
+    lines = [line("a", "x", ml, touches=ml > 3) for ml in (1.0, 2.0, 6.0)]
+    write_run(tmp_path, [done("a", 3.0)], statistics=lines)
+    assert read_run(tmp_path).volumes == {"a": [ClassVolume("x", 3.0, True)]}
 
 
 def test_without_statistics_the_page_says_so(tmp_path: Path) -> None:

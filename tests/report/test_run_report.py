@@ -90,10 +90,7 @@ def test_shards_and_later_runs_add_to_one_report(place: Path, forks: Server) -> 
 def test_without_a_report_there_is_none(place: Path, forks: Server) -> None:
     """And the command makes it, with its pictures, afterwards; another setting makes nothing again."""
     assert forks.run("data.inputs=in", *NETWORK, "callbacks.writer.report=false", cwd=place).returncode == 0
-    assert sorted(path.name for path in (place / "out").iterdir() if path.suffix != ".gz") == [
-        "manifest.csv",
-        "run.json",
-    ]
+    assert not [path for path in (place / "out").iterdir() if path.name.startswith("report")]
     main([str(place / "out")])
     afterwards = {name: path_of(place / "out", "overlay", name).read_bytes() for name in NAMES}
     again = forks.run("data.inputs=in", *NETWORK, cwd=place)

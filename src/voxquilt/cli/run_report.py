@@ -14,6 +14,7 @@ from voxquilt.reporting.manifest import Row, of_shard
 from voxquilt.reporting.plots import write_boxes
 from voxquilt.reporting.tables import print_scores, print_table
 from voxquilt.text import of_subjects, reason_of
+from voxquilt.vocabulary import CHANNELS
 
 log = logging.getLogger("voxquilt")
 
@@ -41,7 +42,7 @@ def report_run(
         left = f"{of_subjects(outcome['missing'])} left: the same command goes on."
         # Where the run broke off, the reason was printed as the error that it was.
         print(f"voxquilt: stopped by {outcome['reason']}; {left}" if status > FAILED else left, file=sys.stderr)
-    elif data.labels is not None or any(LABEL in case.values for case in data.cases):
+    elif data.grids.time == CHANNELS and (data.labels is not None or any(LABEL in case.values for case in data.cases)):
         status = max(status, _evaluate(data, writer, rows, tolerance))
     if writer.options.report:
         _write_report(writer.output_dir)

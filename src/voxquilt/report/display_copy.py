@@ -12,7 +12,7 @@ from jaxtyping import Shaped, UInt8, UInt16
 
 from voxquilt.data.formats.image_file import open_image
 from voxquilt.errors import InputError
-from voxquilt.report.missing_thumbnails import label_values_of, outputs_of
+from voxquilt.report.missing_thumbnails import is_series, label_values_of, outputs_of
 from voxquilt.reporting.manifest import Row
 from voxquilt.reporting.overlay import PALETTE, flat
 from voxquilt.text import escaped
@@ -75,8 +75,11 @@ class SubjectVolumes:
         return path.resolve().is_relative_to(self.folder.resolve())
 
     def _channels(self, product: str, path: Path) -> list[Entry]:
-        count = min(open_image(path).channels, _MOST_CHANNELS) if path.is_file() else 0
-        names = [self.class_names.get(n, str(n)) for n in range(count)]
+        try:
+            count = min(open_image(path).channels, _MOST_CHANNELS)
+        except InputError:
+            return []
+        names = [str(n) if is_series(self.configuration) else self.class_names.get(n, str(n)) for n in range(count)]
         return [Entry(f"{product}: {name}" if count > 1 else product, MAP, path, n) for n, name in enumerate(names)]
 
     @cached_property
@@ -88,7 +91,7 @@ class SubjectVolumes:
     @property
     def label_values(self) -> list[int] | None:
         """The numbers of classes in label files; None for 0, 1, ..."""
-        return label_values_of(dict(self.configuration))
+        return label_values_of(self.configuration)
 
     def describe(self) -> dict[str, Any]:
         """What the viewer is told before it asks for a volume."""
@@ -115,6 +118,7 @@ class SubjectVolumes:
         affine = file.frame.affine @ np.diag([step, step, step, 1.0])  # the centre of voxel 0 stays where it is
         about: dict[str, Any] = {"step": step, "shape": list(file.frame.shape)}
         if entry.kind == LABELS:
+            voxels = voxels[: 1 if is_series(self.configuration) else None]
             shown, classes = dense_labels(flat(voxels))
             legend = [self._legend(n, value, len(voxels) > 1) for n, value in enumerate(classes)]
             intent = 0 if len(classes) <= MOST_COLOURS + 1 else _LABEL_INTENT

@@ -106,8 +106,21 @@ def _read_volumes(paths: Iterable[Path], rows: Mapping[str, Row]) -> dict[str, l
                 touches = cells.get("touches_border") or ""
                 name = cells.get("name") or cells.get("label") or "?"
                 of_file.setdefault(subject, []).append(ClassVolume(name, ml, touches == "1" if touches else None))
-        volumes |= of_file
+        volumes |= {subject: _of_series(entries) for subject, entries in of_file.items()}
     return volumes
+
+
+def _of_series(entries: Iterable[ClassVolume]) -> list[ClassVolume]:
+    """One entry per class: of a series of volumes the mean, as the manifest has it."""
+    by_class: dict[str, list[ClassVolume]] = {}
+    for entry in entries:
+        by_class.setdefault(entry.name, []).append(entry)
+    return [
+        found[0]
+        if len(found) == 1
+        else ClassVolume(name, sum(entry.ml for entry in found) / len(found), any(e.touches_border for e in found))
+        for name, found in by_class.items()
+    ]
 
 
 def _read_metrics(

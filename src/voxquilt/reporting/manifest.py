@@ -7,7 +7,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,6 +40,7 @@ class Row:
         inputs: The path of each image by its name, from which pictures and the viewer are made; {} where an earlier
             version wrote the row.
         class_ml: Volume of each label above 0 by its name or number; not in the manifest.
+        statistics: Rows of the subject for statistics.csv; not in the manifest.
     """
 
     subject: str
@@ -55,6 +56,7 @@ class Row:
     kinds: tuple[str, ...] = ()
     inputs: Mapping[str, str] = field(default_factory=dict)
     class_ml: Mapping[str, float] = field(default_factory=dict)
+    statistics: Sequence[Mapping[str, str]] = ()
 
     def __post_init__(self) -> None:
         if len(self.kinds) != len(self.outputs):
@@ -105,7 +107,7 @@ class Manifest:
         """
         with self._lock:
             try:
-                self._file.write(_line(_cells(row)))
+                self._file.write(csv_line(_cells(row)))
                 self._file.flush()
                 os.fsync(self._file.fileno())
             except OSError as error:
@@ -124,12 +126,12 @@ class Manifest:
             _write(self.path, read_rows([self.path]).values())
 
 
-_HEADER = [field.name for field in fields(Row) if field.name != "class_ml"]
+_HEADER = [field.name for field in fields(Row) if field.name not in ("class_ml", "statistics")]
 
 
 def _write(path: Path, rows: Iterable[Row]) -> None:
     with replacing(path) as file:
-        file.write("".join(map(_line, [_HEADER, *map(_cells, rows)])).encode())
+        file.write("".join(map(csv_line, [_HEADER, *map(_cells, rows)])).encode())
 
 
 def _cells(row: Row) -> list[Any]:
@@ -144,7 +146,8 @@ def _cells(row: Row) -> list[Any]:
     return [values[name] for name in _HEADER]
 
 
-def _line(cells: list[Any]) -> str:
+def csv_line(cells: list[Any]) -> str:
+    """A line of a .csv."""
     text = io.StringIO()
     csv.writer(text).writerow(cells)
     return escaped(text.getvalue())

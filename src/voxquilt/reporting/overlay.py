@@ -12,6 +12,7 @@ from torch.nn import functional
 from voxquilt.errors import InputError
 from voxquilt.filesystem import replacing
 from voxquilt.geometry.frame import Frame
+from voxquilt.reporting.colours import PALETTE
 from voxquilt.reporting.pictures import side_by_side, with_letters
 from voxquilt.reporting.ras_planes import (
     VIEWS,
@@ -26,12 +27,6 @@ from voxquilt.reporting.ras_planes import (
     window_of_planes,
 )
 from voxquilt.stitching.label_values import iterate_planes
-
-# Okabe and Ito's colours, which colour-blind people can distinguish, ordered by contrast on grey.
-PALETTE = np.array(
-    [(230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (213, 94, 0), (204, 121, 167), (0, 114, 178)],
-    dtype=np.uint8,
-)
 
 
 def overlay_png(image: np.ndarray, labels: np.ndarray, affine: np.ndarray, path: str | Path) -> None:
