@@ -105,6 +105,7 @@ def light(place: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
         ("data.skip=true", "data.skip is null, a number, or a mask's path with {subject}; it is True"),
         ("data.skip=[1,2]", "data.skip is null, a number, or a mask's path"),
         ("data.skip=masks/{subject}.nii", "data.skip=masks/{subject}.nii: no subject has such a mask (relative to"),
+        ("data.margin=5", "data.margin=5 is around the box of data.within, which is null; set both."),
         ("data.labels=truth.nii", "data.labels is a path with {subject}, such as 'labels/{subject}.nii.gz', or one"),
         ("data.labels=truth/{subject}.nii", "data.labels=truth/{subject}.nii: no subject has such a file (relative to"),
         ("run.surface_tolerance=-1", "run.surface_tolerance must be a number of mm from 0; it is -1"),
