@@ -198,7 +198,8 @@ def _run_task(task: Callable[[DictConfig], int], cfg: DictConfig) -> ExitStatus:
     sys.path.append(str(Path.cwd()))  # the user's own classes; last, so that they hide nothing that is installed
     try:
         give_folder(cfg)
-        return ExitStatus(task(cfg))
+        status = task(cfg)
+        return status if isinstance(status, ExitStatus) else ExitStatus(status)
     except VoxquiltError as error:
         if is_first():  # of many processes that all have the same message
             print(f"voxquilt: {error}", file=sys.stderr)

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from voxquilt.cli.exit_status import DONE, FAILED
 from voxquilt.cli.inherited_settings import check_images
 from voxquilt.cli.instantiate import build, check_classes
+from voxquilt.cli.loggers import build_loggers
 from voxquilt.cli.model_parts import PARTS
 from voxquilt.cli.quick_imports import paused_collector
 from voxquilt.cli.run_report import report_run
@@ -27,6 +28,7 @@ from voxquilt.prediction.dry_run import DryRun
 from voxquilt.prediction.output_lock import locked
 from voxquilt.prediction.resume import Resume
 from voxquilt.prediction.writer_callback import VolumeWriter
+from voxquilt.reporting.run_logs import close_loggers, open_loggers
 from voxquilt.stitching.combination import Combination
 from voxquilt.stitching.stitch import Stitch
 from voxquilt.text import leave_stdout
@@ -70,8 +72,10 @@ def run(plain: Mapping[str, Any], inherited: Mapping[str, Any], cases: list[Subj
         if is_first() and not is_external():
             claim_folder()
         has_broken_off = _predict(trainer, parts)
+        status = FAILED if has_broken_off else parts.writer.status
         if not is_first():
-            return FAILED if has_broken_off else parts.writer.status
+            return status
+        close_loggers(trainer.loggers, status)
         return report_run(
             parts.data, parts.writer, options["surface_tolerance"],
             has_broken_off=has_broken_off, has_table=options["log"] != "json",
@@ -161,9 +165,13 @@ def _plan(plain: Mapping[str, Any], parts: _Parts) -> int:
 
 
 def _build_trainer(plain: Mapping[str, Any], parts: _Parts) -> Trainer:
-    logger = build(plain["logger"], "logger") if plain.get("logger") else False
     logging, *others = parts.callbacks
-    return build(plain["trainer"], "trainer", callbacks=[logging, parts.writer, *others], logger=logger)
+    return build(
+        plain["trainer"],
+        "trainer",
+        callbacks=[logging, parts.writer, *others],
+        logger=build_loggers(plain.get("logger")),
+    )
 
 
 def _predict(trainer: Trainer, parts: _Parts) -> bool:
@@ -173,6 +181,8 @@ def _predict(trainer: Trainer, parts: _Parts) -> bool:
         ConfigError: nothing was started.
     """
     try:
+        if is_first():
+            trainer.loggers = open_loggers(trainer.loggers)
         with attended(trainer):
             trainer.predict(parts.model, datamodule=parts.data, return_predictions=False)
     except ConfigError:

@@ -5,6 +5,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from voxquilt.cli.loggers import check_loggers
 from voxquilt.cli.plain_config import check_image_names, check_output, check_weights, is_sweep, to_plain
 from voxquilt.cli.process_check import check_trainer
 from voxquilt.cli.schema import TOP, TRAIN
@@ -24,6 +25,7 @@ def check_train(cfg: DictConfig) -> dict[str, Any]:
     """
     plain = to_plain(cfg)
     check_sections(plain, TRAIN, TOP)
+    check_loggers(plain.get("logger"))
     data = plain["data"]
     _check_label_source(data)
     _check_model(plain["model"], data["task"], plain["stitch"].get("class_names"))

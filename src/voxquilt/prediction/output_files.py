@@ -45,6 +45,7 @@ class OutputOptions:
         in_memory: Bytes; larger products are kept in scratch files until they are written.
         combination: How the volumes of several models become those of the run; None for one model.
         statistics: Whether numbers of each label are computed for statistics.csv.
+        logged: Whether numbers and pictures are logged by loggers of Lightning's.
     """
 
     folder: Path
@@ -55,6 +56,7 @@ class OutputOptions:
     in_memory: float = float("inf")
     combination: Combination | None = None
     statistics: bool = False
+    logged: bool = False
 
     def stitch_of(self, model: int) -> Stitch:
         """How the patches of one of the models become volumes."""
@@ -68,7 +70,7 @@ class OutputOptions:
     @property
     def pictures(self) -> bool:
         """Whether pictures of labels are drawn."""
-        return self.overlay or self.tensorboard
+        return self.overlay or self.tensorboard or self.logged
 
     def settings(self, data: GridDataModule, module: LightningModule, model: int = 0) -> RunSettings:
         """The settings that determine the memory and disk of a run, as far as one of its models goes."""

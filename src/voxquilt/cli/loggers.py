@@ -1,0 +1,56 @@
+"""Checks and builds the loggers of a run: one, or several by name, as in logger=[csv,mlflow]."""
+
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from typing import Any
+
+from voxquilt.cli.instantiate import build
+from voxquilt.errors import ConfigError
+
+# The options of the group.
+_NAMES = ("csv", "mlflow", "tensorboard", "wandb")
+# The package that a logger of Lightning's needs, which is also the name of the extra that brings it.
+_PACKAGES = {"MLFlowLogger": "mlflow", "WandbLogger": "wandb"}
+
+
+def check_loggers(node: Any) -> None:
+    """Refuse loggers that cannot be built, before torch is imported.
+
+    Raises:
+        ConfigError: a node without a _target_, or one whose package is not installed.
+    """
+    for key, logger in _nodes(node):
+        if not isinstance(logger, Mapping) or "_target_" not in logger:
+            raise ConfigError(f"{key} must be a logger with a _target_, such as logger=csv; it is {logger!r}.")
+        module, _, name = str(logger["_target_"]).rpartition(".")
+        package = _PACKAGES.get(name) if module.startswith("lightning.") else None
+        if package is not None and find_spec(package) is None:
+            raise ConfigError(
+                f"{key} needs the package {package}, which is not installed: pip install 'voxquilt[{package}]'. "
+                f"Nothing was started."
+            )
+
+
+def build_loggers(node: Any) -> Any:
+    """The loggers, as Lightning's Trainer takes them: a list, or False for none."""
+    from lightning.pytorch.loggers import Logger  # which imports torch
+
+    loggers = [(key, build(logger, key)) for key, logger in _nodes(node)]
+    for key, logger in loggers:
+        if not isinstance(logger, Logger):
+            raise ConfigError(f"{key} is a {type(logger).__name__}, which is not a logger of Lightning's.")
+    return [logger for _, logger in loggers] or False
+
+
+def _nodes(node: Any) -> Iterator[tuple[str, Any]]:
+    """Each logger by its key; those that are null are left out."""
+    if not isinstance(node, Mapping) or "_target_" in node:
+        named = [name for name in _NAMES if isinstance(node, Mapping) and node.get(name)]
+        if named:
+            raise ConfigError(
+                f"logger has a _target_ beside logger.{named[0]}: give that one a name too, such as "
+                f"+logger.mine._target_={node['_target_']}, or take the other out by ~logger.{named[0]}."
+            )
+        yield from [("logger", node)] if node else ()
+        return
+    yield from ((f"logger.{name}", logger) for name, logger in node.items() if logger)
