@@ -28,7 +28,7 @@ from voxquilt.prediction.dry_run import DryRun
 from voxquilt.prediction.output_lock import locked
 from voxquilt.prediction.resume import Resume
 from voxquilt.prediction.writer_callback import VolumeWriter
-from voxquilt.reporting.run_logs import close_loggers, open_loggers
+from voxquilt.reporting.run_logs import open_loggers
 from voxquilt.stitching.combination import Combination
 from voxquilt.stitching.stitch import Stitch
 from voxquilt.text import leave_stdout
@@ -72,10 +72,8 @@ def run(plain: Mapping[str, Any], inherited: Mapping[str, Any], cases: list[Subj
         if is_first() and not is_external():
             claim_folder()
         has_broken_off = _predict(trainer, parts)
-        status = FAILED if has_broken_off else parts.writer.status
         if not is_first():
-            return status
-        close_loggers(trainer.loggers, status)
+            return FAILED if has_broken_off else parts.writer.status
         return report_run(
             parts.data, parts.writer, options["surface_tolerance"],
             has_broken_off=has_broken_off, has_table=options["log"] != "json",
@@ -166,12 +164,8 @@ def _plan(plain: Mapping[str, Any], parts: _Parts) -> int:
 
 def _build_trainer(plain: Mapping[str, Any], parts: _Parts) -> Trainer:
     logging, *others = parts.callbacks
-    return build(
-        plain["trainer"],
-        "trainer",
-        callbacks=[logging, parts.writer, *others],
-        logger=build_loggers(plain.get("logger")),
-    )
+    loggers = build_loggers(plain.get("logger"))
+    return build(plain["trainer"], "trainer", callbacks=[logging, parts.writer, *others], logger=loggers)
 
 
 def _predict(trainer: Trainer, parts: _Parts) -> bool:
@@ -181,9 +175,7 @@ def _predict(trainer: Trainer, parts: _Parts) -> bool:
         ConfigError: nothing was started.
     """
     try:
-        if is_first():
-            trainer.loggers = open_loggers(trainer.loggers)
-        with attended(trainer):
+        with open_loggers(trainer, is_first=is_first()), attended(trainer):
             trainer.predict(parts.model, datamodule=parts.data, return_predictions=False)
     except ConfigError:
         raise

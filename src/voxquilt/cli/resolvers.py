@@ -35,7 +35,7 @@ def _example(name: str) -> str:
 def _of_shard(name: str, *, _root_: Any) -> str:
     """The name of a run, with the number of its shard where it is one of several, as in the names of its tables."""
     shard = _root_.get("shard") or {}  # which train.py does not have
-    return of_shard(f"{name}.", (shard.get("index"), int(shard.get("count", 1))))[:-1]
+    return of_shard(f"{name}.", (int(shard.get("index", 0)), int(shard.get("count", 1))))[:-1]
 
 
 def _half(size: Any) -> Any:

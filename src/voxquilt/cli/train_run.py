@@ -23,7 +23,7 @@ from voxquilt.errors import ConfigError, InputError, RunError, VoxquiltError
 from voxquilt.geometry.frame import to_triple
 from voxquilt.models.weights.stored_settings import to_carry
 from voxquilt.planning.network_check import check_network
-from voxquilt.reporting.run_logs import close_loggers, open_loggers
+from voxquilt.reporting.run_logs import open_loggers
 from voxquilt.text import of_subjects
 from voxquilt.vocabulary import BEST
 
@@ -56,7 +56,6 @@ def fit(plain: Mapping[str, Any]) -> ExitStatus:
         _log_subjects(data)
     status, can_go_on = _train(trainer, model, data, plain["ckpt_path"])
     if is_first():
-        close_loggers(trainer.loggers, status)
         _print_checkpoints(trainer, status, can_go_on=can_go_on)
     return ExitStatus(status, None if status else _objective(trainer, plain["run"]["objective"]))
 
@@ -117,9 +116,7 @@ def _train(trainer: Trainer, model: LightningModule, data: Any, ckpt_path: str |
         ConfigError: nothing was trained.
     """
     try:
-        if is_first():
-            trainer.loggers = open_loggers(trainer.loggers)
-        with attended(trainer):
+        with open_loggers(trainer, is_first=is_first()), attended(trainer):
             trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     except VoxquiltError as error:
         if isinstance(error, ConfigError | InputError) and not trainer.global_step:

@@ -1,14 +1,16 @@
-"""Provides what a run logs its numbers, pictures and settings to by Lightning's loggers, none of which fails the run."""
+"""Logs a run's numbers, pictures and settings by any loggers of Lightning's, none of which fails the run."""
 
 import logging
 import posixpath
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 
@@ -144,38 +146,45 @@ def loggable(configuration: Mapping[str, Any]) -> dict[str, bool | int | float |
     }
 
 
-def open_loggers(loggers: Iterable[Logger]) -> list[Logger]:
-    """Open the loggers of a run on rank 0, such as a connection to a server; from here on none of them fails it.
+@contextmanager
+def open_loggers(trainer: Trainer, *, is_first: bool) -> Iterator[None]:
+    """Open the loggers of a run on rank 0, such as a connection to a server, and close them when the block ends.
 
-    Returns:
-        The loggers; one that cannot be opened, of which there is a warning, is replaced by one that logs nothing.
+    None of them fails the run: one that cannot be opened, of which there is a warning, is replaced by one that logs
+    nothing, and one that fails later logs nothing more.
+
+    Args:
+        trainer: Has the loggers.
+        is_first: Whether this process is rank 0; others leave their loggers as they are.
     """
-    opened = []
-    for logger in loggers:
-        opened.append(logger)
-        try:
-            if isinstance(logger, WandbLogger) and logger.save_dir:  # which would write elsewhere
-                Path(logger.save_dir).mkdir(parents=True, exist_ok=True)
-            _ = getattr(logger, "experiment", None)
-        except Exception as error:
-            log.warning(
-                "nothing is logged by %s: %s: %s", type(logger).__name__, type(error).__name__, first_line(error)
-            )
-            opened[-1] = DummyLogger()
-            continue
-        guard = vars(logger)[_GUARD] = _guard_of(logger)
-        for name in _METHODS:
-            if hasattr(type(logger), name):
-                vars(logger)[name] = _Guarded(logger, name, guard)
-        vars(logger)["log_hyperparams"] = _Guarded(logger, "log_hyperparams", _settings_guard(logger))
-    return opened
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # of MLflow's database
+    if is_first:
+        trainer.loggers = [_opened(logger) for logger in trainer.loggers]
+    status = 1
+    try:
+        yield
+        status = 0
+    finally:
+        for logger in trainer.loggers if is_first else ():
+            if isinstance(logger, WandbLogger):  # the next job of a sweep would go on with its run
+                _guard_of(logger)(lambda logger=logger: logger.experiment.finish(exit_code=status))
 
 
-def close_loggers(loggers: Iterable[Logger], status: int) -> None:
-    """End the runs of Weights & Biases, on rank 0: the next job of a sweep would go on with them."""
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            _guard_of(logger)(lambda logger=logger: logger.experiment.finish(exit_code=status))
+def _opened(logger: Logger) -> Logger:
+    try:
+        if isinstance(logger, WandbLogger) and logger.save_dir:  # without the folder it would write elsewhere
+            Path(logger.save_dir).mkdir(parents=True, exist_ok=True)
+        _ = getattr(logger, "experiment", None)
+    except Exception as error:
+        name, kind = type(logger).__name__, type(error).__name__
+        log.warning("nothing is logged by %s: %s: %s", name, kind, first_line(error))
+        return DummyLogger()
+    guard = vars(logger)[_GUARD] = _guard_of(logger)
+    for name in _METHODS:
+        if hasattr(type(logger), name):
+            vars(logger)[name] = _Guarded(logger, name, guard)
+    vars(logger)["log_hyperparams"] = _Guarded(logger, "log_hyperparams", _settings_guard(logger))
+    return logger
 
 
 class _Guarded:
