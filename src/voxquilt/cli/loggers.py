@@ -24,11 +24,16 @@ def check_loggers(node: Any) -> None:
             raise ConfigError(f"{key} must be a logger with a _target_, such as logger=csv; it is {logger!r}.")
         module, _, name = str(logger["_target_"]).rpartition(".")
         package = _PACKAGES.get(name) if module.startswith("lightning.") else None
-        if package is not None and find_spec(package) is None:
+        if package is not None and not _is_installed(package):
             raise ConfigError(
                 f"{key} needs the package {package}, which is not installed: pip install 'voxquilt[{package}]'. "
                 f"Nothing was started."
             )
+
+
+def _is_installed(package: str) -> bool:
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None  # a folder of that name, where runs were logged, has no origin
 
 
 def build_loggers(node: Any) -> Any:

@@ -3,6 +3,7 @@
 Heavy imports stand inside functions, so that a wrong configuration is answered in a second.
 """
 
+import logging
 import os
 import sys
 import traceback
@@ -111,6 +112,7 @@ def run_train(cfg: DictConfig) -> int:
 
 def _main(name: str, task: Callable[[DictConfig], int]) -> None:
     leave = prepare_quick_end()
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # by which MLflow and Optuna keep their databases
     escape_streams()
     forget_statuses()
     leave(_status_of(name, task))

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from voxquilt.cli.loggers import check_loggers
@@ -23,6 +24,7 @@ def check_train(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ConfigError: (or another VoxquiltError) what is wrong, by its key, and what would be right.
     """
+    _check_sweep()
     plain = to_plain(cfg)
     check_sections(plain, TRAIN, TOP)
     check_loggers(plain.get("logger"))
@@ -50,6 +52,11 @@ def check_train(cfg: DictConfig) -> dict[str, Any]:
         plain["replaced"] = check_folder(plain)
         check_start(plain, plain["record"])
     return plain
+
+
+def _check_sweep() -> None:
+    if HydraConfig.initialized() and not is_sweep() and (chosen := HydraConfig.get().runtime.choices.get("hparams")):
+        raise ConfigError(f"hparams={chosen} tries several settings: it goes with --multirun, or -m.")
 
 
 def _check_label_source(data: Mapping[str, Any]) -> None:

@@ -157,7 +157,6 @@ def open_loggers(trainer: Trainer, *, is_first: bool) -> Iterator[None]:
         trainer: Has the loggers.
         is_first: Whether this process is rank 0; others leave their loggers as they are.
     """
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # of MLflow's database
     if is_first:
         trainer.loggers = [_opened(logger) for logger in trainer.loggers]
     status = 1
