@@ -39,7 +39,13 @@ def dataset(**labels: int) -> dict[str, object]:
 
 
 def command(*options: str) -> tuple[str, ...]:
-    return ("data.inputs=in", "model=nnunet", "callbacks.writer.tensorboard=false", *options)
+    return (
+        "data.inputs=in",
+        "model=nnunet",
+        "callbacks.writer.tensorboard=false",
+        "callbacks.writer.report=false",
+        *options,
+    )
 
 
 def rows(folder: Path) -> list[dict[str, str]]:

@@ -8,6 +8,8 @@ from typing import Any
 import yaml
 
 SCRIPTS = ("predict", "train")
+# Groups whose options set keys of others.
+_KEYLESS = (".", "experiment", "task", "hparams", "hydra/help")
 
 
 def options_of(conf: Path, group: str, script: str) -> list[str]:
@@ -49,9 +51,7 @@ def keys_by_option(conf: Path, script: str) -> Iterator[tuple[str, list[str]]]:
     """Every option of a script's groups as it is typed, with the group's key and the option's keys."""
     for path in conf.rglob("*.yaml"):
         group = path.parent.relative_to(conf).as_posix()
-        if group not in (".", "experiment", "task", "hparams", "hydra/help") and _is_for(
-            path.relative_to(conf), script
-        ):
+        if group not in _KEYLESS and _is_for(path.relative_to(conf), script):
             key = group.replace("/", ".")
             yield f"{group}={path.stem}", [key, *_full_keys(_settings_of(path), key)]
 

@@ -137,8 +137,11 @@ def _log_subjects(data: Any) -> None:
 def _objective(trainer: Trainer, name: str) -> float | None:
     """The best validation's score, or the last value of a metric; None where there is none."""
     if name != BEST:
-        value = trainer.callback_metrics.get(name)
-        return None if value is None else float(value)
+        metrics = trainer.callback_metrics
+        if name not in metrics:
+            log.warning("run.objective=%s: the training has %s.", name, ", ".join(metrics) or "no metrics")
+            return None
+        return float(metrics[name])
     for saver in trainer.checkpoint_callbacks:
         if isinstance(saver, ModelCheckpoint) and saver.monitor and saver.best_model_path:
             score = saver.best_model_score

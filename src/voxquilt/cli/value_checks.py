@@ -150,6 +150,12 @@ def check_time(data: Mapping[str, Any]) -> None:
         raise ConfigError("data.labels goes with one volume per file; data.time=volumes predicts series.")
 
 
+def check_margin(data: Mapping[str, Any]) -> None:
+    """Refuse a margin around no box, which would have no effect."""
+    if data.get("margin") and data.get("within") is None:
+        raise ConfigError(f"data.margin={data['margin']} is around the box of data.within, which is null; set both.")
+
+
 def padding_mode(value: Any, key: str) -> None:
     """Null, a number, or a mode of numpy.pad."""
     if value is not None and not is_number(value):

@@ -24,6 +24,7 @@ from voxquilt.reporting.label_tables import write_label_tables
 from voxquilt.reporting.manifest import Row
 from voxquilt.reporting.overlay import flat, overlay_png
 from voxquilt.reporting.statistics_table import Cells, statistics_rows
+from voxquilt.reporting.thumbnails import maps_of, try_thumbnails
 from voxquilt.stitching.combination import Combination
 from voxquilt.stitching.finished_volume import FinishedVolume
 from voxquilt.stitching.label_values import count_labels
@@ -42,6 +43,7 @@ class OutputOptions:
         suffix: '.nii.gz' or '.nii'.
         overlay: Whether a picture is written with each subject's volumes.
         tensorboard: Whether numbers and pictures are written for TensorBoard.
+        report: Whether thumbnails are drawn for the report of the run.
         in_memory: Bytes; larger products are kept in scratch files until they are written.
         combination: How the volumes of several models become those of the run; None for one model.
         statistics: Whether numbers of each label are computed for statistics.csv.
@@ -53,6 +55,7 @@ class OutputOptions:
     suffix: str = ".nii.gz"
     overlay: bool = False
     tensorboard: bool = False
+    report: bool = False
     in_memory: float = float("inf")
     combination: Combination | None = None
     statistics: bool = False
@@ -70,7 +73,12 @@ class OutputOptions:
     @property
     def pictures(self) -> bool:
         """Whether pictures of labels are drawn."""
-        return self.overlay or self.tensorboard or self.logged
+        return self.overlay or self.tensorboard or self.logged or self.report
+
+    @property
+    def keeps_images(self) -> bool:
+        """Whether images are needed again when the outputs are written."""
+        return self.statistics or self.report
 
     def settings(self, data: GridDataModule, module: LightningModule, model: int = 0) -> RunSettings:
         """The settings that determine the memory and disk of a run, as far as one of its models goes."""
@@ -88,7 +96,7 @@ class OutputOptions:
             weights=weights_on_device(module),
             skips=data.grids.skip is not None,
             pictures=self.pictures,
-            keeps_images=self.in_memory if self.statistics else 0,
+            keeps_images=self.in_memory if self.keeps_images else 0,
             images_on_device=feed is not None and feed.takes_volumes,
             device_memory=2**63 if feed is None else device_memory(feed.stream.device),
         )
@@ -128,11 +136,7 @@ class OutputFiles:
             self._describe(product, volume)
         labels = next((volume.array for volume in volumes.values() if volume.kind == LABELS), None)
         series = [] if labels is None else list(np.moveaxis(labels, 1, 0)) if labels.ndim == 5 else [labels]
-        if labels is not None and self.options.overlay:
-            path = self._check_path(f"{subject}_overlay.png")
-            drawn = flat(series[0], self.options.stitch.numbers)
-            overlay_png(work.file.read()[0].numpy(), drawn, native.affine, path)
-            outputs[path.name] = PICTURE
+        outputs |= self._draw(work, volumes, series[0] if series else None)
         total, of_classes = None, dict[str, float]()
         if labels is not None:
             ml = abs(float(np.linalg.det(native.affine[:3, :3]))) / 1000 / len(series)  # of sheared voxels too
@@ -151,8 +155,31 @@ class OutputFiles:
             volume_ml=total,
             fingerprint=work.task.fingerprint,
             kinds=tuple(outputs.values()),
+            inputs=work.task.case.paths,
             class_ml=of_classes,
         )
+
+    def _draw(
+        self, work: SubjectWork, volumes: Mapping[str, FinishedVolume], labels: np.ndarray | None
+    ) -> dict[str, str]:
+        """Draw a subject's pictures, of a series its first volume; returns the outputs among them by their kind."""
+        options, subject, affine = self.options, work.task.case.subject, work.space.native.affine
+        overlaid = labels if options.overlay else None
+        if overlaid is None and not options.report:
+            return {}
+        # As it is stored, since the network has seen it in model space and with other intensities.
+        is_series = any(volume.array.ndim == 5 for volume in volumes.values())
+        image = None if is_series else next((image.stored() for image in work.images.values()), None)
+        first = (work.file.read() if image is None else image)[0].numpy()
+        if options.report:
+            arrays = {name: v.array[:, 0] if v.array.ndim == 5 else v.array for name, v in volumes.items()}
+            maps = maps_of(arrays, {name: volume.kind for name, volume in volumes.items()})
+            try_thumbnails(options.folder, subject, first, labels, maps, affine, options.stitch.numbers)
+        if overlaid is None:
+            return {}
+        path = self._check_path(f"{subject}_overlay.png")
+        overlay_png(first, flat(overlaid, options.stitch.numbers), affine, path)
+        return {path.name: PICTURE}
 
     def _describe(self, product: str, volume: FinishedVolume) -> None:
         """Write names and colours of labels for viewers, once for each set of classes."""

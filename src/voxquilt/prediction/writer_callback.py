@@ -67,6 +67,7 @@ class VolumeWriter(Callback):
         in_memory: MiB; larger products are kept in unnamed files in output_dir until they are written. None is an
             eighth of the memory that is free when the writer is made: up to three subjects are held at a time.
         tensorboard: Whether to write numbers of subjects, and pictures of the first, in output_dir/tensorboard.
+        report: Whether to draw thumbnails in output_dir/report, for the page that `voxquilt-report` makes.
         statistics: Whether to write output_dir/statistics.csv: numbers of each label of each subject.
         log: How progress is shown: 'rich' bars, 'plain' lines, 'json' objects on stdout; 'auto' shows bars on a
             terminal.
@@ -87,6 +88,7 @@ class VolumeWriter(Callback):
         compress: bool = True,
         in_memory: float | None = None,
         tensorboard: bool = False,
+        report: bool = False,
         statistics: bool = True,
         log: str = "auto",
         configuration: Mapping[str, Any] | None = None,
@@ -98,6 +100,7 @@ class VolumeWriter(Callback):
             ".nii.gz" if compress else ".nii",
             overlay=overlay,
             tensorboard=tensorboard,
+            report=report,
             in_memory=psutil.virtual_memory().available / 8 if in_memory is None else in_memory * MIB,
             combination=combination,
             statistics=statistics,
@@ -158,7 +161,7 @@ class VolumeWriter(Callback):
         plan = data.plan
         display = self._display(data, trainer.loggers) if plan.group.rank == 0 else None
         statistics = self.options.statistics
-        data.keep_images(self.options.in_memory if statistics else None)
+        data.keep_images(self.options.in_memory if self.options.keeps_images else None)
         channel, record = connect(self.output_dir, data, self._configuration, display, statistics=statistics)
         data.stop_when(lambda: channel.stop is not None)
         self._rows = record.rows if record else []

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import json
 import os
 import re
 import threading
@@ -36,6 +37,8 @@ class Row:
         volume_ml: Volume of all labels above 0 in millilitres; None without labels.
         kinds: The kinds of the outputs, in their order: 'labels', 'map', 'image' or 'picture'; left out, as in
             manifests of earlier versions, they follow from the names.
+        inputs: The path of each image by its name, from which pictures and the viewer are made; {} where an earlier
+            version wrote the row.
         class_ml: Volume of each label above 0 by its name or number; not in the manifest.
         statistics: Rows of the subject for statistics.csv; not in the manifest.
     """
@@ -51,6 +54,7 @@ class Row:
     finished: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"))
     fingerprint: str = ""
     kinds: tuple[str, ...] = ()
+    inputs: Mapping[str, str] = field(default_factory=dict)
     class_ml: Mapping[str, float] = field(default_factory=dict)
     statistics: Sequence[Mapping[str, str]] = ()
 
@@ -136,6 +140,7 @@ def _cells(row: Row) -> list[Any]:
         "kinds": ";".join(row.kinds),
         "seconds": f"{row.seconds:.3f}",
         "error": " ".join(row.error.split()),
+        "inputs": json.dumps(row.inputs, ensure_ascii=False) if row.inputs else "",  # a path may hold any separator
         "volume_ml": "" if row.volume_ml is None else f"{row.volume_ml:.3f}",
     }
     return [values[name] for name in _HEADER]
@@ -186,9 +191,17 @@ def _row(cells: Mapping[str, str | None]) -> Row | None:
             values["finished"],
             values["fingerprint"],
             kinds,
+            _inputs(values["inputs"]),
         )
     except (KeyError, ValueError):
         return None
+
+
+def _inputs(text: str) -> dict[str, str]:
+    inputs = json.loads(text or "{}")
+    if not isinstance(inputs, dict):
+        raise ValueError("inputs are a JSON object of paths by name")
+    return {str(name): str(path) for name, path in inputs.items()}
 
 
 def _kind_by_name(output: str) -> str:

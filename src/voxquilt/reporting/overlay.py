@@ -88,8 +88,8 @@ def overlay(
     panels = []
     for view, grey in zip(VIEWS, greys, strict=True):
         size = tuple(max(1, round(extents[axis] * scale)) for axis in (view.up, view.right))
-        outlined = _outlined(resized(grey, size), resized_labels(plane_of(labels, view, centre), size))
-        panels.append(with_letters(outlined, view.letters))
+        picture = outlined(resized(grey, size), resized_labels(plane_of(labels, view, centre), size))
+        panels.append(with_letters(picture, view.letters))
     return side_by_side(panels)
 
 
@@ -120,16 +120,19 @@ def flat(
     return flattened
 
 
-def _edges(labels: Int[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
-    """The two outermost pixels inside each label; outside the picture is background, so that outlines are closed."""
+def _edges(labels: Int[np.ndarray, "h w"], width: int) -> Bool[np.ndarray, "h w"]:
+    """The outermost pixels inside each label; outside the picture is background, so that outlines are closed."""
     # In double precision, which holds all labels; SciPy's filters of integers would take longer to import than to run.
-    padded = functional.pad(torch.from_numpy(labels.astype(np.float64))[None], (2, 2, 2, 2))
-    low, high = (functional.max_pool2d(sign * padded, 5, stride=1)[0] * sign for sign in (-1, 1))
+    padded = functional.pad(torch.from_numpy(labels.astype(np.float64))[None], (width,) * 4)
+    low, high = (functional.max_pool2d(sign * padded, 2 * width + 1, stride=1)[0] * sign for sign in (-1, 1))
     return (labels != 0) & (low != high).numpy()
 
 
-def _outlined(grey: UInt8[np.ndarray, "h w"], labels: Int[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"]:
+def outlined(
+    grey: UInt8[np.ndarray, "h w"], labels: Int[np.ndarray, "h w"], *, width: int = 2
+) -> UInt8[np.ndarray, "h w 3"]:
+    """A grey picture with the outline of each label, so many pixels wide and inside the label."""
     picture = np.repeat(grey[..., None], 3, axis=2)
-    edges = _edges(labels)
+    edges = _edges(labels, width)
     picture[edges] = PALETTE[(labels[edges] - 1) % len(PALETTE)]
     return picture
