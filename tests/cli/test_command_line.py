@@ -348,7 +348,8 @@ def test_a_folder_of_bad_files_is_reported_and_the_good_ones_are_finished(tmp_pa
         assert printed[name][:3] == ["done", f"{(array > 50).sum() / 1000:.1f}", "4"]
     assert sorted(os.listdir(tmp_path / "aus gabe")) == sorted(
         [f"{name}_labels.nii.gz" for name in good]
-        + ["manifest.csv", "report", "report.html", "run.json", "tensorboard"]
+        + ["labels.ctbl", "labels.txt", "manifest.csv", "statistics.csv", "run.json"]
+        + ["report", "report.html", "tensorboard"]
     )
     assert "volume [ml]" in done.stdout
     assert "5 of 19 subjects done" in done.stdout

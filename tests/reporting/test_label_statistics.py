@@ -8,8 +8,10 @@ from monai.transforms.utils import get_largest_connected_component_mask
 from scipy import ndimage
 
 from voxquilt.geometry.frame import Frame
+from voxquilt.reporting import components
 from voxquilt.reporting.components import count_components
 from voxquilt.reporting.label_statistics import Intensities, LabelStatistics, label_statistics
+from voxquilt.reporting.statistics_table import statistics_rows
 
 AFFINE = np.array([[0, -1.3, 0.2, 4], [0.8, 0, 0, -9], [0, 0.1, 2, 7], [0, 0, 0, 1.0]])
 CORNERS = np.ones((3, 3, 3))
@@ -123,3 +125,18 @@ def test_a_winding_component_is_one() -> None:
     labels[-1] = 5
     assert count_components(labels) == {5: 1}
     assert count_components(labels[::-1].copy(order="F")) == {5: 1}
+
+
+def test_components_of_noise_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has as many runs as voxels, whose components would take gigabytes; its other numbers are there."""
+    random = np.random.default_rng(0)
+    labels = random.integers(1, 3, (30, 40, 50)).astype(np.uint8)
+    monkeypatch.setattr(components, "_RUNS", 2**10)
+    found = label_statistics(labels, Frame(labels.shape, AFFINE), {"t1": labels})
+    assert [numbers.components for numbers in found.values()] == [None, None]
+    assert sum(numbers.voxels for numbers in found.values()) == labels.size
+    assert count_components(labels) is None
+    rows = statistics_rows("a", "labels", labels[None], Frame(labels.shape, AFFINE), {"t1": labels[None]}, {})
+    assert [row["components"] for row in rows] == ["", ""]
+    labels[:] = 1  # long runs
+    assert count_components(labels) == {1: 1}

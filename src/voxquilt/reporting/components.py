@@ -1,67 +1,65 @@
 """Counts the connected components of every label of a volume in one pass over its planes."""
 
-from collections.abc import Iterator
-
 import numpy as np
 from jaxtyping import Shaped
 
+from voxquilt.reporting.label_runs import Runs, runs_of_planes
 
-def count_components(labels: Shaped[np.ndarray, "i j k"]) -> dict[int, int]:
-    """The number of components of each label above 0, where voxels that share a corner are connected (26 neighbours).
+# Runs up to which components are counted, in a volume however small, and voxels per run in a large one: noise has more.
+_RUNS, _VOXELS = 2**20, 32
 
-    Memory follows the number of runs, voxels of one label side by side, and not the number of voxels: a volume of
-    components, as `scipy.ndimage.label` makes it for each label, would be four to eight times as large as the labels.
+
+class ComponentCounter:
+    """Counts the components of labels whose planes come in order; 26 neighbours are connected, those at corners too.
+
+    Memory follows the number of runs, not the number of voxels: a volume of components, as `scipy.ndimage.label` makes
+    it for each label, would be four to eight times as large as the labels. Of labels that are noise, which have a run
+    for each voxel, nothing is counted.
+
+    Args:
+        voxels: Voxels of the volume.
+    """
+
+    def __init__(self, voxels: int) -> None:
+        self._most = max(_RUNS, voxels // _VOXELS)
+        self._owners: list[np.ndarray] = []
+        self._pairs: list[tuple[np.ndarray, np.ndarray]] = []
+        self._before: Runs | None = None
+        self._count = 0
+
+    def add(self, runs: Runs) -> None:
+        """Add the runs of the next plane."""
+        first, before = self._count, self._before
+        self._count += len(runs)
+        if self._count > self._most:
+            self._owners, self._pairs, self._before = [], [], None
+            return
+        self._pairs += [(a + first, b + first) for a, b in runs.touching(runs, [1])]
+        if before is not None:
+            self._pairs += [(a + first, b + first - len(before)) for a, b in runs.touching(before, [-1, 0, 1])]
+        self._owners.append(runs.labels)
+        self._before = runs
+
+    def counts(self) -> dict[int, int] | None:
+        """The number of components of each label above 0; None of noise."""
+        if self._count > self._most:
+            return None
+        labels = np.concatenate(self._owners)
+        roots = _roots(len(labels), self._pairs)
+        found, counts = np.unique(labels[roots == np.arange(len(roots))], return_counts=True)
+        return dict(zip(found.tolist(), counts.tolist(), strict=True))
+
+
+def count_components(labels: Shaped[np.ndarray, "i j k"]) -> dict[int, int] | None:
+    """The number of components of each label above 0 of a volume, see ComponentCounter; None of noise.
 
     Args:
         labels: Numbers of labels, in any order in memory.
     """
-    # Runs lie along the axis that is contiguous in memory, and planes across the slowest one.
-    planes = labels.transpose(sorted(range(3), key=lambda n: -abs(labels.strides[n])))
-    owners, pairs, first = [], [], 0
-    before: _Runs | None = None
-    for plane in planes:
-        runs = _Runs(plane)
-        pairs += [(a + first, b + first) for a, b in runs.touching(runs, [1])]
-        if before is not None:
-            pairs += [(a + first, b + first - len(before.labels)) for a, b in runs.touching(before, [-1, 0, 1])]
-        owners.append(runs.labels)
-        before, first = runs, first + len(runs.labels)
-    of_run = np.concatenate(owners)
-    roots = _roots(len(of_run), pairs)
-    found, counts = np.unique(of_run[roots == np.arange(len(roots))], return_counts=True)
-    return dict(zip(found.tolist(), counts.tolist(), strict=True))
-
-
-class _Runs:
-    """The runs of a plane, whose lines have one more voxel, a 0, so that no run goes on in the next line.
-
-    Args:
-        plane: Numbers of labels.
-    """
-
-    def __init__(self, plane: Shaped[np.ndarray, "lines n"]) -> None:
-        lines, length = plane.shape
-        padded = np.zeros((lines, length + 1), plane.dtype)
-        padded[:, :length] = plane
-        flat = padded.reshape(-1)
-        edges = np.flatnonzero(np.diff(flat, prepend=flat.dtype.type(0)))
-        inside = np.flatnonzero(flat[edges])
-        self._line = length + 1
-        self.labels = flat[edges[inside]]
-        self._starts, self._stops = edges[inside], edges[np.minimum(inside + 1, len(edges) - 1)]
-
-    def touching(self, others: "_Runs", lines: list[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Numbers of runs here and among others that touch, have the same label, and lie so many lines apart."""
-        for apart in lines:
-            shift = apart * self._line
-            low = np.searchsorted(others._stops, self._starts + (shift - 1), "right")
-            high = np.searchsorted(others._starts, self._stops + (shift + 1), "left")
-            counts = np.maximum(high - low, 0)
-            ends = np.cumsum(counts)
-            here = np.repeat(np.arange(len(counts)), counts)
-            there = np.arange(len(here)) + np.repeat(low - (ends - counts), counts)
-            same = self.labels[here] == others.labels[there]
-            yield here[same], there[same]
+    counter = ComponentCounter(labels.size)
+    for runs in runs_of_planes(labels):
+        counter.add(runs)
+    return counter.counts()
 
 
 def _roots(count: int, pairs: list[tuple[np.ndarray, np.ndarray]]) -> Shaped[np.ndarray, " n"]:

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from jaxtyping import Shaped
 
 from voxquilt.geometry.frame import Frame
-from voxquilt.reporting.components import count_components
+from voxquilt.reporting.components import ComponentCounter
+from voxquilt.reporting.label_runs import runs_of_planes, slowest_first
 
 PERCENTILES = (5, 50, 95)
 # Voxels that are worked on at a time: few enough that what is computed of them stays in the cache.
@@ -16,6 +16,8 @@ _VOXELS = 2**18
 # Bins per label of intensities, which is one for each of the numbers that 16 bits hold; and bins of all labels that
 # are counted at a time.
 _BINS, _TABLE = 2**16, 2**22
+# Runs whose places are counted at a time.
+_RUNS = 2**17
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class LabelStatistics:
         centroid: Centre of mass in mm, right, anterior and superior; None without voxels, as are the next ones.
         box: First voxels along i, j, k, and those behind the last.
         intensities: By the name of the image.
-        components: Number of components, of voxels that share a corner.
+        components: Number of components, of voxels that share a corner; None where labels are noise.
         touches_border: Whether a voxel lies at an end of an axis; axes of one voxel do not count.
     """
 
@@ -51,7 +53,7 @@ class LabelStatistics:
     centroid: tuple[float, ...] | None = None
     box: tuple[int, ...] | None = None
     intensities: Mapping[str, Intensities] | None = None
-    components: int = 0
+    components: int | None = 0
     touches_border: bool = False
 
 
@@ -80,7 +82,6 @@ def label_statistics(
     """
     volume = _Volume(labels, images, sorted(set(known) - {0} | _numbers_in(labels)))
     ml = abs(float(np.linalg.det(frame.affine[:3, :3]))) / 1000  # of sheared voxels too
-    components = count_components(labels[volume.box]) if volume.box else {}
     intensities = {name: volume.intensities(n) for n, name in enumerate(images)}
     statistics: dict[int, LabelStatistics] = {}
     for rank, number in enumerate(volume.numbers):
@@ -97,7 +98,7 @@ def label_statistics(
             tuple((frame.affine[:3, :3] @ centre + frame.affine[:3, 3]).tolist()),
             (*(first for first, _ in ends), *(stop for _, stop in ends)),
             {name: found for name, of_labels in intensities.items() if (found := of_labels[rank]) is not None},
-            components[number],
+            None if volume.components is None else volume.components[number],
             any(n > 1 and (first == 0 or stop == n) for n, (first, stop) in zip(labels.shape, ends, strict=True)),
         )
     return statistics
@@ -106,7 +107,7 @@ def label_statistics(
 def _numbers_in(labels: np.ndarray) -> set[int]:
     """The numbers above 0 of a volume."""
     found: set[int] = set()
-    for plane in labels.transpose(_order(labels)):
+    for plane in labels.transpose(slowest_first(labels)):
         if plane.dtype.itemsize == 1:  # faster than sorting
             found.update(np.flatnonzero(np.bincount(plane.reshape(-1), minlength=2)).tolist())
         else:
@@ -114,9 +115,10 @@ def _numbers_in(labels: np.ndarray) -> set[int]:
     return found - {0}
 
 
-def _order(volume: np.ndarray) -> list[int]:
-    """Axes from the slowest in memory to the fastest."""
-    return sorted(range(3), key=lambda n: -abs(volume.strides[n]))
+def _add_counts(into: np.ndarray, ranks: np.ndarray, places: np.ndarray, voxels: np.ndarray) -> None:
+    """Add voxels at places along an axis to the counts of their ranks."""
+    counts = np.bincount(ranks * into.shape[1] + places, voxels, into.size)
+    into += counts.astype(np.int64).reshape(into.shape)
 
 
 class _Volume:
@@ -130,42 +132,48 @@ class _Volume:
 
     def __init__(self, labels: np.ndarray, images: Mapping[str, np.ndarray], numbers: Sequence[int]) -> None:
         self.numbers = list(numbers)
-        self._axes = _order(labels)
+        self._axes = slowest_first(labels)
         self._labels = labels.transpose(self._axes)
+        # The rank of each number where numbers are small.
+        small = bool(self.numbers) and self.numbers[-1] < 2**16
+        self._ranks = np.zeros(2**16 if small else 0, np.int64)
+        self._ranks[self.numbers if small else []] = range(len(self.numbers) if small else 0)
         self._images = [image.transpose(self._axes) for image in images.values()]
-        self.profiles = self._count_along_axes()
+        counter = ComponentCounter(labels.size)
+        self.profiles = self._count_along_axes(counter)
         """The voxels of each rank along i, j, k."""
-
-    @cached_property
-    def box(self) -> tuple[slice, ...]:
-        """The voxels around all labels; empty if there are none."""
-        places = [np.flatnonzero(counts.sum(axis=0)) for counts in self.profiles]
-        return tuple(slice(int(along[0]), int(along[-1]) + 1) for along in places) if len(places[0]) else ()
+        self.components = counter.counts()
+        """Components by number; None of noise."""
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
         """Planes, the numbers of their labelled voxels as if they were one line, and the ranks of these voxels."""
         step = max(1, _VOXELS // max(1, self._labels[0].size))
-        numbers = np.array(self.numbers)
-        small = bool(self.numbers) and self.numbers[-1] < 2**16
-        ranks = np.zeros(2**16 if small else 0, np.int64)
-        ranks[numbers if small else []] = range(len(numbers) if small else 0)
         for first in range(start, stop, step):
             planes = slice(first, min(first + step, stop))
             flat = np.ascontiguousarray(self._labels[planes]).reshape(-1)
             voxels = np.flatnonzero(flat)
             if len(voxels):
-                found = flat[voxels]
-                yield planes, voxels, ranks[found] if small else np.searchsorted(numbers, found)
+                yield planes, voxels, self._rank(flat[voxels])
 
-    def _count_along_axes(self) -> list[np.ndarray]:
-        shape = self._labels.shape
-        counts = [np.zeros((len(self.numbers), n), np.int64) for n in shape]
-        for planes, voxels, ranks in self._pieces(0, shape[0]):
-            places: list[np.ndarray] = list(np.unravel_index(voxels, (planes.stop - planes.start, *shape[1:])))
-            for into, along in zip(counts, places, strict=True):
-                flat = np.bincount(ranks * into.shape[1] + along + planes.start * (into is counts[0]))
-                into.reshape(-1)[: len(flat)] += flat
+    def _count_along_axes(self, counter: ComponentCounter) -> list[np.ndarray]:
+        planes, lines, length = self._labels.shape
+        counts = [np.zeros((len(self.numbers), n), np.int64) for n in (planes, lines, length + 1)]
+        chunk: list[tuple[np.ndarray, ...]] = []
+        for plane, runs in enumerate(runs_of_planes(self._labels)):
+            counter.add(runs)
+            chunk.append((self._rank(runs.labels), np.full(len(runs), plane), *runs.places))
+            if plane + 1 == planes or sum(len(ranks) for ranks, *_ in chunk) >= _RUNS:
+                ranks, across, line, first, stop = map(np.concatenate, zip(*chunk, strict=True))
+                _add_counts(counts[0], ranks, across, stop - first)
+                _add_counts(counts[1], ranks, line, stop - first)
+                # A run adds a voxel from its first on, and takes it away behind its last.
+                _add_counts(counts[2], np.tile(ranks, 2), np.concatenate([first, stop]), np.repeat([1, -1], len(first)))
+                chunk = []
+        counts[2] = np.cumsum(counts[2], axis=1)[:, :-1]
         return [counts[self._axes.index(axis)] for axis in range(3)]
+
+    def _rank(self, labels: np.ndarray) -> np.ndarray:
+        return self._ranks[labels] if len(self._ranks) else np.searchsorted(np.array(self.numbers), labels)
 
     def intensities(self, image: int) -> list[Intensities | None]:
         """The intensities of one of the images, by rank; None for a rank without voxels."""

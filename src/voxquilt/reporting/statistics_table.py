@@ -75,7 +75,8 @@ def _cells(values: LabelStatistics) -> dict[str, str]:
     cells = {"voxels": str(values.voxels), "ml": f"{values.ml:.6f}", **dict(zip(_WHERE, where, strict=True))}
     for name, intensities in (values.intensities or {}).items():
         cells |= _intensity_cells(f"{name}_" if name else "", intensities)
-    return cells | {"components": str(values.components), "touches_border": str(int(values.touches_border))}
+    components = "" if values.components is None else str(values.components)
+    return cells | {"components": components, "touches_border": str(int(values.touches_border))}
 
 
 def _intensity_cells(prefix: str, values: Intensities) -> dict[str, str]:
