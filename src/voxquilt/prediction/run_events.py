@@ -2,21 +2,26 @@
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
+from lightning.pytorch.loggers import Logger
 from PIL import Image
 
 from voxquilt.data.discovery import SubjectFiles
 from voxquilt.data.formats.image_file import open_image
 from voxquilt.distributed.control_channel import Message
-from voxquilt.reporting.manifest import Row
+from voxquilt.prediction.datamodule import GridDataModule
+from voxquilt.prediction.output_files import OutputOptions
+from voxquilt.prediction.tensorboard import EventFile
+from voxquilt.reporting.manifest import Row, of_shard
 from voxquilt.reporting.overlay import flat, overlay
-from voxquilt.reporting.run_logs import RunLog
+from voxquilt.reporting.run_logs import RunLog, loggable, logs_of
 from voxquilt.text import reason_of
+from voxquilt.vocabulary import VOLUMES
 
 log = logging.getLogger("voxquilt")
 
@@ -101,6 +106,35 @@ class RunEvents:
         except Exception as error:  # a missing picture is no reason for the run to fail
             log.debug("no picture of %s: %s", row.subject, reason_of(error))
             return None
+
+
+def events_of(
+    options: OutputOptions,
+    data: GridDataModule,
+    loggers: Iterable[Logger],
+    configuration: Mapping[str, Any],
+    shard: tuple[int, int],
+) -> RunEvents:
+    """The events of a run, to TensorBoard and to loggers of Lightning's, which get its settings now.
+
+    Args:
+        options: What is written, and where.
+        data: The subjects.
+        loggers: The trainer's.
+        configuration: Configuration of the run.
+        shard: (index, count), for the names of tables.
+    """
+    logs = logs_of(loggers)
+    for lightning_log in logs:
+        lightning_log.settings(loggable(configuration))
+    return RunEvents(
+        [*[EventFile(options.folder)] * options.tensorboard, *logs],
+        options.folder,
+        data.plan.cases,
+        options.stitch.numbers,
+        series=data.grids.time == VOLUMES,
+        files=[options.folder / of_shard(name, shard) for name in ("manifest.csv", "statistics.csv", "run.json")],
+    )
 
 
 def _statistics(row: Row) -> dict[str, float]:

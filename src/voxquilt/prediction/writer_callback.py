@@ -25,18 +25,16 @@ from voxquilt.planning.resource_estimate import MIB
 from voxquilt.prediction.datamodule import GridDataModule, datamodule_of
 from voxquilt.prediction.open_subjects import OpenSubjects
 from voxquilt.prediction.output_files import OutputFiles, OutputOptions
-from voxquilt.prediction.run_events import RunEvents
+from voxquilt.prediction.run_events import events_of
 from voxquilt.prediction.run_session import RunDisplay, RunSession, connect
 from voxquilt.prediction.subject_outcomes import SubjectOutcomes
-from voxquilt.prediction.tensorboard import EventFile
 from voxquilt.reporting.manifest import Row, of_shard, read_rows
 from voxquilt.reporting.progress import make_display
 from voxquilt.reporting.progress_counts import RunProgress
-from voxquilt.reporting.run_logs import loggable, logs_of
 from voxquilt.stitching.combination import Combination
 from voxquilt.stitching.stitch import Stitch
 from voxquilt.stitching.subject_stitcher import Outputs
-from voxquilt.vocabulary import LOGS, ON_ERROR, VOLUMES, check_name
+from voxquilt.vocabulary import LOGS, ON_ERROR, check_name
 
 log = logging.getLogger("voxquilt")
 
@@ -237,19 +235,8 @@ class VolumeWriter(Callback):
 
     def _display(self, data: GridDataModule, loggers: Sequence[Logger]) -> RunDisplay:
         plan = data.plan
+        events = events_of(self.options, data, loggers, self._configuration, self._shard)
         patches = {subject: cost.patches - 1 for subject, cost in zip(plan.subjects, plan.costs, strict=True)}
-        logs = logs_of(loggers)
-        for lightning_log in logs:
-            lightning_log.settings(loggable(self._configuration))
-        tables = ("manifest.csv", "statistics.csv", "run.json")
-        events = RunEvents(
-            [*[EventFile(self.output_dir)] * self.options.tensorboard, *logs],
-            self.output_dir,
-            plan.cases,
-            self.stitch.numbers,
-            series=data.grids.time == VOLUMES,
-            files=[self.output_dir / of_shard(name, self._shard) for name in tables],
-        )
         return RunDisplay(make_display(self._log), RunProgress(patches, plan.group.size), events)
 
 

@@ -27,6 +27,7 @@ _METHODS = ("log_metrics", "log_image", "log_graph", "save", "finalize", "after_
 _GUARD = "_voxquilt_guard"
 
 
+@runtime_checkable
 class RunLog(Protocol):
     """Takes what a run has to show, on rank 0; never raises."""
 
