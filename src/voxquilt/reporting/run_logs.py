@@ -231,9 +231,9 @@ def _mlflow_name(name: str) -> str:
     """A name that MLflow takes, and that differs where names differ.
 
     >>> _mlflow_name("volume_ml/left lung"), _mlflow_name("volume_ml/<5 mm")
-    ('volume_ml/left lung', 'volume_ml/_5 mm-9c0f')
+    ('volume_ml/left lung', 'volume_ml/_5 mm-7239e1ce')
     """
     shown = re.sub(r"[^A-Za-z0-9_/. -]", "_", name)
     if posixpath.normpath(shown) != shown or shown.startswith(("/", "..")):
         shown = re.sub(r"[/.]", "_", shown)
-    return shown if shown == name else f"{shown}-{digest(escaped(name), 4)}"
+    return shown if shown == name else f"{shown}-{digest(escaped(name), 8)}"
