@@ -1,14 +1,20 @@
 """Checks and builds the loggers of a run: one, or several by name, as in logger=[csv,mlflow]."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
 from voxquilt.cli.instantiate import build
+from voxquilt.distributed.environment import is_first
 from voxquilt.errors import ConfigError
+
+log = logging.getLogger("voxquilt")
 
 # The options of the group.
 _NAMES = ("csv", "mlflow", "tensorboard", "wandb")
+# Packages whose errors are of a server or a database, not of a setting.
+_BACKENDS = ("mlflow", "sqlalchemy", "wandb", "requests")
 # The package that a logger of Lightning's needs, which is also the name of the extra that brings it.
 _PACKAGES = {"MLFlowLogger": "mlflow", "WandbLogger": "wandb"}
 
@@ -37,14 +43,32 @@ def _is_installed(package: str) -> bool:
 
 
 def build_loggers(node: Any) -> Any:
-    """The loggers, as Lightning's Trainer takes them: a list, or False for none."""
-    from lightning.pytorch.loggers import Logger  # which imports torch
+    """The loggers, as Lightning's Trainer takes them: a list, or False for none.
 
-    loggers = [(key, build(logger, key)) for key, logger in _nodes(node)]
-    for key, logger in loggers:
-        if not isinstance(logger, Logger):
-            raise ConfigError(f"{key} is a {type(logger).__name__}, which is not a logger of Lightning's.")
-    return [logger for _, logger in loggers] or False
+    Raises:
+        ConfigError: one cannot be built, or is not a logger of Lightning's.
+    """
+    return [_build(key, logger) for key, logger in _nodes(node)] or False
+
+
+def _build(key: str, node: Mapping[str, Any]) -> Any:
+    # Here, since they import torch.
+    from lightning.pytorch.loggers import Logger
+    from lightning.pytorch.loggers.logger import DummyLogger
+
+    if not is_first() and str(node["_target_"]).startswith("lightning."):
+        return DummyLogger()  # they log on rank 0 only, and MLflow's would make its database in each process
+    try:
+        logger = build(node, key)
+    except ConfigError as error:
+        cause = error.__cause__ and (error.__cause__.__cause__ or error.__cause__)
+        if not isinstance(cause, OSError) and type(cause).__module__.partition(".")[0] not in _BACKENDS:
+            raise
+        log.warning("nothing is logged by %s: %s", key, error)
+        return DummyLogger()
+    if not isinstance(logger, Logger):
+        raise ConfigError(f"{key} is a {type(logger).__name__}, which is not a logger of Lightning's.")
+    return logger
 
 
 def _nodes(node: Any) -> Iterator[tuple[str, Any]]:
