@@ -25,6 +25,7 @@ FOLDERS = [
     ["models", "distributed", "reporting"],
     ["planning", "training"],
     ["prediction"],
+    ["selfcheck"],
     ["cli"],
     ["export"],
 ]

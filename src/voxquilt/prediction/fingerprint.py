@@ -32,7 +32,7 @@ NO_VOXELS = frozenset(
         "model.trust_checkpoint", "model.offload", "model.compile", "model.channels_last",
         "callbacks.writer.output_dir", "callbacks.writer.on_error", "callbacks.writer.log",
         "callbacks.writer.tensorboard", "callbacks.writer.in_memory",
-        "run.on_error", "run.resume", "run.overwrite", "run.distribute", "run.surface_tolerance", "run.dry_run",
+        "run.on_error", "run.resume", "run.overwrite", "run.distribute", "run.surface_tolerance", "run.dry_run", "run.selfcheck",
         "run.log", "run.status", "run.checkpoint_targets", "run.allowed_targets",
         "trainer._target_",
         *(f"trainer.{name}" for name in (

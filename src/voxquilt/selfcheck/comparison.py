@@ -1,0 +1,288 @@
+"""Compares the files of a self-check, read by nibabel, with what has to be in them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+
+from voxquilt.errors import VoxquiltError
+from voxquilt.selfcheck.findings import Finding, world, worst_of
+from voxquilt.selfcheck.images import CONSTANT, NOISE, Channel
+from voxquilt.selfcheck.networks import OutputForm, class_scores, largest_score
+from voxquilt.selfcheck.reference import (
+    AxisWay,
+    Way,
+    axis_ways,
+    corners_of,
+    is_linear,
+    returned_positions,
+    returned_volume,
+)
+from voxquilt.selfcheck.stand_in import EPS, ROUNDINGS
+from voxquilt.stitching.products.spec import ProductSpec
+from voxquilt.stitching.stitch import Stitch
+from voxquilt.vocabulary import LABELS, MAP
+
+# Voxels at which products are compared: as many values as these, whatever the number of classes.
+_VALUES = 4_000_000
+_NAMES = {CONSTANT: "a constant comes back", NOISE: "noise comes back"}
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What a run rounds.
+
+    Args:
+        overlaps: Patches that cover a voxel at most: so many products are summed.
+        unit: The largest relative error of a patch's values in the type that a network gives.
+    """
+
+    overlaps: int
+    unit: float = 0.0
+
+    def of(self, magnitude: np.ndarray | float, slope: float = 0.0) -> np.ndarray | float:
+        """What rounding changes in values that differ by `slope` between neighbours.
+
+        Every rounding changes a value by at most EPS / 2 of it; EPS leaves a factor of two.
+        """
+        return (ROUNDINGS + self.overlaps) * EPS * (magnitude + slope) + 2 * self.unit * (magnitude + slope)
+
+
+def read_output(path: Path) -> tuple[np.ndarray, np.ndarray, np.dtype, float]:
+    """(C, I, J, K) voxels of a file as viewers show them, its affine, the stored type and the slope."""
+    image = nib.load(path)
+    slope = float(image.dataobj.slope)  # type: ignore[union-attr]
+    voxels = np.asarray(image.dataobj)
+    voxels = np.moveaxis(voxels, 3, 0) if voxels.ndim == 4 else voxels[None]
+    return voxels, image.affine, image.get_data_dtype(), slope  # type: ignore[union-attr]
+
+
+def compare_geometry(source: Path, output: Path) -> Finding:
+    """Whether a file's corners are where its input's are, both as nibabel reads them."""
+    ours, theirs = nib.load(source), nib.load(output)
+    check = "the files' affine"
+    if ours.shape[:3] != theirs.shape[:3]:  # type: ignore[union-attr]
+        return Finding(check, problem=f"{output.name} has {theirs.shape[:3]} voxels, its input {ours.shape[:3]}")  # type: ignore[union-attr]
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in ours.shape[:3]], [1], indexing="ij")).reshape(4, -1)  # type: ignore[union-attr]
+    a, b = (image.affine @ corners for image in (ours, theirs))  # type: ignore[union-attr]
+    distances = np.linalg.norm((a - b)[:3], axis=0)
+    worst = int(distances.argmax())
+    allowed = 4 * EPS * float(np.abs(a).max())  # headers hold float32
+    voxel = tuple(int(n) for n in corners[:3, worst])
+    return Finding(check, float(distances[worst]), allowed, "mm", voxel, tuple(np.round(a[:3, worst], 2).tolist()))
+
+
+def compare_returned(
+    kind: str,
+    output: Path,
+    way: Way,
+    rounding: Rounding,
+    *,
+    channels: Sequence[Channel] = (),
+    written: Sequence[np.ndarray] = (),
+) -> Finding | None:
+    """Whether a synthetic subject came back; None where there is no reference for it.
+
+    Args:
+        kind: The subject.
+        output: The file that the network's input came back as.
+        way: How it went to model space and back.
+        rounding: What the run rounds.
+        channels: What the channels of a ramp or a constant are.
+        written: The channels of noise.
+    """
+    check = _NAMES.get(kind) or f"{kind.replace('_', ' along ')} comes back"
+    try:
+        ways = axis_ways(way)
+    except ValueError as error:
+        return Finding(check, problem=f"{error}.")
+    voxels, affine, _, _ = read_output(output)
+    count = len(written) or len(channels)
+    if voxels.shape != (count, *way.shape):
+        return Finding(check, problem=f"the file has the shape {voxels.shape}; wanted is {(count, *way.shape)}.")
+    if kind == NOISE and not is_linear(way, ways):
+        return None
+    box = tuple(slice(*ends) for ends in way.box or [(0, n) for n in way.shape])
+    slack = [along.slack for along in ways]
+    found = []
+    for n, values in enumerate(voxels):
+        if kind == NOISE:
+            wanted = returned_volume(written[n], ways)
+            allowed = rounding.of(float(np.abs(written[n]).max()))
+            error, per_mm, unit = np.abs(values - wanted), 1.0, ""
+        else:
+            channel = channels[n]
+            wanted = channel.over(*returned_positions(ways))
+            nearest = sum(abs(a) * s for a, s in zip(channel.slope, slack, strict=True))
+            allowed = rounding.of(np.abs(wanted), sum(map(abs, channel.slope))) + 0.5 * channel.is_rounded + nearest
+            error, per_mm = np.abs(values - wanted), channel.per_mm
+            unit = "" if kind == CONSTANT else "mm"
+            if not is_linear(way, ways):
+                i, j, k = (along.is_exact for along in ways)
+                error = np.where(i[:, None, None] & j[:, None] & k, error, 0)
+        outside = np.ones(way.shape, bool)
+        outside[box] = False
+        error = np.where(outside, np.abs(values), error)  # background
+        found.append(worst_of(check, error, allowed, affine, unit, per_mm))
+    return max(found, key=_excess)
+
+
+def compare_products(
+    outputs: Mapping[str, Sequence[Path]],
+    specs: Mapping[str, ProductSpec],
+    stitch: Stitch,
+    way: Way,
+    rounding: Rounding,
+    channel: Channel,
+    form: OutputForm,
+    output: str,
+    span: tuple[float, float],
+    averaged: Callable[[torch.Tensor], torch.Tensor] | None,
+) -> list[Finding]:
+    """Whether products of scores that are linear in the image are what they are by definition, at a sample of voxels.
+
+    Args:
+        outputs: The files of each product.
+        specs: How each is computed.
+        stitch: How labels are numbered.
+        way: How the subject went to model space and back.
+        rounding: What the run rounds.
+        channel: What the image is.
+        form, output: The network's outputs, and which of them this is.
+        span: The least and the greatest value of the image.
+        averaged: The activation of scores before they are averaged; None without one.
+    """
+    try:
+        ways = axis_ways(way)
+    except ValueError as error:
+        return [Finding("products", problem=f"{error}.")]
+    classes = form.channels[output]
+    voxels = _sample(way, _VALUES // (8 * classes), ways)
+    positions, weights = corners_of(voxels, ways)
+    image = channel.at(positions)
+    # In the unit of the image: what rounding changes, and what the nearest voxel in place of interpolation does.
+    nearest = sum(abs(a) * along.slack for a, along in zip(channel.slope, ways, strict=True))
+    in_scores = rounding.of(largest_score(classes)) / (8 if classes == 1 else max(classes - 1, 1)) * (span[1] - span[0])
+    width = rounding.of(np.abs(image).max(), sum(map(abs, channel.slope))) + 0.5 * channel.is_rounded + nearest
+    width = float(width + in_scores)
+    found = []
+    for name, paths in outputs.items():
+        spec = specs[name]
+        wanted = [
+            _product_of(image + shift, weights, classes, span, spec, averaged) for shift in (-width, 0.0, width)
+        ]  # fmt: skip
+        if isinstance(wanted[0], str):
+            found.append(Finding(f"{name}: its values", problem=wanted[0]))
+            continue
+        found.append(_compare_product(name, paths, spec, stitch, voxels, [w for w in wanted if not isinstance(w, str)]))
+    return found
+
+
+def _product_of(
+    image: np.ndarray,
+    weights: np.ndarray,
+    classes: int,
+    span: tuple[float, float],
+    spec: ProductSpec,
+    averaged: Callable[[torch.Tensor], torch.Tensor] | None,
+) -> list[np.ndarray] | str:
+    """A product at voxels whose corners have (p, 8) image values: (c, p), or one for each corner if labels are resampled."""
+    scores = class_scores(torch.from_numpy(image)[None], classes, *span, axis=0)[..., None]  # (c, p, 8, 1)
+    if averaged is not None:
+        scores = averaged(scores[None])[0]
+    try:
+        if spec.averaged is not None:  # all patches give the same
+            moments = spec.averaged(scores[None])[0]
+            return [_weighted(spec.product(moments), weights)]
+        if spec.in_model:
+            values = spec.product(scores)
+            if spec.product.kind != LABELS:
+                return [_weighted(values, weights)]
+            return [values[:, :, n, 0].double().numpy() for n in range(8) if (weights[:, n] > 1e-9).any()]
+        values = scores if spec.interpolated is None else spec.interpolated(scores)
+        mean = (values.double() * torch.from_numpy(weights)[None, ..., None]).sum(2, keepdim=True)
+        return [spec.product(mean)[:, :, 0, 0].double().numpy()]
+    except VoxquiltError as error:
+        return str(error)
+
+
+def _weighted(values: torch.Tensor, weights: np.ndarray) -> np.ndarray:
+    return (values[..., 0].double().numpy() * weights[None]).sum(-1)
+
+
+def _compare_product(
+    name: str,
+    paths: Sequence[Path],
+    spec: ProductSpec,
+    stitch: Stitch,
+    voxels: np.ndarray,
+    wanted: Sequence[Sequence[np.ndarray]],
+) -> Finding:
+    """A product's files against the (c, p) values that it may have."""
+    kind = spec.product.kind
+    check = f"{name}: {'its labels' if kind == LABELS else 'its values'}"
+    read = [read_output(path) for path in paths]
+    given = np.concatenate([values for values, *_ in read])
+    _, affine, dtype, slope = read[0]
+    given = given[:, voxels[:, 0], voxels[:, 1], voxels[:, 2]].astype(np.float64)
+    choices = [_numbered(values, stitch) if kind == LABELS else values for group in wanted for values in group]
+    if choices[0].shape[0] != len(given):
+        return Finding(check, problem=f"{paths[0].name} has {len(given)} channels; wanted are {choices[0].shape[0]}.")
+    if kind == LABELS:
+        error = np.min([np.abs(given - values) for values in choices], 0)
+        error = np.where(error > 0, 1.0, 0.0)
+        allowed = np.full(error.shape, 0.5)
+    else:
+        middle = wanted[1][0]
+        spread = np.max([np.abs(values - middle) for values in choices], 0)
+        error = np.abs(given - middle)
+        allowed = 2 * spread + 4 * ROUNDINGS * EPS * np.maximum(1.0, np.abs(middle))
+        if np.dtype(dtype).kind in "iu":
+            allowed = allowed + 0.5001 * slope
+        elif np.dtype(dtype) != np.float32:
+            allowed = allowed + np.abs(middle) * 2.0**-11
+        if kind == MAP and spec.averaged is not None:  # a difference of squares, which cancels
+            allowed = allowed + 8 * ROUNDINGS * EPS
+    worst = np.unravel_index(np.nan_to_num(error / allowed, nan=np.inf).argmax(), error.shape)
+    voxel = tuple(int(n) for n in voxels[worst[1]])
+    found = Finding(check, float(error[worst]), float(allowed[worst]), "", voxel, world(affine, voxel))
+    if kind == LABELS and not found.ok:
+        wrong = int(error.any(0).sum())
+        label, right = given[worst], wanted[1][0]
+        right = _numbered(right, stitch)[worst]
+        return Finding(
+            check,
+            problem=f"{wrong} of {len(voxels)} voxels have the wrong label; voxel {voxel} has {label:g} in place of "
+            f"{right:g}.",
+        )
+    return found
+
+
+def _numbered(classes: np.ndarray, stitch: Stitch) -> np.ndarray:
+    """Labels as files have them, of the classes of a product."""
+    classes = classes.astype(np.int64)
+    if stitch.label_values is not None:
+        classes = np.array(stitch.label_values)[classes]
+    if stitch.kept is not None:
+        classes = np.where(np.isin(classes, sorted(stitch.kept)), classes, 0)
+    return classes.astype(np.float64)
+
+
+def _sample(way: Way, count: int, ways: Sequence[AxisWay]) -> np.ndarray:
+    """(p, 3) voxels at random, where the way back is exact."""
+    draw = np.random.default_rng(0)
+    axes = []
+    for n, along in enumerate(ways):
+        first, stop = (0, way.shape[n]) if way.box is None else way.box[n]
+        inside = np.arange(way.shape[n])
+        inside = inside[(inside >= first) & (inside < stop)]
+        exact = inside[along.is_exact[inside]] if 3 in (way.orders[0][n], way.orders[1][n]) else inside
+        axes.append(draw.choice(exact if len(exact) else inside, max(1, min(count, 20_000))))
+    return np.stack(axes, 1)
+
+
+def _excess(finding: Finding) -> float:
+    return np.inf if finding.problem else finding.error / max(finding.allowed, 1e-300)
