@@ -4,11 +4,12 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch import nn
 
 from voxquilt.cli.exit_status import DONE, FAILED
 from voxquilt.cli.inherited_settings import check_images
@@ -48,6 +49,23 @@ class _Model:
 
     def build(self) -> LightningModule:
         return build(self.sections["model"], f"{self.name}model")
+
+    @cached_property
+    def predictor(self) -> LightningModule:
+        """The user's predictor, which is run on a patch as it is configured."""
+        return self.build()
+
+    @cached_property
+    def handling(self) -> dict[str, Any]:
+        """How the predictor handles patches; see PatchNetwork. Another module's own way is not known."""
+        network = (
+            self.predictor.network if isinstance(self.predictor, PatchPredictor) else PatchNetwork([nn.Identity()])
+        )
+        return {
+            "flips": network.flips, "squeeze_axis": network.squeeze_axis, "output": network.layout,
+            "offload": network.networks.offload, "compile": network.compiled, "channels_last": network.channels_last,
+            "average": network.average, "activation": network.activation,
+        }  # fmt: skip
 
     @property
     def orders(self) -> Orders:
@@ -124,7 +142,8 @@ def _prepared(
             check_images(inherited.get("images", []), data.cases)
             names = model.sections["stitch"].get("class_names")
             is_series = model.sections["data"].get("time") == "volumes"
-            prepared.append(prepare(model.build(), data, names, folder / str(n), is_series=is_series))
+            _ = model.handling  # before flips are left out
+            prepared.append(prepare(model.predictor, data, names, folder / str(n), is_series=is_series))
     except BaseException as error:
         announce(folder, {"error": str(error)})
         raise
@@ -183,23 +202,19 @@ def _run_round(
 
 def _stand_in(kind: str, model: _Model, own: Prepared, folder: Path) -> tuple[StandIn, dict[str, Any]]:
     """The networks of a round, and how patches are handled around them: as around the user's."""
-    checked = model.build()
-    network = checked.network if isinstance(checked, PatchPredictor) else PatchNetwork([torch.nn.Identity()])
-    form, squeeze, count = own.form, network.squeeze_axis, len(network.networks)
-    handling: dict[str, Any] = {
-        "flips": network.flips, "squeeze_axis": squeeze, "output": network.layout, "offload": network.networks.offload,
-        "compile": network.compiled, "channels_last": network.channels_last,
-    }  # fmt: skip
-    if kind == "images":
-        members = [GiveBack(form.factor, form.halo, squeeze) for _ in range(count)]
-        ramps = {name: own.channels[name] for name in RAMPS}
-        network.leave_out_flips()
-        return StandIn(
-            members, folder, ramps, model.orders, form.factor, checked=checked, trial=own.trial, **handling
-        ), handling  # fmt: skip
-    handling |= {"average": network.average, "activation": network.activation}
-    classes = [MakeClasses(form, *own.span, squeeze) for _ in range(count)]
-    return StandIn(classes, folder, {}, model.orders, form.factor, **handling), handling
+    form, squeeze, handling = own.form, model.handling["squeeze_axis"], dict(model.handling)
+    checked = model.predictor
+    count = len(checked.network.networks) if isinstance(checked, PatchPredictor) else 1
+    if kind == "classes":
+        members = [MakeClasses(form, *own.span, squeeze) for _ in range(count)]
+        return StandIn(members, folder, {}, model.orders, form.factor, **handling), handling
+    handling |= {"average": "logits", "activation": None}
+    if isinstance(checked, PatchPredictor):
+        checked.network.leave_out_flips()
+    members = [GiveBack(form.factor, form.halo, squeeze) for _ in range(count)]
+    ramps = {name: own.channels[name] for name in RAMPS}
+    trial = {"checked": checked, "trial": own.trial}
+    return StandIn(members, folder, ramps, model.orders, form.factor, **trial, **handling), handling
 
 
 def _unchecked(plain: Mapping[str, Any], models: Sequence[_Model]) -> list[str]:
@@ -218,12 +233,15 @@ def _unchecked(plain: Mapping[str, Any], models: Sequence[_Model]) -> list[str]:
         "data.within: whole volumes are predicted": data.get("within") is not None,
         "data.labels: nothing is evaluated": data.get("labels") is not None,
         "data.time: one volume is predicted in place of a series": data.get("time", "channels") != "channels",
-        "stitch.postprocess: left out, since it changes labels": any(m.sections["stitch"].get("postprocess") for m in models),
+        "stitch.postprocess: left out, since it changes labels": any(
+            m.sections["stitch"].get("postprocess") for m in models
+        ),
         "stitch.combine: each model is checked by itself, the combination is not": len(models) > 1,
         "callbacks of your own": any(node for name, node in plain["callbacks"].items() if name != "writer"),
         "logger": bool(plain.get("logger")),
         "shard: the whole run is one": plain["shard"]["count"] > 1,
-        "run.resume, since nothing is written into output_dir": bool(run["resume"]) and Path(plain["output_dir"]).exists(),
+        "run.resume, since nothing is written into output_dir": bool(run["resume"])
+        and Path(plain["output_dir"]).exists(),
     }
     return [line for line, applies in lines.items() if applies]
 

@@ -28,6 +28,7 @@ from voxquilt.vocabulary import LABELS, MAP
 
 # Voxels at which products are compared: as many values as these, whatever the number of classes.
 _VALUES = 4_000_000
+_PLANES = 8
 _NAMES = {CONSTANT: "a constant comes back", NOISE: "noise comes back"}
 
 
@@ -105,29 +106,42 @@ def compare_returned(
         return Finding(check, problem=f"the file has the shape {voxels.shape}; wanted is {(count, *way.shape)}.")
     if kind == NOISE and not is_linear(way, ways):
         return None
-    box = tuple(slice(*ends) for ends in way.box or [(0, n) for n in way.shape])
-    slack = [along.slack for along in ways]
+    i, j, k = _inside(way, ways)
+    positions = returned_positions(ways)
     found = []
     for n, values in enumerate(voxels):
-        if kind == NOISE:
-            wanted = returned_volume(written[n], ways)
-            allowed = rounding.of(float(np.abs(written[n]).max()))
-            error, per_mm, unit = np.abs(values - wanted), 1.0, ""
-        else:
-            channel = channels[n]
-            wanted = channel.over(*returned_positions(ways))
-            nearest = sum(abs(a) * s for a, s in zip(channel.slope, slack, strict=True))
-            allowed = rounding.of(np.abs(wanted), sum(map(abs, channel.slope))) + 0.5 * channel.is_rounded + nearest
-            error, per_mm = np.abs(values - wanted), channel.per_mm
-            unit = "" if kind == CONSTANT else "mm"
-            if not is_linear(way, ways):
-                i, j, k = (along.is_exact for along in ways)
-                error = np.where(i[:, None, None] & j[:, None] & k, error, 0)
-        outside = np.ones(way.shape, bool)
-        outside[box] = False
-        error = np.where(outside, np.abs(values), error)  # background
-        found.append(worst_of(check, error, allowed, affine, unit, per_mm))
+        volume = returned_volume(written[n], ways) if kind == NOISE else None
+        largest = float(np.abs(written[n]).max()) if kind == NOISE else 0.0
+        # A few planes at a time, which stay in the cache.
+        for first in range(0, len(values), _PLANES):
+            planes = slice(first, first + _PLANES)
+            if volume is not None:
+                wanted, allowed, unit, per_mm = volume[planes], rounding.of(largest), "", 1.0
+            else:
+                channel = channels[n]
+                wanted = channel.over(positions[0][planes], *positions[1:])
+                allowed = rounding.of(np.abs(wanted), sum(map(abs, channel.slope)))
+                allowed += 0.5 * channel.is_rounded + _beside(channel, ways)
+                unit, per_mm = "" if kind == CONSTANT else "mm", channel.per_mm
+            error = np.abs(values[planes] - wanted)
+            error[~(i[planes, None, None] & j[:, None] & k)] = 0
+            found.append(worst_of(check, error, allowed, affine, unit, per_mm, first))
     return max(found, key=_excess)
+
+
+def _inside(way: Way, ways: Sequence[AxisWay]) -> list[np.ndarray]:
+    """Where along each axis the reference holds: within the box, and where splines are exact."""
+    inside = []
+    for n, along in enumerate(ways):
+        first, stop = (0, way.shape[n]) if way.box is None else way.box[n]
+        x = np.arange(way.shape[n])
+        inside.append((x >= first) & (x < stop) & (along.is_exact | is_linear(way, ways)))
+    return inside
+
+
+def _beside(channel: Channel, ways: Sequence[AxisWay]) -> float:
+    """How much a value changes where the nearest voxel is taken in place of interpolation."""
+    return sum(abs(a) * along.slack for a, along in zip(channel.slope, ways, strict=True))
 
 
 def compare_products(
@@ -164,7 +178,7 @@ def compare_products(
     positions, weights = corners_of(voxels, ways)
     image = channel.at(positions)
     # In the unit of the image: what rounding changes, and what the nearest voxel in place of interpolation does.
-    nearest = sum(abs(a) * along.slack for a, along in zip(channel.slope, ways, strict=True))
+    nearest = _beside(channel, ways)
     in_scores = rounding.of(largest_score(classes)) / (8 if classes == 1 else max(classes - 1, 1)) * (span[1] - span[0])
     width = rounding.of(np.abs(image).max(), sum(map(abs, channel.slope))) + 0.5 * channel.is_rounded + nearest
     width = float(width + in_scores)

@@ -68,7 +68,13 @@ class Findings:
 
 
 def worst_of(
-    check: str, error: np.ndarray, allowed: np.ndarray | float, affine: np.ndarray, unit: str = "", scale: float = 1.0
+    check: str,
+    error: np.ndarray,
+    allowed: np.ndarray | float,
+    affine: np.ndarray,
+    unit: str = "",
+    scale: float = 1.0,
+    first: int = 0,
 ) -> Finding:
     """The finding of errors over an (I, J, K) volume; NaN counts as infinite.
 
@@ -78,13 +84,14 @@ def worst_of(
         affine: From voxels to mm.
         unit: Of the numbers once they are divided by `scale`.
         scale: See `unit`.
+        first: The volume's plane along i that is the first of these.
     """
     error = np.nan_to_num(error, nan=np.inf, posinf=np.inf)
     limit = np.broadcast_to(np.asarray(allowed, dtype=np.float64), error.shape)
     if not error.size:
         return Finding(check, problem="there is no voxel to compare")
     worst = np.unravel_index((error / np.maximum(limit, 1e-300)).argmax(), error.shape)
-    voxel = tuple(int(n) for n in worst[-3:])
+    voxel = int(worst[0]) + first, int(worst[1]), int(worst[2])
     return Finding(
         check, float(error[worst]) / scale, float(limit[worst]) / scale, unit, voxel, world(affine, voxel)
     )  # fmt: skip

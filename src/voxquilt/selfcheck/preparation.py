@@ -1,10 +1,9 @@
 """Prepares a self-check: synthetic images after the first subject, and a patch of it that the network has predicted."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
