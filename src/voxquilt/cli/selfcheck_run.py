@@ -141,9 +141,12 @@ def _prepared(
             data = _datamodule(model.sections, plain, build(model.sections["preprocess"], "preprocess"), cases, folder)
             check_images(inherited.get("images", []), data.cases)
             names = model.sections["stitch"].get("class_names")
-            is_series = model.sections["data"].get("time") == "volumes"
             _ = model.handling  # before flips are left out
-            prepared.append(prepare(model.predictor, data, names, folder / str(n), is_series=is_series))
+            kinds = {
+                "has_splines": 3 in (model.orders.interpolation, model.orders.order),
+                "is_series": model.sections["data"].get("time") == "volumes",
+            }
+            prepared.append(prepare(model.predictor, data, names, folder / str(n), **kinds))
     except BaseException as error:
         announce(folder, {"error": str(error)})
         raise

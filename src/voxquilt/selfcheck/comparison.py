@@ -107,6 +107,8 @@ def compare_returned(
     if kind == NOISE and not is_linear(way, ways):
         return None
     i, j, k = _inside(way, ways)
+    if not all(map(np.any, (i, j, k))):
+        return None
     positions = returned_positions(ways)
     found = []
     for n, values in enumerate(voxels):
@@ -155,7 +157,7 @@ def compare_products(
     output: str,
     span: tuple[float, float],
     averaged: Callable[[torch.Tensor], torch.Tensor] | None,
-) -> list[Finding]:
+) -> list[Finding] | None:
     """Whether products of scores that are linear in the image are what they are by definition, at a sample of voxels.
 
     Args:
@@ -174,7 +176,9 @@ def compare_products(
     except ValueError as error:
         return [Finding("products", problem=f"{error}.")]
     classes = form.channels[output]
-    voxels = _sample(way, _VALUES // (8 * classes), ways)
+    voxels = _sample(_inside(way, ways), _VALUES // (8 * classes))
+    if voxels is None:
+        return None
     positions, weights = corners_of(voxels, ways)
     image = channel.at(positions)
     # In the unit of the image: what rounding changes, and what the nearest voxel in place of interpolation does.
@@ -285,17 +289,13 @@ def _numbered(classes: np.ndarray, stitch: Stitch) -> np.ndarray:
     return classes.astype(np.float64)
 
 
-def _sample(way: Way, count: int, ways: Sequence[AxisWay]) -> np.ndarray:
-    """(p, 3) voxels at random, where the way back is exact."""
+def _sample(inside: Sequence[np.ndarray], count: int) -> np.ndarray | None:
+    """(p, 3) voxels at random, where the reference holds; None if it does nowhere."""
     draw = np.random.default_rng(0)
-    axes = []
-    for n, along in enumerate(ways):
-        first, stop = (0, way.shape[n]) if way.box is None else way.box[n]
-        inside = np.arange(way.shape[n])
-        inside = inside[(inside >= first) & (inside < stop)]
-        exact = inside[along.is_exact[inside]] if 3 in (way.orders[0][n], way.orders[1][n]) else inside
-        axes.append(draw.choice(exact if len(exact) else inside, max(1, min(count, 20_000))))
-    return np.stack(axes, 1)
+    choices = [np.flatnonzero(along) for along in inside]
+    if not all(map(len, choices)):
+        return None
+    return np.stack([draw.choice(along, max(1, min(count, 20_000))) for along in choices], 1)
 
 
 def _excess(finding: Finding) -> float:

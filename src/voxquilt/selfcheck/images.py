@@ -12,6 +12,7 @@ from isal import igzip
 from voxquilt.data.discovery import SubjectFiles
 from voxquilt.data.formats.image_file import open_image
 from voxquilt.geometry.frame import Triple, to_triple
+from voxquilt.selfcheck.reference import spline_reach
 from voxquilt.text import byte_size
 
 RAMPS = ("ramp_x", "ramp_y", "ramp_z")
@@ -90,19 +91,19 @@ def read_forms(case: SubjectFiles, names: Sequence[str]) -> list[ImageForm]:
 
 
 def reduced_shape(
-    shape: Triple, spacing: Sequence[float], model: Sequence[float], patch: Triple, step: Triple
+    shape: Triple, ratio: Sequence[float], patch: Triple, step: Triple, *, has_splines: bool
 ) -> Triple:
     """The voxels of a smaller volume that has two patches or three along each axis, if the volume has as many.
 
     Args:
-        shape, spacing: Voxels along the native axes and their mm.
-        model: mm per model voxel along the native axes.
+        shape: Voxels along the native axes.
+        ratio: Native voxels per model voxel along them.
         patch, step: Model voxels of a patch, and from patch to patch, along the native axes.
+        has_splines: Whether the volume must be so large that its middle is far from the borders of splines.
     """
-    kept = [
-        min(n, int(np.ceil((p + s + 3) * new / old)) + 1)
-        for n, old, new, p, s in zip(shape, spacing, model, patch, step, strict=True)
-    ]
+    kept = [min(n, int(np.ceil((p + s + 3) * r)) + 1) for n, r, p, s in zip(shape, ratio, patch, step, strict=True)]
+    if has_splines:
+        kept = [n if n == 1 else max(n, int(2 * spline_reach(r)) + 8) for n, r in zip(kept, ratio, strict=True)]
     return to_triple(kept, "a shape")
 
 

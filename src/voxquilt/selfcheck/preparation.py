@@ -97,6 +97,7 @@ def prepare(
     class_names: Sequence[str] | None,
     folder: Path,
     *,
+    has_splines: bool = False,
     is_series: bool = False,
 ) -> Prepared:
     """Run the network on a patch of the first subject, and write synthetic images of its form.
@@ -106,6 +107,7 @@ def prepare(
         data: The user's subjects.
         class_names: Names of the labels.
         folder: Where to write; it is made.
+        has_splines: Whether cubic splines interpolate somewhere.
         is_series: Whether 4-D files are series of volumes, of which one is imitated.
 
     Raises:
@@ -121,7 +123,7 @@ def prepare(
     count = sum(form.channels for form in forms) + sum(map(len, one_hot.values()))
     form, trial, where = _try_network(predictor, grids, case, names, count, class_names)
     space = grids.preprocess.space(Subject({name: ScalarImage(case.images[name]) for name in names}))
-    shape = reduced_shape(native.shape, native.spacing, *_along_native(grids, space))
+    shape = reduced_shape(native.shape, *_along_native(grids, space), has_splines=has_splines)
     files, noise = {}, []
     for kind in (*RAMPS, CONSTANT, NOISE, CLASSES):
         subject, written = write_subject(folder / "in" / kind, kind, forms, shape)
@@ -190,13 +192,13 @@ def _real_patch(grids: GridLoader, case: SubjectFiles, channels: int, halo: Padd
 
 
 def _along_native(grids: GridLoader, space: Space) -> tuple[list[float], Triple, Triple]:
-    """mm of model voxels, voxels of a patch, and voxels from patch to patch, along the native axes."""
+    """Native voxels per model voxel, voxels of a patch, and voxels from patch to patch, along the native axes."""
     overlap = grids.patch_overlap if grids.step is None else overlap_of_step(grids.patch_size, grids.step)
     axes = [m.axis for m in space.maps]
-    mm = [space.model.spacing[axis] for axis in axes]
+    ratio = [abs(1 / m.scale) for m in space.maps]
     patch = [grids.patch_size[axis] for axis in axes]
     step = [grids.patch_size[axis] - overlap[axis] for axis in axes]
-    return mm, to_triple(patch, "a patch"), to_triple(step, "a step")
+    return ratio, to_triple(patch, "a patch"), to_triple(step, "a step")
 
 
 def _span(channel: Channel, shape: Triple) -> tuple[float, float]:

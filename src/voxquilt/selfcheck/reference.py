@@ -17,7 +17,7 @@ from voxquilt.geometry.space import Box
 # Positions that are integers up to rounding copy a voxel.
 _COPIES = 1e-6
 # Voxels in which the influence of a border on a cubic spline falls to 0.268^16, below 1e-9.
-_SPLINE = 16
+SPLINE = 16
 
 
 @dataclass(frozen=True)
@@ -100,18 +100,25 @@ def axis_ways(way: Way) -> list[AxisWay]:
         back = _linear(_rounded((at - centres[0]) / factor).clip(0, len(centres) - 1), len(centres))
         orders = way.orders[0][n], way.orders[1][n]
         resampled = bool((there != there.round()).any() or (at != at.round()).any() or factor > 1)
-        reach = max(factor - 1, _SPLINE * max(1.0, abs(scale)) if 3 in orders and resampled else 0)
-        ends = sorted((there[0], there[-1]))
-        lowest, highest = max(first, ends[0]), min(stop - 1, ends[1])
-        reach_native = reach * max(abs(scale), 1.0)
+        # Of native voxels to model space, and of the output's on the way back.
+        reach = spline_reach(abs(scale) * factor) if 3 in orders and resampled else 0
+        lowest, highest = max(first, min(there[0], there[-1])), min(stop - 1, max(there[0], there[-1]))
         x = np.arange(way.shape[n])
-        # At the ends of the volume nothing is lost where voxels are copied.
-        is_exact = (x >= lowest + reach_native - _COPIES) & (x <= highest - reach_native + _COPIES)
+        is_exact = (x >= lowest + reach - _COPIES) & (x <= highest - reach + _COPIES)
         slack = 0.0
         if resampled:
             slack = 0.5 * (orders[0] == 0) + 0.5 * abs(scale) * (orders[1] == 0)
         ways.append(AxisWay(axis, seen, to_model, outputs, back, is_exact, slack))
     return ways
+
+
+def spline_reach(scale: float) -> float:
+    """Native voxels from a border, within which cubic splines there and back bend what is linear.
+
+    Args:
+        scale: Native voxels per voxel of the network's output.
+    """
+    return SPLINE * (1 + scale)
 
 
 def is_linear(way: Way, ways: Sequence[AxisWay]) -> bool:

@@ -118,14 +118,19 @@ def judge_images(findings: Findings, ended: Round, own: Prepared, model: str) ->
             compared = compare_returned(kind, output, way, rounding, written=written)
         else:
             seen = ended.ramp(kind)
-            if seen is not None:
+            if seen is None and kind != CONSTANT:
+                findings.unchecked.append(f"{model}{kind} as the network sees it: cubic splines bend all of it")
+            elif seen is not None:
                 voxel = tuple(round(x, 2) for x in seen.voxel)
                 mm = world(way.native, seen.voxel)
                 check = f"{kind.replace('_', ' along ')} as the network sees it"
                 found.append(Finding(check, seen.error, seen.allowed, "mm", voxel, mm))
             compared = compare_returned(kind, output, way, rounding, channels=own.channels[kind])
         if compared is None:
-            findings.unchecked.append(f"{model}noise: only linear interpolation has a plain reference for it")
+            reason = "only linear interpolation has a plain reference for it"
+            findings.unchecked.append(
+                f"{model}{kind}: {reason if kind == NOISE else 'no voxel is far enough from the borders of splines'}"
+            )
         else:
             found.append(compared)
     found += sorted(geometry, key=lambda one: (bool(one.problem), one.error))[-1:]
@@ -159,7 +164,9 @@ def judge_classes(findings: Findings, ended: Round, own: Prepared, model: str) -
             files, specs, ended.stitch, way, ended.rounding(1), own.channels[CLASSES][0], own.form, output, own.span,
             averaged,
         )  # fmt: skip
-        findings.found += [replace(one, model=model.rstrip(".")) for one in found]
+        if found is None:
+            findings.unchecked.append(f"{model}products: no voxel is far enough from the borders of splines")
+        findings.found += [replace(one, model=model.rstrip(".")) for one in found or ()]
 
 
 def judge_network(

@@ -19,7 +19,7 @@ from voxquilt.geometry.grid import Grid
 from voxquilt.models.patch_network import Named
 from voxquilt.models.predictor import Options, PatchPredictor
 from voxquilt.selfcheck.images import Channel
-from voxquilt.selfcheck.reference import AxisWay, Way, axis_ways
+from voxquilt.selfcheck.reference import SPLINE, AxisWay, Way, axis_ways
 from voxquilt.selfcheck.trial import Trial, compare_outputs
 
 ROUNDINGS = 24
@@ -141,7 +141,10 @@ class StandIn(PatchPredictor):
             return
         for patch, number in zip(patches, rows.numbers, strict=True):
             found = _compare_patch(patch.double().cpu().numpy(), work, number, self._ramps[subject], ways, self._orders)
-            self._seen[subject] = max(self._seen.get(subject, Seen()), *found, key=lambda seen: seen.excess)
+            if subject in self._seen:
+                found.append(self._seen[subject])
+            if found:
+                self._seen[subject] = max(found, key=lambda seen: seen.excess)
 
     def _save(self, name: str, content: Mapping[str, Any]) -> None:
         (self._folder / f"{name}_{self.trainer.global_rank}.json").write_text(json.dumps(content))
@@ -168,7 +171,7 @@ def _compare_patch(
         seen = along.seen[start + first : start + stop]
         if orders.interpolation == 3:  # near the border a spline bends
             last = along.to_model.shape[1] - 1
-            is_far = (seen > 16) & (seen < last - 16) | (seen == seen.round())
+            is_far = (seen > SPLINE) & (seen < last - SPLINE) | (seen == seen.round()).all()
             if not is_far.all():
                 inside = np.flatnonzero(is_far)
                 first, stop = (first + inside[0], first + inside[-1] + 1) if len(inside) else (0, 0)
@@ -199,7 +202,7 @@ def _compare_patch(
                 (voxel[0], voxel[1], voxel[2]),
             )
         )
-    return found or [Seen()]
+    return found
 
 
 def overlaps_of(grid: Grid) -> int:
