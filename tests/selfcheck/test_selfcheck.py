@@ -32,7 +32,14 @@ pytestmark = [
 ]
 # Permuted, flipped and oblique, with three spacings.
 AFFINE = np.array([[0.1, 0.0, -1.3, 40], [-0.9, 0.1, 0.0, 9], [0.0, 2.0, 0.1, -7], [0, 0, 0, 1.0]])
-BASE = ("data.inputs=in", "ckpt_path=net.pt", "model.net._target_=synthetic.Over50", "data.patch_size=12", "data.patch_overlap=6", "trainer.accelerator=cpu")
+BASE = (
+    "data.inputs=in",
+    "ckpt_path=net.pt",
+    "model.net._target_=synthetic.Over50",
+    "data.patch_size=12",
+    "data.patch_overlap=6",
+    "trainer.accelerator=cpu",
+)
 RESAMPLED = ("preprocess.spacing=1.6",)
 ALL = ("stitch.products=[labels,probabilities,entropy,disagreement]",)
 

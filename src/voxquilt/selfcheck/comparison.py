@@ -123,7 +123,7 @@ def compare_returned(
                 channel = channels[n]
                 wanted = channel.over(positions[0][planes], *positions[1:])
                 allowed = rounding.of(np.abs(wanted), sum(map(abs, channel.slope)))
-                allowed += 0.5 * channel.is_rounded + _beside(channel, ways)
+                allowed += channel.rounding(_splines(way)) + _beside(channel, ways)
                 unit, per_mm = "" if kind == CONSTANT else "mm", channel.per_mm
             error = np.abs(values[planes] - wanted)
             error[~(i[planes, None, None] & j[:, None] & k)] = 0
@@ -139,6 +139,10 @@ def _inside(way: Way, ways: Sequence[AxisWay]) -> list[np.ndarray]:
         x = np.arange(way.shape[n])
         inside.append((x >= first) & (x < stop) & (along.is_exact | is_linear(way, ways)))
     return inside
+
+
+def _splines(way: Way) -> int:
+    return sum(3 in orders for orders in way.orders)
 
 
 def _beside(channel: Channel, ways: Sequence[AxisWay]) -> float:
@@ -184,7 +188,7 @@ def compare_products(
     # In the unit of the image: what rounding changes, and what the nearest voxel in place of interpolation does.
     nearest = _beside(channel, ways)
     in_scores = rounding.of(largest_score(classes)) / (8 if classes == 1 else max(classes - 1, 1)) * (span[1] - span[0])
-    width = rounding.of(np.abs(image).max(), sum(map(abs, channel.slope))) + 0.5 * channel.is_rounded + nearest
+    width = rounding.of(np.abs(image).max(), sum(map(abs, channel.slope))) + channel.rounding(_splines(way)) + nearest
     width = float(width + in_scores)
     found = []
     for name, paths in outputs.items():

@@ -60,6 +60,17 @@ class Channel:
     is_rounded: bool = False
     per_mm: float = 1.0
 
+    def rounding(self, splines: int) -> float:
+        """How far values may be off because the file holds integers.
+
+        A cubic spline through values that are off by 1/2 is off by at most (1 + 3 sqrt(3)) / 4 times as much along each
+        axis, the norm of interpolation by cubic splines.
+
+        Args:
+            splines: How often cubic splines interpolate them along all three axes.
+        """
+        return 0.5 * ((1 + 3 * 3**0.5) / 4) ** (3 * splines) if self.is_rounded else 0.0
+
     def at(self, voxels: np.ndarray) -> np.ndarray:
         """The values at (..., 3) voxel positions."""
         return voxels @ np.array(self.slope) + self.offset
@@ -90,9 +101,7 @@ def read_forms(case: SubjectFiles, names: Sequence[str]) -> list[ImageForm]:
     return forms
 
 
-def reduced_shape(
-    shape: Triple, ratio: Sequence[float], patch: Triple, step: Triple, *, has_splines: bool
-) -> Triple:
+def reduced_shape(shape: Triple, ratio: Sequence[float], patch: Triple, step: Triple, *, has_splines: bool) -> Triple:
     """The voxels of a smaller volume that has two patches or three along each axis, if the volume has as many.
 
     Args:

@@ -174,8 +174,9 @@ def judge_network(
 ) -> None:
     """The user's network, as configured, against the same on the host in float32."""
     allowed: float | None = None
-    for found in ended.networks:
-        check = f"the network, {found['device']}, {ended.precision}, and the host, float32"
+    for rank, found in enumerate(ended.networks):
+        process = f" (process {rank})" if ended.processes > 1 else ""
+        check = f"the network, {found['device']}, {ended.precision}, and the host, float32{process}"
         if "failed" in found:
             findings.found.append(Finding(check, problem=found["failed"], model=model.rstrip(".")))
             continue

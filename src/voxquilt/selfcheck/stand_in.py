@@ -184,7 +184,9 @@ def _compare_patch(
         slopes = [channel.slope[n] for n in native]
         i, j, k = (slope * seen for slope, seen in zip(slopes, positions, strict=True))
         wanted = i[:, None, None] + j[:, None] + k + channel.offset
-        allowed = ROUNDINGS * EPS * (np.abs(wanted) + sum(map(abs, slopes))) + 0.5 * channel.is_rounded
+        allowed = ROUNDINGS * EPS * (np.abs(wanted) + sum(map(abs, slopes))) + channel.rounding(
+            orders.interpolation == 3
+        )
         nearest = sum(abs(channel.slope[n]) * 0.5 for n in range(3) if orders.interpolation == 0 and not ways[n].copies)
         per_slice = orders.images_per_slice not in (None, False)
         if per_slice:  # across slices the nearest is taken
