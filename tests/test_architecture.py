@@ -25,7 +25,7 @@ FOLDERS = [
     ["models", "distributed", "reporting"],
     ["planning", "training"],
     ["prediction"],
-    ["selfcheck"],
+    ["selfcheck", "doctor"],
     ["cli"],
     ["export"],
 ]
