@@ -33,13 +33,9 @@ pytestmark = [
 # Permuted, flipped and oblique, with three spacings.
 AFFINE = np.array([[0.1, 0.0, -1.3, 40], [-0.9, 0.1, 0.0, 9], [0.0, 2.0, 0.1, -7], [0, 0, 0, 1.0]])
 BASE = (
-    "data.inputs=in",
-    "ckpt_path=net.pt",
-    "model.net._target_=synthetic.Over50",
-    "data.patch_size=12",
-    "data.patch_overlap=6",
-    "trainer.accelerator=cpu",
-)
+    "data.inputs=in", "ckpt_path=net.pt", "model.net._target_=synthetic.Over50", "data.patch_size=12",
+    "data.patch_overlap=6", "trainer.accelerator=cpu",
+)  # fmt: skip
 RESAMPLED = ("preprocess.spacing=1.6",)
 ALL = ("stitch.products=[labels,probabilities,entropy,disagreement]",)
 
@@ -92,7 +88,8 @@ def named(findings: Findings, check: str) -> Finding:
         (*RESAMPLED, "stitch.restore=probabilities", "stitch.products=[labels,probabilities]"),
         (*RESAMPLED, "stitch.restore=labels"),
         ("model.flips=[0,2]", "model.average=probabilities", "stitch.products=[labels,probabilities]"),
-        ("preprocess.orientation=LPI", "preprocess.transpose=[2,0,1]", "data.padding_mode=reflect", "data.divisible_by=4"),
+        ("preprocess.orientation=LPI", "preprocess.transpose=[2,0,1]", "data.padding_mode=reflect"),
+        ("data.divisible_by=8", "preprocess.orientation=null", "stitch.overlap_mode=average"),
         (*RESAMPLED, "preprocess.grid=ends", "data.patch_overlap=0", "data.placement=even", "data.step=0.5"),
         ("trainer.precision=bf16-mixed", *RESAMPLED),
         ("trainer.precision=bf16-true", *ALL),
@@ -143,7 +140,7 @@ def dropped_patch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def half_a_voxel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images are resampled half a voxel beside where the affine of model space says, and so are scores on their way back."""
+    """Images are resampled half a voxel beside where the affine of model space says, and scores likewise."""
     make = space_module.AxisMap
 
     def shifted(axis: int, count: int, scale: float, offset: float, *rest: Any, **more: Any) -> Any:

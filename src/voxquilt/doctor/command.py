@@ -41,9 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     doctor = commands.add_parser(
         "doctor", help="what would break on this machine",
-        description="Says which versions, devices and limits there are, whether kernels compile and processes meet, and "
-        "what to do about what is wrong. Names of users, machines and folders are left out: paste it into a report "
-        "of a bug. Exit status 1 if there is a problem.",
+        description="Says which versions, devices and limits there are, whether kernels compile and processes meet, "
+        "and what to do about what is wrong. Names of users, machines and folders are left out: paste it into a "
+        "report of a bug. Exit status 1 if there is a problem.",
     )  # fmt: skip
     doctor.add_argument("--json", action="store_true", help="a JSON object in place of lines")
     return parser

@@ -10,7 +10,7 @@ import torch
 
 from voxquilt.doctor.line import Line
 from voxquilt.stitching.kernels.loading import kernels_run_on
-from voxquilt.text import gib
+from voxquilt.text import first_line, gib
 
 
 def check_devices() -> Iterator[Line]:
@@ -39,9 +39,8 @@ def _check_device(n: int) -> Line:
         free, total = torch.cuda.mem_get_info(n)
         torch.ones(2, device=f"cuda:{n}").sum().item()
     except RuntimeError as error:
-        return Line.of(
-            topic, "cannot be used", problem=f"{str(error).splitlines()[0]} Leave it out by CUDA_VISIBLE_DEVICES."
-        )
+        advice = f"{first_line(error)} Leave it out by CUDA_VISIBLE_DEVICES."
+        return Line.of(topic, "cannot be used", problem=advice)
     text = (
         f"{properties.name}, {gib(free)} of {gib(total)} free, compute capability {properties.major}.{properties.minor}"
     )

@@ -42,7 +42,7 @@ def hidden(text: str) -> str:
     # Of a folder elsewhere only the last name is kept; /dev is the same everywhere.
     text = re.sub(r"(?<![\w~.:/])/(?!dev/)(?:[^\s/'\",:;()]+/)+(?=[^\s/'\",:;()])", ".../", text)
     for name, instead in ((_user(), "<user>"), (socket.gethostname(), "<machine>")):
-        if len(name) > 2:
+        if len(name) > 1:
             text = re.sub(rf"(?<![\w-]){re.escape(name)}(?![\w-])", instead, text)
     return text
 

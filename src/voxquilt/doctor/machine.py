@@ -41,7 +41,7 @@ def check_machine(root: Path = Path("/")) -> Iterator[Line]:
     encoding = sys.getfilesystemencoding()
     yield Line.of(
         "file names", encoding,
-        note="" if encoding.lower().startswith("utf") else "names with other letters than English ones fail: set LANG=C.UTF-8.",
+        note="" if encoding.lower().startswith("utf") else "names with letters beyond ASCII fail: set LANG=C.UTF-8.",
     )  # fmt: skip
 
 

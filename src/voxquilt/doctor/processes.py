@@ -3,14 +3,18 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from voxquilt.distributed.environment import is_external, is_interactive, slurm_tasks
 from voxquilt.doctor.line import Line
+from voxquilt.text import first_line
 
 _PATIENCE = timedelta(seconds=3)
+# torch's stubs lack what its documentation has.
+_C10D: Any = dist
 
 
 def check_processes() -> Iterator[Line]:
@@ -37,15 +41,15 @@ def _check_gloo() -> Line:
         return Line.of("processes", "torch has no gloo", problem="several processes cannot run: install another torch.")
     pool = ThreadPoolExecutor(2)
     try:
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=_PATIENCE)
+        store = _C10D.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=_PATIENCE)
         sums = [pool.submit(_sum, store.port, rank) for rank in range(2)]
         if [future.result(2 * _PATIENCE.total_seconds()) for future in sums] != [3.0, 3.0]:
             raise RuntimeError("they added two numbers wrongly")
     except Exception as error:  # whatever gloo and sockets raise
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
         return Line.of(
             "processes", "they cannot meet by gloo",
-            problem=f"{text}. Does the machine's own name resolve (getent hosts $(hostname))? Or set GLOO_SOCKET_IFNAME=lo.",
+            problem=f"{first_line(error)}. Does the machine's own name resolve (getent hosts $(hostname))? Or set "
+            f"GLOO_SOCKET_IFNAME=lo.",
         )  # fmt: skip
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -53,8 +57,8 @@ def _check_gloo() -> Line:
 
 
 def _sum(port: int, rank: int) -> float:
-    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=_PATIENCE)
-    group = dist.ProcessGroupGloo(store, rank, 2, _PATIENCE)
+    store = _C10D.TCPStore("127.0.0.1", port, is_master=False, timeout=_PATIENCE)
+    group = _C10D.ProcessGroupGloo(store, rank, 2, _PATIENCE)
     value = torch.tensor([rank + 1.0])
     group.allreduce([value]).wait()
     return float(value)

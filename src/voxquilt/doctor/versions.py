@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 
 import torch
 from packaging.requirements import Requirement
+from torch.cuda import nccl
 
 from voxquilt import __version__
 from voxquilt.doctor.line import Line
@@ -30,7 +31,8 @@ def check_versions() -> Iterator[Line]:
     wrong = [text for one in needed if _applies(one) and (text := _wrong(one))]
     yield Line.of(
         "packages", ", ".join(f"{name} {number}" for name, number in found.items()),
-        problem=f"{', '.join(wrong)}: pip install {' '.join(repr(text.split(' (')[0]) for text in wrong)}" if wrong else "",
+        problem=f"{', '.join(wrong)}: pip install {' '.join(repr(text.split(' (')[0]) for text in wrong)}"
+        if wrong else "",
     )  # fmt: skip
     yield _check_cuda()
     yield from _check_extras(needed)
@@ -61,8 +63,8 @@ def _check_cuda() -> Line:
         note = "there is an NVIDIA device, which this build cannot use: install torch for CUDA, see pytorch.org."
         return Line.of("cuda", "torch is a build without CUDA", note=note if seen else "")
     cudnn = torch.backends.cudnn.version()
-    nccl = torch.cuda.nccl.version() if torch.distributed.is_nccl_available() else None
-    text = f"CUDA {torch.version.cuda}, cuDNN {_dotted(cudnn)}, NCCL {'.'.join(map(str, nccl or ())) or 'missing'}"
+    number = nccl.version() if torch.distributed.is_nccl_available() else None
+    text = f"CUDA {torch.version.cuda}, cuDNN {_dotted(cudnn)}, NCCL {'.'.join(map(str, number or ())) or 'missing'}"
     warning = cudnn_warning(cudnn, "bf16-mixed")
     if warning and torch.cuda.is_available():
         return Line.of("cuda", text, problem=f"{warning} Other precisions are right; run.selfcheck=true compares.")
@@ -88,10 +90,9 @@ def _check_extras(needed: list[Requirement]) -> Iterator[Line]:
             wrong += [text for one in requirements if (text := _wrong(one))]
         else:
             lacking.append(extra)
-    text = f"{'; '.join(there) or 'none'}{f'; not installed: {chr(44).join(lacking)}' if lacking else ''}"
-    yield Line.of(
-        "extras", text.replace(",", ", ").replace(",  ", ", "), note=f"too old: {', '.join(wrong)}" if wrong else ""
-    )
+    absent = f"not installed: {', '.join(lacking)}" if lacking else ""
+    text = "; ".join(filter(None, [*there, absent]))
+    yield Line.of("extras", text, note=f"too old: {', '.join(wrong)}" if wrong else "")
     triton = installed("triton")
     yield Line.of("triton", triton or "not installed: its kernels are used on CUDA only")
     runtime = next((name for name in ("onnxruntime-gpu", "onnxruntime") if installed(name)), None)

@@ -32,8 +32,8 @@ NO_VOXELS = frozenset(
         "model.trust_checkpoint", "model.offload", "model.compile", "model.channels_last",
         "callbacks.writer.output_dir", "callbacks.writer.on_error", "callbacks.writer.log",
         "callbacks.writer.tensorboard", "callbacks.writer.in_memory",
-        "run.on_error", "run.resume", "run.overwrite", "run.distribute", "run.surface_tolerance", "run.dry_run", "run.selfcheck",
-        "run.log", "run.status", "run.checkpoint_targets", "run.allowed_targets",
+        "run.on_error", "run.resume", "run.overwrite", "run.distribute", "run.surface_tolerance", "run.dry_run",
+        "run.selfcheck", "run.log", "run.status", "run.checkpoint_targets", "run.allowed_targets",
         "trainer._target_",
         *(f"trainer.{name}" for name in (
             "accelerator", "strategy", "devices", "num_nodes", "logger", "callbacks", "fast_dev_run", "max_epochs",

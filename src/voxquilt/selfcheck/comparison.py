@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -54,21 +55,22 @@ class Rounding:
 
 def read_output(path: Path) -> tuple[np.ndarray, np.ndarray, np.dtype, float]:
     """(C, I, J, K) voxels of a file as viewers show them, its affine, the stored type and the slope."""
-    image = nib.load(path)
-    slope = float(image.dataobj.slope)  # type: ignore[union-attr]
+    image: Any = nib.load(path)
+    slope = float(image.dataobj.slope)
     voxels = np.asarray(image.dataobj)
     voxels = np.moveaxis(voxels, 3, 0) if voxels.ndim == 4 else voxels[None]
-    return voxels, image.affine, image.get_data_dtype(), slope  # type: ignore[union-attr]
+    return voxels, image.affine, image.get_data_dtype(), slope
 
 
 def compare_geometry(source: Path, output: Path) -> Finding:
     """Whether a file's corners are where its input's are, both as nibabel reads them."""
-    ours, theirs = nib.load(source), nib.load(output)
+    ours: Any = nib.load(source)
+    theirs: Any = nib.load(output)
     check = "the files' affine"
-    if ours.shape[:3] != theirs.shape[:3]:  # type: ignore[union-attr]
-        return Finding(check, problem=f"{output.name} has {theirs.shape[:3]} voxels, its input {ours.shape[:3]}")  # type: ignore[union-attr]
-    corners = np.array(np.meshgrid(*[(0, n - 1) for n in ours.shape[:3]], [1], indexing="ij")).reshape(4, -1)  # type: ignore[union-attr]
-    a, b = (image.affine @ corners for image in (ours, theirs))  # type: ignore[union-attr]
+    if ours.shape[:3] != theirs.shape[:3]:
+        return Finding(check, problem=f"{output.name} has {theirs.shape[:3]} voxels, its input {ours.shape[:3]}")
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in ours.shape[:3]], [1], indexing="ij")).reshape(4, -1)
+    a, b = (image.affine @ corners for image in (ours, theirs))
     distances = np.linalg.norm((a - b)[:3], axis=0)
     worst = int(distances.argmax())
     allowed = 4 * EPS * float(np.abs(a).max())  # headers hold float32
@@ -211,7 +213,11 @@ def _product_of(
     spec: ProductSpec,
     averaged: Callable[[torch.Tensor], torch.Tensor] | None,
 ) -> list[np.ndarray] | str:
-    """A product at voxels whose corners have (p, 8) image values: (c, p), or one for each corner if labels are resampled."""
+    """A product at voxels whose corners have (p, 8) image values.
+
+    Returns:
+        (c, p) values; of labels that are resampled, those of each corner. Or why there is no such product.
+    """
     scores = class_scores(torch.from_numpy(image)[None], classes, *span, axis=0)[..., None]  # (c, p, 8, 1)
     if averaged is not None:
         scores = averaged(scores[None])[0]

@@ -80,15 +80,16 @@ class Prepared:
         """What rank 0 has written."""
         content = json.loads((folder / "prepared.json").read_text())
         form = content["form"]
-        halo = [tuple(around) for around in form["halo"]]
+        halo = [(before, after) for before, after in form["halo"]]
+        factors = {name: to_triple(factor, "a factor") for name, factor in form["factors"].items()}
         return cls(
             folder,
-            OutputForm(form["channels"], {n: tuple(f) for n, f in form["factors"].items()}, (halo[0], halo[1], halo[2])),  # type: ignore[misc]
+            OutputForm(form["channels"], factors, (halo[0], halo[1], halo[2])),
             {name: {i: Path(path) for i, path in files.items()} for name, files in content["files"].items()},
             {name: [Channel(**one) for one in own] for name, own in content["channels"].items()},
             (content["span"][0], content["span"][1]),
             Trial(**torch.load(folder / "trial.pt", weights_only=True)),
-        )  # fmt: skip
+        )
 
 
 def prepare(

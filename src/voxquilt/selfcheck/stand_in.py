@@ -1,4 +1,4 @@
-"""Provides the predictor that takes the place of the user's in a self-check, and looks at what a network gets to see."""
+"""Provides the predictor that takes the place of the user's in a self-check, and looks at what a network sees."""
 
 import json
 from collections.abc import Mapping, Sequence
