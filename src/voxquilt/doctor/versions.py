@@ -10,12 +10,11 @@ import torch
 from packaging.requirements import Requirement
 from torch.cuda import nccl
 
-from voxquilt import __version__
 from voxquilt.doctor.line import Line
 from voxquilt.models.cudnn_check import cudnn_warning
 
 # Which of the packages that are needed are said by name; the others only if something is wrong with them.
-_NAMED = ("torch", "lightning", "hydra-core", "monai", "nibabel", "isal", "numpy")
+_NAMED = ("voxquilt", "torch", "lightning", "hydra-core", "monai", "nibabel", "isal", "numpy")
 _DEVELOPMENT = ("dev", "docs", "peers")
 
 
@@ -27,7 +26,7 @@ def check_versions() -> Iterator[Line]:
         problem="voxquilt needs Python 3.11 or newer." if sys.version_info < (3, 11) else "",
     )  # fmt: skip
     needed = [Requirement(text) for text in requires("voxquilt") or ()]
-    found = {"voxquilt": __version__} | {name: installed(name) or "missing" for name in _NAMED}
+    found = {name: installed(name) or "missing" for name in _NAMED}
     wrong = [text for one in needed if _applies(one) and (text := _wrong(one))]
     yield Line.of(
         "packages", ", ".join(f"{name} {number}" for name, number in found.items()),

@@ -13,10 +13,11 @@ from lightning.pytorch import LightningModule
 
 from voxquilt.models.patch_network import to_activation
 from voxquilt.reporting.manifest import Row
-from voxquilt.selfcheck.comparison import Rounding, compare_geometry, compare_products, compare_returned
+from voxquilt.selfcheck.comparison import Rounding, compare_geometry, compare_returned
 from voxquilt.selfcheck.findings import Finding, Findings, world
 from voxquilt.selfcheck.images import CLASSES, CONSTANT, NOISE, RAMPS
 from voxquilt.selfcheck.preparation import Prepared
+from voxquilt.selfcheck.product_comparison import compare_products
 from voxquilt.selfcheck.reference import Way
 from voxquilt.selfcheck.stand_in import Seen
 from voxquilt.selfcheck.trial import allowed_error, unit_roundoff
