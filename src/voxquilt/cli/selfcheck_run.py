@@ -3,20 +3,21 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
 
 from voxquilt.cli.exit_status import DONE, FAILED
 from voxquilt.cli.inherited_settings import check_images
 from voxquilt.cli.instantiate import build, check_classes
 from voxquilt.cli.model_parts import PARTS
 from voxquilt.data.discovery import SubjectFiles
-from voxquilt.distributed.child_processes import SpawnedLogging, attended
+from voxquilt.distributed.child_processes import attended
 from voxquilt.distributed.environment import is_first
 from voxquilt.models.patch_network import PatchNetwork
 from voxquilt.models.predictor import PatchPredictor
@@ -46,6 +47,7 @@ class _Model:
 
     name: str
     sections: Mapping[str, Any]
+    _weights: list[Tensor] = field(default_factory=list)
 
     def build(self) -> LightningModule:
         return build(self.sections["model"], f"{self.name}model")
@@ -54,6 +56,19 @@ class _Model:
     def predictor(self) -> LightningModule:
         """The user's predictor, which is run on a patch as it is configured."""
         return self.build()
+
+    def keep_weights(self) -> None:
+        """Remember weights that no file holds, and which another predictor would not have."""
+        if self.sections["model"].get("ckpt_path") is None:
+            self._weights.extend(tensor.clone() for tensor in _tensors_of(self.predictor))
+
+    def rebuild(self) -> LightningModule:
+        """Another predictor, with the same weights."""
+        predictor = self.build()
+        with torch.no_grad():
+            for tensor, kept in zip(_tensors_of(predictor), self._weights, strict=False):
+                tensor.copy_(kept)
+        return predictor
 
     @cached_property
     def handling(self) -> dict[str, Any]:
@@ -103,7 +118,7 @@ def check_itself(plain: Mapping[str, Any], inherited: Mapping[str, Any], cases: 
             if is_first():
                 judge_images(findings, rounds["images"], own, model.name)
                 judge_classes(findings, rounds["classes"], own, model.name)
-                judge_network(findings, rounds["images"], own, model.build, model.name)
+                judge_network(findings, rounds["images"], own, model.rebuild, model.name)
                 findings.setup.append(f"{model.name}{own.description}; {rounds['images'].description}")
     if not is_first():
         return DONE
@@ -113,6 +128,10 @@ def check_itself(plain: Mapping[str, Any], inherited: Mapping[str, Any], cases: 
     else:
         print_findings(findings)
     return DONE if findings.ok else FAILED
+
+
+def _tensors_of(predictor: LightningModule) -> list[Tensor]:
+    return [*predictor.parameters(), *predictor.buffers()]
 
 
 def _models_of(plain: Mapping[str, Any]) -> list[_Model]:
@@ -142,6 +161,7 @@ def _prepared(
             check_images(inherited.get("images", []), data.cases)
             names = model.sections["stitch"].get("class_names")
             _ = model.handling  # before flips are left out
+            model.keep_weights()
             kinds = {
                 "has_splines": 3 in (model.orders.interpolation, model.orders.order),
                 "is_series": model.sections["data"].get("time") == "volumes",
@@ -192,7 +212,7 @@ def _run_round(
     )  # fmt: skip
     trainer: Trainer = build(
         plain["trainer"], "trainer",
-        callbacks=[SpawnedLogging(to_stderr=True), writer], logger=False,
+        callbacks=[writer], logger=False,
     )  # fmt: skip
     # Processes that the first trainer starts stay for all rounds.
     if not until_the_end._exit_callbacks:  # type: ignore[attr-defined]
@@ -210,14 +230,14 @@ def _stand_in(kind: str, model: _Model, own: Prepared, folder: Path) -> tuple[St
     count = len(checked.network.networks) if isinstance(checked, PatchPredictor) else 1
     if kind == "classes":
         members = [MakeClasses(form, *own.span, squeeze) for _ in range(count)]
-        return StandIn(members, folder, {}, model.orders, form.factor, **handling), handling
+        return StandIn(members, folder, {}, model.orders, form, **handling), handling
     handling |= {"average": "logits", "activation": None}
     if isinstance(checked, PatchPredictor):
         checked.network.leave_out_flips()
     members = [GiveBack(form.factor, form.halo, squeeze) for _ in range(count)]
     ramps = {name: own.channels[name] for name in RAMPS}
     trial = {"checked": checked, "trial": own.trial}
-    return StandIn(members, folder, ramps, model.orders, form.factor, **trial, **handling), handling
+    return StandIn(members, folder, ramps, model.orders, form, **trial, **handling), handling
 
 
 def _unchecked(plain: Mapping[str, Any], models: Sequence[_Model]) -> list[str]:

@@ -124,7 +124,9 @@ def prepare(
     count = sum(form.channels for form in forms) + sum(map(len, one_hot.values()))
     form, trial, where = _try_network(predictor, grids, case, names, count, class_names)
     space = grids.preprocess.space(Subject({name: ScalarImage(case.images[name]) for name in names}))
-    shape = reduced_shape(native.shape, *_along_native(grids, space), has_splines=has_splines)
+    shape = native.shape  # whose patches line up with an output of larger voxels
+    if form.factor == (1, 1, 1):
+        shape = reduced_shape(shape, *_along_native(grids, space), has_splines=has_splines)
     files, noise = {}, []
     for kind in (*RAMPS, CONSTANT, NOISE, CLASSES):
         subject, written = write_subject(folder / "in" / kind, kind, forms, shape)

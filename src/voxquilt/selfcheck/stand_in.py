@@ -19,6 +19,7 @@ from voxquilt.geometry.grid import Grid
 from voxquilt.models.patch_network import Named
 from voxquilt.models.predictor import Options, PatchPredictor
 from voxquilt.selfcheck.images import Channel
+from voxquilt.selfcheck.networks import OutputForm
 from voxquilt.selfcheck.reference import SPLINE, AxisWay, Way, axis_ways
 from voxquilt.selfcheck.trial import Trial, compare_outputs
 
@@ -71,7 +72,8 @@ class StandIn(PatchPredictor):
         members: The networks.
         folder: Where each process leaves what it found, since processes that Lightning starts return nothing.
         ramps: The channels of subjects whose patches are compared with what model space says that they show.
-        orders, factor: See `way_of`.
+        orders: See `way_of`.
+        form: How outputs lie in patches.
         checked: The user's predictor, which is run once on the trial's patch.
         trial: The patch, and what the predictor has to give for it.
         options: See PatchNetwork.
@@ -83,14 +85,14 @@ class StandIn(PatchPredictor):
         folder: Path,
         ramps: Mapping[str, Sequence[Channel]],
         orders: Orders,
-        factor: Triple,
+        form: OutputForm,
         *,
         checked: LightningModule | None = None,
         trial: Trial | None = None,
         **options: Unpack[Options],
     ) -> None:
         super().__init__(members, **options)
-        self._folder, self._ramps, self._orders, self._factor = folder, dict(ramps), orders, factor
+        self._folder, self._ramps, self._orders, self._form = folder, dict(ramps), orders, form
         self.checked = checked
         self._trial = trial
         self._seen: dict[str, Seen] = {}
@@ -131,7 +133,7 @@ class StandIn(PatchPredictor):
         work, subject = rows.work, rows.work.task.case.subject
         if subject not in self._ways:
             self._overlaps = max(self._overlaps, overlaps_of(work.grid))
-            way = way_of(work, self._orders, self._factor)
+            way = way_of(work, self._orders, self._form.factor)
             try:
                 self._ways[subject] = way, axis_ways(way)
             except ValueError:  # which the comparison of files says too
@@ -140,7 +142,11 @@ class StandIn(PatchPredictor):
         if subject not in self._ramps or ways is None:
             return
         for patch, number in zip(patches, rows.numbers, strict=True):
-            found = _compare_patch(patch.double().cpu().numpy(), work, number, self._ramps[subject], ways, self._orders)
+            location = work.grid.location(number)
+            around = zip(location[:3], work.padding, self._form.halo, strict=True)
+            # A patch begins a halo before its output, whose location it has.
+            first = [start - before - halo for start, (before, _), (halo, _) in around]
+            found = _compare_patch(patch.double().cpu().numpy(), first, self._ramps[subject], ways, self._orders)
             if subject in self._seen:
                 found.append(self._seen[subject])
             if found:
@@ -152,20 +158,18 @@ class StandIn(PatchPredictor):
 
 def _compare_patch(
     patch: np.ndarray,
-    work: SubjectWork,
-    number: int,
+    starts: Sequence[int],
     channels: Sequence[Channel],
     ways: Sequence[AxisWay],
     orders: Orders,
 ) -> list[Seen]:
-    """The largest error of each channel of a (C, pi, pj, pk) patch of a ramp."""
-    location = work.grid.location(number)
+    """The largest error of each channel of a (C, pi, pj, pk) patch of a ramp, whose first model voxel is `starts`."""
     inner, positions = [slice(0)] * 3, [np.zeros(0)] * 3  # of the patch, and what they see, along the model's axes
     native = [0, 0, 0]
     for n, along in enumerate(ways):
         axis = along.axis
         native[axis] = n
-        start = location[axis] - work.padding[axis][0]
+        start = starts[axis]
         size = len(along.seen)
         first, stop = max(0, -start), min(patch.shape[axis + 1], size - start)
         seen = along.seen[start + first : start + stop]
