@@ -36,6 +36,7 @@ bench: $(READY) .bench/nnunet/.ready .bench/konfai/.ready
 	$(BIN)/python benchmarks/ct.py
 	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/processes.py
+	$(BIN)/python benchmarks/report.py
 
 .bench/%/.ready: benchmarks/environments/%.txt constraints.txt | $(READY)
 	$(BIN)/python benchmarks/environments.py $*
@@ -46,6 +47,7 @@ $(READY): pyproject.toml constraints.txt
 	  { echo 'voxquilt needs Python 3.11 or newer: make PYTHON=/path/to/python3.11'; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs,peers]'
+	-$(BIN)/python -m voxquilt.report.niivue   # the viewer of reports, which works without it
 	touch $@
 
 clean:

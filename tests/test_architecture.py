@@ -25,7 +25,7 @@ FOLDERS = [
     ["models", "distributed", "reporting"],
     ["planning", "training"],
     ["prediction"],
-    ["selfcheck", "doctor"],
+    ["report", "selfcheck", "doctor"],
     ["cli"],
     ["export"],
 ]

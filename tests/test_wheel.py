@@ -13,6 +13,8 @@ import pytest
 
 from voxquilt.data.discovery import stem
 from voxquilt.datasets import MNI152
+from voxquilt.filesystem import checksum
+from voxquilt.report.niivue import SHA256
 
 ROOT = Path(__file__).parents[1]
 
@@ -67,7 +69,22 @@ def test_the_wheel_names_its_console_scripts(installed: Path) -> None:
     text = points.read_text()
     assert "voxquilt-export = voxquilt.export.command:main" in text
     assert "voxquilt-predict = voxquilt.cli.main:predict" in text
+    assert "voxquilt-report = voxquilt.report.command:main" in text
     assert "voxquilt-train = voxquilt.cli.main:train" in text
+
+
+def test_the_wheel_holds_the_report_and_its_viewer_with_their_licences(installed: Path) -> None:
+    """Templates, styles, and NiiVue, which the build has fetched and compared with its checksum."""
+    report = installed / "voxquilt/report"
+    source = ROOT / "src/voxquilt/report"
+    for folder in ("templates", "static"):
+        assert {path.name for path in (report / folder).iterdir()} == {
+            path.name for path in (source / folder).iterdir()
+        }
+    assert checksum(report / "vendor/niivue.umd.js") == SHA256
+    assert {path.name for path in (report / "vendor").glob("*.txt")} == {
+        "NIIVUE_LICENSE.txt", "THIRD_PARTY_LICENSES.txt",
+    }  # fmt: skip
 
 
 @pytest.mark.slow

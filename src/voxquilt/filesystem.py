@@ -23,11 +23,15 @@ def temporary_suffix(pid: int) -> str:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BufferedWriter]:
+def replacing(path: Path, *, durable: bool = True) -> Iterator[BufferedWriter]:
     """A file that takes the place of `path` when the block ends without an error; otherwise nothing is left of it.
 
     The temporary file lies in the same folder, since a file cannot be moved between file systems in one step, and is
     hidden, so that another run does not take it for an input.
+
+    Args:
+        path: The file.
+        durable: Whether to wait until the content is on the disk, which a power failure then does not undo.
 
     Raises:
         OutputError: the file cannot be written.
@@ -37,7 +41,8 @@ def replacing(path: Path) -> Iterator[BufferedWriter]:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise OutputError(f"{path}: writing failed: {error.strerror or error}. No partial file is left.") from error
@@ -60,6 +65,12 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def conf_dir() -> Path:
+    """The configuration's folder: inside the package in a wheel, at the top of a checkout."""
+    inside = Path(__file__).parent / "conf"
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "conf"
 
 
 def checksum(path: Path) -> str:

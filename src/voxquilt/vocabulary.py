@@ -15,6 +15,11 @@ LABELS, MAP, IMAGE, PICTURE = "labels", "map", "image", "picture"
 ACTIVATIONS = ("softmax", "sigmoid", "none")
 APPLIED = ("applied", "applied_sigmoid")
 """Scores that were made probabilities before they were averaged: of one label per voxel, or of several."""
+DTYPES = ("float32", "float16", "uint8")
+"""Types of probabilities and other maps with a known range."""
+ONE, PER_CLASS = "one", "per_class"
+FILES = (ONE, PER_CLASS)
+"""Whether a map with a channel per class is one file, or one per class."""
 RESTORES = ("scores", "probabilities", "labels")
 OFFLOAD = ("auto",)
 AVERAGES = ("logits", "probabilities")
@@ -27,6 +32,9 @@ CHECKPOINT = "checkpoint"
 ORDERED, MEAN = "ordered", "mean"
 COMBINE = (ORDERED, MEAN)
 """How the outputs of several models are combined; see `voxquilt.stitching.combination`."""
+CHANNELS, VOLUMES = "channels", "volumes"
+TIMES = (CHANNELS, VOLUMES)
+"""What the last axis of a 4-D file has: channels of one volume, or the volumes of a series."""
 CROPS = ("nonzero",)
 NONFINITE = ("error", "zero")
 DEVICES = ("auto", "cpu")
@@ -44,9 +52,9 @@ FIT_MODES = ("fit_edge", "fit_reflect", "fit_wrap")
 """The same modes where only what a patch does not fit is padded, and not a border of half the overlap."""
 
 ADDED_SETTINGS = {
-    "data.placement": "regular", "data.margin": 0,
+    "data.placement": "regular", "data.time": "channels", "data.margin": 0,
     "preprocess.grid": "centre", "preprocess.interpolation": 1, "preprocess.intensity_first": False,
-    "stitch.order": 1,
+    "stitch.order": 1, "stitch.dtype": "float32", "stitch.files": "one", "stitch.temperature": 1,
 }  # fmt: skip
 """Settings that later versions have added, each with the value of the runs and trainings before."""
 
@@ -64,6 +72,12 @@ def check_name(value: object, allowed: Iterable[str], key: str) -> str:
     if value in allowed:
         return str(value)
     raise ConfigError(f"{key} must be one of {', '.join(allowed)}; it is {value!r}.{question(str(value), allowed)}")
+
+
+def check_positive(value: object, key: str) -> None:
+    """Raises ConfigError where a value is no finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise ConfigError(f"{key} must be a number above 0; it is {value!r}.")
 
 
 def check_order(value: object, key: str) -> None:

@@ -105,6 +105,7 @@ def light(place: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
         ("data.skip=true", "data.skip is null, a number, or a mask's path with {subject}; it is True"),
         ("data.skip=[1,2]", "data.skip is null, a number, or a mask's path"),
         ("data.skip=masks/{subject}.nii", "data.skip=masks/{subject}.nii: no subject has such a mask (relative to"),
+        ("data.margin=5", "data.margin=5 is around the box of data.within, which is null; set both."),
         ("data.labels=truth.nii", "data.labels is a path with {subject}, such as 'labels/{subject}.nii.gz', or one"),
         ("data.labels=truth/{subject}.nii", "data.labels=truth/{subject}.nii: no subject has such a file (relative to"),
         ("run.surface_tolerance=-1", "run.surface_tolerance must be a number of mm from 0; it is -1"),
@@ -346,7 +347,9 @@ def test_a_folder_of_bad_files_is_reported_and_the_good_ones_are_finished(tmp_pa
         np.testing.assert_array_equal(read(tmp_path / f"aus gabe/{name}_labels.nii.gz"), array > 50)
         assert printed[name][:3] == ["done", f"{(array > 50).sum() / 1000:.1f}", "4"]
     assert sorted(os.listdir(tmp_path / "aus gabe")) == sorted(
-        [f"{name}_labels.nii.gz" for name in good] + ["manifest.csv", "run.json", "tensorboard"]
+        [f"{name}_labels.nii.gz" for name in good]
+        + ["labels.ctbl", "labels.txt", "manifest.csv", "statistics.csv", "run.json"]
+        + ["report", "report.html", "tensorboard"]
     )
     assert "volume [ml]" in done.stdout
     assert "5 of 19 subjects done" in done.stdout

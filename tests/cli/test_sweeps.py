@@ -93,7 +93,13 @@ def test_a_job_has_the_expected_folder(sweep: list[str], wanted: set[str], forks
     (tmp_path / "more/experiment/swept.yaml").write_text(
         "# @package _global_\nhydra: {sweeper: {params: {data.patch_overlap: '2,4'}}}\n"
     )
-    common = ("data.inputs=scans", "data.patch_size=8", *NETWORK, "callbacks.writer.tensorboard=false")
+    common = (
+        "data.inputs=scans",
+        "data.patch_size=8",
+        *NETWORK,
+        "callbacks.writer.tensorboard=false",
+        "callbacks.writer.report=false",
+    )
     varied = {text.partition("=")[0] for text in sweep}
     done = forks.run(
         "-m", *(text for text in common if text.partition("=")[0] not in varied), *sweep, cwd=tmp_path,

@@ -13,7 +13,7 @@ from synthetic import Over50, noise, read, run, save
 
 NETWORK = ("model=state_dict", "model.net._target_=synthetic.Over50", "ckpt_path=null")
 GRID = ("data.patch_size=8", "data.patch_overlap=4", "data.batch_size=3")
-JOB = ("data.inputs=in", *NETWORK, *GRID, "callbacks.writer.tensorboard=false")
+JOB = ("data.inputs=in", *NETWORK, *GRID, "callbacks.writer.tensorboard=false", "callbacks.writer.report=false")
 
 
 def manifest(folder: Path) -> dict[str, dict[str, str]]:

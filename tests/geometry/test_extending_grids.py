@@ -9,7 +9,7 @@ from synthetic import noise, read, run, save
 
 JOB = (
     "data.inputs=in", "data.patch_size=8", "model=state_dict", "model.net._target_=synthetic.Over50", "ckpt_path=null",
-    "callbacks.writer.tensorboard=false", "callbacks.writer.compress=false",
+    "callbacks.writer.tensorboard=false", "callbacks.writer.report=false", "callbacks.writer.compress=false",
 )  # fmt: skip
 SHAPE = (17, 12, 10)
 

@@ -14,7 +14,13 @@ from voxquilt.models.weights.detect import check_is_weights, kind_of
 from voxquilt.models.weights.reading import read_by_format
 from voxquilt.models.weights.registry import WEIGHTS, ReadOptions
 
-JOB = ("data.inputs=in", "data.patch_size=8", "callbacks.writer.tensorboard=false", "callbacks.writer.compress=false")
+JOB = (
+    "data.inputs=in",
+    "data.patch_size=8",
+    "callbacks.writer.tensorboard=false",
+    "callbacks.writer.report=false",
+    "callbacks.writer.compress=false",
+)
 NET = ("model.net._target_=synthetic.Over50",)
 
 

@@ -29,7 +29,7 @@ from voxquilt.errors import ConfigError
 ARGUMENTS = (
     "data.inputs=scans", "model=state_dict", "model.net._target_=synthetic.Touchy", "ckpt_path=null",
     "data.patch_size=8", "data.patch_overlap=4", "trainer.accelerator=cpu",
-    "callbacks.writer.tensorboard=false",
+    "callbacks.writer.tensorboard=false", "callbacks.writer.report=false",
 )  # fmt: skip
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node")
 

@@ -26,7 +26,7 @@ SUBJECTS = [f"s{n:02}" for n in range(10)]
 JOB = (
     "data.inputs=in", "model=state_dict", "model.net._target_=synthetic.Slow",
     "ckpt_path=null", "data.patch_size=8", "data.patch_overlap=4", "data.batch_size=3",
-    "callbacks.writer.tensorboard=false",  # a tenth of a second for each subject
+    "callbacks.writer.tensorboard=false", "callbacks.writer.report=false",  # a tenth of a second for each subject
 )  # fmt: skip
 FAULT = "+callbacks.fault._target_=synthetic.Fault"
 

@@ -128,7 +128,7 @@ def make(folder: Path, case: Case) -> Path:
 def command(*options: str) -> tuple[str, ...]:
     return (
         "data.inputs=in", "model=nnunet", f"model.folder={NAME}", "stitch.products=[labels,probabilities]",
-        "callbacks.writer.tensorboard=false", *options,
+        "callbacks.writer.tensorboard=false", "callbacks.writer.report=false", *options,
     )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from voxquilt.training.datamodule import TrainingDataModule
 
 JOB = (
     "data.inputs=in", "model=state_dict", "model.net._target_=synthetic.Over50", "ckpt_path=null", "data.patch_size=8",
-    "preprocess.spacing=1.0", "callbacks.writer.tensorboard=false",
+    "preprocess.spacing=1.0", "callbacks.writer.tensorboard=false", "callbacks.writer.report=false",
 )  # fmt: skip
 SHAPE = (12, 9, 10)
 GOOD = ["good", "müller", "[bold]", "new\nline", os.fsdecode(b"latin\xfc"), "of_micron"]

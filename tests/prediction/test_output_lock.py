@@ -112,7 +112,8 @@ def test_a_second_run_in_the_folder_is_refused_and_the_first_unharmed(
     os.kill(running.pids[0], signal.SIGCONT)
     assert running.wait() == [0], running.text
     assert {path.name for path in (tmp_path / "outputs").iterdir()} == {
-        "a_labels.nii.gz", "manifest.csv", "run.json", "tensorboard",
+        "a_labels.nii.gz", "labels.ctbl", "labels.txt", "manifest.csv", "report", "report.html", "run.json",
+        "statistics.csv", "tensorboard",
     }  # fmt: skip
     np.testing.assert_array_equal(
         read(tmp_path / "outputs/a_labels.nii.gz"), read(tmp_path / "in/a.nii.gz") > 50

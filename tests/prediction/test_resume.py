@@ -40,7 +40,7 @@ from voxquilt.reporting.manifest import Manifest, Row, read_rows
 JOB = (
     "data.inputs=in", "model=state_dict", "model.net._target_=synthetic.Slow",
     "ckpt_path=w.pt", "data.patch_size=8", "data.patch_overlap=4", "data.batch_size=3",
-    "callbacks.writer.tensorboard=false",
+    "callbacks.writer.tensorboard=false", "callbacks.writer.report=false",
 )  # fmt: skip
 NAMES = ("a", "b", "c")
 

@@ -91,6 +91,8 @@ def named(findings: Findings, check: str) -> Finding:
         ("preprocess.orientation=LPI", "preprocess.transpose=[2,0,1]", "data.padding_mode=reflect"),
         ("data.divisible_by=8", "preprocess.orientation=null", "stitch.overlap_mode=average"),
         (*RESAMPLED, "preprocess.grid=ends", "data.patch_overlap=0", "data.placement=even", "data.step=0.5"),
+        (*RESAMPLED, *ALL, "stitch.dtype=uint8", "stitch.files=per_class", "stitch.temperature=2"),
+        (*RESAMPLED, *ALL, "stitch.dtype=float16", "model.activation=none"),
         ("trainer.precision=bf16-mixed", *RESAMPLED),
         ("trainer.precision=bf16-true", *ALL),
         ("stitch.label_values=[0,700]", "stitch.class_names=[background,lesion]", "stitch.classes=[lesion]"),

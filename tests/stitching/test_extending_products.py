@@ -18,7 +18,8 @@ from voxquilt.stitching.blend import Blend, Windowed
 
 JOB = (
     "data.inputs=in", "data.patch_size=8", "data.patch_overlap=4", "model=state_dict",
-    "model.net._target_=synthetic.Over50", "ckpt_path=null", "callbacks.writer.tensorboard=false",
+    "model.net._target_=synthetic.Over50", "ckpt_path=null",
+    "callbacks.writer.tensorboard=false", "callbacks.writer.report=false",
     "callbacks.writer.compress=false",
 )  # fmt: skip
 SHAPE = (9, 12, 10)

@@ -43,15 +43,10 @@ from voxquilt.cli.train_config import check_train
 from voxquilt.data.discovery import find_cases
 from voxquilt.distributed.environment import end_with_parent, is_first
 from voxquilt.errors import VoxquiltError
+from voxquilt.filesystem import conf_dir
 from voxquilt.text import escape_streams, leave_stdout
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
-
-
-def conf_dir() -> Path:
-    """The configuration's folder: inside the package in a wheel, at the top of a checkout."""
-    inside = Path(__file__).parents[1] / "conf"
-    return inside if inside.is_dir() else Path(__file__).parents[3] / "conf"
 
 
 def predict() -> None:

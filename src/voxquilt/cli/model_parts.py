@@ -26,6 +26,10 @@ _SECTIONS = ("model", "data", "preprocess", "stitch")
 _FILES = (("_options", "auto"), ("nnunet",))
 # Products that need scores, or each patch's.
 _NOT_OF_MEANS = ("logits", "disagreement")
+# Settings of what is written, which are those of the whole.
+_NOT_OF_PARTS = (
+    "class_names", "label_values", "regions", "classes", "threshold", "postprocess", "compare", "dtype", "files",
+)  # fmt: skip
 # What a part's grids are made of; the rest of `data` is the run's.
 _OF_GRIDS = ("patch_size", "patch_overlap", "padding_mode", "divisible_by", "placement", "step")
 
@@ -125,7 +129,7 @@ def _expanded(cfg: DictConfig, entry: DictConfig, overrides: Sequence[str], conf
     part.model = {**defaults, **shared, **settings}
     part.model.pop("parts", None)
     part.ckpt_path = own.get("ckpt_path") if "ckpt_path" in own else "???"
-    for key in ("class_names", "label_values", "regions", "classes", "threshold", "postprocess", "compare"):
+    for key in _NOT_OF_PARTS:
         part.stitch.pop(key, None)
     part.stitch.products = [product]
     if "step" in own:

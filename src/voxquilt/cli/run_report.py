@@ -1,6 +1,8 @@
 """Prints how a predict run ended, compares its outputs with true labels, and gives the exit status."""
 
+import logging
 import sys
+from pathlib import Path
 
 from voxquilt.cli.exit_status import DONE, FAILED
 from voxquilt.data.discovery import LABEL
@@ -11,7 +13,10 @@ from voxquilt.reporting.evaluation import Evaluation, write_scores
 from voxquilt.reporting.manifest import Row, of_shard
 from voxquilt.reporting.plots import write_boxes
 from voxquilt.reporting.tables import print_scores, print_table
-from voxquilt.text import of_subjects
+from voxquilt.text import of_subjects, reason_of
+from voxquilt.vocabulary import CHANNELS
+
+log = logging.getLogger("voxquilt")
 
 
 def report_run(
@@ -37,9 +42,21 @@ def report_run(
         left = f"{of_subjects(outcome['missing'])} left: the same command goes on."
         # Where the run broke off, the reason was printed as the error that it was.
         print(f"voxquilt: stopped by {outcome['reason']}; {left}" if status > FAILED else left, file=sys.stderr)
-    elif data.labels is not None or any(LABEL in case.values for case in data.cases):
+    elif data.grids.time == CHANNELS and (data.labels is not None or any(LABEL in case.values for case in data.cases)):
         status = max(status, _evaluate(data, writer, rows, tolerance))
+    if writer.options.report:
+        _write_report(writer.output_dir)
     return status
+
+
+def _write_report(folder: Path) -> None:
+    """Write report.html; what fails here is a warning, since the outputs are there."""
+    from voxquilt.report.page import write_report  # here, since most of it is a template engine
+
+    try:
+        log.info("report: %s", write_report(folder))
+    except Exception as error:
+        log.warning("no report was written: %s", reason_of(error))
 
 
 def _evaluate(data: GridDataModule, writer: VolumeWriter, rows: list[Row], tolerance: float) -> int:

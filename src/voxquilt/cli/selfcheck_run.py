@@ -229,7 +229,8 @@ def _stand_in(kind: str, model: _Model, own: Prepared, folder: Path) -> tuple[St
     checked = model.predictor
     count = len(checked.network.networks) if isinstance(checked, PatchPredictor) else 1
     if kind == "classes":
-        members = [MakeClasses(form, *own.span, squeeze) for _ in range(count)]
+        is_activated = model.sections["stitch"].get("activation") == "none"
+        members = [MakeClasses(form, *own.span, squeeze, ends_activated=is_activated) for _ in range(count)]
         return StandIn(members, folder, {}, model.orders, form, **handling), handling
     handling |= {"average": "logits", "activation": None}
     if isinstance(checked, PatchPredictor):

@@ -10,7 +10,7 @@ from typing import Any
 from voxquilt.errors import ConfigError, VoxquiltError
 from voxquilt.geometry.frame import to_triple
 from voxquilt.geometry.grid import make_grid
-from voxquilt.vocabulary import FIT_MODES, PADDING_MODES, check_label_values, check_name, check_regions
+from voxquilt.vocabulary import FIT_MODES, PADDING_MODES, VOLUMES, check_label_values, check_name, check_regions
 
 Check = Callable[[Any, str], object]
 
@@ -133,6 +133,18 @@ def check_grid(data: Mapping[str, Any], size_key: str = "patch_size") -> None:
     except VoxquiltError as error:
         shown = f"data.{size_key}={list(patch_size)}, data.patch_overlap={overlap}"
         raise ConfigError(f"{shown}{'' if step is None else f', data.step={step}'}: {error}") from error
+
+
+def check_time(data: Mapping[str, Any]) -> None:
+    """Refuse true labels of series, which are not compared."""
+    if data.get("time") == VOLUMES and data.get("labels") is not None:
+        raise ConfigError("data.labels goes with one volume per file; data.time=volumes predicts series.")
+
+
+def check_margin(data: Mapping[str, Any]) -> None:
+    """Refuse a margin around no box, which would have no effect."""
+    if data.get("margin") and data.get("within") is None:
+        raise ConfigError(f"data.margin={data['margin']} is around the box of data.within, which is null; set both.")
 
 
 def padding_mode(value: Any, key: str) -> None:

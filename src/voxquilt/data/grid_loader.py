@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from time import perf_counter
 
@@ -10,6 +11,7 @@ from voxquilt.data.discovery import SubjectFiles, check_id
 from voxquilt.data.foreground import box_of_mask, patches_to_predict, patches_to_skip
 from voxquilt.data.grid_sampler import GridSampler
 from voxquilt.data.preprocess import Preprocess
+from voxquilt.data.series import count_volumes, volume_of
 from voxquilt.data.shared_reads import SharedReads
 from voxquilt.data.subject import LabelMap, ScalarImage, Subject
 from voxquilt.data.subject_size import SubjectCost, measure_subject
@@ -20,6 +22,7 @@ from voxquilt.geometry.padding import NO_PADDING, lay_grid, pads_border, to_padd
 from voxquilt.geometry.slab_split import split_rows
 from voxquilt.geometry.space import Box, Space
 from voxquilt.text import reason_of
+from voxquilt.vocabulary import CHANNELS, VOLUMES
 
 # Limits of model space, in all and along an axis: no machine has memory for more, and patches could not be counted.
 _MOST_VOXELS, _MOST_ALONG = 2**40, 2**20
@@ -41,6 +44,9 @@ class GridLoader:
         within: A pattern of mask files with `{subject}`: only the bounding box of what is above 0 is predicted.
         margin: mm around that box.
         layout: How the network's outputs lie in patches; see `voxquilt.geometry.output_layout.factor_of`.
+        time: 'channels' takes a 4-D file for channels of one volume, 'volumes' for a series, each predicted by itself.
+        keeps: Bytes; the images of a subject that take no more, as their files store them, keep their voxels until its
+            outputs are written, for which its work has the images. None keeps neither.
     """
 
     patch_size: Triple
@@ -55,6 +61,8 @@ class GridLoader:
     within: str | None = None
     margin: float = 0.0
     layout: str = "auto"
+    time: str = CHANNELS
+    keeps: float | None = None
 
     def cost(self, files: SubjectFiles, ranks: int = 1) -> SubjectCost:
         """The cost of a subject, from its headers alone.
@@ -67,7 +75,8 @@ class GridLoader:
         """
         try:
             check_id(files)
-            subject = self._subject_of(files)
+            volumes = self.volumes_of(self.subject_of(files))
+            subject = volumes[0]
             space = self.preprocess.space(subject)
             check_model_space(space)
             if ranks > 1 and (self.preprocess.crop or self.within):
@@ -89,7 +98,8 @@ class GridLoader:
                 subject, space, grid, padding, transformed=transformed, halo=self.halo,
                 order=self.preprocess.interpolation, one_hot=self.preprocess.one_hot,
             )  # fmt: skip
-            return SubjectCost(len(grid) + 1, len(split_rows(grid, ranks)), size)
+            size = size.as_series(len(volumes))
+            return SubjectCost(size.patches + 1, len(split_rows(grid, ranks)), size, volumes=len(volumes))
         except Exception as error:  # too large numbers raise many kinds of errors
             return SubjectCost(1, problem=_with_files(reason_of(error), files))
 
@@ -115,9 +125,14 @@ class GridLoader:
 
     def _load(self, task: SubjectTask, rank: int, feed: DeviceFeed | None, reads: SharedReads) -> LoadedSubject:
         started = perf_counter()
-        box, is_empty = self._box(task.case, self._subject_of(task.case))
-        subject, (model_subject, space) = reads.prepare(task, lambda: self._subject_of(task.case), feed, box)
-        file = next(iter(subject.images.values())).file
+        box, is_empty = self._box(task.case, self.subject_of(task.case))
+        keeps = self.keeps if not task.team or task.team[0] == rank else None  # the first of a team writes
+        open_subject = partial(self._open, task.case, keeps or 0)
+        if task.volumes > 1:
+            open_subject = partial(reads.series.take, task, partial(self.subject_of, task.case))
+        subject, (model_subject, space) = reads.prepare(task, open_subject, feed, box)
+        opened = self.subject_of(task.case) if task.volumes > 1 else subject
+        file = next(image.file for image in opened.images.values() if task.volumes in (1, image.shape[0]))
         sampler = GridSampler(
             model_subject,
             self.patch_size,
@@ -138,6 +153,7 @@ class GridLoader:
         numbers = patches_to_predict(sampler, skipped, part)
         seconds = perf_counter() - started
         work = SubjectWork(task, file, sampler.grid, sampler.padding, space, numbers, skipped, part, seconds)
+        work.images = {} if keeps is None else subject.get_images_dict()
         return LoadedSubject(work, source if feed is None else feed.keep(source))
 
     def _box(self, files: SubjectFiles, subject: Subject) -> tuple[Box | None, bool]:
@@ -148,7 +164,26 @@ class GridLoader:
         box = box_of_mask(mask, subject, self.margin)
         return (box, False) if box is not None else (((0, 1), (0, 1), (0, 1)), True)
 
-    def _subject_of(self, files: SubjectFiles) -> Subject:
+    def _open(self, files: SubjectFiles, keeps: float) -> Subject:
+        """A subject, whose images keep their voxels if these take no more bytes than `keeps`."""
+        subject = self.subject_of(files)
+        _ = subject.frame  # that of all images, before any is read
+        images = subject.get_images()
+        if sum(prod(image.shape) * image.file.voxel_bytes for image in images) <= keeps:
+            for image in images:
+                image.hold()
+        return subject
+
+    def volumes_of(self, subject: Subject) -> list[Subject]:
+        """The volumes of a series; of any other subject the subject itself.
+
+        Raises:
+            InputError: two images are series of different lengths.
+        """
+        count = count_volumes(subject) if self.time == VOLUMES else 1
+        return [subject] if count == 1 else [volume_of(subject, n) for n in range(count)]
+
+    def subject_of(self, files: SubjectFiles) -> Subject:
         """A subject, of which nothing has been read."""
         labels = self.preprocess.one_hot or ()
         return Subject({n: LabelMap(path) if n in labels else ScalarImage(path) for n, path in files.images.items()})

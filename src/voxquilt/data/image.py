@@ -138,7 +138,7 @@ class Image(dict[str, Any]):
     def load(self) -> None:
         """Read the voxels, unless they have been read."""
         if DATA not in self:
-            self.update({DATA: self._converted(self.file.read()), AFFINE: self.affine})
+            self.update({DATA: self._converted(self.stored()), AFFINE: self.affine})
 
     def set_data(self, tensor: Tensor | np.ndarray) -> None:
         """Replace the voxels by (C, I, J, K); the affine stays."""
@@ -155,6 +155,14 @@ class Image(dict[str, Any]):
         if not path.name.endswith((".nii", ".nii.gz")):
             raise InputError(f"{path}: an image is saved as .nii or .nii.gz.")
         write(path, _storable(self.data).numpy(force=True), self.frame)
+
+    def at(self, channel: int) -> "Image":
+        """One channel of an image of a file; of voxels that are held, without reading."""
+        new = type(self).__new__(type(self))
+        new.path, new._file = self.path, self.file.at(channel)
+        new._held = None if self._held is None else self._held[channel : channel + 1]
+        new.update({PATH: self[PATH], STEM: self[STEM], TYPE: self.kind})
+        return new
 
     def part(self, data: Shaped[Tensor, "c i j k"], affine: np.ndarray) -> "Image":
         """A part of this image, such as a patch, with the path and name of the image."""

@@ -6,6 +6,7 @@ from threading import Lock
 
 from voxquilt.data.device_feed import DeviceFeed
 from voxquilt.data.preprocess import Prepared, Preprocess
+from voxquilt.data.series import SeriesReads
 from voxquilt.data.subject import Subject
 from voxquilt.data.subject_task import SubjectTask
 from voxquilt.geometry.space import Box
@@ -32,6 +33,8 @@ class SharedReads:
         self._first = [self._preprocesses.index(preprocess) for preprocess in self._preprocesses]
         self._kept: dict[str, _Kept] = {}
         self._lock = Lock()
+        self.series = SeriesReads(len(self._preprocesses))
+        """Reads subjects that are series of volumes."""
 
     def prepare(
         self,
@@ -51,7 +54,7 @@ class SharedReads:
         Raises:
             Exception: it cannot be read or prepared.
         """
-        model, name = task.model, task.case.subject
+        model, name = task.model, f"{task.case.subject} {task.volume}"
         if len(self._preprocesses) == 1:
             subject = open_subject()
             return subject, self._preprocesses[0](subject, feed, box)

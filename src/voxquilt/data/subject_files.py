@@ -23,6 +23,11 @@ class SubjectFiles:
     images: Mapping[str, Path]
     values: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def paths(self) -> dict[str, str]:
+        """The absolute path of each image."""
+        return {name: os.path.abspath(path) for name, path in self.images.items()}
+
 
 def expanded(text: str | Path) -> Path:
     """A path with ~ replaced by the home folder."""

@@ -28,6 +28,7 @@ class SubjectSize(NamedTuple):
         reading: Further bytes that reading and resampling need.
         file: Bytes of the images as the files store them, unpacked.
         stored: Bytes of the largest of these images.
+        volumes: Number of volumes of a series, which count in `patches`, `loaded`, `file` and `stored`.
     """
 
     native: Triple
@@ -40,6 +41,20 @@ class SubjectSize(NamedTuple):
     reading: int
     file: int
     stored: int
+    volumes: int = 1
+
+    @property
+    def voxels(self) -> int:
+        """Native voxels of all volumes."""
+        return prod(self.native) * self.volumes
+
+    def as_series(self, volumes: int) -> "SubjectSize":
+        """The size of a series of such volumes, which is kept as it is stored while they are predicted in turn."""
+        if volumes == 1:
+            return self
+        file, stored = self.file * volumes, self.stored * volumes
+        loaded = self.loaded + file
+        return self._replace(patches=self.patches * volumes, loaded=loaded, file=file, stored=stored, volumes=volumes)
 
 
 def measure_subject(
@@ -103,6 +118,7 @@ class RunSize:
         largest: Native voxels of the largest subject.
         channels, ring, loaded, reading, stored: Maxima; see SubjectSize.
         unread: Subjects that are known to fail.
+        largest_file: The most bytes of a subject's images as they are stored.
         channel_counts: Number of subjects by number of channels.
     """
 
@@ -117,6 +133,7 @@ class RunSize:
     reading: int = 0
     stored: int = 0
     unread: int = 0
+    largest_file: int = 0
     channel_counts: Mapping[int, int] = field(default_factory=dict)
 
 
@@ -129,7 +146,8 @@ def largest_of(costs: Sequence["SubjectCost"]) -> "SubjectCost":
     most = {key: max(getattr(size, key) for size in sizes) for key in ("ring", "loaded", "reading")}
     patches = sum(size.patches for size in sizes)
     largest = max(sizes, key=lambda size: prod(size.model))
-    return SubjectCost(patches + 1, min(cost.parts for cost in costs), largest._replace(patches=patches, **most))
+    size = largest._replace(patches=patches, **most)
+    return SubjectCost(patches + 1, min(cost.parts for cost in costs), size, volumes=size.volumes)
 
 
 def run_size(subjects: Iterable[SubjectSize | None]) -> RunSize:
@@ -140,13 +158,14 @@ def run_size(subjects: Iterable[SubjectSize | None]) -> RunSize:
     def most(key: str) -> int:
         return max((getattr(size, key) for size in sizes), default=0)
 
-    voxels = [prod(size.native) for size in sizes]
+    voxels = [size.voxels for size in sizes]
     return RunSize(
         subjects=len(subjects),
         patches=sum(size.patches for size in sizes),
         voxels=sum(voxels),
         file=sum(size.file for size in sizes),
         largest=max(voxels, default=0),
+        largest_file=most("file"),
         unread=len(subjects) - len(sizes),
         channel_counts=Counter(size.channels for size in sizes),
         **{key: most(key) for key in ("channels", "ring", "loaded", "reading", "stored")},
@@ -168,7 +187,7 @@ def combined(runs: Iterable[RunSize]) -> RunSize:
     return RunSize(
         channel_counts=channel_counts,
         **sums,
-        **{key: most(key) for key in ("largest", "channels", "ring", "loaded", "reading", "stored")},
+        **{key: most(key) for key in ("largest", "largest_file", "channels", "ring", "loaded", "reading", "stored")},
     )
 
 
@@ -181,9 +200,11 @@ class SubjectCost:
         parts: Number of slabs into which the grid can be divided for the ranks of a run.
         size: Its sizes; None where headers cannot be used, and where sizes were not computed.
         problem: Why the subject will fail, where its headers show that.
+        volumes: Number of volumes of a series.
     """
 
     patches: int
     parts: int = 1
     size: SubjectSize | None = None
     problem: str = ""
+    volumes: int = 1

@@ -1,9 +1,11 @@
 """Provides what a run knows of a subject: its task, its work and its volumes in memory."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from voxquilt.data.discovery import SubjectFiles
 from voxquilt.data.formats.image_file import ImageFile
+from voxquilt.data.image import Image
 from voxquilt.data.patch_source import PatchSource
 from voxquilt.geometry.frame import Padding
 from voxquilt.geometry.grid import Grid
@@ -23,6 +25,8 @@ class SubjectTask:
             subject that one process predicts by itself.
         problem: Why it will fail, where that is known beforehand.
         model: Which of several models is to predict it.
+        volumes: The number of volumes of a series, of which each is predicted by itself; 1 for a volume.
+        volume: Which of them this is.
     """
 
     case: SubjectFiles
@@ -31,10 +35,16 @@ class SubjectTask:
     team: tuple[int, ...] = ()
     problem: str = ""
     model: int = 0
+    volumes: int = 1
+    volume: int = 0
 
     def by_models(self, count: int) -> "list[SubjectTask]":
-        """The task of each of several models, which have numbers of their own."""
-        return [replace(self, number=self.number * count + model, model=model) for model in range(count)]
+        """The task of each volume and of each of several models, which have numbers of their own."""
+        return [
+            replace(self, number=(self.number + volume) * count + model, model=model, volume=volume)
+            for volume in range(self.volumes)
+            for model in range(count)
+        ]
 
 
 @dataclass(eq=False)
@@ -51,6 +61,8 @@ class SubjectWork:
         part: This process's part of the grid, where several share it; `numbers` are the patches of that part.
         seconds: Time spent so far on loading, its share of forward passes, and adding its patches; without waiting.
         failed: Set once; the rest of the subject is then skipped.
+        images: Its images, without label maps, for statistics of what they hold where labels are; they may have kept
+            their voxels.
     """
 
     task: SubjectTask
@@ -63,6 +75,7 @@ class SubjectWork:
     part: Part | None = None
     seconds: float = 0.0
     failed: bool = False
+    images: Mapping[str, Image] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

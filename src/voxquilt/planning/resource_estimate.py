@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+import numpy as np
+
 from voxquilt.data.staging import STAGED
 from voxquilt.data.subject_size import RunSize
 from voxquilt.geometry.frame import Triple
@@ -34,12 +36,14 @@ class OutputFile:
         voxel_bytes: Bytes of a voxel, over all channels.
         packed: Its expected size as .nii.gz, as a share of its voxels.
         labels: Whether it holds labels.
+        file_bytes: Bytes of a voxel in the file, unpacked.
     """
 
     name: str
     voxel_bytes: int
     packed: float
     labels: bool
+    file_bytes: int
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class RunSettings:
         pictures: Whether pictures are drawn.
         images_on_device: Whether images are prepared on the GPU and kept there while patches are cut from them.
         device_memory: Bytes of the GPU that the process can have.
+        keeps_images: Bytes; images that take no more as they are stored are kept until their subject is written.
     """
 
     stitch: Stitch
@@ -92,6 +97,7 @@ class RunSettings:
     pictures: bool = False
     images_on_device: bool = False
     device_memory: int = 2**63
+    keeps_images: float = 0
 
 
 @dataclass(frozen=True)
@@ -152,13 +158,14 @@ def plan_outputs(
             for product, spec in specs.items():
                 count, dtype = spec.product.form(channels)
                 name = "_".join(filter(None, (output, product)))
-                files.append(OutputFile(name, count * dtype.itemsize, spec.packed, spec.product.kind == LABELS))
+                size, written = count * dtype.itemsize, count * (4 if dtype == np.float16 else dtype.itemsize)
+                files.append(OutputFile(name, size, spec.packed, spec.product.kind == LABELS, written))
     return OutputPlan(files, sums, blends)
 
 
 def bytes_on_disk(files: Sequence[OutputFile], voxels: int, *, compress: bool) -> int:
     """Expected bytes on disk of the output files of so many native voxels."""
-    return round(sum(file.voxel_bytes * (file.packed if compress else 1) for file in files) * voxels)
+    return round(sum(file.file_bytes * (file.packed if compress else 1) for file in files) * voxels)
 
 
 def estimate(size: RunSize, probe: Probe, outputs: OutputPlan, settings: RunSettings) -> Requirements:
@@ -202,9 +209,12 @@ def estimate(size: RunSize, probe: Probe, outputs: OutputPlan, settings: RunSett
         device |= {"products": held * sum(volumes)} if sums + sum(volumes) <= free / 2 else {}
     else:
         host |= {"network": max(network + min(network // 2, _KEPT), probe.output_bytes + _PIECES), "sums": sums}
+    # Also those of subjects that are written. Only a subject's images that are not changed share memory with these.
+    stored = min(size.subjects, ahead + 1) * size.largest_file * (size.largest_file <= settings.keeps_images)
     if settings.gpu and settings.images_on_device:
         device |= images
         host |= {"images": 0, "reading": size.stored + STAGED, "batches": 0}
+    host |= {"images as stored": stored} if stored else {}
     disk = bytes_on_disk(outputs.files, size.voxels, compress=settings.compress)
     bound = bytes_on_disk(outputs.files, size.voxels, compress=False)
     return Requirements(host, device, disk, bound, held * sum(large))

@@ -25,7 +25,7 @@ from voxquilt.models.several_predictors import predictors_of
 from voxquilt.planning.network_check import check_overlap, find_halo
 from voxquilt.prediction.run_options import RunChoices, RunOptions
 from voxquilt.prediction.run_plan import RunPlan, RunPlanner, check_world
-from voxquilt.vocabulary import DISTRIBUTE, check_name
+from voxquilt.vocabulary import DISTRIBUTE, TIMES, check_name
 
 log = logging.getLogger("voxquilt")
 
@@ -83,6 +83,7 @@ class GridDataModule(LightningDataModule):
         super().__init__()
         run = RunChoices(**options)
         check_name(run.distribute, DISTRIBUTE, "run.distribute")
+        check_name(run.time, TIMES, "data.time")
         output_dir = run.resume.folder if run.resume else run.output_dir
         self._find = partial(find_cases, inputs, images, (), output_dir, suffixes=run.suffixes, extra=run.extra_images)
         if is_first() and not is_external():
@@ -96,6 +97,7 @@ class GridDataModule(LightningDataModule):
                 skip=skip,
                 within=run.within,
                 margin=run.margin,
+                time=run.time,
                 preprocess=replace(grids.preprocess, nonfinite=run.nonfinite),
             )
             for grids in (first, *run.more_models)
@@ -192,6 +194,10 @@ class GridDataModule(LightningDataModule):
     def images_to_host(self) -> bool:
         """Keep all images on the host, since the device's memory is too small; False if they are there already."""
         return self._feed is not None and self._feed.to_host()
+
+    def keep_images(self, size: float | None) -> None:
+        """Hand over images with the work on their subject, with their voxels if they take at most so many bytes."""
+        self.models = [replace(grids, keeps=size) for grids in self.models]
 
     def stop_when(self, stopped: Callable[[], bool]) -> None:
         """End the stream of batches before the next one as soon as `stopped` returns True."""

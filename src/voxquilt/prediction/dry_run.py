@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +144,7 @@ def _subject(name: str, cost: SubjectCost, forecast: Forecast | None, pace: Rate
     if size is None or forecast is None:
         return {"subject": name, "problem": cost.problem or "there is no plan"}
     alone = estimate(run_size([size]), forecast.probe, forecast.outputs, forecast.settings)
-    files, voxels, compress = forecast.outputs.files, prod(size.native), forecast.settings.compress
+    files, voxels, compress = forecast.outputs.files, size.voxels, forecast.settings.compress
     values = {
         "subject": name,
         "shape": list(size.native),

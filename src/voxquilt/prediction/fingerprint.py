@@ -31,7 +31,8 @@ NO_VOXELS = frozenset(
         "model.folder", "model.folds", "model.checkpoint",  # the weights count, and the settings that come with them
         "model.trust_checkpoint", "model.offload", "model.compile", "model.channels_last",
         "callbacks.writer.output_dir", "callbacks.writer.on_error", "callbacks.writer.log",
-        "callbacks.writer.tensorboard", "callbacks.writer.in_memory",
+        "callbacks.writer.tensorboard", "callbacks.writer.report", "callbacks.writer.statistics",
+        "callbacks.writer.in_memory",
         "run.on_error", "run.resume", "run.overwrite", "run.distribute", "run.surface_tolerance", "run.dry_run",
         "run.selfcheck", "run.log", "run.status", "run.checkpoint_targets", "run.allowed_targets",
         "trainer._target_",

@@ -1,6 +1,7 @@
 """Feeds the outputs of batches to the stitchers of a process's subjects, and hands over complete subjects."""
 
 import logging
+from collections import Counter
 from dataclasses import replace
 from queue import SimpleQueue
 from time import perf_counter
@@ -66,7 +67,9 @@ class OpenSubjects:
         """Feed a batch's outputs, or its error, to its subjects; hand over those that are complete."""
         self._note_failures()
         self._thread.check()
-        patches = {rows.work.task.case.subject: rows.stop - rows.start for rows in batch.rows}
+        patches = Counter[str]()  # a batch may have several volumes of a series
+        for rows in batch.rows:
+            patches[rows.work.task.case.subject] += rows.stop - rows.start
         self._counts.count(patches, voxels=batch.data[:, 0].numel())
         forward = (perf_counter() - self._since) / len(batch.data)
         for rows in batch.rows:

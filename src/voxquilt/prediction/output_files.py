@@ -1,6 +1,7 @@
 """Writes finished volumes to files, which are named by subject and product."""
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,10 +18,15 @@ from voxquilt.errors import OutputError
 from voxquilt.planning.machine import device_memory
 from voxquilt.planning.preflight import AUTO, weights_on_device
 from voxquilt.planning.resource_estimate import RunSettings
+from voxquilt.prediction.class_files import parts_of
 from voxquilt.prediction.datamodule import GridDataModule
+from voxquilt.reporting.label_tables import write_label_tables
 from voxquilt.reporting.manifest import Row
 from voxquilt.reporting.overlay import flat, overlay_png
+from voxquilt.reporting.statistics_table import Cells, statistics_rows
+from voxquilt.reporting.thumbnails import maps_of, try_thumbnails
 from voxquilt.stitching.combination import Combination
+from voxquilt.stitching.finished_volume import FinishedVolume
 from voxquilt.stitching.label_values import count_labels
 from voxquilt.stitching.output_volumes import Scratch
 from voxquilt.stitching.stitch import Stitch
@@ -37,8 +43,10 @@ class OutputOptions:
         suffix: '.nii.gz' or '.nii'.
         overlay: Whether a picture is written with each subject's volumes.
         tensorboard: Whether numbers and pictures are written for TensorBoard.
+        report: Whether thumbnails are drawn for the report of the run.
         in_memory: Bytes; larger products are kept in scratch files until they are written.
         combination: How the volumes of several models become those of the run; None for one model.
+        statistics: Whether numbers of each label are computed for statistics.csv.
     """
 
     folder: Path
@@ -46,8 +54,10 @@ class OutputOptions:
     suffix: str = ".nii.gz"
     overlay: bool = False
     tensorboard: bool = False
+    report: bool = False
     in_memory: float = float("inf")
     combination: Combination | None = None
+    statistics: bool = False
 
     def stitch_of(self, model: int) -> Stitch:
         """How the patches of one of the models become volumes."""
@@ -61,7 +71,12 @@ class OutputOptions:
     @property
     def pictures(self) -> bool:
         """Whether pictures of labels are drawn."""
-        return self.overlay or self.tensorboard
+        return self.overlay or self.tensorboard or self.report
+
+    @property
+    def keeps_images(self) -> bool:
+        """Whether images are needed again when the outputs are written."""
+        return self.statistics or self.report
 
     def settings(self, data: GridDataModule, module: LightningModule, model: int = 0) -> RunSettings:
         """The settings that determine the memory and disk of a run, as far as one of its models goes."""
@@ -79,6 +94,7 @@ class OutputOptions:
             weights=weights_on_device(module),
             skips=data.grids.skip is not None,
             pictures=self.pictures,
+            keeps_images=self.in_memory if self.keeps_images else 0,
             images_on_device=feed is not None and feed.takes_volumes,
             device_memory=2**63 if feed is None else device_memory(feed.stream.device),
         )
@@ -95,55 +111,96 @@ class OutputFiles:
     def __init__(self, options: OutputOptions, cases: Iterable[SubjectFiles]) -> None:
         self.options, self._cases = options, cases
         self._written: set[Path] = set()
+        self._described: set[tuple[int, ...]] = set()
 
-    def write(self, work: SubjectWork, volumes: Mapping[str, np.ndarray], kinds: Mapping[str, str]) -> Row:
+    def write(self, work: SubjectWork, volumes: Mapping[str, FinishedVolume]) -> Row:
         """Write a subject's products.
 
         Args:
             work: The subject.
-            volumes: (C, I, J, K) by product.
-            kinds: Their kinds: 'labels', 'map' or 'image'.
+            volumes: By product; volumes of labels are means over those of a series, and pictures are of its first.
 
         Raises:
             OutputError: a file cannot be written, or is an input of the run, or another subject's.
         """
         subject, native = work.task.case.subject, work.space.native
         outputs: dict[str, str] = {}
-        for product, data in volumes.items():
-            path = self._check_path(f"{subject}_{product}{self.options.suffix}")
-            names = self._names(len(data)) if kinds[product] == LABELS else None
-            write(path, data, native, header=work.file.header, label_names=names)
-            outputs[path.name] = kinds[product]
-        labels = next((volumes[product] for product, kind in kinds.items() if kind == LABELS), None)
-        if labels is not None and self.options.overlay:
-            path = self._check_path(f"{subject}_overlay.png")
-            drawn = flat(labels, self.options.stitch.numbers)
-            overlay_png(work.file.read()[0].numpy(), drawn, native.affine, path)
-            outputs[path.name] = PICTURE
-        volume, of_classes = None, dict[str, float]()
+        for product, volume in volumes.items():
+            names = self.options.stitch.names_of(len(volume.array)) if volume.kind == LABELS else None
+            for end, array in parts_of(volume, self.options.stitch):
+                path = self._check_path(f"{subject}_{product}{end}{self.options.suffix}")
+                write(path, array, native, header=work.file.header, label_names=names, slope=volume.slope)
+                outputs[path.name] = volume.kind
+            self._describe(product, volume)
+        labels = next((volume.array for volume in volumes.values() if volume.kind == LABELS), None)
+        series = [] if labels is None else list(np.moveaxis(labels, 1, 0)) if labels.ndim == 5 else [labels]
+        outputs |= self._draw(work, volumes, series[0] if series else None)
+        total, of_classes = None, dict[str, float]()
         if labels is not None:
-            ml = abs(float(np.linalg.det(native.affine[:3, :3]))) / 1000  # of sheared voxels too
-            voxels, counts = count_labels(labels)
-            volume = voxels * ml
-            names = self._names(len(labels))
+            ml = abs(float(np.linalg.det(native.affine[:3, :3]))) / 1000 / len(series)  # of sheared voxels too
+            counted = [count_labels(volume) for volume in series]
+            total = sum(voxels for voxels, _ in counted) * ml
+            counts = sum((Counter(counts) for _, counts in counted), Counter[int]())
+            names = self.options.stitch.names_of(len(labels))
             # Several labels per voxel are channels, counted from 0; labels without names have their numbers.
-            of_classes = {str(names.get(n, n)): count * ml for n, count in counts.items()}
+            of_classes = {str(names.get(n, n)): counts[n] * ml for n in sorted({n for _, own in counted for n in own})}
         return Row(
             subject,
             "done",
             tuple(outputs),
             patches=len(work.grid) - len(work.skipped),
             skipped=len(work.skipped),
-            volume_ml=volume,
+            volume_ml=total,
             fingerprint=work.task.fingerprint,
             kinds=tuple(outputs.values()),
+            inputs=work.task.case.paths,
             class_ml=of_classes,
         )
 
-    def _names(self, channels: int) -> dict[int, str]:
-        """Names by the numbers in the file; by channel if there are several labels per voxel."""
+    def _draw(
+        self, work: SubjectWork, volumes: Mapping[str, FinishedVolume], labels: np.ndarray | None
+    ) -> dict[str, str]:
+        """Draw a subject's pictures, of a series its first volume; returns the outputs among them by their kind."""
+        options, subject, affine = self.options, work.task.case.subject, work.space.native.affine
+        overlaid = labels if options.overlay else None
+        if overlaid is None and not options.report:
+            return {}
+        # As it is stored, since the network has seen it in model space and with other intensities.
+        is_series = any(volume.array.ndim == 5 for volume in volumes.values())
+        image = None if is_series else next((image.stored() for image in work.images.values()), None)
+        first = (work.file.read() if image is None else image)[0].numpy()
+        if options.report:
+            arrays = {name: v.array[:, 0] if v.array.ndim == 5 else v.array for name, v in volumes.items()}
+            maps = maps_of(arrays, {name: volume.kind for name, volume in volumes.items()})
+            try_thumbnails(options.folder, subject, first, labels, maps, affine, options.stitch.numbers)
+        if overlaid is None:
+            return {}
+        path = self._check_path(f"{subject}_overlay.png")
+        overlay_png(first, flat(overlaid, options.stitch.numbers), affine, path)
+        return {path.name: PICTURE}
+
+    def _describe(self, product: str, volume: FinishedVolume) -> None:
+        """Write names and colours of labels for viewers, once for each set of classes."""
         stitch = self.options.stitch
-        return dict(enumerate(map(str, stitch.class_names or ()))) if channels > 1 else stitch.names
+        numbers = tuple(stitch.label_numbers(volume.classes)) if volume.kind == LABELS else ()
+        if numbers and numbers not in self._described:
+            self._described.add(numbers)
+            write_label_tables(self.options.folder, product, numbers, stitch.names, stitch.numbers)
+
+    def statistics(self, work: SubjectWork, volumes: Mapping[str, FinishedVolume]) -> list[Cells]:
+        """The rows of a volume for statistics.csv; images that are too large to be kept are read once more."""
+        if not self.options.statistics:
+            return []
+        labels = {name: volume for name, volume in volumes.items() if volume.kind == LABELS}
+        images = {name: image.stored().numpy() for name, image in work.images.items()} if labels else {}
+        rows: list[Cells] = []
+        for name, volume in labels.items():
+            names, known = (
+                self.options.stitch.names_of(len(volume.array)),
+                self.options.stitch.label_numbers(volume.classes),
+            )
+            rows += statistics_rows(work.task.case.subject, name, volume.array, work.space.native, images, names, known)
+        return rows
 
     def _check_path(self, name: str) -> Path:
         path = self.options.folder / name

@@ -7,6 +7,7 @@ from typing import TypedDict
 
 from voxquilt.data.grid_loader import GridLoader
 from voxquilt.prediction.resume import Resume
+from voxquilt.vocabulary import CHANNELS
 
 
 class RunOptions(TypedDict, total=False):
@@ -26,6 +27,8 @@ class RunOptions(TypedDict, total=False):
             that has more than an even share of the patches.
         resume: Finds the subjects that are done already; None predicts all.
         output_dir: Where the run writes; files there are never inputs. By default the folder of `resume`.
+        time: What the last axis of a 4-D file has: 'channels' (the default) of one volume, or 'volumes' of a series,
+            each predicted like a volume of its own, with one file of all of them for each product.
         more_models: Where several models predict each subject, how it is read and cut for those behind the first.
     """
 
@@ -36,6 +39,7 @@ class RunOptions(TypedDict, total=False):
     suffixes: Mapping[str, str] | None
     extra_images: Mapping[str, str] | None
     nonfinite: str
+    time: str
     shard: tuple[int, int]
     distribute: str
     resume: Resume | None
@@ -54,6 +58,7 @@ class RunChoices:
     suffixes: Mapping[str, str] | None = None
     extra_images: Mapping[str, str] | None = None
     nonfinite: str = "error"
+    time: str = CHANNELS
     shard: tuple[int, int] = (0, 1)
     distribute: str = "subject"
     resume: Resume | None = None

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -23,6 +24,7 @@ from voxquilt.geometry.padding import pads_border
 from voxquilt.prediction.fingerprint import digest
 from voxquilt.prediction.resume import Resume, Todo
 from voxquilt.reporting.manifest import Row
+from voxquilt.vocabulary import CHANNELS
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,11 @@ def assign(plan: RunPlan, tasks: Sequence[SubjectTask], size: RunSize, distribut
         distribute: See GridDataModule.
     """
     group, costs = plan.group, plan.costs
-    tasks = [replace(task, problem=cost.problem) for task, cost in zip(tasks, costs, strict=True)]
+    firsts = accumulate((cost.volumes - 1 for cost in costs), initial=0)  # each volume of a series has a number
+    tasks = [
+        replace(task, problem=cost.problem, volumes=cost.volumes, number=task.number + first)
+        for task, cost, first in zip(tasks, costs, firsts, strict=False)
+    ]
     by_rank = assign_tasks(tasks, costs, group.size, distribute) if group.size > 1 else [tasks]
     patches = {task.number: cost.patches for task, cost in zip(tasks, costs, strict=True)}
     loads = [sum(patches[task.number] / max(1, len(task.team)) for task in mine) for mine in by_rank]
@@ -186,7 +192,7 @@ def _placement(grids: GridLoader) -> list[Any]:
     preprocess = grids.preprocess
     grid = grids.patch_size, grids.patch_overlap, pads_border(grids.padding_mode), grids.divisible_by, grids.halo
     space = preprocess.orientation, preprocess.spacing, preprocess.grid, preprocess.transpose
-    return [*grid, grids.placement, grids.step, *space]
+    return [*grid, grids.placement, grids.step, *space, *[grids.time] * (grids.time != CHANNELS)]
 
 
 def check_world(trainer: Trainer | None, shard: tuple[int, int]) -> None:

@@ -5,6 +5,7 @@ import os
 import platform
 import socket
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,7 @@ from voxquilt.distributed.control_channel import Message, Stop
 from voxquilt.filesystem import read_json, write_json
 from voxquilt.prediction.resume import finished, known_settings
 from voxquilt.prediction.run_plan import RunPlan
+from voxquilt.prediction.run_statistics import RunStatistics
 from voxquilt.reporting.manifest import Manifest, Row, of_shard, read_rows
 
 log = logging.getLogger("voxquilt")
@@ -32,12 +34,21 @@ class RunRecord:
         plan: The plan of the run.
         shard: (index, count), for the files' names.
         configuration: Configuration of the run.
+        statistics: Whether statistics.csv is written.
 
     Raises:
         OutputError: they cannot be written.
     """
 
-    def __init__(self, folder: Path, plan: RunPlan, shard: tuple[int, int], configuration: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        plan: RunPlan,
+        shard: tuple[int, int],
+        configuration: Mapping[str, Any],
+        *,
+        statistics: bool = False,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.rows: list[Row] = list(plan.done)
         """Rows of this run's subjects."""
@@ -75,6 +86,8 @@ class RunRecord:
             "replaces": self._before,
         }
         write_json(self._path, self._content)
+        self.statistics = RunStatistics(folder, plan, shard, enabled=statistics)
+        """Numbers of the labels of each subject."""
         self._manifest = Manifest(path, [*others, *again, *self.rows])
 
     def add(self, row: Row) -> None:
@@ -83,8 +96,10 @@ class RunRecord:
         Raises:
             OutputError: the manifest cannot be written.
         """
+        if row.status == "done":
+            self.statistics.add(row)  # before the subject counts as done
         self._manifest.add(row)
-        self.rows.append(row)
+        self.rows.append(replace(row, statistics=()))
         if row.status == "done":
             self._remove_stale({*self._before.get(row.subject, ())} - {*row.outputs})
         if row.status == "failed":
@@ -116,6 +131,7 @@ class RunRecord:
             for subject in [subject for subject in self._plan.subjects if subject not in known]:
                 self.add(Row(subject, "failed", error="the run ended before all of its patches had come."))
         self._manifest.close()
+        self.statistics.close()
         rows = self.rows
         done = {row.subject for row in rows if row.status == "done"}
         failed = sum(row.status == "failed" for row in rows)

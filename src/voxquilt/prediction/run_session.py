@@ -143,7 +143,12 @@ class RunSession:
 
 
 def connect(
-    folder: Path, data: GridDataModule, configuration: Mapping[str, Any], display: RunDisplay | None
+    folder: Path,
+    data: GridDataModule,
+    configuration: Mapping[str, Any],
+    display: RunDisplay | None,
+    *,
+    statistics: bool = False,
 ) -> tuple[ControlChannel, RunRecord | None]:
     """Make the channel between the processes, and on rank 0 the record; called by all processes.
 
@@ -165,7 +170,7 @@ def connect(
             display.row(report)
 
     def open_record() -> tuple[str, int, bytes] | None:
-        records.append(RunRecord(folder, data.plan, data.shard, configuration))
+        records.append(RunRecord(folder, data.plan, data.shard, configuration, statistics=statistics))
         if group.size == 1:
             return None
         hubs.append(Hub(group.size, receive, _decode))

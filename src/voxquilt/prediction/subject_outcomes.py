@@ -27,6 +27,6 @@ class SubjectOutcomes:
     def failed(self, task: SubjectTask, error: Exception, seconds: float) -> None:
         """Report a subject that has failed, after so many seconds of work on it."""
         subject, reason = task.case.subject, reason_of(error)
-        self.channel.report(Row(subject, "failed", seconds=seconds, error=reason))
+        self.channel.report(Row(subject, "failed", seconds=seconds, error=reason, inputs=task.case.paths))
         if self.stops_at_failure:
             self.channel.ask_stop(Stop(f"{subject}: {reason} (run.on_error=raise stops here.)", 1))

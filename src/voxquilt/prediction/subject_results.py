@@ -5,8 +5,10 @@ from time import perf_counter
 
 from voxquilt.data.subject_task import SubjectTask, SubjectWork
 from voxquilt.prediction.output_files import OutputFiles
+from voxquilt.prediction.series_results import SeriesResults
 from voxquilt.reporting.manifest import Row
 from voxquilt.stitching.combination import MeanProbabilities, OrderedLabels
+from voxquilt.stitching.finished_volume import FinishedVolume
 from voxquilt.stitching.subject_stitcher import SubjectStitcher
 
 
@@ -21,49 +23,74 @@ class SubjectResults:
     def __init__(self, files: OutputFiles, models: int) -> None:
         self._files, self._models = files, models
         self._begun: dict[str, tuple[OrderedLabels | MeanProbabilities, Row]] = {}
+        self._series: dict[str, SeriesResults] = {}
         self._failed: set[str] = set()
 
     def take(self, work: SubjectWork, stitcher: SubjectStitcher) -> Row | None:
-        """Take what a model has made of a subject; the subject's row once it is written.
+        """Take what a model has made of a subject, or of a volume of a series; the subject's row once it is written.
 
         Raises:
             Exception: the volumes cannot be made, combined or written.
         """
-        began, subject = perf_counter(), work.task.case.subject
-        volumes = stitcher.volumes()
-        combination = self._files.options.combination
-        if combination is None:
-            row = self._files.write(work, volumes, stitcher.kinds)
-            return replace(row, seconds=work.seconds + perf_counter() - began)
-        if subject in self._failed:
+        began, task = perf_counter(), work.task
+        made = stitcher.finished()
+        if task.case.subject in self._failed:
             return None
+        volumes, counts = self._combined(work, made)
+        counts = replace(
+            counts,
+            patches=counts.patches + len(work.grid) - len(work.skipped),
+            skipped=counts.skipped + len(work.skipped),
+            seconds=counts.seconds + work.seconds,
+        )
+        if volumes is None:
+            counts = replace(counts, seconds=counts.seconds + perf_counter() - began)
+            self._begun[task.case.subject] = self._begun[task.case.subject][0], counts
+            return None
+        statistics = self._files.statistics(work, volumes)
+        if task.volumes > 1:
+            series = self._series.setdefault(
+                task.case.subject, SeriesResults(task.volumes, self._files.options.scratch)
+            )
+            series.add(work, volumes, replace(counts, seconds=counts.seconds + perf_counter() - began), statistics)
+            if not series.is_complete:
+                return None
+            began, counts, work = perf_counter(), series.row, series.work or work
+            volumes, statistics = series.finish()
+            del self._series[task.case.subject]
+        row = self._files.write(work, volumes)
+        seconds = counts.seconds + perf_counter() - began
+        return replace(
+            row, patches=counts.patches, skipped=counts.skipped, seconds=seconds, statistics=tuple(statistics)
+        )
+
+    def _combined(
+        self, work: SubjectWork, made: dict[str, FinishedVolume]
+    ) -> tuple[dict[str, FinishedVolume] | None, Row]:
+        """The volumes of all models, None before the last of them, and the counts of those before this one."""
+        combination, subject = self._files.options.combination, work.task.case.subject
+        if combination is None:
+            return made, Row(subject, "done")
         if work.task.model == 0:
             self._begun[subject] = combination.begin(), Row(subject, "done")
-        combined, sofar = self._begun.pop(subject)
-        combined.add(work.task.model, volumes)
-        sofar = replace(
-            sofar,
-            patches=sofar.patches + len(work.grid) - len(work.skipped),
-            skipped=sofar.skipped + len(work.skipped),
-            seconds=sofar.seconds + work.seconds + perf_counter() - began,
-        )
-        if work.task.model + 1 < self._models:
-            self._begun[subject] = combined, sofar
-            return None
-        row = self._files.write(work, *combined.finish())
-        seconds = sofar.seconds + perf_counter() - began
-        return replace(row, patches=sofar.patches, skipped=sofar.skipped, seconds=seconds)
+        combined, counts = self._begun.pop(subject)
+        combined.add(work.task.model, {name: volume.array for name, volume in made.items()})
+        if work.task.model + 1 == self._models:
+            return combined.finish(), counts
+        self._begun[subject] = combined, counts
+        return None, counts
 
     def fail(self, task: SubjectTask) -> bool:
         """Drop a subject; whether it had not failed before, so that it has to be reported."""
         subject = task.case.subject
         is_new = subject not in self._failed
-        if self._models > 1:
+        if self._models * task.volumes > 1:
             self._failed.add(subject)
             self._begun.pop(subject, None)
+            self._series.pop(subject, None)
         return is_new
 
     def is_dropped(self, task: SubjectTask) -> bool:
-        """Whether a model need not predict a subject, since an earlier one failed on it."""
+        """Whether a model need not predict a subject, since an earlier one, or one of its volumes, has failed."""
         # Of a subject that several processes share, each of them waits for messages of the others.
         return task.case.subject in self._failed and not task.team

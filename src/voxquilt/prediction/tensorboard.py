@@ -32,10 +32,18 @@ class RunEvents:
         folder: Output folder; the run has a folder of its own in `tensorboard` there.
         cases: All subjects; a subject's step is its number among them.
         label_values: See `voxquilt.Stitch`.
+        series: Whether 4-D files are series, of which the first volume is drawn.
     """
 
-    def __init__(self, folder: Path, cases: Sequence[SubjectFiles], label_values: Sequence[int] | None = None) -> None:
-        self._folder, self._label_values = folder, label_values
+    def __init__(
+        self,
+        folder: Path,
+        cases: Sequence[SubjectFiles],
+        label_values: Sequence[int] | None = None,
+        *,
+        series: bool = False,
+    ) -> None:
+        self._folder, self._label_values, self._series = folder, label_values, series
         self._cases = {case.subject: (n, case) for n, case in enumerate(cases)}
         self._pictures = 0
         self._board: SummaryWriter | None = None
@@ -92,7 +100,7 @@ class RunEvents:
             if drawn in row.outputs:
                 return np.asarray(Image.open(self._folder / drawn))
             file, label_file = open_image(next(iter(case.images.values()))), open_image(self._folder / name)
-            labels = flat(label_file.read().numpy(), self._label_values)
+            labels = flat(label_file.read().numpy()[: 1 if self._series else None], self._label_values)
             return np.asarray(overlay(file.read()[0].numpy(), labels, file.frame.affine))
         except Exception as error:  # a missing picture is no reason for the run to fail either
             log.debug("no picture of %s: %s", row.subject, reason_of(error))

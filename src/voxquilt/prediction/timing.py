@@ -145,11 +145,12 @@ def _measure_passes(
 
 def _measure_writing(options: OutputOptions, work: SubjectWork, stitcher: SubjectStitcher) -> float:
     began = perf_counter()
-    volumes = stitcher.volumes()
+    volumes, header = stitcher.finished(), work.file.header
     with tempfile.TemporaryDirectory(dir=options.folder, prefix=".plan-") as folder:
         for name, volume in volumes.items():
-            write(Path(folder) / f"{name}{options.suffix}", volume, work.space.native, header=work.file.header)
-    labels = next((volumes[name] for name, kind in stitcher.kinds.items() if kind == LABELS), None)
+            path = Path(folder) / f"{name}{options.suffix}"
+            write(path, volume.array, work.space.native, header=header, slope=volume.slope)
+    labels = next((volume.array for volume in volumes.values() if volume.kind == LABELS), None)
     if options.pictures and labels is not None:
         overlay(work.file.read()[0].numpy(), flat(labels, options.stitch.numbers), work.space.native.affine)
     return perf_counter() - began

@@ -32,7 +32,7 @@ from voxquilt.reporting.progress_counts import RunProgress
 from voxquilt.stitching.combination import Combination
 from voxquilt.stitching.stitch import Stitch
 from voxquilt.stitching.subject_stitcher import Outputs
-from voxquilt.vocabulary import LOGS, ON_ERROR, check_name
+from voxquilt.vocabulary import LOGS, ON_ERROR, VOLUMES, check_name
 
 log = logging.getLogger("voxquilt")
 
@@ -63,6 +63,8 @@ class VolumeWriter(Callback):
         in_memory: MiB; larger products are kept in unnamed files in output_dir until they are written. None is an
             eighth of the memory that is free when the writer is made: up to three subjects are held at a time.
         tensorboard: Whether to write numbers of subjects, and pictures of the first, in output_dir/tensorboard.
+        report: Whether to draw thumbnails in output_dir/report, for the page that `voxquilt-report` makes.
+        statistics: Whether to write output_dir/statistics.csv: numbers of each label of each subject.
         log: How progress is shown: 'rich' bars, 'plain' lines, 'json' objects on stdout; 'auto' shows bars on a
             terminal.
         configuration: Configuration of the run, for run.json.
@@ -82,6 +84,8 @@ class VolumeWriter(Callback):
         compress: bool = True,
         in_memory: float | None = None,
         tensorboard: bool = False,
+        report: bool = False,
+        statistics: bool = True,
         log: str = "auto",
         configuration: Mapping[str, Any] | None = None,
         combination: Combination | None = None,
@@ -92,8 +96,10 @@ class VolumeWriter(Callback):
             ".nii.gz" if compress else ".nii",
             overlay=overlay,
             tensorboard=tensorboard,
+            report=report,
             in_memory=psutil.virtual_memory().available / 8 if in_memory is None else in_memory * MIB,
             combination=combination,
+            statistics=statistics,
         )
         self._raise = check_name(on_error, ON_ERROR, "on_error") == "raise"
         self._log = check_name(log, LOGS, "run.log")
@@ -149,7 +155,9 @@ class VolumeWriter(Callback):
             data.images_to_host()
         plan = data.plan
         display = self._display(data) if plan.group.rank == 0 else None
-        channel, record = connect(self.output_dir, data, self._configuration, display)
+        statistics = self.options.statistics
+        data.keep_images(self.options.in_memory if self.options.keeps_images else None)
+        channel, record = connect(self.output_dir, data, self._configuration, display, statistics=statistics)
         data.stop_when(lambda: channel.stop is not None)
         self._rows = record.rows if record else []
         files, outcomes = OutputFiles(self.options, plan.cases), SubjectOutcomes(channel, self._raise)
@@ -209,6 +217,8 @@ class VolumeWriter(Callback):
         stop = session.channel.stop
         if stop is not None and stop.status == BROKEN:
             raise RunError(stop.reason)
+        if stop is None and session.record is not None:
+            session.record.statistics.fill(datamodule_of(trainer, "VolumeWriter").grids, self.stitch)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop all processes and finish complete subjects. The others get no row, since they did not fail."""
@@ -223,7 +233,9 @@ class VolumeWriter(Callback):
     def _display(self, data: GridDataModule) -> RunDisplay:
         plan = data.plan
         patches = {subject: cost.patches - 1 for subject, cost in zip(plan.subjects, plan.costs, strict=True)}
-        events = RunEvents(self.output_dir, plan.cases, self.stitch.numbers) if self.options.tensorboard else None
+        series, events = data.grids.time == VOLUMES, None
+        if self.options.tensorboard:
+            events = RunEvents(self.output_dir, plan.cases, self.stitch.numbers, series=series)
         return RunDisplay(make_display(self._log), RunProgress(patches, plan.group.size), events)
 
 

@@ -3,10 +3,11 @@
 import contextlib
 import csv
 import io
+import json
 import os
 import re
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,7 +37,10 @@ class Row:
         volume_ml: Volume of all labels above 0 in millilitres; None without labels.
         kinds: The kinds of the outputs, in their order: 'labels', 'map', 'image' or 'picture'; left out, as in
             manifests of earlier versions, they follow from the names.
+        inputs: The path of each image by its name, from which pictures and the viewer are made; {} where an earlier
+            version wrote the row.
         class_ml: Volume of each label above 0 by its name or number; not in the manifest.
+        statistics: Rows of the subject for statistics.csv; not in the manifest.
     """
 
     subject: str
@@ -50,7 +54,9 @@ class Row:
     finished: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"))
     fingerprint: str = ""
     kinds: tuple[str, ...] = ()
+    inputs: Mapping[str, str] = field(default_factory=dict)
     class_ml: Mapping[str, float] = field(default_factory=dict)
+    statistics: Sequence[Mapping[str, str]] = ()
 
     def __post_init__(self) -> None:
         if len(self.kinds) != len(self.outputs):
@@ -101,7 +107,7 @@ class Manifest:
         """
         with self._lock:
             try:
-                self._file.write(_line(_cells(row)))
+                self._file.write(csv_line(_cells(row)))
                 self._file.flush()
                 os.fsync(self._file.fileno())
             except OSError as error:
@@ -120,12 +126,12 @@ class Manifest:
             _write(self.path, read_rows([self.path]).values())
 
 
-_HEADER = [field.name for field in fields(Row) if field.name != "class_ml"]
+_HEADER = [field.name for field in fields(Row) if field.name not in ("class_ml", "statistics")]
 
 
 def _write(path: Path, rows: Iterable[Row]) -> None:
     with replacing(path) as file:
-        file.write("".join(map(_line, [_HEADER, *map(_cells, rows)])).encode())
+        file.write("".join(map(csv_line, [_HEADER, *map(_cells, rows)])).encode())
 
 
 def _cells(row: Row) -> list[Any]:
@@ -134,12 +140,14 @@ def _cells(row: Row) -> list[Any]:
         "kinds": ";".join(row.kinds),
         "seconds": f"{row.seconds:.3f}",
         "error": " ".join(row.error.split()),
+        "inputs": json.dumps(row.inputs, ensure_ascii=False) if row.inputs else "",  # a path may hold any separator
         "volume_ml": "" if row.volume_ml is None else f"{row.volume_ml:.3f}",
     }
     return [values[name] for name in _HEADER]
 
 
-def _line(cells: list[Any]) -> str:
+def csv_line(cells: list[Any]) -> str:
+    """A line of a .csv."""
     text = io.StringIO()
     csv.writer(text).writerow(cells)
     return escaped(text.getvalue())
@@ -153,7 +161,7 @@ def read_rows(manifests: Iterable[Path]) -> dict[str, Row]:
     """
     latest: dict[str, Row] = {}
     for path in sorted(path for path in manifests if path.is_file()):
-        text = _unescaped(path.read_bytes().decode("utf-8", errors="replace"))
+        text = unescaped(path.read_bytes().decode("utf-8", errors="replace"))
         for cells in csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline="")):
             row = _row(cells)
             if row is not None and (row.subject not in latest or latest[row.subject].finished <= row.finished):
@@ -161,7 +169,7 @@ def read_rows(manifests: Iterable[Path]) -> dict[str, Row]:
     return latest
 
 
-def _unescaped(text: str) -> str:
+def unescaped(text: str) -> str:
     """Text with the file names of the operating system."""
     return re.sub(r"\\(udc[89a-f][0-9a-f])", lambda match: chr(int(match[1][1:], 16)), text)
 
@@ -183,9 +191,17 @@ def _row(cells: Mapping[str, str | None]) -> Row | None:
             values["finished"],
             values["fingerprint"],
             kinds,
+            _inputs(values["inputs"]),
         )
     except (KeyError, ValueError):
         return None
+
+
+def _inputs(text: str) -> dict[str, str]:
+    inputs = json.loads(text or "{}")
+    if not isinstance(inputs, dict):
+        raise ValueError("inputs are a JSON object of paths by name")
+    return {str(name): str(path) for name, path in inputs.items()}
 
 
 def _kind_by_name(output: str) -> str:

@@ -12,6 +12,7 @@ from torch.nn import functional
 from voxquilt.errors import InputError
 from voxquilt.filesystem import replacing
 from voxquilt.geometry.frame import Frame
+from voxquilt.reporting.colours import PALETTE
 from voxquilt.reporting.pictures import side_by_side, with_letters
 from voxquilt.reporting.ras_planes import (
     VIEWS,
@@ -26,12 +27,6 @@ from voxquilt.reporting.ras_planes import (
     window_of_planes,
 )
 from voxquilt.stitching.label_values import iterate_planes
-
-# Okabe and Ito's colours, which colour-blind people can distinguish, ordered by contrast on grey.
-PALETTE = np.array(
-    [(230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (213, 94, 0), (204, 121, 167), (0, 114, 178)],
-    dtype=np.uint8,
-)
 
 
 def overlay_png(image: np.ndarray, labels: np.ndarray, affine: np.ndarray, path: str | Path) -> None:
@@ -93,8 +88,8 @@ def overlay(
     panels = []
     for view, grey in zip(VIEWS, greys, strict=True):
         size = tuple(max(1, round(extents[axis] * scale)) for axis in (view.up, view.right))
-        outlined = _outlined(resized(grey, size), resized_labels(plane_of(labels, view, centre), size))
-        panels.append(with_letters(outlined, view.letters))
+        picture = outlined(resized(grey, size), resized_labels(plane_of(labels, view, centre), size))
+        panels.append(with_letters(picture, view.letters))
     return side_by_side(panels)
 
 
@@ -125,16 +120,19 @@ def flat(
     return flattened
 
 
-def _edges(labels: Int[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
-    """The two outermost pixels inside each label; outside the picture is background, so that outlines are closed."""
+def _edges(labels: Int[np.ndarray, "h w"], width: int) -> Bool[np.ndarray, "h w"]:
+    """The outermost pixels inside each label; outside the picture is background, so that outlines are closed."""
     # In double precision, which holds all labels; SciPy's filters of integers would take longer to import than to run.
-    padded = functional.pad(torch.from_numpy(labels.astype(np.float64))[None], (2, 2, 2, 2))
-    low, high = (functional.max_pool2d(sign * padded, 5, stride=1)[0] * sign for sign in (-1, 1))
+    padded = functional.pad(torch.from_numpy(labels.astype(np.float64))[None], (width,) * 4)
+    low, high = (functional.max_pool2d(sign * padded, 2 * width + 1, stride=1)[0] * sign for sign in (-1, 1))
     return (labels != 0) & (low != high).numpy()
 
 
-def _outlined(grey: UInt8[np.ndarray, "h w"], labels: Int[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"]:
+def outlined(
+    grey: UInt8[np.ndarray, "h w"], labels: Int[np.ndarray, "h w"], *, width: int = 2
+) -> UInt8[np.ndarray, "h w 3"]:
+    """A grey picture with the outline of each label, so many pixels wide and inside the label."""
     picture = np.repeat(grey[..., None], 3, axis=2)
-    edges = _edges(labels)
+    edges = _edges(labels, width)
     picture[edges] = PALETTE[(labels[edges] - 1) % len(PALETTE)]
     return picture

@@ -65,7 +65,7 @@ def plane_of(volume: np.ndarray, view: View, centre: Triple) -> Shaped[np.ndarra
 
 def window_of_planes(planes: list[Shaped[np.ndarray, "_ _"]]) -> tuple[float, float]:
     """The values that are black and white in all planes."""
-    values = np.concatenate([plane.ravel() for plane in planes]).astype(np.float64)
+    values = np.concatenate([plane.ravel() for plane in planes]).astype(np.float64) if planes else np.zeros(0)
     values = values[np.isfinite(values)]
     low, high = np.percentile(values[values != 0], (1, 99)) if values.any() else (0.0, 0.0)
     if low == high and values.size:  # a mask, or a constant image

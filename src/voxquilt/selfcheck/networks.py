@@ -60,10 +60,25 @@ class MakeClasses(nn.Module):
     Of K classes, class k has the score 2 k' y - k'^2, where k' = k - (K - 1) / 2 and y is x on a scale from the first
     k' to the last. It is the highest where y is nearest to k', and it is linear in x, so that averages of patches and
     interpolation change no score and no border between classes. One channel is y itself, from -4 to 4.
+
+    Args:
+        form: How outputs lie in patches.
+        least, most: See above.
+        squeeze_axis: See PatchNetwork.
+        ends_activated: Whether outputs are probabilities, as those of a network that ends with a soft-max.
     """
 
-    def __init__(self, form: OutputForm, least: float, most: float, squeeze_axis: int | None = None) -> None:
+    def __init__(
+        self,
+        form: OutputForm,
+        least: float,
+        most: float,
+        squeeze_axis: int | None = None,
+        *,
+        ends_activated: bool = False,
+    ) -> None:
         super().__init__()
+        self._ends_activated = ends_activated
         self._lays = [GiveBack(factor, form.halo, squeeze_axis) for factor in form.factors.values()]
         self._channels = dict(form.channels)
         self._least, self._most = least, most
@@ -71,20 +86,24 @@ class MakeClasses(nn.Module):
     def forward(self, patches: Tensor) -> Tensor | dict[str, Tensor]:
         values = patches[:, :1].float()
         outputs = {
-            name: as_in_a_run(class_scores(lay.laid(values), count, self._least, self._most, 1), patches)
+            name: class_scores(lay.laid(values), count, self._least, self._most, 1, self._ends_activated)
             for (name, count), lay in zip(self._channels.items(), self._lays, strict=True)
         }
+        outputs = {name: as_in_a_run(output, patches) for name, output in outputs.items()}
         return outputs[""] if list(outputs) == [""] else outputs
 
 
-def class_scores(values: Tensor, classes: int, least: float, most: float, axis: int) -> Tensor:
-    """The scores of MakeClasses along an axis of size 1, in the values' type."""
+def class_scores(
+    values: Tensor, classes: int, least: float, most: float, axis: int, ends_activated: bool = False
+) -> Tensor:
+    """The scores of MakeClasses along an axis of size 1, in the values' type; with `ends_activated` probabilities."""
     share = (values - least) / (most - least) - 0.5
     if classes == 1:
-        return 8 * share
+        return share + 0.5 if ends_activated else 8 * share
     numbers = torch.arange(classes, dtype=values.dtype, device=values.device) - (classes - 1) / 2
     numbers = numbers.reshape([-1 if n == axis else 1 for n in range(values.ndim)])
-    return 2 * numbers * (share * (classes - 1)) - numbers.square()
+    scores = 2 * numbers * (share * (classes - 1)) - numbers.square()
+    return scores.softmax(axis) if ends_activated else scores
 
 
 def largest_score(classes: int) -> float:

@@ -32,6 +32,8 @@ def compare_products(
     output: str,
     span: tuple[float, float],
     averaged: Callable[[torch.Tensor], torch.Tensor] | None,
+    *,
+    ends_activated: bool,
 ) -> list[Finding] | None:
     """Whether products of scores that are linear in the image are what they are by definition, at a sample of voxels.
 
@@ -45,6 +47,7 @@ def compare_products(
         form, output: The network's outputs, and which of them this is.
         span: The least and the greatest value of the image.
         averaged: The activation of scores before they are averaged; None without one.
+        ends_activated: See MakeClasses.
     """
     try:
         ways = axis_ways(way)
@@ -67,7 +70,7 @@ def compare_products(
         # Half a class apart, so that each label that rounding can make is among them; the middle is the right one.
         steps = min(20, int(np.ceil(2 * width * max(1, classes - 1) / (span[1] - span[0]))))
         shifts = sorted({0.0, *np.linspace(-width, width, 2 * steps + 1).tolist()}, key=abs)
-        wanted = [_product_of(image + shift, weights, classes, span, spec, averaged) for shift in shifts]
+        wanted = [_product_of(image + shift, weights, classes, span, spec, averaged, ends_activated) for shift in shifts]
         if isinstance(wanted[0], str):
             found.append(Finding(f"{name}: its values", problem=wanted[0]))
             continue
@@ -82,13 +85,14 @@ def _product_of(
     span: tuple[float, float],
     spec: ProductSpec,
     averaged: Callable[[torch.Tensor], torch.Tensor] | None,
+    ends_activated: bool,
 ) -> list[np.ndarray] | str:
     """A product at voxels whose corners have (p, 8) image values.
 
     Returns:
         (c, p) values; of labels that are resampled, those of each corner. Or why there is no such product.
     """
-    scores = class_scores(torch.from_numpy(image)[None], classes, *span, axis=0)[..., None]  # (c, p, 8, 1)
+    scores = class_scores(torch.from_numpy(image)[None], classes, *span, 0, ends_activated)[..., None]  # (c, p, 8, 1)
     if averaged is not None:
         scores = averaged(scores[None])[0]
     try:

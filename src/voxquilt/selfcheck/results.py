@@ -55,6 +55,11 @@ class Round:
         return _read(self.folder, "seen")
 
     @property
+    def ends_activated(self) -> bool:
+        """Whether the network's outputs are taken for probabilities."""
+        return self.stitch.activation == "none"
+
+    @property
     def networks(self) -> list[dict[str, Any]]:
         """What each process found of the user's network."""
         return _read(self.folder, "network")
@@ -148,8 +153,9 @@ def judge_classes(findings: Findings, ended: Round, own: Prepared, model: str) -
     averaged = to_activation(ended.options.get("activation")) if averages else None
     for output, channels in own.form.channels.items():
         way = replace(ended.way(CLASSES), factor=own.form.factors[output])
-        if {order for along in way.orders for order in along} != {1} and averaged is not None:
-            findings.unchecked.append(f"{model}products: averages of probabilities that are not interpolated linearly")
+        is_bent = averaged is not None or (ended.ends_activated and channels > 1)
+        if {order for along in way.orders for order in along} != {1} and is_bent:
+            findings.unchecked.append(f"{model}products: probabilities that are not interpolated linearly")
             continue
         files, specs = {}, {}
         for _, of_blend in ended.stitch.specs(output, channels):
@@ -163,7 +169,7 @@ def judge_classes(findings: Findings, ended: Round, own: Prepared, model: str) -
                 del files[name]
         found = compare_products(
             files, specs, ended.stitch, way, ended.rounding(1), own.channels[CLASSES][0], own.form, output, own.span,
-            averaged,
+            averaged, ends_activated=ended.ends_activated,
         )  # fmt: skip
         if found is None:
             findings.unchecked.append(f"{model}products: no voxel is far enough from the borders of splines")

@@ -8,8 +8,11 @@ import torch
 from jaxtyping import Shaped
 
 from voxquilt.errors import OutputError
+from voxquilt.stitching.finished_volume import FinishedVolume
 from voxquilt.stitching.label_values import iterate_planes, to_labels
 from voxquilt.stitching.products.base import compute
+from voxquilt.stitching.products.encoded import encoded, slope_of
+from voxquilt.stitching.products.labels import classes_of
 from voxquilt.stitching.products.spec import default_activation, make_products
 from voxquilt.stitching.stitch import Stitch
 from voxquilt.vocabulary import LABELS, MEAN, ORDERED
@@ -68,10 +71,12 @@ class OrderedLabels:
             mapped = table[own]
             np.copyto(into, mapped, where=mapped != 0)
 
-    def finish(self) -> tuple[Volumes, dict[str, str]]:
-        """The volumes of the subject, and their kinds."""
+    def finish(self) -> dict[str, FinishedVolume]:
+        """The volumes of the subject."""
         assert self._labels is not None
-        return {LABELS: to_labels(self._labels, self.combination.stitch.postprocess)}, {LABELS: LABELS}
+        stitch = self.combination.stitch
+        labels = to_labels(self._labels, stitch.postprocess)
+        return {LABELS: FinishedVolume(labels, LABELS, len(stitch.numbers or ()))}
 
 
 @dataclass
@@ -100,8 +105,8 @@ class MeanProbabilities:
             self._total += probabilities
         self._count += 1
 
-    def finish(self) -> tuple[Volumes, dict[str, str]]:
-        """The volumes of the subject, and their kinds.
+    def finish(self) -> dict[str, FinishedVolume]:
+        """The volumes of the subject.
 
         Raises:
             OutputError: a product that cannot be made of probabilities.
@@ -117,18 +122,21 @@ class MeanProbabilities:
         if not isinstance(wanted, Sequence | None):
             raise OutputError(f"stitch.combine={MEAN}: stitch.products is a list; models have one output each.")
         specs = make_products(
-            wanted, channels, applied, stitch.threshold, "scores", stitch.label_values, stitch.regions
-        )
-        volumes: Volumes = {}
+            wanted, channels, applied, stitch.threshold, "scores", stitch.label_values, stitch.regions,
+            dtype=stitch.dtype,
+        )  # fmt: skip
+        volumes: dict[str, FinishedVolume] = {}
         for name, spec in specs.items():
             if spec.averaged is not None:
                 raise OutputError(f"stitch.combine={MEAN}: {name} cannot be made of mean probabilities.")
             count, dtype = spec.product.form(channels)
-            volumes[name] = np.empty((count, *mean.shape[:0:-1]), dtype).transpose(0, 3, 2, 1)
+            volume = np.empty((count, *mean.shape[:0:-1]), dtype).transpose(0, 3, 2, 1)
             # Plane by plane along the slowest axis, so that what is computed stays small.
             for k in range(mean.shape[3]):
                 plane = torch.from_numpy(np.ascontiguousarray(mean[..., k : k + 1]))
-                volumes[name][..., k : k + 1] = compute(spec.product, plane, channels).numpy()
+                volume[..., k : k + 1] = encoded(spec.product, compute(spec.product, plane, channels)).numpy()
             if spec.product.kind == LABELS:
-                volumes[name] = stitch.to_labels(volumes[name])
-        return volumes, {name: spec.product.kind for name, spec in specs.items()}
+                volume = stitch.to_labels(volume)
+            described = spec.product.kind, classes_of(spec.product, channels), slope_of(spec.product)
+            volumes[name] = FinishedVolume(volume, *described)
+        return volumes

@@ -12,6 +12,7 @@ from voxquilt.geometry.streamed_resample import Restorer
 from voxquilt.stitching.execution import Execution
 from voxquilt.stitching.output_volumes import OutputVolumes, Scratch
 from voxquilt.stitching.products.base import Product, compute
+from voxquilt.stitching.products.encoded import encoded
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ class NativeGrid:
         background = None
         if shape != tuple(m.size for m in self.maps):
             scores = torch.tensor(self.fill, dtype=torch.float64).float().reshape(-1, 1, 1, 1)
-            background = {name: compute(product, scores, self.channels) for name, product in products.items()}
+            values = {name: compute(product, scores, self.channels) for name, product in products.items()}
+            background = {name: encoded(products[name], value) for name, value in values.items()}
         return OutputVolumes(
             products,
             self.channels,

@@ -14,6 +14,7 @@ from voxquilt.stitching.native_grid import NativeGrid
 from voxquilt.stitching.output_volumes import OutputVolumes
 from voxquilt.stitching.product_steps import InModel, Interpolated, LabelsOfScores, OfModelProduct, OfScores
 from voxquilt.stitching.products.base import Product
+from voxquilt.stitching.products.encoded import Encoded
 from voxquilt.stitching.products.labels import ArgMax
 from voxquilt.stitching.products.spec import ProductSpec
 from voxquilt.stitching.streaming import FinishedPlanes
@@ -128,7 +129,8 @@ def _paths(specs: Mapping[str, ProductSpec], grid: NativeGrid, check: FiniteChec
     in_model = grid if grid.is_linear else replace(grid, maps=tuple(m.without_spline() for m in grid.maps))
     for name, spec in specs.items():
         if spec.in_model:
-            restorer = in_model.make_restorer(linear=spec.product.form(grid.channels)[1].kind == "f")
+            has_numbers = isinstance(spec.product, Encoded) or spec.product.form(grid.channels)[1].kind == "f"
+            restorer = in_model.make_restorer(linear=has_numbers)
             volumes = in_model.make_volumes({name: spec.product}, restorer)
             before = InModel(spec.product, grid.channels, grid.read, check)
             yield ProductPath(before, restorer, OfModelProduct(name), volumes)

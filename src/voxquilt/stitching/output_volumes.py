@@ -17,6 +17,8 @@ from voxquilt.geometry.frame import AXES, Triple
 from voxquilt.geometry.space import Where
 from voxquilt.stitching.device_transfer import Progress
 from voxquilt.stitching.products.base import Product
+from voxquilt.stitching.products.encoded import encoded, slope_of
+from voxquilt.stitching.products.labels import classes_of
 from voxquilt.text import gib
 
 
@@ -84,7 +86,7 @@ class OutputVolumes:
         box: Where | None = None,
         background: Mapping[str, Shaped[Tensor, "c 1 1 1"]] | None = None,
     ) -> None:
-        self._products = products
+        self._products, self._channels = products, channels
         self._axis = axis
         self._begin = (0, 0, 0) if box is None else tuple(along.start for along in box)
         self._filled = _native_planes(range(shape[axis]), box and box[axis], planes)
@@ -122,9 +124,14 @@ class OutputVolumes:
         """The kind of a product."""
         return self._products[name].kind
 
+    def described(self, name: str) -> tuple[str, int, float | None]:
+        """The kind of a product, the number of its classes, and its slope; see FinishedVolume."""
+        product = self._products[name]
+        return product.kind, classes_of(product, self._channels), slope_of(product)
+
     def store(self, name: str, where: Where, voxels: Shaped[Tensor, "c i j k"]) -> None:
         """Store a product of the box's voxels `where`; a single voxel stands for all of them."""
-        into = self.on_device(name, where)
+        voxels, into = encoded(self._products[name], voxels), self.on_device(name, where)
         if into is None:
             self.arrays[name][:, *self._shifted(where, self._first)] = voxels.numpy(force=True)
         else:

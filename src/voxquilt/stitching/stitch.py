@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 from torch import Tensor
@@ -14,19 +14,23 @@ from voxquilt.stitching.blend import Blend, checked_weights, to_blend
 from voxquilt.stitching.label_values import to_labels
 from voxquilt.stitching.products.base import Product
 from voxquilt.stitching.products.registry import PRODUCTS
-from voxquilt.stitching.products.spec import ProductSpec, make_products
+from voxquilt.stitching.products.spec import ProductSpec, check_temperature, make_products
 from voxquilt.vocabulary import (
     ACTIVATIONS,
     APPLIED,
     COMBINE,
+    DTYPES,
+    FILES,
     IMAGE,
     LABELS,
     MAP,
+    ONE,
     RESTORES,
     check_label_values,
     check_name,
     check_order,
     check_per_slice,
+    check_positive,
     check_regions,
 )
 
@@ -68,6 +72,12 @@ class Stitch:
             channel.
         combine: How the volumes of several models are put together; see `voxquilt.stitching.combination.Combination`.
         classes: Names or numbers of the labels that are written; all others become 0. None writes all.
+        dtype: Type of maps with a known range (probabilities, entropy, disagreement): 'float32', 'float16', or 'uint8',
+            whose files have a slope by which viewers show the numbers; see
+            `voxquilt.stitching.products.encoded.Encoded`. Arrays of `predict_volume` hold the integers.
+        files: 'one' file for a map with a channel per class, or 'per_class'.
+        temperature: What scores are divided by before soft-max or sigmoid, for all products but labels and logits; see
+            `voxquilt.stitching.products.base.Tempered`.
         postprocess: Callables on a (C, I, J, K) label tensor in native space, applied in turn. MONAI's array transforms
             such as KeepLargestConnectedComponent and FillHoles are such callables. They take and give classes; without
             `label_values` they may give any integers from 0, for which files have a type that holds them.
@@ -91,6 +101,9 @@ class Stitch:
     regions: Sequence[int] | None = None
     classes: Sequence[str | int] | None = None
     combine: str | None = None
+    dtype: str = "float32"
+    files: str = ONE
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         for blend in self.blends.values():  # of another package, say; before anything is started
@@ -106,6 +119,10 @@ class Stitch:
             check_name(self.combine, COMBINE, "combine")
         check_order(self.order, "stitch.order")
         check_per_slice(self.per_slice, "stitch.per_slice")
+        check_name(self.dtype, DTYPES, "stitch.dtype")
+        check_name(self.files, FILES, "stitch.files")
+        check_positive(self.temperature, "stitch.temperature")
+        check_temperature(self.temperature, self.activation)
         check_label_values(self.label_values, self.class_names)
         check_regions(self.regions, self.label_values)
         _ = self.kept  # unknown names
@@ -143,10 +160,19 @@ class Stitch:
                 raise ConfigError(f"stitch.classes names {wanted}; the labels are {sorted(known)}.")
         return {by_name[wanted] if isinstance(wanted, str) else int(wanted) for wanted in self.classes}
 
+    def label_numbers(self, classes: int) -> list[int]:
+        """The numbers above 0 that so many classes have in label files, of those that are written."""
+        numbers = sorted({self.number_of(n) for n in range(classes)} - {0})
+        return numbers if self.kept is None else [number for number in numbers if number in self.kept]
+
     @property
     def names(self) -> dict[int, str]:
         """The classes' names by their numbers in label files."""
         return {self.number_of(n): str(name) for n, name in enumerate(self.class_names or ())}
+
+    def names_of(self, channels: int) -> dict[int, str]:
+        """Names by the numbers in a file of labels; by channel if there are several labels per voxel."""
+        return dict(enumerate(map(str, self.class_names or ()))) if channels > 1 else self.names
 
     def to_labels(self, classes: np.ndarray) -> np.ndarray:
         """Labels as files hold them, of a (C, I, J, K) volume of classes, which may be replaced in place.
@@ -169,9 +195,10 @@ class Stitch:
         """
         wanted = self.products.get(output) if isinstance(self.products, Mapping) else self.products
         options = channels, self.activation, self.threshold, self.restore, self.label_values, self.regions
-        specs = [(self.blends[""], make_products(wanted, *options))]
+        make = partial(make_products, dtype=self.dtype, temperature=self.temperature)
+        specs = [(self.blends[""], make(wanted, *options))]
         for mode in self.compare:
-            (name, spec), *_ = make_products(None, *options).items()
+            (name, spec), *_ = make(None, *options).items()
             if mode == self.overlap_mode:  # averaged once
                 specs[0][1][f"{name}_{mode}"] = spec
             else:

@@ -12,6 +12,7 @@ from voxquilt.geometry.grid import Grid
 from voxquilt.geometry.slab_split import Part, all_rows
 from voxquilt.geometry.space import Space, Where
 from voxquilt.stitching.aggregator import Placed
+from voxquilt.stitching.finished_volume import FinishedVolume
 from voxquilt.stitching.ledger import Ledger
 from voxquilt.stitching.output_rings import Averaged, Memory, Ring, RingOpener
 from voxquilt.stitching.output_volumes import OutputVolumes
@@ -145,8 +146,7 @@ class SubjectStitcher:
             OutputError: outputs are not finite.
         """
         self._finish()
-        for name, (product, volumes) in self._products.items():
-            yield name, *volumes.part(product)
+        yield from ((name, *volumes.part(product)) for name, (product, volumes) in self._products.items())
 
     def place(self, name: str, where: Where, array: np.ndarray) -> None:
         """Put another part's planes of a product in their place.
@@ -182,10 +182,10 @@ class SubjectStitcher:
             finished[name] = self._labels.get(name, volume)
         return finished
 
-    @property
-    def kinds(self) -> dict[str, str]:
-        """The kind of each of the volumes: 'labels', 'map' or 'image'."""
-        return {name: volumes.kind(product) for name, (product, volumes) in self._products.items()}
+    def finished(self) -> dict[str, FinishedVolume]:
+        """The `volumes`, each with what its file says of it; raises what `volumes` does."""
+        described = {name: volumes.described(product) for name, (product, volumes) in self._products.items()}
+        return {name: FinishedVolume(array, *described[name]) for name, array in self.volumes().items()}
 
     def to(self, device: torch.device) -> None:
         """Move all sums to another device, and keep those to come there; products go to the host."""

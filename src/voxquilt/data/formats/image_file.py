@@ -5,7 +5,8 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -75,6 +76,10 @@ class ImageFile:
         """(C, I, J, K)."""
         return (self.channels, *self.frame.shape)
 
+    def at(self, channel: int) -> "ImageFile":
+        """The file as if it had one of its channels only; it is read whole nonetheless."""
+        return replace(self, channels=1, read_voxels=partial(_read_channel, self, channel))
+
     def read(self) -> Tensor:
         """(C, I, J, K) in the stored type, or in a wider one where torch lacks it.
 
@@ -89,6 +94,10 @@ class ImageFile:
             if tuple(tensor.shape) != self.shape:
                 raise InputError(f"its voxels have shape {tuple(tensor.shape)}, but its header says {self.shape}.")
             return tensor
+
+
+def _read_channel(file: ImageFile, channel: int, _: Path) -> Tensor:
+    return file.read()[channel : channel + 1]
 
 
 # Files that are being read before anybody asks for them, each until it is read for the first time.

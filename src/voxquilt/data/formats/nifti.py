@@ -117,6 +117,7 @@ def write(
     *,
     header: Nifti1Header | None = None,
     label_names: Mapping[int, str] | None = None,
+    slope: float | None = None,
 ) -> None:
     """Write a volume; the file appears under its name only when it is complete.
 
@@ -126,20 +127,27 @@ def write(
 
     Args:
         path: Ends in .nii or .nii.gz; its folder must exist.
-        data: (C, I, J, K); one channel is written as 3-D, several as 4-D with channels last. Values are not scaled.
+        data: (C, I, J, K); one channel is written as 3-D, several as 4-D with channels last. Or a series (C, T, I, J,
+            K), written as 4-D with time last, and then channels. float16, which NIfTI does not have, is written as
+            float32.
         frame: The geometry, used where `header` is None.
-        header: The input's header, whose affine, qform, sform, codes and units are copied unchanged.
+        header: The input's header, whose affine, qform, sform, codes and units are copied unchanged; for a series also
+            the time between volumes, and of the first.
         label_names: Names of labels by number, written to a header extension as JSON.
+        slope: What readers multiply voxels by, for the header; None for 1.
 
     Raises:
         OutputError: the file cannot be written; no partial file is left.
     """
-    array = data[0] if len(data) == 1 else np.moveaxis(data, 0, 3)
-    new = _new_header(array, frame, header)
+    array = np.moveaxis(data, 1, 4) if data.ndim == 5 else data
+    array = array[0] if len(data) == 1 else np.moveaxis(array, 0, -1)
+    new = _new_header(array, frame, header, is_series=data.ndim == 5)
     if label_names:
         names = {"labels": {str(number): name for number, name in label_names.items()}}
         new.extensions.append(Nifti1Extension(6, json.dumps(names, ensure_ascii=False).encode()))
     image = (Nifti2Image if isinstance(new, Nifti2Header) else Nifti1Image)(array, None, new)
+    if slope is not None:  # here, since making an image drops it
+        image.header.set_slope_inter(slope, 0)
     with replacing(path) as file:
         if path.name.endswith(".gz"):
             with packing(file) as packed:
@@ -148,7 +156,9 @@ def write(
             image.to_stream(file)
 
 
-def _new_header(array: np.ndarray, frame: Frame, source: Nifti1Header | None) -> Nifti1Header:
+def _new_header(
+    array: np.ndarray, frame: Frame, source: Nifti1Header | None, *, is_series: bool = False
+) -> Nifti1Header:
     # NIfTI-1 counts voxels in 16 bits.
     kind = Nifti2Header if isinstance(source, Nifti2Header) or max(array.shape) > 32767 else Nifti1Header
     new = kind()
@@ -167,8 +177,10 @@ def _new_header(array: np.ndarray, frame: Frame, source: Nifti1Header | None) ->
         for key in ("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z", "descrip", "aux_file"):
             new[key] = source[key]
     new.set_data_shape(array.shape)
-    new.set_data_dtype(array.dtype)
-    new["pixdim"][4:] = 1 if array.ndim == 4 else 0
+    new.set_data_dtype(np.float32 if array.dtype == np.float16 else array.dtype)
+    new["pixdim"][4:] = 1 if array.ndim >= 4 else 0
+    if is_series and source is not None:
+        new["pixdim"][4], new["toffset"] = source["pixdim"][4], source["toffset"]
     return new
 
 

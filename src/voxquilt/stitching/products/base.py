@@ -23,6 +23,25 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 """Functions of (C, I, J, K) scores by their name."""
 
+
+@dataclass(frozen=True)
+class Tempered:
+    """An activation of scores that are divided by a temperature first, so that probabilities are as likely as they say.
+
+    Temperature scaling of Guo et al. (On calibration of modern neural networks, 2017). The best class stays the best.
+
+    Args:
+        activation: Function of (C, I, J, K) scores.
+        temperature: Above 1 makes probabilities less certain, below 1 more.
+    """
+
+    activation: Activation
+    temperature: float
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        return self.activation(scores.float() / self.temperature)
+
+
 NOT_FINITE = "the network's output is NaN or infinite in places; nothing was written."
 
 

@@ -15,7 +15,8 @@ def make_disagreement(output: NetworkOutput) -> ProductSpec:
     """The variance over patches, summed over classes; per channel where channels are labels of their own."""
     output.check_distribution("disagreement")
     each = output.channels == 1 or output.is_multilabel
-    return ProductSpec(Disagreement(each), Moments(output.activate, each), in_model=True)
+    most = 0.25 if each else 1 - 1 / output.channels
+    return ProductSpec(Disagreement(each), Moments(output.activate, each), in_model=True, most=most)
 
 
 @dataclass(frozen=True)

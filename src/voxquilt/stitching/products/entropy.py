@@ -1,6 +1,7 @@
 """Provides the product with the entropy of the predicted distribution in each voxel."""
 
 from dataclasses import dataclass
+from math import log
 
 import numpy as np
 import torch
@@ -14,7 +15,8 @@ def make_entropy(output: NetworkOutput) -> ProductSpec:
     """Entropy over classes; over yes and no where channels are labels of their own."""
     output.check_distribution("entropy")
     each = output.channels == 1 or output.is_multilabel
-    return ProductSpec(Entropy(output.activate_restored, each), interpolated=output.interpolated)
+    most = log(2 if each else output.channels)
+    return ProductSpec(Entropy(output.activate_restored, each), interpolated=output.interpolated, most=most)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Provides the products that hold labels: the arg-max of scores, and thresholds of activated scores."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -10,7 +10,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from voxquilt.errors import ConfigError, OutputError
-from voxquilt.stitching.products.base import NOT_FINITE, Activation, Scores, Voxels
+from voxquilt.stitching.products.base import NOT_FINITE, Activation, Product, Scores, Voxels
 from voxquilt.stitching.products.spec import NetworkOutput, ProductSpec
 from voxquilt.vocabulary import LABELS
 
@@ -25,6 +25,7 @@ def make_labels(output: NetworkOutput) -> ProductSpec:
         ConfigError: another number of label values than there are classes, or some for several labels per voxel.
         OutputError: a threshold is missing, or is given although labels are the arg-max.
     """
+    output = replace(output, temperature=1.0)  # which class is best does not depend on it
     values, threshold = output.label_values, output.threshold
     dtype = None if values is None else _type_of_labels(values, output)
     output.check_distribution("labels")
@@ -69,6 +70,18 @@ def _type_of_labels(label_values: Sequence[int], output: NetworkOutput) -> np.dt
             f"stitch.label_values has {len(label_values)} numbers; the network's output has {classes} classes."
         )
     return np.min_scalar_type(max(label_values))
+
+
+def classes_of(product: Product, channels: int) -> int:
+    """The number of classes of which a product makes labels; 0 for a mask per channel, and where it is not known.
+
+    Args:
+        product: The product.
+        channels: Channels of the network's output.
+    """
+    if isinstance(product, Threshold):
+        return 2 if channels == 1 else 0
+    return channels if isinstance(product, (ArgMax, Regions)) else 0
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ _PACKED = 0.75
 def make_probabilities(output: NetworkOutput) -> ProductSpec:
     """The activated scores, one channel per class."""
     output.check_distribution("probabilities")
-    return ProductSpec(Activated(output.activate_restored), packed=_PACKED, interpolated=output.interpolated)
+    return ProductSpec(Activated(output.activate_restored), packed=_PACKED, interpolated=output.interpolated, most=1.0)
 
 
 def make_logits(output: NetworkOutput) -> ProductSpec:

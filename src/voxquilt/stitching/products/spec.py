@@ -1,13 +1,14 @@
 """Specifies products of a network's output: what is averaged, what is computed from it, and in which space."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
 
-from voxquilt.errors import OutputError
-from voxquilt.stitching.products.base import ACTIVATIONS, Activation, Product
+from voxquilt.errors import ConfigError, OutputError
+from voxquilt.stitching.products.base import ACTIVATIONS, Activation, Product, Tempered
+from voxquilt.stitching.products.encoded import Encoded
 from voxquilt.stitching.products.registry import PRODUCTS
 from voxquilt.vocabulary import APPLIED, IMAGE, LABELS, MAP, check_name
 
@@ -15,6 +16,8 @@ from voxquilt.vocabulary import APPLIED, IMAGE, LABELS, MAP, check_name
 _CERTAIN = 30.0
 # Expected size of packed volumes of numbers, as a share of their voxels; see docs/memory.md.
 _PACKED = 0.9
+# By how much less of it is left where numbers are rounded.
+_PACKED_AS = {"float16": 0.5, "uint8": 0.33}
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class NetworkOutput:
         label_values: The numbers that classes will have in files, which determine the labels' type; products give
             classes.
         regions: The number that each channel writes into the labels, in turn, where channels are regions that overlap.
+        temperature: What scores are divided by before they are turned into probabilities; labels know nothing of it.
     """
 
     channels: int
@@ -39,6 +43,7 @@ class NetworkOutput:
     restore: str = "scores"
     label_values: Sequence[int] | None = None
     regions: Sequence[int] | None = None
+    temperature: float = 1.0
 
     @property
     def is_applied(self) -> bool:
@@ -53,7 +58,8 @@ class NetworkOutput:
     @property
     def activate(self) -> Activation:
         """Turns averaged scores (C, I, J, K) into probabilities."""
-        return ACTIVATIONS["none" if self.is_applied else self.activation]
+        activation = ACTIVATIONS["none" if self.is_applied else self.activation]
+        return activation if self.temperature == 1 else Tempered(activation, self.temperature)
 
     @property
     def interpolated(self) -> Activation | None:
@@ -85,6 +91,8 @@ class ProductSpec:
         interpolated: Turns averaged scores into the values that are resampled and that the product is computed from;
             None if these are the scores.
         packed: Its expected size as .nii.gz, as a share of its voxels.
+        most: The largest number of a map whose smallest is 0; None if that is not known, so that its volume cannot have
+            a small type.
     """
 
     product: Product
@@ -92,6 +100,7 @@ class ProductSpec:
     in_model: bool = False
     packed: float = _PACKED
     interpolated: Activation | None = None
+    most: float | None = None
 
 
 def make_products(
@@ -102,6 +111,9 @@ def make_products(
     restore: str = "scores",
     label_values: Sequence[int] | None = None,
     regions: Sequence[int] | None = None,
+    *,
+    dtype: str = "float32",
+    temperature: float = 1.0,
 ) -> dict[str, ProductSpec]:
     """The products of a network output, by name.
 
@@ -110,17 +122,28 @@ def make_products(
             several channels and for one with a threshold or regions, else the image.
         channels: Channels of the output.
         activation: See NetworkOutput. None is softmax for several channels and 'none' for one.
-        threshold, restore, label_values, regions: See NetworkOutput.
+        threshold, restore, label_values, regions, temperature: See NetworkOutput.
+        dtype: Type of maps with a known range; see `voxquilt.stitching.products.encoded.Encoded`.
 
     Raises:
         ConfigError: another number of label values than there are classes, or some for several labels per voxel.
         OutputError: a product that cannot be made of such an output.
     """
     activation = activation or default_activation(channels)
-    output = NetworkOutput(channels, activation, threshold, restore, label_values, regions)
+    check_temperature(temperature, activation)
+    output = NetworkOutput(channels, activation, threshold, restore, label_values, regions, temperature)
     default = "labels" if channels > 1 or threshold is not None or regions is not None else "image"
     specs = [(_name(product), _spec(product, output)) for product in wanted or [default]]
-    return dict(specs)
+    return {name: _encoded(spec, np.dtype(dtype), activation) for name, spec in specs}
+
+
+def check_temperature(temperature: float, activation: str | None) -> None:
+    """Raises ConfigError where there are no scores that a temperature could divide."""
+    if temperature != 1 and activation in (*APPLIED, "none"):
+        raise ConfigError(
+            "stitch.temperature divides scores before the soft-max or sigmoid: it goes neither with "
+            "model.average=probabilities, which averages what comes behind these, nor with model.activation=none."
+        )
 
 
 def default_activation(channels: int) -> str:
@@ -140,6 +163,13 @@ def _spec(product: str | Product, output: NetworkOutput) -> ProductSpec:
     if spec.product.kind == LABELS and dtype.kind != "u":
         raise OutputError(f"the product {_name(product)!r} holds labels, which have an unsigned type; it has {dtype}.")
     return spec
+
+
+def _encoded(spec: ProductSpec, dtype: np.dtype, activation: str) -> ProductSpec:
+    if dtype == np.float32 or spec.most is None:
+        return spec
+    product = Encoded(spec.product, dtype, spec.most, checked=activation == "none")
+    return replace(spec, product=product, packed=_PACKED_AS[dtype.name] * spec.packed)
 
 
 def background(channels: int, activation: str | None, fill: float | Sequence[float] | None = None) -> list[float]:
