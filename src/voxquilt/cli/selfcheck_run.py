@@ -37,6 +37,7 @@ from voxquilt.stitching.stitch import Stitch
 _IMAGE = {
     "products": ["image"], "activation": "none", "threshold": None, "compare": [], "class_names": None,
     "label_values": None, "regions": None, "classes": None, "combine": None, "postprocess": [],
+    "temperature": 1, "dtype": "float32", "files": "one",
 }  # fmt: skip
 _NO_SUBJECTS = {"images": None, "suffixes": None, "extra_images": None, "skip": None, "within": None, "labels": None}
 
@@ -199,6 +200,7 @@ def _run_round(
     node |= {"time": "channels"} if "time" in node else {}
     data = _datamodule({"data": {**node, "inputs": None}}, plain, preprocess, images, folder)
     wanted = _IMAGE if kind == "images" else {"postprocess": [], "combine": None}
+    wanted = {key: value for key, value in wanted.items() if key in sections["stitch"]}
     stitch: Stitch = build({**sections["stitch"], **wanted}, "stitch")
     module, handling = _stand_in(kind, model, own, folder)
     switched_off = {

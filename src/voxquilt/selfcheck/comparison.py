@@ -44,13 +44,13 @@ class Rounding:
         return (ROUNDINGS + self.overlaps) * EPS * (magnitude + slope) + 2 * self.unit * (magnitude + slope)
 
 
-def read_output(path: Path) -> tuple[np.ndarray, np.ndarray, np.dtype, float]:
-    """(C, I, J, K) voxels of a file as viewers show them, its affine, the stored type and the slope."""
+def read_output(path: Path) -> tuple[np.ndarray, np.ndarray, float]:
+    """(C, I, J, K) voxels of a file as viewers show them, its affine, and the slope of its integers."""
     image: Any = nib.load(path)
     slope = float(image.dataobj.slope)
     voxels = np.asarray(image.dataobj)
     voxels = np.moveaxis(voxels, 3, 0) if voxels.ndim == 4 else voxels[None]
-    return voxels, image.affine, image.get_data_dtype(), slope
+    return voxels, image.affine, slope
 
 
 def compare_geometry(source: Path, output: Path) -> Finding:
@@ -93,7 +93,7 @@ def compare_returned(
         ways = axis_ways(way)
     except ValueError as error:
         return Finding(check, problem=f"{error}.")
-    voxels, affine, _, _ = read_output(output)
+    voxels, affine, _ = read_output(output)
     count = len(written) or len(channels)
     if voxels.shape != (count, *way.shape):
         return Finding(check, problem=f"the file has the shape {voxels.shape}; wanted is {(count, *way.shape)}.")
