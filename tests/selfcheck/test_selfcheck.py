@@ -1,5 +1,6 @@
 """Tests run.selfcheck: it is right where a run is right, and finds each of the faults that a run could have."""
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
     printed: list[Findings] = []
     monkeypatch.setattr(selfcheck_run, "print_findings", printed.append)
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
 
     def run(*overrides: str) -> Findings:
         settings = dict(text.partition("=")[::2] for text in (*BASE, *overrides, "run.selfcheck=true"))
@@ -61,7 +64,8 @@ def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
         status = run_predict(cfg)
         findings = printed.pop()
         assert status == (0 if findings.ok else 1)
-        assert not (tmp_path / "outputs").exists()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "net.pt", "tmp"]
+        assert list((tmp_path / "tmp").iterdir()) == []
         return findings
 
     return run

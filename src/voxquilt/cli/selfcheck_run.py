@@ -26,7 +26,7 @@ from voxquilt.prediction.writer_callback import VolumeWriter
 from voxquilt.reporting.progress import print_event
 from voxquilt.selfcheck.findings import Findings, print_findings
 from voxquilt.selfcheck.images import CLASSES, CONSTANT, NOISE, RAMPS
-from voxquilt.selfcheck.meeting import announce, shared_folder, wait_for_first
+from voxquilt.selfcheck.meeting import announce, announce_error, shared_folder, wait_for_first
 from voxquilt.selfcheck.networks import GiveBack, MakeClasses
 from voxquilt.selfcheck.preparation import Prepared, prepare
 from voxquilt.selfcheck.results import Round, judge_classes, judge_images, judge_network
@@ -169,7 +169,7 @@ def _prepared(
             }
             prepared.append(prepare(model.predictor, data, names, folder / str(n), **kinds))
     except BaseException as error:
-        announce(folder, {"error": str(error)})
+        announce_error(folder, str(error))
         raise
     announce(folder, {"models": len(prepared)})
     return prepared

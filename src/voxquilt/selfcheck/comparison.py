@@ -116,7 +116,7 @@ def compare_returned(
                 channel = channels[n]
                 wanted = channel.over(positions[0][planes], *positions[1:])
                 allowed = rounding.of(np.abs(wanted), sum(map(abs, channel.slope)))
-                allowed += channel.rounding(splines_of(way)) + beside(channel, ways)
+                allowed += channel.unknown(splines_of(way)) + beside(channel, ways)
                 unit, per_mm = "" if kind == CONSTANT else "mm", channel.per_mm
             error = np.abs(values[planes] - wanted)
             error[~(i[planes, None, None] & j[:, None] & k)] = 0

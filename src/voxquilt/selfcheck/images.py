@@ -12,7 +12,7 @@ from isal import igzip
 from voxquilt.data.discovery import SubjectFiles
 from voxquilt.data.formats.image_file import open_image
 from voxquilt.geometry.frame import Triple, to_triple
-from voxquilt.selfcheck.reference import spline_reach
+from voxquilt.selfcheck.reference import BENT, spline_reach
 from voxquilt.text import byte_size
 
 RAMPS = ("ramp_x", "ramp_y", "ramp_z")
@@ -60,8 +60,8 @@ class Channel:
     is_rounded: bool = False
     per_mm: float = 1.0
 
-    def rounding(self, splines: int) -> float:
-        """How far values may be off because the file holds integers.
+    def unknown(self, splines: int) -> float:
+        """How far values may be off because the file holds integers, and because splines end at borders.
 
         A cubic spline through values that are off by 1/2 is off by at most (1 + 3 sqrt(3)) / 4 times as much along each
         axis, the norm of interpolation by cubic splines.
@@ -69,7 +69,8 @@ class Channel:
         Args:
             splines: How often cubic splines interpolate them along all three axes.
         """
-        return 0.5 * ((1 + 3 * 3**0.5) / 4) ** (3 * splines) if self.is_rounded else 0.0
+        rounded = 0.5 * ((1 + 3 * 3**0.5) / 4) ** (3 * splines) if self.is_rounded else 0.0
+        return rounded + splines * BENT * sum(map(abs, self.slope))
 
     def at(self, voxels: np.ndarray) -> np.ndarray:
         """The values at (..., 3) voxel positions."""

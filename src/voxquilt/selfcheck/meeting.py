@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from voxquilt.distributed.environment import is_external, is_first
+from voxquilt.distributed.environment import is_external, is_first, slurm_tasks
 from voxquilt.errors import ConfigError
 from voxquilt.filesystem import write_json
 
@@ -21,6 +22,9 @@ _VARIABLE = "VOXQUILT_SELFCHECK"
 _READY = "ready.json"
 # Seconds in which rank 0 has prepared everything, running the network on its host included.
 _PATIENCE = 600
+# Seconds in which the other processes read that it could not.
+_GOODBYE = 30
+_KNOWS = "knows_"
 
 
 @contextmanager
@@ -46,6 +50,15 @@ def announce(folder: Path, content: Mapping[str, Any]) -> None:
     write_json(folder / _READY, dict(content))
 
 
+def announce_error(folder: Path, message: str) -> None:
+    """Tell the processes of a launcher why nothing was prepared, and wait until they know, before the folder goes."""
+    announce(folder, {"error": message})
+    others = int(os.environ.get("WORLD_SIZE") or slurm_tasks()) - 1 if is_external() else 0
+    end = time.monotonic() + _GOODBYE
+    while len(list(folder.glob(f"{_KNOWS}*"))) < others and time.monotonic() < end:
+        time.sleep(0.1)
+
+
 def wait_for_first(folder: Path) -> dict[str, Any]:
     """What rank 0 has prepared.
 
@@ -59,6 +72,7 @@ def wait_for_first(folder: Path) -> dict[str, Any]:
         if path.is_file() and path.stat().st_mtime > began - 60:
             content = json.loads(path.read_text("utf-8"))
             if "error" in content:
+                (folder / f"{_KNOWS}{uuid.uuid4().hex}").touch()
                 raise ConfigError(content["error"])
             return content
         time.sleep(0.1)

@@ -62,7 +62,7 @@ def compare_products(
     # In the unit of the image: what rounding changes, and what the nearest voxel in place of interpolation does.
     nearest = beside(channel, ways)
     in_scores = rounding.of(largest_score(classes)) / (8 if classes == 1 else max(classes - 1, 1)) * (span[1] - span[0])
-    width = rounding.of(np.abs(image).max(), sum(map(abs, channel.slope))) + channel.rounding(splines_of(way)) + nearest
+    width = rounding.of(np.abs(image).max(), sum(map(abs, channel.slope))) + channel.unknown(splines_of(way)) + nearest
     width = float(width + in_scores)
     found = []
     for name, paths in outputs.items():

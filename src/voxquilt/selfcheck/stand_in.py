@@ -188,7 +188,7 @@ def _compare_patch(
         slopes = [channel.slope[n] for n in native]
         i, j, k = (slope * seen for slope, seen in zip(slopes, positions, strict=True))
         wanted = i[:, None, None] + j[:, None] + k + channel.offset
-        allowed = ROUNDINGS * EPS * (np.abs(wanted) + sum(map(abs, slopes))) + channel.rounding(
+        allowed = ROUNDINGS * EPS * (np.abs(wanted) + sum(map(abs, slopes))) + channel.unknown(
             orders.interpolation == 3
         )
         nearest = sum(abs(channel.slope[n]) * 0.5 for n in range(3) if orders.interpolation == 0 and not ways[n].copies)
