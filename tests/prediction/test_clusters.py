@@ -87,7 +87,7 @@ def are_right(folder: Path, volumes: Mapping[str, np.ndarray]) -> bool:
     for name, volume in volumes.items():
         np.testing.assert_array_equal(read(folder / f"{name}_labels.nii.gz"), volume > 50)
     found = {path.name for path in folder.iterdir()} - {f"{name}_labels.nii.gz" for name in volumes}
-    return found == {"manifest.csv", "run.json"}
+    return found == {"labels.ctbl", "labels.txt", "manifest.csv", "run.json", "statistics.csv"}
 
 
 # Configuration

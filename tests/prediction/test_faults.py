@@ -28,6 +28,8 @@ JOB = (
     "ckpt_path=null", "data.patch_size=8", "data.patch_overlap=4", "data.batch_size=3",
     "callbacks.writer.tensorboard=false", "callbacks.writer.report=false",  # a tenth of a second for each subject
 )  # fmt: skip
+OF_RUN = {"labels.ctbl", "labels.txt", "manifest.csv", "run.json", "statistics.csv"}
+"""What is in the folder of a run beside its volumes."""
 FAULT = "+callbacks.fault._target_=synthetic.Fault"
 
 
@@ -94,7 +96,7 @@ class Place:
         }
         assert {name for name in known if (self.out / label(name)).stat().st_mtime_ns != before[label(name)]} == set()
         assert self.wrong() == []
-        assert {path.name for path in self.out.glob("*")} == {*map(label, self.volumes), "manifest.csv", "run.json"}
+        assert {path.name for path in self.out.glob("*")} == {*map(label, self.volumes), *OF_RUN}
 
 
 @pytest.fixture
