@@ -25,7 +25,7 @@ FOLDERS = [
     ["models", "distributed", "reporting"],
     ["planning", "training"],
     ["prediction"],
-    ["report"],
+    ["report", "selfcheck", "doctor"],
     ["cli"],
     ["export"],
 ]
@@ -47,7 +47,13 @@ def name_of(path: Path) -> str:
     return ".".join(path.relative_to(SOURCE).with_suffix("").parts)
 
 
-MODULES = {name_of(path): path for path in sorted(SOURCE.rglob("*.py")) if path.stem != "__init__"}
+# What Python wants at the top by these names.
+NO_MODULES = ("__init__", "__main__")
+MODULES = {
+    name_of(path): path
+    for path in sorted(SOURCE.rglob("*.py"))
+    if path.stem != "__init__" and path != SOURCE / "__main__.py"
+}
 
 
 @cache
@@ -98,8 +104,9 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 def test_the_folder_table_lists_the_whole_top_level() -> None:
     """And at most ten files lie there."""
     top = [path for path in SOURCE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
-    assert sorted(LEVEL) == sorted(path.stem for path in top if path.stem != "__init__")
-    assert sum(path.is_file() for path in top) <= 10
+    top = [path for path in top if path.stem not in NO_MODULES]
+    assert sorted(LEVEL) == sorted(path.stem for path in top)
+    assert sum(path.is_file() for path in top) <= 9
 
 
 def test_init_files_of_sub_packages_are_empty() -> None:

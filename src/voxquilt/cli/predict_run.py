@@ -60,6 +60,12 @@ def run(plain: Mapping[str, Any], inherited: Mapping[str, Any], cases: list[Subj
     """
     options = plain["run"]
     _prepare_process(options)
+    if options["selfcheck"]:
+        from voxquilt.cli.selfcheck_run import (
+            check_itself,  # imports nibabel and more, which a run needs later or never
+        )
+
+        return check_itself(plain, inherited, cases)
     lock = ExitStack()
     claim_folder = partial(lock.enter_context, locked(_output_folder(plain), _shard(plain)))
     check_classes(inherited, options["checkpoint_targets"])

@@ -138,6 +138,7 @@ PREDICT = {
             "seed": anything,  # checked by Lightning's seed_everything
             "surface_tolerance": number("must be a number of mm from 0", lambda mm: 0 <= mm < float("inf")),
             "dry_run": flag_or_time,
+            "selfcheck": flag,
             "log": word(LOGS),
             "status": flag,
             "checkpoint_targets": list_of("voxquilt.*,monai.networks.*"),

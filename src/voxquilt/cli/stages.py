@@ -96,10 +96,11 @@ def _predict_rough(cfg: DictConfig, overrides: Sequence[str]) -> int:
         kept = [text for text in overrides if not text.lstrip("+~").startswith(_OF_MODEL)]
         status = _predict_stage(cfg, kept, own, str(rough.get("folder") or rough.get("ckpt_path")))
     mask = _labels_in(output_dir, cfg)
-    is_planned = OmegaConf.select(cfg, "run.dry_run") and not has_files(mask)
-    if is_planned:
-        log.info("data.within is not known before %s has predicted: the plan is that of whole volumes.", rough)
-    OmegaConf.update(cfg, "data.within", None if is_planned else mask, merge=False)
+    predicts = not (OmegaConf.select(cfg, "run.dry_run") or OmegaConf.select(cfg, "run.selfcheck"))
+    has_mask = predicts or has_files(mask)
+    if not has_mask:
+        log.info("data.within is not known before %s has predicted: whole volumes are taken.", rough)
+    OmegaConf.update(cfg, "data.within", mask if has_mask else None, merge=False)
     return status
 
 

@@ -74,6 +74,8 @@ class PatchNetwork(nn.Module):
                 parameter.data = _channels_last(parameter.data)
         self.layout = check_name(output, OUTPUTS, "output")
         self.flips = tuple(flips)
+        self.squeeze_axis = squeeze_axis
+        self.average, self.activation = average, activation
         self._outputs = outputs
         self._squeeze = None if squeeze_axis is None else squeeze_axis + 2
         check_name(activation or "none", ACTIVATIONS, "activation")
@@ -111,6 +113,10 @@ class PatchNetwork(nn.Module):
         self._calls = [torch.compile(member) for member in members]
         is_cuda = torch.device(device).type == "cuda"
         self._graphs = [torch.compile(member, mode="reduce-overhead") for member in members] if is_cuda else []
+
+    def leave_out_flips(self) -> None:
+        """Predict patches as they are from here on."""
+        self.flips, self._flips = (), [()]
 
     @property
     def reuses_outputs(self) -> bool:

@@ -34,7 +34,7 @@ NO_VOXELS = frozenset(
         "callbacks.writer.tensorboard", "callbacks.writer.report", "callbacks.writer.statistics",
         "callbacks.writer.in_memory",
         "run.on_error", "run.resume", "run.overwrite", "run.distribute", "run.surface_tolerance", "run.dry_run",
-        "run.log", "run.status", "run.checkpoint_targets", "run.allowed_targets",
+        "run.selfcheck", "run.log", "run.status", "run.checkpoint_targets", "run.allowed_targets",
         "trainer._target_",
         *(f"trainer.{name}" for name in (
             "accelerator", "strategy", "devices", "num_nodes", "logger", "callbacks", "fast_dev_run", "max_epochs",

@@ -1,0 +1,227 @@
+"""Tests run.selfcheck: it is right where a run is right, and finds each of the faults that a run could have."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from synthetic import Over50, noise, save
+from torch import Tensor
+
+import voxquilt.cli.selfcheck_run as selfcheck_run
+import voxquilt.geometry.space as space_module
+import voxquilt.models.patch_network as patch_network
+import voxquilt.prediction.output_files as output_files
+from voxquilt.cli.main import _prepare_arguments, conf_dir, run_predict
+from voxquilt.cli.resolvers import register_resolvers
+from voxquilt.selfcheck.findings import Finding, Findings
+from voxquilt.stitching import accumulator
+from voxquilt.stitching.accumulator import Accumulator
+from voxquilt.stitching.sum_type import SumType
+
+pytestmark = [
+    pytest.mark.timeout(120),
+    pytest.mark.filterwarnings("ignore::UserWarning:lightning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
+]
+# Permuted, flipped and oblique, with three spacings.
+AFFINE = np.array([[0.1, 0.0, -1.3, 40], [-0.9, 0.1, 0.0, 9], [0.0, 2.0, 0.1, -7], [0, 0, 0, 1.0]])
+BASE = (
+    "data.inputs=in", "ckpt_path=net.pt", "model.net._target_=synthetic.Over50", "data.patch_size=12",
+    "data.patch_overlap=6", "trainer.accelerator=cpu",
+)  # fmt: skip
+RESAMPLED = ("preprocess.spacing=1.6",)
+ALL = ("stitch.products=[labels,probabilities,entropy,disagreement]",)
+
+Check = Callable[..., Findings]
+
+
+@pytest.fixture
+def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
+    """Runs predict.py with run.selfcheck=true in this process; gives what it printed, which fits its exit status."""
+    save(tmp_path / "in/a.nii.gz", noise((30, 19, 26)), AFFINE)
+    torch.save(Over50().state_dict(), tmp_path / "net.pt")
+    printed: list[Findings] = []
+    monkeypatch.setattr(selfcheck_run, "print_findings", printed.append)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+
+    def run(*overrides: str) -> Findings:
+        settings = dict(text.partition("=")[::2] for text in (*BASE, *overrides, "run.selfcheck=true"))
+        typed = _prepare_arguments([f"{key}={value}" for key, value in settings.items()], "predict")
+        register_resolvers()
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            cfg = compose("predict", typed)
+        status = run_predict(cfg)
+        findings = printed.pop()
+        assert status == (0 if findings.ok else 1)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "net.pt", "tmp"]
+        assert list((tmp_path / "tmp").iterdir()) == []
+        return findings
+
+    return run
+
+
+def off(findings: Findings) -> list[str]:
+    """The checks that found something."""
+    return [finding.check for finding in findings.found if not finding.ok]
+
+
+def named(findings: Findings, check: str) -> Finding:
+    (found,) = (finding for finding in findings.found if finding.check == check)
+    return found
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),
+        RESAMPLED,
+        (*RESAMPLED, *ALL),
+        (*ALL, "stitch.overlap_mode=crop", "stitch.compare=[hann,gaussian]"),
+        (*RESAMPLED, "stitch.order=3", "preprocess.interpolation=3"),
+        (*RESAMPLED, "stitch.restore=probabilities", "stitch.products=[labels,probabilities]"),
+        (*RESAMPLED, "stitch.restore=labels"),
+        ("model.flips=[0,2]", "model.average=probabilities", "stitch.products=[labels,probabilities]"),
+        ("preprocess.orientation=LPI", "preprocess.transpose=[2,0,1]", "data.padding_mode=reflect"),
+        ("data.divisible_by=8", "preprocess.orientation=null", "stitch.overlap_mode=average"),
+        (*RESAMPLED, "preprocess.grid=ends", "data.patch_overlap=0", "data.placement=even", "data.step=0.5"),
+        (*RESAMPLED, *ALL, "stitch.dtype=uint8", "stitch.files=per_class", "stitch.temperature=2"),
+        (*RESAMPLED, *ALL, "stitch.dtype=float16", "model.activation=none"),
+        ("trainer.precision=bf16-mixed", *RESAMPLED),
+        ("trainer.precision=bf16-true", *ALL),
+        ("stitch.label_values=[0,700]", "stitch.class_names=[background,lesion]", "stitch.classes=[lesion]"),
+        ("stitch.overlap_mode=monai", "preprocess.crop=nonzero", "data.batch_size=3", *RESAMPLED),
+        ("preprocess.interpolation=0", "stitch.order=0", *RESAMPLED),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_right_configuration_passes(check: Check, settings: tuple[str, ...]) -> None:
+    """Whatever it resamples, flips, blends, rounds and writes."""
+    findings = check(*settings)
+    assert off(findings) == [], findings.found
+    assert {"ramp along x comes back", "a constant comes back", "labels: its labels"} <= {
+        finding.check for finding in findings.found
+    }
+
+
+def raw_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows that are not normalised: weights that sum to what they happen to sum to."""
+
+    def weights(blend: Any, grid: Any, axis: int) -> Tensor:
+        return blend.window(grid.patch_size[axis]).expand(grid.counts[axis], -1)
+
+    monkeypatch.setattr(accumulator, "checked_weights", weights)
+
+
+def summed_in(dtype: torch.dtype) -> Callable[[pytest.MonkeyPatch], None]:
+    """Sums in another type."""
+
+    def plant(monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(
+            SumType, "of_patches", classmethod(lambda cls, *_: cls(dtype, torch.float32, rounds=False, wanted=None))
+        )
+
+    return plant
+
+
+def dropped_patch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last patch is counted, and not added."""
+    add = Accumulator._add_patch
+
+    def most(self: Accumulator, patch: Tensor, number: int) -> None:
+        if number < len(self.grid) - 1:
+            add(self, patch, number)
+
+    monkeypatch.setattr(Accumulator, "_add_patch", most)
+
+
+def half_a_voxel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images are resampled half a voxel beside where the affine of model space says, and scores likewise."""
+    make = space_module.AxisMap
+
+    def shifted(axis: int, count: int, scale: float, offset: float, *rest: Any, **more: Any) -> Any:
+        return make(axis, count, scale, offset + 0.5 * (abs(scale) != 1), *rest, **more)
+
+    monkeypatch.setattr(space_module, "AxisMap", shifted)
+
+
+def half_a_voxel_on_the_way_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a voxel's position were its corner."""
+    in_scores = space_module.Space.in_scores
+
+    def shifted(self: Any, *arguments: Any) -> Any:
+        from dataclasses import replace
+
+        return tuple(replace(m, offset=m.offset + 0.5) for m in in_scores(self, *arguments))
+
+    monkeypatch.setattr(space_module.Space, "in_scores", shifted)
+
+
+def half_a_voxel_in_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The header of outputs."""
+    write = output_files.write
+
+    def shifted(path: Path, *arguments: Any, **more: Any) -> None:
+        write(path, *arguments, **more)
+        image: Any = nib.load(path)
+        voxels, affine = np.asarray(image.dataobj), image.affine.copy()
+        affine[:3, 3] += affine[:3, 0] / 2
+        nib.save(nib.Nifti1Image(voxels, affine, image.header), path)
+
+    monkeypatch.setattr(output_files, "write", shifted)
+
+
+def flipped_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs are written from the other end of an axis."""
+    write = output_files.write
+    monkeypatch.setattr(
+        output_files, "write", lambda path, data, *rest, **more: write(path, data[:, :, ::-1], *rest, **more)
+    )
+
+
+def unflipped_augmentation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs of flipped patches are not flipped back."""
+    monkeypatch.setattr(patch_network, "flip_back", lambda output, axes: output)
+
+
+FAULTS = {
+    "windows": (raw_windows, (), ["a constant comes back", "noise comes back", "ramp along x comes back"]),
+    "uint8": (summed_in(torch.uint8), (), ["a constant comes back", "noise comes back"]),
+    "float16": (summed_in(torch.float16), (), ["noise comes back", "ramp along y comes back"]),
+    "float16 resampled": (summed_in(torch.float16), RESAMPLED, ["noise comes back"]),
+    "last patch": (dropped_patch, (), ["a constant comes back", "noise comes back"]),
+    "last patch cropped": (dropped_patch, (*RESAMPLED, "stitch.overlap_mode=crop"), ["noise comes back"]),
+    "half a voxel": (half_a_voxel, RESAMPLED, [f"ramp along {axis} as the network sees it" for axis in "xyz"]),
+    "half a voxel back": (half_a_voxel_on_the_way_back, RESAMPLED, [f"ramp along {axis} comes back" for axis in "xyz"]),
+    "half a voxel in the file": (half_a_voxel_in_the_file, RESAMPLED, ["the files' affine"]),
+    "flipped": (flipped_file, (), ["ramp along z comes back", "noise comes back", "labels: its labels"]),
+    "flips": (unflipped_augmentation, ("model.flips=[1]",), ["noise comes back"]),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found(check: Check, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    """Each of them in a run that is right otherwise."""
+    plant, settings, wanted = FAULTS[fault]
+    plant(monkeypatch)
+    assert set(wanted) <= set(off(check(*settings)))
+
+
+@pytest.mark.parametrize("fault", [name for name in FAULTS if "float16" not in name])
+def test_half_precision_hides_no_fault_that_is_larger_than_its_rounding(
+    check: Check, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """The ramps are 0 in the middle of the volume, where bfloat16 is fine enough for half a voxel."""
+    plant, settings, wanted = FAULTS[fault]
+    plant(monkeypatch)
+    assert set(wanted) <= set(off(check(*settings, "trainer.precision=bf16-mixed")))

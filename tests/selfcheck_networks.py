@@ -1,0 +1,22 @@
+"""Provides networks that a self-check must find wrong, or not comparable."""
+
+import torch
+from synthetic import Over50
+from torch import Tensor
+
+
+class WrongInHalf(Over50):
+    """Computes the far corner of a patch wrongly in bfloat16, as a convolution of cuDNN 9.8 to 9.10 does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = super().forward(x)
+        if scores.dtype == torch.bfloat16:
+            scores[:, 1, -1, -1, -1] = 1e4
+        return scores
+
+
+class Noisy(Over50):
+    """Draws random numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.rand_like(x[:, :1])
