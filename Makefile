@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: example check test lint docs bench clean
+.PHONY: example check test extras lint docs bench clean
 
 example: $(READY)
 	$(BIN)/python predict.py experiment=brain_extraction
@@ -14,8 +14,19 @@ check: lint
 	$(BIN)/python -m pytest -q -m 'not slow and not processes'
 
 # Everything, with the real command on real images: about 15 minutes on 2 cores.
-test: $(READY)
+test: $(READY) extras
 	$(BIN)/python -m pytest
+
+# MLflow, Weights & Biases and Optuna, in an environment of their own on top of .venv, which stays without their packages.
+extras: .extras/.ready
+	.extras/bin/python -m pytest -q tests/test_extras.py
+
+.extras/.ready: tests/extras.txt constraints.txt | $(READY)
+	$(PYTHON) -m venv .extras
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+	  > "$$(.extras/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/voxquilt.pth"
+	.extras/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r tests/extras.txt
+	touch $@
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -51,4 +62,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .bench .site outputs
+	rm -rf $(VENV) .extras .bench .site outputs

@@ -41,6 +41,10 @@ DEVICES = ("auto", "cpu")
 """Where images are prepared: on the network's device, or on the host."""
 ON_ERROR = ("skip", "raise")
 TASKS = ("segmentation", "multilabel", "image")
+METRICS = ("train_loss", "val_score", "val_dice", "val_mae", "val_psnr")
+"""What a training logs, beside val_dice_<class>."""
+BEST = "best"
+"""The value of `run.objective` that is the score of best.ckpt."""
 LOGS = ("auto", "rich", "plain", "json")
 SUBJECT, SLAB = "subject", "slab"
 DISTRIBUTE = (SUBJECT, SLAB, "auto")

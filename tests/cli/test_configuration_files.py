@@ -32,7 +32,7 @@ OWNERS = {
         "predict": {"brain_extraction"},
         "train": {"ct", "denoising", "mr_t1", "multimodal", "slices_2d", "tissue"},
     },
-    "logger": {"predict": {"tensorboard"}, "train": {"tensorboard"}},
+    "hparams": {"predict": set(), "train": {"optuna"}},
     "model": {
         "predict": {"auto", "bundle", "exported", "lightning", "nnunet", "onnx", "state_dict", "torchscript"},
         "train": {"train"},
@@ -113,9 +113,12 @@ def test_every_group_and_option_belongs_to_a_script() -> None:
 
 @pytest.mark.parametrize(("script", "group", "name"), CASES)
 def test_every_option_of_every_group_composes_a_valid_configuration(
-    script: str, group: str, name: str, place: Path
+    script: str, group: str, name: str, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For each script that has it: all keys are known, none is missing, and every check of a run passes."""
+    if group == "hparams":
+        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    monkeypatch.setattr("voxquilt.cli.loggers._is_installed", lambda package: True)
     cfg = composed(script, place, *chosen(group, name))
     plain = (check_train if script == "train" else check_predict)(cfg)
     node: Any = plain

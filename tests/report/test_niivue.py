@@ -22,7 +22,7 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes
             member = tarfile.TarInfo("package/dist/niivue.umd.js")
             member.size = len(content)
             package.addfile(member, io.BytesIO(content))
-        monkeypatch.setattr(niivue, "_packed", packed.getvalue)
+        monkeypatch.setattr(niivue, "_packed", lambda *_: packed.getvalue())
 
     return serve
 
@@ -44,7 +44,7 @@ def test_what_comes_is_kept_only_with_the_right_checksum(
     niivue.fetch()
     assert niivue.is_here()
     assert [path.name for path in niivue.SCRIPT.parent.iterdir()] == ["niivue.umd.js"]
-    monkeypatch.setattr(niivue, "_packed", lambda: pytest.fail("fetched again"))
+    monkeypatch.setattr(niivue, "_packed", lambda *_: pytest.fail("fetched again"))
     niivue.fetch()
     niivue.SCRIPT.write_bytes(b"damaged")
     assert not niivue.is_here()
@@ -55,7 +55,7 @@ def test_a_registry_that_cannot_be_reached_is_one_message(
 ) -> None:
     """With exit status 2."""
 
-    def fails() -> bytes:
+    def fails(*_: str) -> bytes:
         raise OSError("no network")
 
     monkeypatch.setattr(niivue, "_packed", fails)

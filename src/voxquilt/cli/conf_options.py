@@ -8,6 +8,8 @@ from typing import Any
 import yaml
 
 SCRIPTS = ("predict", "train")
+# Groups whose options set keys of others.
+_KEYLESS = (".", "experiment", "task", "hparams", "hydra/help")
 
 
 def options_of(conf: Path, group: str, script: str) -> list[str]:
@@ -35,7 +37,7 @@ def other_script(script: str) -> str:
 def keys_of(conf: Path, script: str) -> Iterator[str]:
     """Keys of the primary configuration, and of every option of its groups."""
     yield from primary_keys(conf, script)
-    yield from ("experiment", *(("task",) if script == "train" else ()))
+    yield from ("experiment", *(("task", "hparams") if script == "train" else ()))
     for _, keys in keys_by_option(conf, script):
         yield from keys
 
@@ -49,7 +51,7 @@ def keys_by_option(conf: Path, script: str) -> Iterator[tuple[str, list[str]]]:
     """Every option of a script's groups as it is typed, with the group's key and the option's keys."""
     for path in conf.rglob("*.yaml"):
         group = path.parent.relative_to(conf).as_posix()
-        if group not in (".", "experiment", "task", "hydra/help") and _is_for(path.relative_to(conf), script):
+        if group not in _KEYLESS and _is_for(path.relative_to(conf), script):
             key = group.replace("/", ".")
             yield f"{group}={path.stem}", [key, *_full_keys(_settings_of(path), key)]
 
@@ -58,7 +60,7 @@ def _is_for(path: Path, script: str) -> bool:
     """Whether an option, by its path in conf/, is for a script; it may be for both."""
     if path.stem in ("_predict", "_train"):
         return path.stem == f"_{script}"
-    if path.parts[0] == "task":
+    if path.parts[0] in ("task", "hparams"):
         return script == "train"
     if path.parts[0] not in ("data", "model", "callbacks") or path.parent.name == "net":
         return True

@@ -14,14 +14,30 @@ _statuses: list[int] = []
 
 
 class ExitStatus(int):
-    """The exit status of a run, which is recorded where it is made and in the process that unpickles it."""
+    """The exit status of a run, which is recorded where it is made and in the process that unpickles it.
 
-    def __new__(cls, value: int) -> "ExitStatus":
+    A sweeper that optimises takes what a job returns for a number: that is the score, not the status.
+
+    Args:
+        value: The status.
+        score: What a sweeper is to optimise; None for a run that has no score.
+    """
+
+    def __new__(cls, value: int, score: float | None = None) -> "ExitStatus":
         _statuses.append(value)
-        return super().__new__(cls, value)
+        status = super().__new__(cls, value)
+        status.score = score
+        return status
+
+    score: float | None
+
+    def __float__(self) -> float:
+        if self.score is None:
+            raise ValueError(f"the run has no score; its exit status is {int(self)}")
+        return self.score
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ExitStatus, (int(self),)
+        return ExitStatus, (int(self), self.score)
 
 
 def forget_statuses() -> None:

@@ -3,6 +3,7 @@
 Heavy imports stand inside functions, so that a wrong configuration is answered in a second.
 """
 
+import logging
 import os
 import sys
 import traceback
@@ -106,6 +107,7 @@ def run_train(cfg: DictConfig) -> int:
 
 def _main(name: str, task: Callable[[DictConfig], int]) -> None:
     leave = prepare_quick_end()
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # by which MLflow and Optuna keep their databases
     escape_streams()
     forget_statuses()
     leave(_status_of(name, task))
@@ -193,7 +195,8 @@ def _run_task(task: Callable[[DictConfig], int], cfg: DictConfig) -> ExitStatus:
     sys.path.append(str(Path.cwd()))  # the user's own classes; last, so that they hide nothing that is installed
     try:
         give_folder(cfg)
-        return ExitStatus(task(cfg))
+        status = task(cfg)
+        return status if isinstance(status, ExitStatus) else ExitStatus(status)
     except VoxquiltError as error:
         if is_first():  # of many processes that all have the same message
             print(f"voxquilt: {error}", file=sys.stderr)

@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from voxquilt.cli.inherited_settings import AUTO
 from voxquilt.cli.instantiate import matches
+from voxquilt.cli.loggers import check_loggers
 from voxquilt.cli.plain_config import check_image_names, check_output, check_weights, is_sweep, to_plain
 from voxquilt.cli.process_check import check_trainer
 from voxquilt.cli.schema import PREDICT, TOP
@@ -30,6 +31,7 @@ def check_predict(cfg: DictConfig) -> dict[str, Any]:
     plain = to_plain(cfg)
     _check_model_and_writer(plain)
     check_sections(plain, PREDICT, TOP)
+    check_loggers(plain.get("logger"))
     plain["shard"] = {key: int(value) for key, value in plain["shard"].items()}
     check_trainer(plain["trainer"], plain["shard"]["count"], multirun=is_sweep())
     check_weights(plain)

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from voxquilt.cli.exit_status import DONE, FAILED
 from voxquilt.cli.inherited_settings import check_images
 from voxquilt.cli.instantiate import build, check_classes
+from voxquilt.cli.loggers import build_loggers
 from voxquilt.cli.model_parts import PARTS
 from voxquilt.cli.quick_imports import paused_collector
 from voxquilt.cli.run_report import report_run
@@ -27,6 +28,7 @@ from voxquilt.prediction.dry_run import DryRun
 from voxquilt.prediction.output_lock import locked
 from voxquilt.prediction.resume import Resume
 from voxquilt.prediction.writer_callback import VolumeWriter
+from voxquilt.reporting.run_logs import open_loggers
 from voxquilt.stitching.combination import Combination
 from voxquilt.stitching.stitch import Stitch
 from voxquilt.text import leave_stdout
@@ -167,9 +169,9 @@ def _plan(plain: Mapping[str, Any], parts: _Parts) -> int:
 
 
 def _build_trainer(plain: Mapping[str, Any], parts: _Parts) -> Trainer:
-    logger = build(plain["logger"], "logger") if plain.get("logger") else False
     logging, *others = parts.callbacks
-    return build(plain["trainer"], "trainer", callbacks=[logging, parts.writer, *others], logger=logger)
+    loggers = build_loggers(plain.get("logger"))
+    return build(plain["trainer"], "trainer", callbacks=[logging, parts.writer, *others], logger=loggers)
 
 
 def _predict(trainer: Trainer, parts: _Parts) -> bool:
@@ -179,7 +181,7 @@ def _predict(trainer: Trainer, parts: _Parts) -> bool:
         ConfigError: nothing was started.
     """
     try:
-        with attended(trainer):
+        with open_loggers(trainer, is_first=is_first()), attended(trainer):
             trainer.predict(parts.model, datamodule=parts.data, return_predictions=False)
     except ConfigError:
         raise

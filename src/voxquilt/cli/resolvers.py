@@ -6,6 +6,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from voxquilt.example_files import fetch
+from voxquilt.reporting.manifest import of_shard
 
 
 def register_resolvers() -> None:
@@ -13,6 +14,7 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("example", _example, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("if_averaged", _scores_activation, replace=True)
     OmegaConf.register_new_resolver("half", _half, replace=True)
+    OmegaConf.register_new_resolver("of_shard", _of_shard, replace=True)
 
 
 def _scores_activation(average: str | None, activation: str | None) -> str | None:
@@ -28,6 +30,12 @@ def _example(name: str) -> str:
     from voxquilt.datasets import tissue_table  # which imports torch, and this name is train.py's alone
 
     return str(tissue_table())
+
+
+def _of_shard(name: str, *, _root_: Any) -> str:
+    """The name of a run, with the number of its shard where it is one of several, as in the names of its tables."""
+    shard = _root_.get("shard") or {}  # which train.py does not have
+    return of_shard(f"{name}.", (int(shard.get("index", 0)), int(shard.get("count", 1))))[:-1]
 
 
 def _half(size: Any) -> Any:

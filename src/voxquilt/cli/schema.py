@@ -27,6 +27,7 @@ from voxquilt.cli.value_checks import (
     name_or_number,
     number,
     number_or_numbers,
+    objective,
     or_null,
     padding_mode,
     shard_number,
@@ -205,7 +206,7 @@ TRAIN = {
     ),
     "preprocess": PREPROCESS,
     "stitch": STITCH,
-    "run": Section({"seed": integer(0), "overwrite": flag}, is_complete=True),
+    "run": Section({"seed": integer(0), "overwrite": flag, "objective": objective}, is_complete=True),
 }
 """The sections of train.py."""
 

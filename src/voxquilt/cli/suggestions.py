@@ -23,6 +23,13 @@ from voxquilt.cli.conf_options import (
 from voxquilt.errors import ConfigError
 from voxquilt.text import nearest, plain_text, question
 
+# The extras that bring options of Hydra's own groups.
+_EXTRAS = {
+    "hydra/sweeper=optuna": "optuna",
+    "hydra/launcher=submitit_local": "slurm",
+    "hydra/launcher=submitit_slurm": "slurm",
+}
+
 
 def explain(error: BaseException, script: str, conf: Path) -> str:
     """Hydra's message without what only its developers need.
@@ -130,6 +137,8 @@ def no_argument(node: Mapping[str, Any], key: str, error: BaseException) -> str:
 
 
 def _no_option(group: str, name: str, options: Iterable[str]) -> str:
+    if (extra := _EXTRAS.get(f"{group}={name}")) is not None:
+        return f"{group}={name} is not installed: pip install 'voxquilt[{extra}]'."
     options = sorted(options)
     hint = question(name, options, prefix=f"{group}=")
     return f"there is no {group}={name}; there are {', '.join(options)}.{hint}"

@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from voxquilt.cli.loggers import check_loggers
 from voxquilt.cli.plain_config import check_image_names, check_output, check_weights, is_sweep, to_plain
 from voxquilt.cli.process_check import check_trainer
 from voxquilt.cli.schema import TOP, TRAIN
@@ -14,6 +16,7 @@ from voxquilt.distributed.environment import is_external, is_first
 from voxquilt.errors import ConfigError
 from voxquilt.training.continuation import check_folder, check_start, record
 from voxquilt.training.splits import make_split
+from voxquilt.vocabulary import BEST
 
 
 def check_train(cfg: DictConfig) -> dict[str, Any]:
@@ -22,8 +25,10 @@ def check_train(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ConfigError: (or another VoxquiltError) what is wrong, by its key, and what would be right.
     """
+    _check_sweep()
     plain = to_plain(cfg)
     check_sections(plain, TRAIN, TOP)
+    check_loggers(plain.get("logger"))
     data = plain["data"]
     _check_label_source(data)
     _check_model(plain["model"], data["task"], plain["stitch"].get("class_names"))
@@ -35,6 +40,7 @@ def check_train(cfg: DictConfig) -> dict[str, Any]:
     check_image_names(plain["preprocess"].get("intensity"), cases)
     parts = make_split(cases, data["folds"], data["fold"], data["seed"], data["split"])
     if not parts.validation:
+        _check_objective(plain["run"]["objective"])
         # Nothing has a score.
         scored = [name for name, node in plain["callbacks"].items() if node and node.get("monitor") == "val_score"]
         plain["callbacks"] = {name: node for name, node in plain["callbacks"].items() if name not in scored}
@@ -48,6 +54,21 @@ def check_train(cfg: DictConfig) -> dict[str, Any]:
         plain["replaced"] = check_folder(plain)
         check_start(plain, plain["record"])
     return plain
+
+
+def _check_sweep() -> None:
+    if HydraConfig.initialized() and not is_sweep() and (chosen := HydraConfig.get().runtime.choices.get("hparams")):
+        raise ConfigError(f"hparams={chosen} tries several settings: it goes with --multirun, or -m.")
+
+
+def _check_objective(objective: str) -> None:
+    """Refuse to look for the best score where nothing has one."""
+    optimises = is_sweep() and HydraConfig.get().runtime.choices.get("hydra/sweeper") != "basic"
+    if optimises and objective.startswith((BEST, "val_")):
+        raise ConfigError(
+            f"run.objective={objective} needs validation: set data.folds or data.split, or run.objective=train_loss "
+            f"and hydra.sweeper.direction=minimize."
+        )
 
 
 def _check_label_source(data: Mapping[str, Any]) -> None:

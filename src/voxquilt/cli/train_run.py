@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from monai.data.meta_obj import set_track_meta
 
-from voxquilt.cli.exit_status import DONE, FAILED
+from voxquilt.cli.exit_status import DONE, FAILED, ExitStatus
 from voxquilt.cli.instantiate import build
+from voxquilt.cli.loggers import build_loggers
 from voxquilt.cli.quick_imports import paused_collector
 from voxquilt.cli.train_callbacks import EpochLines, RemoveCheckpoints
 from voxquilt.data.subject import ScalarImage
@@ -21,19 +23,22 @@ from voxquilt.errors import ConfigError, InputError, RunError, VoxquiltError
 from voxquilt.geometry.frame import to_triple
 from voxquilt.models.weights.stored_settings import to_carry
 from voxquilt.planning.network_check import check_network
+from voxquilt.reporting.run_logs import open_loggers
 from voxquilt.text import of_subjects
+from voxquilt.vocabulary import BEST
 
 log = logging.getLogger("voxquilt")
 
 
-def fit(plain: Mapping[str, Any]) -> int:
+def fit(plain: Mapping[str, Any]) -> ExitStatus:
     """Build and train.
 
     Args:
         plain: The checked configuration.
 
     Returns:
-        The exit status: 0 if training ended, 1 if it broke off, 130 or 143 if it was stopped.
+        The exit status: 0 if training ended, 1 if it broke off, 130 or 143 if it was stopped. One of 0 has the score by
+        which a sweeper compares trainings.
 
     Raises:
         ConfigError: something cannot be built, or an image or label cannot be used; nothing was trained.
@@ -52,7 +57,7 @@ def fit(plain: Mapping[str, Any]) -> int:
     status, can_go_on = _train(trainer, model, data, plain["ckpt_path"])
     if is_first():
         _print_checkpoints(trainer, status, can_go_on=can_go_on)
-    return status
+    return ExitStatus(status, None if status else _objective(trainer, plain["run"]["objective"]))
 
 
 def _split_configuration(plain: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -74,13 +79,12 @@ def _build_model(plain: Mapping[str, Any], checked: Mapping[str, Any]) -> Any:
 
 
 def _build_trainer(plain: Mapping[str, Any], replaced: list[Path]) -> Trainer:
-    logger = build(plain["logger"], "logger") if plain.get("logger") else False
     callbacks = [_build_callback(name, node, plain) for name, node in plain["callbacks"].items() if node]
     arguments = dict(plain["trainer"])
     if arguments.get("enable_progress_bar") is None:
         arguments["enable_progress_bar"] = sys.stdout.isatty()
     callbacks += [EpochLines(), RemoveCheckpoints(replaced), SpawnedLogging()]
-    return build(arguments, "trainer", callbacks=callbacks, logger=logger)
+    return build(arguments, "trainer", callbacks=callbacks, logger=build_loggers(plain.get("logger")))
 
 
 def _build_callback(name: str, node: Mapping[str, Any], plain: Mapping[str, Any]) -> Any:
@@ -112,7 +116,7 @@ def _train(trainer: Trainer, model: LightningModule, data: Any, ckpt_path: str |
         ConfigError: nothing was trained.
     """
     try:
-        with attended(trainer):
+        with open_loggers(trainer, is_first=is_first()), attended(trainer):
             trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     except VoxquiltError as error:
         if isinstance(error, ConfigError | InputError) and not trainer.global_step:
@@ -128,6 +132,24 @@ def _log_subjects(data: Any) -> None:
     for purpose, cases in (("train", data.training_cases), ("validate", data.validation_cases)):
         names = ", ".join(case.subject for case in cases[:5]) + ", ..." * (len(cases) > 5)
         log.info("%s on %s%s", purpose, of_subjects(len(cases)), names and f": {names}")
+
+
+def _objective(trainer: Trainer, name: str) -> float | None:
+    """The best validation's score, or the last value of a metric; None where there is none."""
+    if name != BEST:
+        metrics = trainer.callback_metrics
+        if name not in metrics:
+            log.warning("run.objective=%s: the training has %s.", name, ", ".join(metrics) or "no metrics")
+            return None
+        return float(metrics[name])
+    for saver in trainer.checkpoint_callbacks:
+        if isinstance(saver, ModelCheckpoint) and saver.monitor and saver.best_model_path:
+            score = saver.best_model_score
+            if score is None:  # known to the process of ddp_spawn that has ended
+                states = torch.load(saver.best_model_path, map_location="cpu", weights_only=True)["callbacks"]
+                score = states[saver.state_key]["best_model_score"]
+            return float(score)
+    return None
 
 
 def _print_checkpoints(trainer: Trainer, status: int, *, can_go_on: bool) -> None:

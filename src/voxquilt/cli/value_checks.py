@@ -10,7 +10,16 @@ from typing import Any
 from voxquilt.errors import ConfigError, VoxquiltError
 from voxquilt.geometry.frame import to_triple
 from voxquilt.geometry.grid import make_grid
-from voxquilt.vocabulary import FIT_MODES, PADDING_MODES, VOLUMES, check_label_values, check_name, check_regions
+from voxquilt.vocabulary import (
+    BEST,
+    FIT_MODES,
+    METRICS,
+    PADDING_MODES,
+    VOLUMES,
+    check_label_values,
+    check_name,
+    check_regions,
+)
 
 Check = Callable[[Any, str], object]
 
@@ -223,6 +232,12 @@ def flag_or_time(value: Any, key: str) -> None:
     """True, false, or time."""
     if not isinstance(value, bool) and value != "time":
         raise ConfigError(f"{key} must be true, false or time; it is {value!r}.")
+
+
+def objective(value: Any, key: str) -> None:
+    """Best, or the name of a metric; those that do not begin as ours do are the user's own."""
+    if not isinstance(value, str) or (value.startswith(("val", "train")) and not value.startswith("val_dice_")):
+        check_name(value, (BEST, *METRICS), key)
 
 
 def check_classes(stitch: Mapping[str, Any]) -> None:

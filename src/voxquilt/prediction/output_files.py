@@ -47,6 +47,7 @@ class OutputOptions:
         in_memory: Bytes; larger products are kept in scratch files until they are written.
         combination: How the volumes of several models become those of the run; None for one model.
         statistics: Whether numbers of each label are computed for statistics.csv.
+        logged: Whether numbers and pictures are logged by loggers of Lightning's.
     """
 
     folder: Path
@@ -58,6 +59,7 @@ class OutputOptions:
     in_memory: float = float("inf")
     combination: Combination | None = None
     statistics: bool = False
+    logged: bool = False
 
     def stitch_of(self, model: int) -> Stitch:
         """How the patches of one of the models become volumes."""
@@ -71,7 +73,7 @@ class OutputOptions:
     @property
     def pictures(self) -> bool:
         """Whether pictures of labels are drawn."""
-        return self.overlay or self.tensorboard or self.report
+        return self.overlay or self.tensorboard or self.logged or self.report
 
     @property
     def keeps_images(self) -> bool:

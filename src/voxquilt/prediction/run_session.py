@@ -1,7 +1,7 @@
 """Runs one process's side of a predict run, from its connection to the other processes to its record."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ from voxquilt.distributed.tcp_channel import Hub, Spoke
 from voxquilt.errors import OutputError, RunError
 from voxquilt.prediction.datamodule import GridDataModule
 from voxquilt.prediction.open_subjects import OpenSubjects
+from voxquilt.prediction.run_events import RunEvents
 from voxquilt.prediction.run_record import RunRecord
-from voxquilt.prediction.tensorboard import RunEvents
 from voxquilt.reporting.manifest import Row
 from voxquilt.reporting.progress import ProgressDisplay
 from voxquilt.reporting.progress_counts import RunProgress
@@ -31,12 +31,12 @@ class RunDisplay:
     Args:
         display: Bars or lines on the terminal.
         progress: Counts of what is done.
-        events: Writes for TensorBoard; None without it.
+        events: Logs the run.
     """
 
     display: ProgressDisplay
     progress: RunProgress
-    events: RunEvents | None
+    events: RunEvents
 
     def start(self) -> None:
         """Show that the run begins."""
@@ -46,18 +46,12 @@ class RunDisplay:
         """Show a subject that is done or has failed."""
         self.progress.row(row)
         self.display.row(row, self.progress)
-        if self.events is not None:
-            self.events.row(row)
+        self.events.row(row)
 
     def news(self, message: Message) -> None:
         """Show the progress of a process."""
         self.progress.news(message)
         self.display.moved(self.progress)
-
-    def close_events(self, outcome: Mapping[str, Any], summaries: Sequence[Message]) -> None:
-        """Write how the run ended for TensorBoard."""
-        if self.events is not None:
-            self.events.end(outcome, summaries)
 
     def end(self, status: int) -> None:
         """End the display."""
@@ -135,7 +129,7 @@ class RunSession:
         try:
             status = self.record.close(summaries, self.channel.stop)
             if self.display is not None:
-                self.display.close_events(self.record.outcome, summaries)
+                self.display.events.end(self.record.outcome, summaries)
             return status
         except OutputError as error:  # a disk that is full at the very end
             self.channel.ask_stop(Stop(str(error), BROKEN))

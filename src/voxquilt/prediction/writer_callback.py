@@ -1,7 +1,8 @@
 """Provides the Lightning callback that stitches outputs of a predict run and writes the volumes."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import psutil
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
 
 from voxquilt.data.batch import PatchBatch
 from voxquilt.distributed.control_channel import BROKEN, Stop
@@ -23,16 +25,16 @@ from voxquilt.planning.resource_estimate import MIB
 from voxquilt.prediction.datamodule import GridDataModule, datamodule_of
 from voxquilt.prediction.open_subjects import OpenSubjects
 from voxquilt.prediction.output_files import OutputFiles, OutputOptions
+from voxquilt.prediction.run_events import events_of
 from voxquilt.prediction.run_session import RunDisplay, RunSession, connect
 from voxquilt.prediction.subject_outcomes import SubjectOutcomes
-from voxquilt.prediction.tensorboard import RunEvents
 from voxquilt.reporting.manifest import Row, of_shard, read_rows
 from voxquilt.reporting.progress import make_display
 from voxquilt.reporting.progress_counts import RunProgress
 from voxquilt.stitching.combination import Combination
 from voxquilt.stitching.stitch import Stitch
 from voxquilt.stitching.subject_stitcher import Outputs
-from voxquilt.vocabulary import LOGS, ON_ERROR, VOLUMES, check_name
+from voxquilt.vocabulary import LOGS, ON_ERROR, check_name
 
 log = logging.getLogger("voxquilt")
 
@@ -150,11 +152,12 @@ class VolumeWriter(Callback):
         """
         data = datamodule_of(trainer, "VolumeWriter")
         _check_module(pl_module)
+        self.options = replace(self.options, logged=bool(trainer.loggers))
         forecasts = check_models(trainer, pl_module, partial(self.options.settings, data), data)
         if not all(forecast.settings.images_on_device for forecast in forecasts):
             data.images_to_host()
         plan = data.plan
-        display = self._display(data) if plan.group.rank == 0 else None
+        display = self._display(data, trainer.loggers) if plan.group.rank == 0 else None
         statistics = self.options.statistics
         data.keep_images(self.options.in_memory if self.options.keeps_images else None)
         channel, record = connect(self.output_dir, data, self._configuration, display, statistics=statistics)
@@ -230,12 +233,10 @@ class VolumeWriter(Callback):
         assert self._session is not None, "Lightning calls setup first"
         return self._session
 
-    def _display(self, data: GridDataModule) -> RunDisplay:
+    def _display(self, data: GridDataModule, loggers: Sequence[Logger]) -> RunDisplay:
         plan = data.plan
+        events = events_of(self.options, data, loggers, self._configuration, self._shard)
         patches = {subject: cost.patches - 1 for subject, cost in zip(plan.subjects, plan.costs, strict=True)}
-        series, events = data.grids.time == VOLUMES, None
-        if self.options.tensorboard:
-            events = RunEvents(self.output_dir, plan.cases, self.stitch.numbers, series=series)
         return RunDisplay(make_display(self._log), RunProgress(patches, plan.group.size), events)
 
 

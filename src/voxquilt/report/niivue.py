@@ -20,13 +20,13 @@ VERSION = "0.69.0"
 SHA256 = "47b896b77ec4a5be3ef1949c33ad393b6f45629921f326c279000bcf51bdb4af"
 SCRIPT = Path(__file__).parent / "vendor" / "niivue.umd.js"
 HOW = "python -m voxquilt.report.niivue fetches it"
-_MEMBER = "package/dist/niivue.umd.js"
+_PACKAGE, _MEMBER = "@niivue/niivue", "package/dist/niivue.umd.js"
 _TIMEOUT = 300.0  # seconds
 
 
 def is_here() -> bool:
     """Whether the script is there, with its checksum."""
-    return SCRIPT.is_file() and _is_good(SCRIPT.read_bytes())
+    return SCRIPT.is_file() and hashlib.sha256(SCRIPT.read_bytes()).hexdigest() == SHA256
 
 
 def fetch() -> None:
@@ -37,35 +37,40 @@ def fetch() -> None:
     """
     if is_here():
         return
-    with tarfile.open(fileobj=io.BytesIO(_packed()), mode="r:gz") as package:
-        member = package.extractfile(_MEMBER)
-        content = b"" if member is None else member.read()
-    if not _is_good(content):
-        raise OSError(f"NiiVue {VERSION} came with another checksum than {SHA256}")
+    content = fetch_member(_PACKAGE, VERSION, _MEMBER, SHA256)
     SCRIPT.parent.mkdir(exist_ok=True)
     temporary = SCRIPT.with_suffix(f".{os.getpid()}")
     temporary.write_bytes(content)
     os.replace(temporary, SCRIPT)
 
 
-def _packed() -> bytes:
-    """The package of npm's registry."""
+def fetch_member(package: str, version: str, member: str, sha256: str) -> bytes:
+    """A file of a package of npm's registry.
+
+    Raises:
+        OSError: the registry cannot be reached, or what came is something else.
+    """
+    with tarfile.open(fileobj=io.BytesIO(_packed(package, version)), mode="r:gz") as packed:
+        file = packed.extractfile(member)
+        content = b"" if file is None else file.read()
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise OSError(f"{package} {version} came with another checksum than {sha256}")
+    return content
+
+
+def _packed(package: str, version: str) -> bytes:
     npm = shutil.which("npm")
     if npm is not None:
         with tempfile.TemporaryDirectory() as folder:
-            command = [npm, "pack", f"@niivue/niivue@{VERSION}", "--silent", "--pack-destination", folder]
+            command = [npm, "pack", f"{package}@{version}", "--silent", "--pack-destination", folder]
             done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
             packages = list(Path(folder).glob("*.tgz"))
             if done.returncode == 0 and packages:
                 return packages[0].read_bytes()
     registry = os.environ.get("npm_config_registry") or "https://registry.npmjs.org"  # noqa: SIM112 (npm's name)
-    url = f"{registry.rstrip('/')}/@niivue/niivue/-/niivue-{VERSION}.tgz"
+    url = f"{registry.rstrip('/')}/{package}/-/{package.rpartition('/')[2]}-{version}.tgz"
     with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer:
         return answer.read()
-
-
-def _is_good(content: bytes) -> bool:
-    return hashlib.sha256(content).hexdigest() == SHA256
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ _NOT_COMPARED = {
                 "val_check_interval", "num_sanity_val_steps", "log_every_n_steps", "enable_progress_bar",
                 "enable_model_summary", "benchmark", "deterministic", "profiler", "default_root_dir",
                 "detect_anomaly"},
-    "run": {"overwrite"},
+    "run": {"overwrite", "objective"},
 }  # fmt: skip
 
 

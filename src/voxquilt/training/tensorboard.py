@@ -1,4 +1,4 @@
-"""Writes pictures of validation subjects, hyperparameters and final metrics to TensorBoard."""
+"""Logs pictures of validation subjects, hyperparameters and final metrics of a training."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,47 +6,44 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from voxquilt.reporting.run_logs import loggable, logs_of
 from voxquilt.training.module import PatchTrainer
 
 
 class TensorBoardImages(Callback):
-    """Pictures of validation subjects, the prediction above the label, and the hparams tab; written by rank 0.
+    """Logs pictures of validation subjects, the prediction above the label, and hyperparameters, on rank 0.
+
+    TensorBoard and every other logger of the trainer get them; pictures, those that take some.
 
     Args:
         configuration: The training's configuration; its plain values are the hyperparameters.
     """
 
     def __init__(self, configuration: Mapping[str, Any] | None = None) -> None:
-        self._hyperparameters = {
-            key: value
-            for section in ("data", "preprocess", "model", "stitch", "trainer", "run")
-            for key, value in _flattened((configuration or {}).get(section), section)
-        }
+        self._hyperparameters = loggable(configuration or {})
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the hyperparameters, but to TensorBoard, whose table of them has the last metrics as well."""
+        others = [logger for logger in _loggers(trainer) if not isinstance(logger, TensorBoardLogger)]
+        for log in logs_of(others):
+            log.settings(self._hyperparameters)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add the pictures of this validation."""
+        """Log the pictures of this validation."""
         if not isinstance(pl_module, PatchTrainer):
             return
-        for logger in _tensorboard_loggers(trainer):
+        for log in logs_of(_loggers(trainer)):
             for result in pl_module.validated:
                 if result.picture is not None:
-                    tag = f"validation/{result.subject}"
-                    logger.experiment.add_image(tag, result.picture, trainer.global_step, dataformats="HWC")
+                    log.picture(f"validation/{result.subject}", result.picture, trainer.global_step)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add the hyperparameters and the last metrics."""
+        """Log the hyperparameters and the last metrics to TensorBoard."""
         metrics = {f"final/{name}": float(value) for name, value in trainer.callback_metrics.items()}
-        for logger in _tensorboard_loggers(trainer):
-            logger.log_hyperparams(self._hyperparameters, metrics, trainer.global_step)
+        for logger in _loggers(trainer):
+            if isinstance(logger, TensorBoardLogger):
+                logger.log_hyperparams(self._hyperparameters, metrics, trainer.global_step)
 
 
-def _tensorboard_loggers(trainer: Trainer) -> list[TensorBoardLogger]:
-    loggers = trainer.loggers if trainer.is_global_zero else []
-    return [logger for logger in loggers if isinstance(logger, TensorBoardLogger)]
-
-
-def _flattened(node: Any, key: str) -> list[tuple[str, Any]]:
-    if isinstance(node, Mapping):
-        return [pair for name, child in node.items() for pair in _flattened(child, f"{key}.{name}")]
-    # TensorBoard takes numbers, booleans and text only.
-    return [] if node is None else [(key, node if isinstance(node, bool | int | float | str) else str(node))]
+def _loggers(trainer: Trainer) -> list[Any]:
+    return list(trainer.loggers) if trainer.is_global_zero else []
