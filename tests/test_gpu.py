@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forks import Server
 from lightning.pytorch import Trainer
 from synthetic import Over50, Plus, noise, read, save
 
@@ -412,3 +413,16 @@ def test_predicted_device_memory_is_what_a_run_takes(on_device: bool, tmp_path: 
     required = Planner(trainer, predictor, data.run_size, writer.options.settings(data, predictor)).plan().requirements
     assert required.images_on_device == on_device
     assert sum(required.device.values()) == pytest.approx(peak, rel=0.15)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-true"])
+def test_a_self_check_passes_on_the_device(precision: str, tmp_path: Path, forks: Server) -> None:
+    """With images, sums and products there; a network of several layers is compared with the host's."""
+    save(tmp_path / "in/a.nii.gz", noise((40, 30, 36)), np.diag([1.0, 1.2, 2, 1]))
+    network = "{_target_: torch.nn.Conv3d, in_channels: 1, out_channels: 3, kernel_size: 3, padding: 1}"
+    run = forks.start(
+        "data.inputs=in", f"model.net={network}", "ckpt_path=null", "data.patch_size=16", "data.patch_overlap=8",
+        "trainer=gpu", f"trainer.precision={precision}", "preprocess.spacing=1.5", "run.selfcheck=true",
+        "stitch.products=[labels,probabilities,entropy]", cwd=tmp_path,
+    )  # fmt: skip
+    assert run.wait() == [0], run.text

@@ -39,7 +39,8 @@ _IMAGE = {
     "label_values": None, "regions": None, "classes": None, "combine": None, "postprocess": [],
     "temperature": 1, "dtype": "float32", "files": "one",
 }  # fmt: skip
-_NO_SUBJECTS = {"images": None, "suffixes": None, "extra_images": None, "skip": None, "within": None, "labels": None}
+_OF_SUBJECTS = ("inputs", "images", "suffixes", "extra_images", "skip", "within", "margin", "labels")
+"""Keys of `data` that concern the user's subjects."""
 
 
 @dataclass(frozen=True)
@@ -108,14 +109,11 @@ def check_itself(plain: Mapping[str, Any], inherited: Mapping[str, Any], cases: 
     """
     check_classes(inherited, plain["run"]["checkpoint_targets"])
     models = _models_of(plain)
-    with shared_folder() as folder, _quiet(), ExitStack() as until_the_end:
+    with shared_folder() as folder, _quiet(), _Processes() as processes:
         prepared = _prepared(models, plain, inherited, cases, folder)
         findings = Findings()
         for model, own in zip(models, prepared, strict=True):
-            rounds = {
-                kind: _run_round(kind, model, own, plain, until_the_end, own.folder / kind)
-                for kind in ("images", "classes")
-            }
+            rounds = {kind: _run_round(kind, model, own, plain, processes) for kind in ("images", "classes")}
             if is_first():
                 judge_images(findings, rounds["images"], own, model.name)
                 judge_classes(findings, rounds["classes"], own, model.name)
@@ -186,17 +184,28 @@ def _datamodule(
     )  # fmt: skip
 
 
-def _run_round(
-    kind: str, model: _Model, own: Prepared, plain: Mapping[str, Any], until_the_end: ExitStack, folder: Path
-) -> Round:
+class _Processes(ExitStack):
+    """The processes that the first trainer starts, which stay for all rounds."""
+
+    has_started = False
+
+    def attend(self, trainer: Trainer) -> None:
+        """Wait for them in the end, if the trainer is the first."""
+        if not self.has_started:
+            self.has_started = True
+            self.enter_context(attended(trainer))
+
+
+def _run_round(kind: str, model: _Model, own: Prepared, plain: Mapping[str, Any], processes: _Processes) -> Round:
     """Run the configuration on synthetic images: a run like any other, but for its network and its images."""
+    folder = own.folder / kind
     folder.mkdir(exist_ok=True)
     sections = model.sections
     left_out = {key: value for key, value in (("intensity", None), ("one_hot", None)) if key in sections["preprocess"]}
     preprocess = build({**sections["preprocess"], **left_out}, "preprocess")
     subjects = [CLASSES] if kind == "classes" else [*RAMPS, CONSTANT, NOISE]
     images = [SubjectFiles(name, own.files[name]) for name in subjects]
-    node = {key: value for key, value in sections["data"].items() if key not in ("inputs", *_NO_SUBJECTS)}
+    node = {key: value for key, value in sections["data"].items() if key not in _OF_SUBJECTS}
     node |= {"time": "channels"} if "time" in node else {}
     data = _datamodule({"data": {**node, "inputs": None}}, plain, preprocess, images, folder)
     wanted = _IMAGE if kind == "images" else {"postprocess": [], "combine": None}
@@ -216,9 +225,7 @@ def _run_round(
         plain["trainer"], "trainer",
         callbacks=[writer], logger=False,
     )  # fmt: skip
-    # Processes that the first trainer starts stay for all rounds.
-    if not until_the_end._exit_callbacks:  # type: ignore[attr-defined]
-        until_the_end.enter_context(attended(trainer))
+    processes.attend(trainer)
     trainer.predict(module, datamodule=data, return_predictions=False)
     device = trainer.strategy.root_device
     rows = writer.rows if is_first() else []

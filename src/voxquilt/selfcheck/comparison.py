@@ -135,6 +135,7 @@ def inside_of(way: Way, ways: Sequence[AxisWay]) -> list[np.ndarray]:
 
 
 def splines_of(way: Way) -> int:
+    """How often cubic splines interpolate, there and back."""
     return sum(3 in orders for orders in way.orders)
 
 

@@ -44,6 +44,11 @@ class Way:
     factor: Triple = (1, 1, 1)
     orders: tuple[Sequence[int], Sequence[int]] = ((1, 1, 1), (1, 1, 1))
 
+    @property
+    def is_all_linear(self) -> bool:
+        """Whether nothing but linear interpolation is used."""
+        return {order for along in self.orders for order in along} == {1}
+
 
 @dataclass(frozen=True)
 class AxisWay:
@@ -125,8 +130,7 @@ def spline_reach(scale: float) -> float:
 
 def is_linear(way: Way, ways: Sequence[AxisWay]) -> bool:
     """Whether the matrices are exact: voxels are interpolated linearly, or copied."""
-    orders = {order for along in way.orders for order in along}
-    return orders == {1} or all(along.copies for along in ways)
+    return way.is_all_linear or all(along.copies for along in ways)
 
 
 def returned_positions(ways: Sequence[AxisWay]) -> list[np.ndarray]:

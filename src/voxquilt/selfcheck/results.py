@@ -66,7 +66,7 @@ class Round:
 
     def ramp(self, name: str) -> Seen | None:
         """What the network saw of a ramp."""
-        found = [Seen(**{**one["ramps"][name]}) for one in self._seen if name in one["ramps"]]
+        found = [Seen(**one["ramps"][name]) for one in self._seen if name in one["ramps"]]
         return max(found, key=lambda seen: seen.excess, default=None)
 
     def way(self, subject: str) -> Way:
@@ -154,7 +154,7 @@ def judge_classes(findings: Findings, ended: Round, own: Prepared, model: str) -
     for output, channels in own.form.channels.items():
         way = replace(ended.way(CLASSES), factor=own.form.factors[output])
         is_bent = averaged is not None or (ended.ends_activated and channels > 1)
-        if {order for along in way.orders for order in along} != {1} and is_bent:
+        if is_bent and not way.is_all_linear:
             findings.unchecked.append(f"{model}products: probabilities that are not interpolated linearly")
             continue
         files, specs = {}, {}
@@ -163,8 +163,8 @@ def judge_classes(findings: Findings, ended: Round, own: Prepared, model: str) -
                 name = f"{output}_{product}" if output else product
                 files[name], specs[name] = ended.files_of(CLASSES, name), spec
         for name, paths in list(files.items()):
-            resampled = {order for along in way.orders for order in along} != {1}
-            if not paths or (resampled and (specs[name].in_model or specs[name].interpolated)):
+            in_model = specs[name].in_model or specs[name].interpolated
+            if not paths or (in_model and not way.is_all_linear):
                 findings.unchecked.append(f"{model}{name}: it is not interpolated linearly")
                 del files[name]
         found = compare_products(
