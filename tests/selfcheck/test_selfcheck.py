@@ -1,5 +1,7 @@
 """Tests run.selfcheck: it is right where a run is right, and finds each of the faults that a run could have."""
 
+import os
+import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,7 @@ import voxquilt.models.patch_network as patch_network
 import voxquilt.prediction.output_files as output_files
 from voxquilt.cli.main import _prepare_arguments, conf_dir, run_predict
 from voxquilt.cli.resolvers import register_resolvers
+from voxquilt.prediction.open_subjects import OpenSubjects
 from voxquilt.selfcheck.findings import Finding, Findings
 from voxquilt.stitching import accumulator
 from voxquilt.stitching.accumulator import Accumulator
@@ -225,3 +228,15 @@ def test_half_precision_hides_no_fault_that_is_larger_than_its_rounding(
     plant, settings, wanted = FAULTS[fault]
     plant(monkeypatch)
     assert set(wanted) <= set(off(check(*settings, "trainer.precision=bf16-mixed")))
+
+
+def test_a_run_that_a_signal_stops_ends_the_check(
+    check: Check, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With the status of the signal, and not with subjects that have not come back."""
+    begin = OpenSubjects.begin_batch
+    monkeypatch.setattr(OpenSubjects, "begin_batch", lambda self: (os.kill(os.getpid(), signal.SIGTERM), begin(self)))
+    with pytest.raises(SystemExit) as ended:
+        check()
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert list((tmp_path / "tmp").iterdir()) == []

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from voxquilt.cli.exit_status import DONE, FAILED
+from voxquilt.cli.exit_status import DONE, FAILED, NOT_STARTED
 from voxquilt.cli.inherited_settings import check_images
 from voxquilt.cli.instantiate import build, check_classes
 from voxquilt.cli.model_parts import PARTS
@@ -227,6 +227,8 @@ def _run_round(kind: str, model: _Model, own: Prepared, plain: Mapping[str, Any]
     )  # fmt: skip
     processes.attend(trainer)
     trainer.predict(module, datamodule=data, return_predictions=False)
+    if writer.status > NOT_STARTED:  # stopped by a signal, which stops the check
+        raise SystemExit(writer.status)
     device = trainer.strategy.root_device
     rows = writer.rows if is_first() else []
     return Round(folder, rows, stitch, device.type, str(trainer.precision), trainer.world_size, handling)
