@@ -89,7 +89,7 @@ def _predict_rough(cfg: DictConfig, overrides: Sequence[str]) -> int:
             else {"model": "auto", "ckpt_path": _quoted(str(rough.ckpt_path))}
         )
         own = model | {
-            "output_dir": _quoted(output_dir), "data.within": "null", "run.status": "false",
+            "output_dir": _quoted(output_dir), "data.within": "null", "data.margin": "0", "run.status": "false",
             "stitch.classes": _listed(rough.get("classes")),
         }  # fmt: skip
         # What the user said of the model, its patches and its labels is said of the other one.
@@ -100,6 +100,7 @@ def _predict_rough(cfg: DictConfig, overrides: Sequence[str]) -> int:
     has_mask = predicts or has_files(mask)
     if not has_mask:
         log.info("data.within is not known before %s has predicted: whole volumes are taken.", rough)
+        OmegaConf.update(cfg, "data.margin", 0)
     OmegaConf.update(cfg, "data.within", mask if has_mask else None, merge=False)
     return status
 
