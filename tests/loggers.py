@@ -35,6 +35,9 @@ class Recording(Logger):
         (picture,) = images
         self._write("picture", step, {key: int(picture.astype(np.int64).sum()), "shape": list(picture.shape)})
 
+    def save(self) -> None:
+        self._write("saved", None, None)
+
     def finalize(self, status: str) -> None:
         self._write("end", None, status)
 

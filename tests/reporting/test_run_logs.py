@@ -104,6 +104,9 @@ def test_every_logger_gets_the_numbers_and_pictures_that_tensorboard_gets(place:
     ((_, settings),) = recorded(place / "mine.jsonl", "settings")
     assert settings == yaml.safe_load((place / "out/csv/version_0/hparams.yaml").read_text())
     assert (settings["data.patch_size"], settings["output_dir"]) == (8, "out")
+    kinds = [json.loads(line)[0] for line in (place / "mine.jsonl").read_text().splitlines()]
+    # A run that is killed has logged the subjects that are done.
+    assert all(kinds[n + 1] == "saved" for n, kind in enumerate(kinds) if kind == "numbers")
     assert recorded(place / "mine.jsonl", "end") == [(None, "success")]
 
 
