@@ -66,7 +66,8 @@ class Round:
 
     def ramp(self, name: str) -> Seen | None:
         """What the network saw of a ramp."""
-        found = [Seen(**one["ramps"][name]) for one in self._seen if name in one["ramps"]]
+        ramps = [one["ramps"][name] for one in self._seen if name in one["ramps"]]
+        found = [Seen(**ramp | {"voxel": tuple(ramp["voxel"])}) for ramp in ramps]
         return max(found, key=lambda seen: seen.excess, default=None)
 
     def way(self, subject: str) -> Way:
@@ -74,7 +75,8 @@ class Round:
         values = next(one["ways"][subject] for one in self._seen if subject in one["ways"])
         arrays = {key: np.array(values[key]) for key in ("native", "model")}
         triples = {key: tuple(values[key]) for key in ("shape", "model_shape", "factor")}
-        return Way(**{**values, **arrays, **triples})
+        pairs = {key: tuple(map(tuple, values[key])) for key in ("padding", "box") if values[key] is not None}
+        return Way(**{**values, **arrays, **triples, **pairs, "orders": tuple(values["orders"])})
 
     def rounding(self, members: int) -> Rounding:
         """What the run rounds, with so many networks."""

@@ -111,7 +111,7 @@ class StandIn(PatchPredictor):
             return
         count = int(self.trainer.datamodule.batch_size)  # type: ignore[attr-defined]
         data = self._trial.patch.to(self.device).repeat(count, 1, 1, 1, 1)
-        batch = PatchBatch(data, [SubjectRows(None, 0, 0, count)])  # type: ignore[arg-type]
+        batch = PatchBatch(data, [])
         with torch.no_grad(), self.trainer.precision_plugin.predict_step_context():
             outputs = self.checked.eval().predict_step(batch, 0)
         found = compare_outputs(outputs, self._trial.outputs, count)

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from voxquilt.data.batch import PatchBatch, SubjectRows, named_outputs
+from voxquilt.data.batch import PatchBatch, named_outputs
 from voxquilt.models.predictor import PatchPredictor
 
 # The error is allowed to be three bits larger than that of the perturbed network: rounding of inputs, of weights and of
@@ -42,7 +42,7 @@ def outputs_on_host(predictor: LightningModule, patch: Tensor) -> dict[str, Tens
             opened = getattr(member, "open_session", None)
             if opened is not None:
                 opened(torch.device("cpu"))
-    batch = PatchBatch(patch, [SubjectRows(None, 0, 0, 1)])  # type: ignore[arg-type]
+    batch = PatchBatch(patch, [])
     with torch.no_grad():
         outputs = predictor.predict_step(batch, 0)
     return {name: output.float().clone() for name, output in batch.named(outputs).items()}
