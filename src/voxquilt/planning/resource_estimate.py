@@ -23,6 +23,8 @@ MIB = 2**20
 _LATE, _PIECES = 70 * MIB, 60 * MIB
 # Likewise, of drawing pictures while the network runs.
 _PICTURES = 25 * MIB
+# Likewise, of counting components of labels that are nearly noise, as those of a network that is hardly trained.
+_COMPONENTS = 70 * MIB
 # Tensors up to 32 MiB are kept by malloc when they are freed, at most so much in all.
 _KEPT = 110 * MIB
 
@@ -193,7 +195,7 @@ def estimate(size: RunSize, probe: Probe, outputs: OutputPlan, settings: RunSett
         "reading": size.reading if size.subjects > 1 or settings.pictures else max(0, size.reading - network),
     }
     host = {
-        "process": settings.base + _LATE + _PICTURES * settings.pictures,
+        "process": settings.base + _LATE + _PICTURES * settings.pictures + _COMPONENTS * (settings.keeps_images > 0),
         **images,
         "batches": batches,
         "products": held * kept,
