@@ -5,8 +5,9 @@ from jaxtyping import Shaped
 
 from voxquilt.reporting.label_runs import Runs, runs_of_planes
 
-# Runs up to which components are counted, in a volume however small, and voxels per run in a large one: noise has more.
-_RUNS, _VOXELS = 2**20, 32
+# Runs up to which components are counted, in a small volume and in a large one, and voxels per run between: noise has
+# more. A run takes about a hundred bytes.
+_RUNS, _MOST_RUNS, _VOXELS = 2**18, 2**22, 16
 
 
 class ComponentCounter:
@@ -21,7 +22,7 @@ class ComponentCounter:
     """
 
     def __init__(self, voxels: int) -> None:
-        self._most = max(_RUNS, voxels // _VOXELS)
+        self._most = min(max(_RUNS, voxels // _VOXELS), _MOST_RUNS)
         self._owners: list[np.ndarray] = []
         self._pairs: list[tuple[np.ndarray, np.ndarray]] = []
         self._before: Runs | None = None
