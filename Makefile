@@ -14,7 +14,7 @@ check: lint
 	$(BIN)/python -m pytest -q -m 'not slow and not processes'
 
 # Everything, with the real command on real images: about 15 minutes on 2 cores.
-test: $(READY) extras
+test: $(READY)
 	$(BIN)/python -m pytest
 
 # MLflow, Weights & Biases and Optuna, in an environment of their own on top of .venv, which stays without their packages.
