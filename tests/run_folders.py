@@ -1,14 +1,17 @@
-"""Makes output folders as runs leave them, without running anything."""
+"""Makes output folders as runs leave them, without running anything, and serves them."""
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from synthetic import save
 
+from voxquilt.report.server import ReportServer
 from voxquilt.reporting.manifest import Manifest, Row
 
 CONFIGURATION: dict[str, Any] = {
@@ -65,3 +68,14 @@ def ball(
     save(folder / "out" / f"{subject}_labels.nii.gz", inside.astype(np.uint8), affine)
     ml = float(inside.sum()) * abs(np.linalg.det(affine[:3, :3])) / 1000
     return done(subject, ml, inputs={"image": str(folder / "in" / f"{subject}.nii.gz")})
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[ReportServer]:
+    """A running server of a report."""
+    with ReportServer(folder) as server:
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        yield server
+        server.stop()
+        thread.join()

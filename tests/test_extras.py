@@ -3,13 +3,14 @@
 import sqlite3
 from pathlib import Path
 
+import logged_runs
 import numpy as np
 import pytest
 import torch
 import yaml
 from forks import Server, checked
+from logged_runs import save_labelled
 from PIL import Image
-from synthetic import noise, save
 
 from voxquilt.reporting.manifest import read_rows
 
@@ -17,22 +18,13 @@ JOB = (
     "data.inputs=in", "model=state_dict", "model.net._target_=synthetic.Over50", "ckpt_path=null", "data.patch_size=8",
     "trainer=cpu", "output_dir=out", "callbacks.writer.tensorboard=false", "callbacks.writer.overlay=true",
 )  # fmt: skip
-TRAIN = (
-    "data.inputs=in", "data.labels=labels/{subject}.nii", "data.patch_size=8", "model.net.channels=[2,2]",
-    "model.net.strides=[2]", "trainer=cpu", "trainer.max_epochs=1", "trainer.check_val_every_n_epoch=1",
-    "data.patches_per_volume=1", "data.folds=3",
-)  # fmt: skip
+TRAIN = (*logged_runs.TRAIN, "trainer.max_epochs=1")
 OFFLINE = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """Three subjects with labels."""
-    for n in range(3):
-        volume = noise((12, 10, 9 + n), n)
-        save(tmp_path / f"in/s{n}.nii", volume)
-        save(tmp_path / f"labels/s{n}.nii", (volume > 50).astype(np.uint8))
-    return tmp_path
+    return save_labelled(tmp_path)
 
 
 def run(forks: Server, place: Path, *arguments: str, script: str = "predict", ranks: int = 1, status: int = 0) -> str:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from class_networks import Bands, Masks, Two
 from forks import Server, checked
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from monai.transforms import MapLabelValue
 from scipy import ndimage
 from synthetic import Over50, noise, read, save
@@ -235,3 +235,32 @@ def test_several_models_have_the_rows_of_what_is_written(place: Path, forks: Ser
     for (subject, _, label), row in table(place / "out").items():
         mask = nib.load(place / f"out/{subject}_labels.nii.gz").get_fdata() == int(label)
         check(row, mask, read(place / f"in/{subject}.nii.gz"))
+
+
+class Vanishing(Callback):
+    """Moves the inputs away once the first patches have been cut, before images are read for the second time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_predict_batch_start(self, *_: object) -> None:
+        if self.folder.exists():
+            self.folder.rename(self.folder.with_name("away"))
+
+
+def test_a_subject_is_done_without_numbers_and_pictures_of_an_input_that_has_gone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of images that are too large to be kept: what was predicted is written, and a warning says what is missing."""
+    volume = save(tmp_path / "in/a.nii.gz", noise((12, 9, 8)))
+    writer = VolumeWriter(tmp_path / "out", in_memory=0, report=True)
+    callbacks = [Vanishing(tmp_path / "in"), writer]
+    trainer = Trainer(accelerator="cpu", logger=False, callbacks=callbacks, enable_progress_bar=False)
+    data = GridDataModule(tmp_path / "in", 8, 4)
+    trainer.predict(PatchPredictor(Over50()), datamodule=data, return_predictions=False)
+    assert [row.status for row in writer.rows] == ["done"]
+    np.testing.assert_array_equal(read(tmp_path / "out/a_labels.nii.gz"), volume > 50)
+    assert not (tmp_path / "out/statistics.csv").exists()
+    assert (tmp_path / "out/report/thumbnails/overlay/a.jpg").is_file()  # the outlines, on black
+    assert "a has no rows of statistics.csv, which the next run adds" in caplog.text
+    assert "a: its thumbnail for the report has no background" in caplog.text

@@ -2,7 +2,6 @@
 
 import io
 import os
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 from browser import REQUIRED, Visit, chromium
 from forks import Server
 from PIL import Image
+from run_folders import served
 from synthetic import save
 
 from voxquilt.report.command import main
@@ -54,12 +54,8 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def server(place: Path) -> Iterator[ReportServer]:
-    with ReportServer(place / "out") as server:
-        thread = threading.Thread(target=server.run)
-        thread.start()
+    with served(place / "out") as server:
         yield server
-        server.stop()
-        thread.join()
 
 
 @pytest.fixture

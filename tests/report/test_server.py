@@ -4,13 +4,12 @@ import http.client
 import json
 import os
 import socket
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from run_folders import ball, write_run
+from run_folders import ball, served, write_run
 from synthetic import read
 
 from voxquilt.errors import ConfigError
@@ -49,12 +48,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(place: Path) -> Iterator[ReportServer]:
     """A running server."""
-    with ReportServer(place / "out") as server:
-        thread = threading.Thread(target=server.run)
-        thread.start()
+    with served(place / "out") as server:
         yield server
-        server.stop()
-        thread.join()
 
 
 def ask(

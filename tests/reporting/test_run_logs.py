@@ -9,14 +9,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+import logged_runs
 import numpy as np
 import pytest
 import yaml
 from forks import Server, checked
 from hypothesis import given
 from hypothesis import strategies as st
+from logged_runs import save_labelled
 from PIL import Image
-from synthetic import noise, save
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from voxquilt.cli.exit_status import ExitStatus
@@ -29,11 +30,7 @@ JOB = (
     "data.patch_size=8", "trainer=cpu", "output_dir=out", "stitch.class_names=[nothing,a,b c,d]",
     "callbacks.writer.report=false",
 )  # fmt: skip
-TRAIN = (
-    "data.inputs=in", "data.labels=labels/{subject}.nii", "data.patch_size=8", "model.net.channels=[2,2]",
-    "model.net.strides=[2]", "trainer=cpu", "trainer.max_epochs=2", "trainer.check_val_every_n_epoch=1",
-    "data.patches_per_volume=1", "data.folds=3",
-)  # fmt: skip
+TRAIN = (*logged_runs.TRAIN, "trainer.max_epochs=2")
 
 
 def mine(name: str, path: str = "mine.jsonl") -> tuple[str, ...]:
@@ -43,12 +40,7 @@ def mine(name: str, path: str = "mine.jsonl") -> tuple[str, ...]:
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """Three subjects with labels."""
-    for n in range(3):
-        volume = noise((12, 10, 9 + n), n)
-        save(tmp_path / f"in/s{n}.nii", volume)
-        save(tmp_path / f"labels/s{n}.nii", (volume > 50).astype(np.uint8))
-    return tmp_path
+    return save_labelled(tmp_path)
 
 
 def run(forks: Server, place: Path, *arguments: str, ranks: int = 1, script: str = "predict", status: int = 0) -> str:

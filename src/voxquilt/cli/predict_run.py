@@ -61,9 +61,8 @@ def run(plain: Mapping[str, Any], inherited: Mapping[str, Any], cases: list[Subj
     options = plain["run"]
     _prepare_process(options)
     if options["selfcheck"]:
-        from voxquilt.cli.selfcheck_run import (
-            check_itself,  # imports nibabel and more, which a run needs later or never
-        )
+        # Here, since it imports what other runs need later or never.
+        from voxquilt.cli.selfcheck_run import check_itself
 
         return check_itself(plain, inherited, cases)
     lock = ExitStack()

@@ -212,19 +212,13 @@ def _run_round(kind: str, model: _Model, own: Prepared, plain: Mapping[str, Any]
     wanted = {key: value for key, value in wanted.items() if key in sections["stitch"]}
     stitch: Stitch = build({**sections["stitch"], **wanted}, "stitch")
     module, handling = _stand_in(kind, model, own, folder)
-    switched_off = {
-        key: value
-        for key, value in {"tensorboard": False, "overlay": False, "statistics": False, "report": False}.items()
-        if key in plain["callbacks"]["writer"]
-    }
+    own_writer = plain["callbacks"]["writer"]
+    switched_off = {key: False for key in ("tensorboard", "overlay", "statistics", "report") if key in own_writer}
     writer: VolumeWriter = build(
-        {**plain["callbacks"]["writer"], "output_dir": str(folder), "log": "plain", "on_error": "skip", **switched_off},
+        {**own_writer, "output_dir": str(folder), "log": "plain", "on_error": "skip", **switched_off},
         "callbacks.writer", stitch=stitch, configuration={},
     )  # fmt: skip
-    trainer: Trainer = build(
-        plain["trainer"], "trainer",
-        callbacks=[writer], logger=False,
-    )  # fmt: skip
+    trainer: Trainer = build(plain["trainer"], "trainer", callbacks=[writer], logger=False)
     processes.attend(trainer)
     trainer.predict(module, datamodule=data, return_predictions=False)
     if writer.status > NOT_STARTED:  # stopped by a signal, which stops the check

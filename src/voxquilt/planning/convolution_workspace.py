@@ -42,9 +42,7 @@ def cuda_workspace(func: Any, args: tuple[Any, ...], output: Any) -> int:
     last already, which is not counted on: after many a layer it is not.
 
     Args:
-        func: The operation of torch.
-        args: Its arguments.
-        output: What it returned.
+        func, args, output: See `cpu_workspace`.
     """
     if not _is_convolution(func, output):
         return 0

@@ -1,5 +1,6 @@
 """Writes finished volumes to files, which are named by subject and product."""
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -14,7 +15,7 @@ from lightning.pytorch import LightningModule
 from voxquilt.data.discovery import SubjectFiles
 from voxquilt.data.formats.nifti import write
 from voxquilt.data.subject_task import SubjectWork
-from voxquilt.errors import OutputError
+from voxquilt.errors import OutputError, VoxquiltError
 from voxquilt.planning.machine import device_memory
 from voxquilt.planning.preflight import AUTO, weights_on_device
 from voxquilt.planning.resource_estimate import RunSettings
@@ -30,7 +31,10 @@ from voxquilt.stitching.finished_volume import FinishedVolume
 from voxquilt.stitching.label_values import count_labels
 from voxquilt.stitching.output_volumes import Scratch
 from voxquilt.stitching.stitch import Stitch
+from voxquilt.text import reason_of
 from voxquilt.vocabulary import LABELS, PICTURE
+
+log = logging.getLogger("voxquilt")
 
 
 @dataclass(frozen=True)
@@ -167,15 +171,18 @@ class OutputFiles:
         overlaid = labels if options.overlay else None
         if overlaid is None and not options.report:
             return {}
-        # As it is stored, since the network has seen it in model space and with other intensities.
-        is_series = any(volume.array.ndim == 5 for volume in volumes.values())
-        image = None if is_series else next((image.stored() for image in work.images.values()), None)
-        first = (work.file.read() if image is None else image)[0].numpy()
+        first = None
+        try:
+            first = _first_image(work, volumes)
+        except VoxquiltError as error:  # of a file that is read again, and has gone meanwhile
+            if overlaid is not None:
+                raise
+            log.warning("%s: its thumbnail for the report has no background: %s", subject, reason_of(error))
         if options.report:
             arrays = {name: v.array[:, 0] if v.array.ndim == 5 else v.array for name, v in volumes.items()}
             maps = maps_of(arrays, {name: volume.kind for name, volume in volumes.items()})
             try_thumbnails(options.folder, subject, first, labels, maps, affine, options.stitch.numbers)
-        if overlaid is None:
+        if overlaid is None or first is None:
             return {}
         path = self._check_path(f"{subject}_overlay.png")
         overlay_png(first, flat(overlaid, options.stitch.numbers), affine, path)
@@ -190,17 +197,23 @@ class OutputFiles:
             write_label_tables(self.options.folder, product, numbers, stitch.names, stitch.numbers)
 
     def statistics(self, work: SubjectWork, volumes: Mapping[str, FinishedVolume]) -> list[Cells]:
-        """The rows of a volume for statistics.csv; images that are too large to be kept are read once more."""
+        """The rows of a volume for statistics.csv; none, and a warning, where they cannot be made."""
         if not self.options.statistics:
             return []
+        try:
+            return self._statistics(work, volumes)
+        except Exception as error:  # such as of an image that is read again, and has gone meanwhile
+            subject = work.task.case.subject
+            log.warning("%s has no rows of statistics.csv, which the next run adds: %s", subject, reason_of(error))
+            return []
+
+    def _statistics(self, work: SubjectWork, volumes: Mapping[str, FinishedVolume]) -> list[Cells]:
         labels = {name: volume for name, volume in volumes.items() if volume.kind == LABELS}
         images = {name: image.stored().numpy() for name, image in work.images.items()} if labels else {}
         rows: list[Cells] = []
         for name, volume in labels.items():
-            names, known = (
-                self.options.stitch.names_of(len(volume.array)),
-                self.options.stitch.label_numbers(volume.classes),
-            )
+            names = self.options.stitch.names_of(len(volume.array))
+            known = self.options.stitch.label_numbers(volume.classes)
             rows += statistics_rows(work.task.case.subject, name, volume.array, work.space.native, images, names, known)
         return rows
 
@@ -226,3 +239,10 @@ def _identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return stat.st_dev, stat.st_ino
+
+
+def _first_image(work: SubjectWork, volumes: Mapping[str, FinishedVolume]) -> np.ndarray:
+    """The first channel as it is stored, since the network has seen it in model space and with other intensities."""
+    is_series = any(volume.array.ndim == 5 for volume in volumes.values())
+    image = None if is_series else next((image.stored() for image in work.images.values()), None)
+    return (work.file.read() if image is None else image)[0].numpy()

@@ -1,4 +1,4 @@
-"""Packs files by gzip; reads those that may be packed, checked to the end, and ignores bytes after the last member."""
+"""Packs files by gzip, and unpacks them: checked to their end, without bytes after the last valid member."""
 
 import io
 import os
