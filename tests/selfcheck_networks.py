@@ -1,5 +1,8 @@
 """Provides networks that a self-check must find wrong, or not comparable."""
 
+import os
+import signal
+
 import torch
 from synthetic import Over50
 from torch import Tensor
@@ -20,3 +23,11 @@ class Noisy(Over50):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + torch.rand_like(x[:, :1])
+
+
+class Interrupted(Over50):
+    """Is built while somebody presses Ctrl-C."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        os.kill(os.getpid(), signal.SIGINT)

@@ -1,6 +1,7 @@
 """Runs a self-check: the user's own run, with synthetic images and with networks that give back what they get."""
 
 import logging
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,8 @@ from voxquilt.cli.instantiate import build, check_classes
 from voxquilt.cli.model_parts import PARTS
 from voxquilt.data.discovery import SubjectFiles
 from voxquilt.distributed.child_processes import attended
-from voxquilt.distributed.environment import is_first
+from voxquilt.distributed.environment import disarm_observer, is_first
+from voxquilt.distributed.signals import ended_by
 from voxquilt.models.patch_network import PatchNetwork
 from voxquilt.models.predictor import PatchPredictor
 from voxquilt.prediction.datamodule import GridDataModule
@@ -26,7 +28,14 @@ from voxquilt.prediction.writer_callback import VolumeWriter
 from voxquilt.reporting.progress import print_event
 from voxquilt.selfcheck.findings import Findings, print_findings
 from voxquilt.selfcheck.images import CLASSES, CONSTANT, NOISE, RAMPS
-from voxquilt.selfcheck.meeting import announce, announce_error, shared_folder, wait_for_first
+from voxquilt.selfcheck.meeting import (
+    announce,
+    announce_error,
+    announce_verdict,
+    shared_folder,
+    wait_for_first,
+    wait_for_verdict,
+)
 from voxquilt.selfcheck.networks import GiveBack, MakeClasses
 from voxquilt.selfcheck.preparation import Prepared, prepare
 from voxquilt.selfcheck.results import Round, judge_classes, judge_images, judge_network
@@ -109,18 +118,25 @@ def check_itself(plain: Mapping[str, Any], inherited: Mapping[str, Any], cases: 
     """
     check_classes(inherited, plain["run"]["checkpoint_targets"])
     models = _models_of(plain)
-    with shared_folder() as folder, _quiet(), _Processes() as processes:
+    with ended_by(signal.SIGINT, signal.SIGTERM), shared_folder() as folder, _quiet(), _Processes() as processes:
         prepared = _prepared(models, plain, inherited, cases, folder)
         findings = Findings()
-        for model, own in zip(models, prepared, strict=True):
-            rounds = {kind: _run_round(kind, model, own, plain, processes) for kind in ("images", "classes")}
+        try:
+            for model, own in zip(models, prepared, strict=True):
+                rounds = {kind: _run_round(kind, model, own, plain, processes) for kind in ("images", "classes")}
+                if is_first():
+                    judge_images(findings, rounds["images"], own, model.name)
+                    judge_classes(findings, rounds["classes"], own, model.name)
+                    judge_network(findings, rounds["images"], own, model.rebuild, model.name)
+                    findings.setup.append(f"{model.name}{own.description}; {rounds['images'].description}")
+        except Exception:
             if is_first():
-                judge_images(findings, rounds["images"], own, model.name)
-                judge_classes(findings, rounds["classes"], own, model.name)
-                judge_network(findings, rounds["images"], own, model.rebuild, model.name)
-                findings.setup.append(f"{model.name}{own.description}; {rounds['images'].description}")
-    if not is_first():
-        return DONE
+                announce_verdict(folder, ok=False)
+            raise
+        if not is_first():
+            return DONE if wait_for_verdict(folder) else FAILED
+        disarm_observer()  # which would kill this process where another ends with FAILED
+        announce_verdict(folder, ok=findings.ok)
     findings.unchecked += _unchecked(plain, models)
     if plain["run"]["log"] == "json":
         print_event("selfcheck", findings.as_json())
