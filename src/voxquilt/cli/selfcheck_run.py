@@ -241,7 +241,9 @@ def _run_round(kind: str, model: _Model, own: Prepared, plain: Mapping[str, Any]
         raise SystemExit(writer.status)
     device = trainer.strategy.root_device
     rows = writer.rows if is_first() else []
-    return Round(folder, rows, stitch, device.type, str(trainer.precision), trainer.world_size, handling)
+    return Round(
+        folder, rows, stitch, device.type, str(trainer.precision), trainer.world_size, handling, sections["preprocess"]
+    )  # fmt: skip
 
 
 def _stand_in(kind: str, model: _Model, own: Prepared, folder: Path) -> tuple[StandIn, dict[str, Any]]:
@@ -256,7 +258,9 @@ def _stand_in(kind: str, model: _Model, own: Prepared, folder: Path) -> tuple[St
     handling |= {"average": "logits", "activation": None}
     if isinstance(checked, PatchPredictor):
         checked.network.leave_out_flips()
-    members = [GiveBack(form.factor, form.halo, squeeze) for _ in range(count)]
+    # From 3/4 to 5/4, so that a member that is left out shows.
+    gains = [1 + 0.5 * (n / (count - 1) - 0.5) if count > 1 else 1.0 for n in range(count)]
+    members = [GiveBack(form.factor, form.halo, squeeze, gain) for gain in gains]
     ramps = {name: own.channels[name] for name in RAMPS}
     trial = {"checked": checked, "trial": own.trial}
     return StandIn(members, folder, ramps, model.orders, form, **trial, **handling), handling

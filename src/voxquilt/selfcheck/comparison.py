@@ -69,6 +69,21 @@ def compare_geometry(source: Path, output: Path) -> Finding:
     return Finding(check, float(distances[worst]), allowed, "mm", voxel, tuple(np.round(a[:3, worst], 2).tolist()))
 
 
+def compare_headers(source: Path, output: Path) -> Finding:
+    """Whether a file's orientation fields and units are its input's: some programs read one of them, some another."""
+    ours: Any = nib.load(source)
+    theirs: Any = nib.load(output)
+    check, wrong = "the files' header", []
+    for field in ("qform", "sform"):
+        (a, our_code), (b, their_code) = (getattr(image, f"get_{field}")(coded=True) for image in (ours, theirs))
+        alike = a is None or (b is not None and np.allclose(a, b, atol=1e-3))
+        if our_code != their_code or not alike:
+            wrong.append(field)
+    if ours.header.get_xyzt_units()[0] != theirs.header.get_xyzt_units()[0]:
+        wrong.append("unit")
+    return Finding(check, problem=f"{output.name} has another {' and '.join(wrong)} than its input" if wrong else "")
+
+
 def compare_returned(
     kind: str,
     output: Path,

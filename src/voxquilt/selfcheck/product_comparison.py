@@ -45,7 +45,7 @@ def compare_products(
         rounding: What the run rounds.
         channel: What the image is.
         form, output: The network's outputs, and which of them this is.
-        span: The least and the greatest value of the image.
+        span: The image's values at which the first and the last class win.
         averaged: The activation of scores before they are averaged; None without one.
         ends_activated: See MakeClasses.
     """
@@ -61,14 +61,14 @@ def compare_products(
     image = channel.at(positions)
     # In the unit of the image: what rounding changes, and what the nearest voxel in place of interpolation does.
     nearest = beside(channel, ways)
-    in_scores = rounding.of(largest_score(classes)) / (8 if classes == 1 else max(classes - 1, 1)) * (span[1] - span[0])
+    in_scores = rounding.of(largest_score(classes)) / (8 if classes == 1 else max(classes - 1, 1)) * abs(span[1] - span[0])
     width = rounding.of(np.abs(image).max(), sum(map(abs, channel.slope))) + channel.unknown(splines_of(way)) + nearest
     width = float(width + in_scores)
     found = []
     for name, paths in outputs.items():
         spec = specs[name]
         # Half a class apart, so that each label that rounding can make is among them; the middle is the right one.
-        steps = min(20, int(np.ceil(2 * width * max(1, classes - 1) / (span[1] - span[0]))))
+        steps = min(20, int(np.ceil(2 * width * max(1, classes - 1) / abs(span[1] - span[0]))))
         shifts = sorted({0.0, *np.linspace(-width, width, 2 * steps + 1).tolist()}, key=abs)
         wanted = [
             _product_of(image + shift, weights, classes, span, spec, averaged, ends_activated) for shift in shifts
