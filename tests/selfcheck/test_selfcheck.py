@@ -4,6 +4,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from voxquilt.prediction.open_subjects import OpenSubjects
 from voxquilt.selfcheck.findings import Finding, Findings
 from voxquilt.stitching import accumulator
 from voxquilt.stitching.accumulator import Accumulator
+from voxquilt.stitching.combination import Combination, MeanProbabilities, OrderedLabels
 from voxquilt.stitching.sum_type import SumType
 
 pytestmark = [
@@ -228,6 +230,111 @@ def test_half_precision_hides_no_fault_that_is_larger_than_its_rounding(
     plant, settings, wanted = FAULTS[fault]
     plant(monkeypatch)
     assert set(wanted) <= set(off(check(*settings, "trainer.precision=bf16-mixed")))
+
+
+PARTS = (
+    "model.parts=[{ckpt_path: in/two.ckpt, labels: {1: 5}}, {ckpt_path: in/four.ckpt, labels: {1: 9, 2: 0, 3: 2}}, "
+    "{ckpt_path: in/three.ckpt, labels: {1: 7, 2: 300}}]",
+)  # fmt: skip
+MEAN = (
+    "model.parts=[{ckpt_path: in/three.ckpt}, {ckpt_path: in/other.ckpt}, {ckpt_path: in/three.ckpt, step: 0.7}]",
+    "stitch.combine=mean", "stitch.products=[labels,probabilities]",
+)  # fmt: skip
+
+
+@pytest.fixture
+def several(check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
+    """Runs the check with several models, of which the files have no classes' names."""
+    folder = tmp_path / "in"
+    for name, classes in (("two", 2), ("three", 3), ("four", 4), ("other", 3)):
+        network = {"in_channels": 1, "out_channels": classes, "kernel_size": 1}
+        # Grids of their own, too.
+        grid = {"patch_size": 8 + 2 * classes, "patch_overlap": 4}
+        settings = {"format": 1, "images": ["image"], "data": grid, "preprocess": {}, "stitch": {}} | {
+            "model": {"net": {"_target_": "torch.nn.Conv3d", **network}}
+        }
+        weights = {f"net.{key}": tensor for key, tensor in torch.nn.Conv3d(**network).state_dict().items()}
+        torch.save({"state_dict": weights, "voxquilt": settings}, folder / f"{name}.ckpt")
+    (folder / "a.nii.gz").rename(folder / "image.nii.gz")
+
+    monkeypatch.setitem(
+        globals(), "BASE", [text for text in BASE if not text.startswith(("ckpt_path", "model.", "data."))]
+    )
+    return lambda *overrides: check("data.inputs=in/*.nii.gz", "model=nnunet", *overrides)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [PARTS, (*PARTS, *RESAMPLED, "stitch.classes=[7,9]"), MEAN, (*MEAN, *RESAMPLED, "stitch.dtype=uint8")],
+    ids=["ordered", "ordered resampled", "mean", "mean resampled"],
+)
+def test_several_models_pass_together(several: Check, settings: tuple[str, ...]) -> None:
+    """Their labels one after the other, or the mean of their probabilities."""
+    findings = several(*settings)
+    assert off(findings) == [], findings.found
+    assert named(findings, "the models together: their labels").ok
+    assert not [line for line in findings.unchecked if "combine" in line]
+
+
+def reversed_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Earlier labels replace later ones."""
+
+    def add(self: OrderedLabels, model: int, volumes: Any) -> None:
+        before = None if self._labels is None else self._labels.copy()
+        original(self, model, volumes)
+        if before is not None and self._labels is not None:
+            np.copyto(self._labels, before, where=before != 0)
+
+    original = OrderedLabels.add
+    monkeypatch.setattr(OrderedLabels, "add", add)
+
+
+def another_models_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two labels of the second model are taken for each other."""
+    begin = Combination.begin
+
+    def shifted(self: Combination) -> Any:
+        numbers = (self.numbers[0], (0, *reversed(self.numbers[1][1:])), *self.numbers[2:])
+        return begin(replace(self, numbers=numbers))
+
+    monkeypatch.setattr(Combination, "begin", shifted)
+
+
+def divided_by_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sum of three models' probabilities is divided by two."""
+    finish = MeanProbabilities.finish
+
+    def fewer(self: MeanProbabilities) -> Any:
+        self._count -= 1
+        return finish(self)
+
+    monkeypatch.setattr(MeanProbabilities, "finish", fewer)
+
+
+def without_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last model is left out."""
+    add = MeanProbabilities.add
+    monkeypatch.setattr(MeanProbabilities, "add", lambda self, model, v: None if model == 2 else add(self, model, v))
+
+
+@pytest.mark.parametrize(
+    ("fault", "settings", "wanted"),
+    [
+        (reversed_order, PARTS, "their labels"),
+        (another_models_numbers, PARTS, "their labels"),
+        (divided_by_the_others, MEAN, "mean probabilities"),
+        (without_the_last, MEAN, "their labels"),
+        (without_the_last, (*MEAN, *RESAMPLED), "mean probabilities"),
+    ],
+)
+def test_a_fault_of_putting_models_together_is_found(
+    several: Check, monkeypatch: pytest.MonkeyPatch, fault: Any, settings: tuple[str, ...], wanted: str
+) -> None:
+    """And nothing else is off: each model by itself is right."""
+    fault(monkeypatch)
+    found = off(several(*settings))
+    assert f"the models together: {wanted}" in found
+    assert all(check.startswith("the models together") for check in found)
 
 
 def test_a_run_that_a_signal_stops_ends_the_check(

@@ -34,7 +34,8 @@ class OutputForm:
 
         Every second output has its classes in the other order, so that one in the place of another shows.
         """
-        return span[::-1] if list(self.channels).index(output) % 2 else span
+        first, last = span
+        return (last, first) if list(self.channels).index(output) % 2 else span
 
 
 class GiveBack(nn.Module):

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from pathlib import Path
 
 import torch
@@ -64,6 +65,11 @@ class Prepared:
     trial: Trial
     description: str = ""
     where: str = ""
+
+    @property
+    def voxels(self) -> int:
+        """Voxels of a synthetic image."""
+        return prod(open_image(next(iter(self.files[CLASSES].values()))).frame.shape)
 
     def write(self) -> None:
         """Leave it for the other processes."""

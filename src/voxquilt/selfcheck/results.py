@@ -15,9 +15,9 @@ from lightning.pytorch import LightningModule
 from voxquilt.models.patch_network import to_activation
 from voxquilt.reporting.manifest import Row
 from voxquilt.selfcheck.comparison import Rounding, compare_geometry, compare_headers, compare_returned
-from voxquilt.selfcheck.model_space import compare_model_space
 from voxquilt.selfcheck.findings import Finding, Findings, world
 from voxquilt.selfcheck.images import CLASSES, CONSTANT, NOISE, RAMPS
+from voxquilt.selfcheck.model_space import compare_model_space
 from voxquilt.selfcheck.preparation import Prepared
 from voxquilt.selfcheck.product_comparison import compare_products
 from voxquilt.selfcheck.reference import Way
