@@ -5,7 +5,7 @@ import signal
 
 import torch
 from synthetic import Over50
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class WrongInHalf(Over50):
@@ -23,6 +23,17 @@ class Noisy(Over50):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + torch.rand_like(x[:, :1])
+
+
+class TwoOutputs(nn.Module):
+    """Gives two outputs with as many channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv3d(1, 3, 1), nn.Conv3d(1, 3, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"a": self.a(x), "b": self.b(x)}
 
 
 class Interrupted(Over50):
