@@ -127,6 +127,14 @@ def test_a_right_configuration_passes(check: Check, settings: tuple[str, ...]) -
     }
 
 
+def test_rounding_each_class_by_itself_is_no_fault(check: Check) -> None:
+    """A probability is stationary where its class wins, and scores that are rounded in bfloat16 change it there."""
+    products = "stitch.products={a: [labels,probabilities,entropy], b: [labels]}"
+    findings = check(*TWO_OUTPUTS[:2], products, "trainer.precision=bf16-true")
+    assert off(findings) == [], findings.found
+    assert named(findings, "a_probabilities: its values").error > 1e-5
+
+
 def raw_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows that are not normalised: weights that sum to what they happen to sum to."""
 

@@ -119,9 +119,14 @@ class ScoresAt:
         # Half a class apart, so that each label that rounding can make is among them; the middle is the right one.
         steps = min(20, int(np.ceil(2 * width * max(1, classes - 1) / extent)))
         shifts = sorted({0.0, *np.linspace(-width, width, 2 * steps + 1).tolist()}, key=abs)
+        # Scores are rounded each by itself, which shows where a product is stationary along the image.
+        bend = float(self.rounding.of(1.0 if self.ends_activated else largest_score(classes) * beyond))
+        bends = () if spec.product.kind == LABELS or classes == 1 else (-bend, bend)
         found: list[list[np.ndarray]] = []
-        for shift in shifts:
-            values = _product_of(image + shift, weights, classes, span, spec, self.averaged, self.ends_activated)
+        for shift, bent in [*((shift, 0.0) for shift in shifts), *((0.0, bent) for bent in bends)]:
+            values = _product_of(
+                image + shift, weights, classes, span, spec, self.averaged, self.ends_activated, bent
+            )  # fmt: skip
             if isinstance(values, str):
                 return values
             found.append(values)
@@ -136,13 +141,16 @@ def _product_of(
     spec: ProductSpec,
     averaged: Callable[[torch.Tensor], torch.Tensor] | None,
     ends_activated: bool,
+    bend: float,
 ) -> list[np.ndarray] | str:
-    """A product at voxels whose corners have (p, 8) image values.
+    """A product at voxels whose corners have (p, 8) image values; `bend` changes scores of classes up and down in turn.
 
     Returns:
         (c, p) values; of labels that are resampled, those of each corner. Or why there is no such product.
     """
     scores = class_scores(torch.from_numpy(image)[None], classes, *span, 0, ends_activated)[..., None]  # (c, p, 8, 1)
+    if bend:
+        scores = scores + bend * (1 - 2 * (torch.arange(classes) % 2))[:, None, None, None]
     if averaged is not None:
         scores = averaged(scores[None])[0]
     try:
