@@ -278,6 +278,17 @@ def names_of_other_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(class_files, "file_names", lambda names: list(reversed(names)))
 
 
+def cropped_too_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first plane of what is not 0 is left out."""
+    mask = preprocess_module.inside_mask
+
+    def smaller(images: Any) -> Any:
+        inside, ((first, stop), *others) = mask(images)
+        return inside, ((first + 1, stop), *others)
+
+    monkeypatch.setattr(preprocess_module, "inside_mask", smaller)
+
+
 FAULTS = {
     "windows": (raw_windows, (), ["a constant comes back", "noise comes back", "ramp along x comes back"]),
     "uint8": (summed_in(torch.uint8), (), ["a constant comes back", "noise comes back"]),
@@ -294,6 +305,7 @@ FAULTS = {
     "slope": (slope_ignored, (), ["a constant comes back", "ramp along x as the network sees it"]),
     "spacing": (spacing_of_other_axes, ("preprocess.spacing=[1.1,1.6,2.2]",), ["the voxel size of model space"]),
     "qform": (another_qform, (), ["the files' header"]),
+    "crop": (cropped_too_far, ("preprocess.crop=nonzero",), ["what preprocess.crop leaves"]),
     "members": (first_member_only, ("ckpt_path=[net.pt,net.pt,net.pt]",), ["a constant comes back"]),
     "outputs": (outputs_exchanged, TWO_OUTPUTS, ["a_labels: its labels", "b_labels: its labels"]),
     "names": (

@@ -142,8 +142,8 @@ def test_a_folder_of_nnunet_passes_and_so_do_several_as_parts(place: Path, forks
     assert any(line.startswith("preprocess.intensity") for line in found["not_checked"])
     statuses, found, text = check(forks, place, *options, "model.parts=[{folder: a}, {folder: b}]")
     assert (statuses, off(found)) == ([0], []), text
-    assert {one["model"] for one in found["checks"]} == {"model.parts[0]", "model.parts[1]"}
-    assert any(line.startswith("stitch.combine") for line in found["not_checked"])
+    assert {one["model"] for one in found["checks"]} == {"model.parts[0]", "model.parts[1]", ""}
+    assert [one["check"] for one in found["checks"] if not one["model"]] == ["the models together: their labels"]
 
 
 def test_a_bundle_and_an_onnx_file_pass(place: Path, forks: Server) -> None:

@@ -128,9 +128,6 @@ def _unchecked(plain: Mapping[str, Any], models: Sequence[ModelSections]) -> lis
             node.get("intensity") for node in preprocess
         ),
         "preprocess.one_hot: labels of an earlier stage are left out": any(node.get("one_hot") for node in preprocess),
-        "preprocess.crop: there is nothing to crop around synthetic images": any(
-            node.get("crop") for node in preprocess
-        ),
         "data.skip: no patch is left out": data.get("skip") is not None,
         "data.within: whole volumes are predicted": data.get("within") is not None,
         "data.labels: nothing is evaluated": data.get("labels") is not None,

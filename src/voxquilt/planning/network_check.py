@@ -108,13 +108,36 @@ def _check_multiple(network: nn.Module, channels: int, patch_size: Triple, layou
 
 
 def _check_classes(probe: Probe, class_names: Sequence[str] | None) -> None:
-    """Raise ConfigError if the only output has another number of channels than there are names."""
+    """Raise ConfigError if an output has no channels, or the only one another number than there are names."""
     channels = {shape[1] for shape in probe.outputs.values()}
+    if 0 in channels:
+        raise ConfigError("the network gives no channels: model.net.out_channels is the number of classes, 1 or more.")
     if class_names and len(probe.outputs) == 1 and channels != {len(class_names)}:
         raise ConfigError(
             f"stitch.class_names has {len(class_names)} names ({', '.join(class_names)}); the network gives "
             f"{channels.pop()} channels."
         )
+
+
+def try_zeros(network: nn.Module, channels: int, patch_size: Triple) -> None:
+    """Run a network that has no shapes without voxels, on a patch of zeros on the host.
+
+    Raises:
+        ConfigError: it cannot take such a patch.
+    """
+    training = network.training
+    try:
+        with torch.inference_mode():
+            network.eval()(torch.zeros(1, channels, *patch_size))
+    except (torch.OutOfMemoryError, MemoryError):
+        return  # the host may be smaller than the device
+    except Exception as error:  # a network's own code may raise anything
+        raise ConfigError(
+            f"the network cannot take patches of {list(patch_size)} voxels with {channels} "
+            f"channel{'s' * (channels > 1)}; see model.net and data.patch_size. Its error: {_summary(error)}"
+        ) from error
+    finally:
+        network.train(training)
 
 
 def find_halo(network: PatchNetwork, cases: Iterable[SubjectFiles], patch_size: Triple) -> Padding:

@@ -8,6 +8,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from voxquilt.geometry.space import Box
 from voxquilt.selfcheck.findings import Finding, worst_of
 from voxquilt.selfcheck.images import CONSTANT, NOISE, Channel
 from voxquilt.selfcheck.reference import (
@@ -135,6 +136,9 @@ def compare_returned(
                 unit, per_mm = "" if kind == CONSTANT else "mm", channel.per_mm
             error = np.abs(values[planes] - wanted)
             error[~(i[planes, None, None] & j[:, None] & k)] = 0
+            if way.box is not None:  # beyond which there is background
+                outside = ~_inside_box(way)[planes]
+                error[outside], allowed = np.abs(values[planes])[outside], np.where(outside, 0.0, allowed)
             found.append(worst_of(check, error, allowed, affine, unit, per_mm, first))
     return max(found, key=_excess)
 
@@ -146,6 +150,20 @@ def inside_of(way: Way, ways: Sequence[AxisWay]) -> list[np.ndarray]:
         first, stop = (0, way.shape[n]) if way.box is None else way.box[n]
         x = np.arange(way.shape[n])
         inside.append((x >= first) & (x < stop) & (along.is_exact | is_linear(way, ways)))
+    return inside
+
+
+def compare_box(way: Way, box: Box | None) -> Finding:
+    """Whether `crop` has left what is not 0."""
+    check = "what preprocess.crop leaves"
+    found, wanted = (one or tuple((0, n) for n in way.shape) for one in (way.box, box))
+    problem = "" if tuple(map(tuple, found)) == tuple(map(tuple, wanted)) else f"{found} in place of {wanted}"
+    return Finding(check, problem=problem)
+
+
+def _inside_box(way: Way) -> np.ndarray:
+    inside = np.zeros(way.shape, bool)
+    inside[tuple(slice(*ends) for ends in way.box or ())] = True
     return inside
 
 

@@ -12,6 +12,7 @@ from isal import igzip
 from voxquilt.data.discovery import SubjectFiles
 from voxquilt.data.formats.image_file import open_image
 from voxquilt.geometry.frame import Triple, to_triple
+from voxquilt.geometry.space import Box
 from voxquilt.selfcheck.reference import BENT, spline_reach
 from voxquilt.text import byte_size
 
@@ -23,6 +24,8 @@ CONSTANT_VALUE = 200
 _STEPS = 30_000
 # In place of those of a file, by which intensities could be beyond what half precision holds.
 _SCALING = 0.5, 3.0
+# Voxels that are 0 before and after an image along i, j, k, where crop leaves them out.
+_MARGINS = (2, 1), (1, 3), (3, 2)
 _SUFFIXES = (".nii.gz", ".nii")
 
 
@@ -167,9 +170,16 @@ def patterns_of(kind: str, forms: Sequence[ImageForm], shape: Triple) -> list[Ch
 
 
 def write_subject(
-    folder: Path, kind: str, forms: Sequence[ImageForm], shape: Triple
+    folder: Path, kind: str, forms: Sequence[ImageForm], shape: Triple, box: Box | None = None
 ) -> tuple[SubjectFiles, list[np.ndarray]]:
     """Write the images of a synthetic subject by nibabel.
+
+    Args:
+        folder: Where to.
+        kind: What they show.
+        forms: The images.
+        shape: Voxels along i, j, k.
+        box: The voxels beyond which all are 0, for `preprocess.crop`; None for no such margin.
 
     Returns:
         The subject, and for NOISE the (I, J, K) channels as readers show them.
@@ -185,6 +195,8 @@ def write_subject(
             times, plus = form.scaling
             values = _noise(shape, dtype, seed=c) if kind == NOISE else (channels[c].over(*axes) - plus) / times
             stored.append((np.rint(values) if dtype.kind in "iu" else values).astype(dtype))
+            if box is not None:
+                stored[-1] = _only_inside(stored[-1], box)
             made.append(stored[-1] if form.scaling == (1, 0) else stored[-1] * times + plus)
         volume = stored[0] if form.channels == 1 else np.stack(stored, -1)
         name = kind if len(forms) == 1 else f"{kind}_{form.name}"
@@ -201,6 +213,20 @@ def write_subject(
         # nibabel's own packing takes ten times as long.
         paths[form.name].write_bytes(igzip.compress(content, 1) if form.suffix.endswith(".gz") else content)
     return SubjectFiles(kind, paths), made if kind == NOISE else []
+
+
+def with_margin(shape: Triple) -> tuple[Triple, Box]:
+    """A larger shape, and the voxels of the former one in it; axes of one voxel stay as they are."""
+    box = [(first, first + n) if n > 1 else (0, 1) for n, (first, _) in zip(shape, _MARGINS, strict=True)]
+    ends = [stop + after if n > 1 else 1 for n, (_, stop), (_, after) in zip(shape, box, _MARGINS, strict=True)]
+    return to_triple(ends, "a shape"), (box[0], box[1], box[2])
+
+
+def _only_inside(values: np.ndarray, box: Box) -> np.ndarray:
+    inside = tuple(slice(*ends) for ends in box)
+    result = np.zeros_like(values)
+    result[inside] = values[inside]
+    return result
 
 
 def describe(forms: Sequence[ImageForm], shape: Triple) -> str:

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule
 
 from voxquilt.models.patch_network import to_activation
 from voxquilt.reporting.manifest import Row
-from voxquilt.selfcheck.comparison import Rounding, compare_geometry, compare_headers, compare_returned
+from voxquilt.selfcheck.comparison import Rounding, compare_box, compare_geometry, compare_headers, compare_returned
 from voxquilt.selfcheck.findings import Finding, Findings, world
 from voxquilt.selfcheck.images import CLASSES, CONSTANT, NOISE, RAMPS
 from voxquilt.selfcheck.model_space import compare_model_space
@@ -120,6 +120,7 @@ def judge_images(findings: Findings, ended: Round, own: Prepared, model: str) ->
     geometry: list[Finding] = []
     headers: list[Finding] = []
     spaces: list[Finding] = []
+    boxes: list[Finding] = []
     for kind in kinds:
         if kind in failed:
             continue
@@ -129,6 +130,8 @@ def judge_images(findings: Findings, ended: Round, own: Prepared, model: str) ->
         headers.append(compare_headers(source, output))
         way = ended.way(kind)
         spaces += compare_model_space(way, ended.preprocess)
+        if ended.preprocess.get("crop") and kind in (CONSTANT, NOISE):  # a ramp along a flat axis is 0
+            boxes.append(compare_box(way, own.box))
         if kind == NOISE:
             written = [values.numpy() for values in torch.load(own.folder / "noise.pt", weights_only=True)]
             compared = compare_returned(kind, output, way, rounding, written=written)
@@ -149,7 +152,7 @@ def judge_images(findings: Findings, ended: Round, own: Prepared, model: str) ->
             )
         else:
             found.append(compared)
-    for several in (geometry, headers, spaces):
+    for several in (geometry, headers, spaces, boxes):
         found += sorted(several, key=lambda one: (bool(one.problem), one.error))[-1:]
     findings.found += [replace(one, model=model.rstrip(".")) for one in found]
 
