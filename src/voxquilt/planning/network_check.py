@@ -108,10 +108,8 @@ def _check_multiple(network: nn.Module, channels: int, patch_size: Triple, layou
 
 
 def _check_classes(probe: Probe, class_names: Sequence[str] | None) -> None:
-    """Raise ConfigError if an output has no channels, or the only one another number than there are names."""
+    """Raise ConfigError if the only output has another number of channels than there are names."""
     channels = {shape[1] for shape in probe.outputs.values()}
-    if 0 in channels:
-        raise ConfigError("the network gives no channels: model.net.out_channels is the number of classes, 1 or more.")
     if class_names and len(probe.outputs) == 1 and channels != {len(class_names)}:
         raise ConfigError(
             f"stitch.class_names has {len(class_names)} names ({', '.join(class_names)}); the network gives "
