@@ -43,13 +43,19 @@ _OF_SUBJECTS = ("inputs", "images", "suffixes", "extra_images", "skip", "within"
 
 @dataclass(frozen=True)
 class ModelSections:
-    """The sections of a configuration that belong to one of its models."""
+    """The sections of a configuration that belong to one of its models.
+
+    Args:
+        name: What its keys begin with, 'model.parts[0].'; empty for the only model.
+        sections: The sections by name.
+    """
 
     name: str
     sections: Mapping[str, Any]
     _weights: list[Tensor] = field(default_factory=list)
 
     def build(self) -> LightningModule:
+        """A new predictor."""
         return build(self.sections["model"], f"{self.name}model")
 
     @cached_property
@@ -84,6 +90,7 @@ class ModelSections:
 
     @property
     def orders(self) -> Orders:
+        """How the model interpolates."""
         preprocess, stitch = self.sections["preprocess"], self.sections["stitch"]
         return Orders(
             preprocess.get("interpolation", 1), preprocess.get("per_slice"),
@@ -122,7 +129,18 @@ class StartedProcesses(ExitStack):
 def run_round(
     kind: str, model: ModelSections, own: Prepared, plain: Mapping[str, Any], processes: StartedProcesses
 ) -> Round:
-    """Run the configuration on synthetic images: a run like any other, but for its network and its images."""
+    """Run the configuration on synthetic images: a run like any other, but for its network and its images.
+
+    Args:
+        kind: 'images', whose network gives back what it gets, or 'classes', whose network makes scores.
+        model: The model.
+        own: What was prepared for it.
+        plain: The checked configuration.
+        processes: Those that the first trainer starts.
+
+    Raises:
+        SystemExit: a signal has stopped the run.
+    """
     folder = own.folder / kind
     folder.mkdir(exist_ok=True)
     sections = model.sections
@@ -149,6 +167,14 @@ def run_combined(
 
     Each has its classes in a part of the image's intensities of its own, in the order of the models: with
     `stitch.combine=ordered` all labels of each model are seen, and with 'mean' no two have the same probabilities.
+
+    Args:
+        models, prepared: The models, and what was prepared for each.
+        plain, processes: See `run_round`.
+        folder: Where to write.
+
+    Raises:
+        SystemExit: a signal has stopped the run.
     """
     folder.mkdir(exist_ok=True)
     # That of the largest patches holds patches of all.
