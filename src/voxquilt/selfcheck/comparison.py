@@ -119,6 +119,7 @@ def compare_returned(
     if not all(map(np.any, (i, j, k))):
         return None
     positions = returned_positions(ways)
+    beyond = None if way.box is None else ~_inside_box(way)
     found = []
     for n, values in enumerate(voxels):
         volume = returned_volume(written[n], ways) if kind == NOISE else None
@@ -136,8 +137,8 @@ def compare_returned(
                 unit, per_mm = "" if kind == CONSTANT else "mm", channel.per_mm
             error = np.abs(values[planes] - wanted)
             error[~(i[planes, None, None] & j[:, None] & k)] = 0
-            if way.box is not None:  # beyond which there is background
-                outside = ~_inside_box(way)[planes]
+            if beyond is not None:  # where there is background
+                outside = beyond[planes]
                 error[outside], allowed = np.abs(values[planes])[outside], np.where(outside, 0.0, allowed)
             found.append(worst_of(check, error, allowed, affine, unit, per_mm, first))
     return max(found, key=_excess)
