@@ -13,6 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 
 log = logging.getLogger("voxquilt")
 
+# Mappings of which the user's replaces the file's; of others single values do.
+_WHOLE = ("data.suffixes",)
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -40,7 +43,8 @@ class Choice:
             value: The value in the checkpoint.
         """
         if (
-            isinstance(own, Mapping)
+            full not in _WHOLE
+            and isinstance(own, Mapping)
             and isinstance(value, Mapping)
             and own.get("_target_") in (None, value.get("_target_"))
         ):
@@ -90,9 +94,8 @@ def log_choice(path: Path, choice: Choice) -> None:
 
 def defaults_of(conf: Path, section: str, names: Sequence[str] = ("default",)) -> dict[str, Any]:
     """The values of a section in files of conf/, later ones over earlier ones."""
-    return {
-        key: value for name in names for key, value in plain_of(OmegaConf.load(conf / section / f"{name}.yaml")).items()
-    }
+    nodes = [plain_of(OmegaConf.load(conf / section / f"{name}.yaml")) for name in names]
+    return {key: value for node in nodes for key, value in node.items() if key != "defaults"}
 
 
 def _covers(typed: str, full: str) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from voxquilt.cli.chosen_settings import defaults_of
 from voxquilt.cli.inherited_settings import inherit
 from voxquilt.cli.model_folder import has_model_folder
 from voxquilt.cli.plain_config import to_plain
@@ -22,8 +23,10 @@ log = logging.getLogger("voxquilt")
 PARTS = "voxquilt.SeveralPredictors"
 """The model of a configuration whose `model.parts` are expanded."""
 _SECTIONS = ("model", "data", "preprocess", "stitch")
-# Where the keys of a model are listed: of one with a ckpt_path, and of one with a folder.
-_FILES = (("_options", "auto"), ("nnunet",))
+# Where the keys of a model are listed, by the key that says where it is.
+_KINDS = {"folder": ("nnunet",), "bundle": ("_options", "bundle"), "ckpt_path": ("_options", "auto")}
+# Keys of the run's model that are not meant for all models: `checkpoint` is that of each fold.
+_OF_FOLDERS = ("folder", "parts", "checkpoint")
 # Products that need scores, or each patch's.
 _NOT_OF_MEANS = ("logits", "disagreement")
 # Settings of what is written, which are those of the whole.
@@ -57,7 +60,8 @@ def take_parts(cfg: DictConfig, overrides: Sequence[str], conf: Path) -> dict[st
     entries = cfg.model.parts
     if not isinstance(entries, ListConfig) or not len(entries) or not all(isinstance(e, DictConfig) for e in entries):
         raise ConfigError(
-            "model.parts is a list of models, each with its folder or ckpt_path, such as '[{folder: a}, {folder: b}]'."
+            "model.parts is a list of models, each with its folder, bundle or ckpt_path, such as '[{folder: a}, "
+            "{bundle: b}]'."
         )
     if not OmegaConf.is_missing(cfg.model, "folder") and cfg.model.get("folder") is not None:
         raise ConfigError(f"model.folder={cfg.model.folder}: the folders of several models are those in model.parts.")
@@ -98,6 +102,7 @@ class _Part:
         """Names of the part's labels by their numbers in the part."""
         stitch = self.plain["stitch"]
         names = stitch.get("class_names") or []
+        names = ["background", *names] if len(names) == 1 else names  # of what is above a threshold
         numbers = stitch.get("label_values") or stitch.get("regions") or range(len(names))
         return {int(number): str(name) for number, name in zip(numbers, names, strict=False)}
 
@@ -112,16 +117,18 @@ def _expanded(cfg: DictConfig, entry: DictConfig, overrides: Sequence[str], conf
         raise ConfigError(
             f"labels is a mapping from labels or their names to numbers, such as {{1: 5}}; it is {labels!r}."
         )
-    if ("folder" in own) == ("ckpt_path" in own):
-        raise ConfigError(f"a model has a folder (of nnU-Net) or a ckpt_path; this one has {sorted(map(str, own))}.")
+    kind = _kind_of(own)
     part = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
     assert isinstance(part, DictConfig)
-    defaults = _defaults_of_model(conf, _FILES["folder" in own])
+    defaults = defaults_of(conf, "model", _KINDS[kind])
     run: Any = OmegaConf.to_container(cfg.model, resolve=False)
-    of_run = _defaults_of_model(conf, _FILES[has_model_folder(cfg)])
+    of_run = defaults_of(conf, "model", _KINDS["folder" if has_model_folder(cfg) else "ckpt_path"])
     # What the user said of all models.
-    shared = {k: v for k, v in run.items() if k in defaults and v != of_run.get(k) and k not in ("folder", "parts")}
-    settings = {str(k): v for k, v in own.items() if k not in ("ckpt_path", "step")}
+    apart = _OF_FOLDERS if kind == "bundle" else ("folder", "parts")
+    shared = {k: v for k, v in run.items() if k in defaults and v != of_run.get(k) and k not in apart}
+    settings = {str(k): v for k, v in own.items() if k not in ("bundle", "ckpt_path", "step")}
+    if kind == "bundle":
+        settings["folder"] = own["bundle"]
     unknown = [key for key in settings if key not in defaults]
     if unknown:
         keys = [*defaults, "labels", "step"]
@@ -129,8 +136,9 @@ def _expanded(cfg: DictConfig, entry: DictConfig, overrides: Sequence[str], conf
     part.model = {**defaults, **shared, **settings}
     part.model.pop("parts", None)
     part.ckpt_path = own.get("ckpt_path") if "ckpt_path" in own else "???"
-    for key in _NOT_OF_PARTS:
-        part.stitch.pop(key, None)
+    for key, value in defaults_of(conf, "stitch").items():
+        if key in _NOT_OF_PARTS:
+            part.stitch[key] = value
     part.stitch.products = [product]
     if "step" in own:
         part.data.step = own["step"]
@@ -140,17 +148,44 @@ def _expanded(cfg: DictConfig, entry: DictConfig, overrides: Sequence[str], conf
     inherited = inherit(part, overrides, conf)
     if part.preprocess.get("one_hot"):
         raise ConfigError("a stage of a cascade cannot be one of several models.")
+    _check_output(part, product)
     plain = to_plain(part)
     check_sections(plain, PREDICT, TOP)
     return _Part(plain, inherited, labels)
 
 
-def _defaults_of_model(conf: Path, names: Sequence[str]) -> dict[str, Any]:
-    defaults: dict[str, Any] = {}
-    for name in names:
-        node = OmegaConf.to_container(OmegaConf.load(conf / "model" / f"{name}.yaml"), resolve=False)
-        defaults |= {str(key): value for key, value in node.items() if key != "defaults"}  # type: ignore[union-attr]
-    return defaults
+def _kind_of(own: Mapping[Any, Any]) -> str:
+    """The key that says where a model is."""
+    given = [key for key in _KINDS if key in own]
+    if len(given) != 1:
+        raise ConfigError(
+            f"a model has a folder (of nnU-Net), a bundle (of MONAI) or a ckpt_path; this one has "
+            f"{sorted(map(str, own))}."
+        )
+    place = own[given[0]]
+    if given[0] == "folder" and isinstance(place, str) and (Path(place).expanduser() / "configs").is_dir():
+        raise ConfigError(f"{place} is a bundle of MONAI: say {{bundle: {place}}}.")
+    return given[0]
+
+
+def _check_output(part: DictConfig, product: str) -> None:
+    """Refuse a model that makes of its scores what the models together are not made of.
+
+    Raises:
+        ConfigError: it makes several masks where labels are wanted, or labels where probabilities are.
+    """
+    channels = OmegaConf.select(part, "model.net.out_channels")
+    masks = part.model.get("activation") == "sigmoid" and part.stitch.get("regions") is None
+    if product == "labels" and masks and isinstance(channels, int) and channels > 1:
+        raise ConfigError(
+            f"its {channels} outputs are masks that may overlap (sigmoid), and stitch.combine={ORDERED} takes one "
+            f"label per voxel. Predict it by itself."
+        )
+    if product == "probabilities" and part.stitch.get("restore") == "labels":
+        raise ConfigError(
+            f"it brings labels to the file's grid (stitch.restore=labels), and stitch.combine={MEAN} averages "
+            f"probabilities there. Set stitch.restore=scores."
+        )
 
 
 def _typed(overrides: Sequence[str]) -> set[str]:
@@ -255,7 +290,11 @@ def _fill_run(cfg: DictConfig, parts: Sequence[_Part]) -> None:
         for key, value in first[section].items():
             if key not in ("inputs", "images"):
                 OmegaConf.update(cfg, f"{section}.{key}", value, merge=False)
-    for key in ("activation", "regions"):
+    if not cfg.data.get("suffixes") and not cfg.data.get("images"):
+        # Any of them may know how the images of a subject are called.
+        known = (part.plain["data"].get("suffixes") for part in parts)
+        OmegaConf.update(cfg, "data.suffixes", next(filter(None, known), None), merge=False)
+    for key in ("activation", "regions", "threshold"):
         if cfg.stitch.get("combine") == MEAN and OmegaConf.select(cfg, f"stitch.{key}", throw_on_missing=False) is None:
             OmegaConf.update(cfg, f"stitch.{key}", first["stitch"].get(key), merge=False)
     weights = []
