@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from synthetic import ROOT, noise, save
 
+from voxquilt.cli.collector import paused_collector
 from voxquilt.cli.first_subject import first_subject_read_ahead
-from voxquilt.cli.quick_imports import paused_collector
 from voxquilt.data.discovery import find_cases
 from voxquilt.data.formats.image_file import _AHEAD, ImageFile, open_image, read_ahead
 from voxquilt.errors import InputError
@@ -107,6 +107,71 @@ import matplotlib.pyplot
 def test_torchmetrics_plots_and_uses_scipy_after_a_quick_import() -> None:
     """It has not remembered that they were missing; a warning would be an error here."""
     assert printed(USE) == ["matplotlib.figure", "Figure", "[[1, 2, 0, 3]]"]
+
+
+MONAI = """
+import json, sys
+from voxquilt.cli.quick_imports import quick_imports
+if {quick}:
+    with quick_imports():
+        pass
+import monai
+late = {{"scipy.signal", "scipy.ndimage", "scipy.sparse", "skimage.measure", "matplotlib.figure"}}
+loaded = sorted(late & {{*sys.modules}})
+modules = {{name: vars(module) for name, module in list(sys.modules.items()) if name.startswith("monai")}}
+names = {{name: sorted(n for n in found if not n.startswith("__")) for name, found in modules.items()}}
+flags = {{
+    f"{{name}}.{{key}}": value for name, found in modules.items() for key, value in found.items() if type(value) is bool
+}}
+from monai.utils import optional_import
+asked = [
+    ("scipy.nothing",), ("scipy.ndimage.nothing",), ("scipy.ndimage", "999"), ("scipy",), ("nothing.ndimage",),
+    ("skimage.measure", "0.14.2"), ("scipy.sparse.linalg",),
+]
+found = [optional_import(*options)[1] for options in asked]
+print(json.dumps([loaded, names, flags, found]))
+"""
+
+
+def test_monai_finds_the_same_but_imports_it_later() -> None:
+    """Its names, what it believes to be installed, and its answers afterwards, about versions and what is missing."""
+    (plain, *as_ever), (quick, *same) = (json.loads(printed(MONAI.format(quick=quick))[-1]) for quick in (False, True))
+    assert len(plain) == 5
+    assert quick == []
+    assert same == as_ever
+    assert same[-1] == [False, False, False, True, False, True, True]
+
+
+MONAI_USE = """
+import pickle, sys
+from voxquilt.cli.quick_imports import quick_imports
+with quick_imports():
+    pass
+from monai.transforms import FillHoles, KeepLargestConnectedComponent
+assert not any(type(finder).__module__.startswith("voxquilt.cli") for finder in sys.meta_path)
+assert "scipy.ndimage" not in sys.modules
+import numpy as np, torch
+import monai.metrics.utils as metrics
+from monai.metrics import compute_hausdorff_distance
+from monai.visualize import matshow3d
+mask = torch.zeros(1, 6, 6, 6)
+mask[0, :3, :3, :3] = 1
+mask[0, 1, 1, 1] = mask[0, 5, 5, 5] = 0
+mask[0, 5, 5, 4] = 1
+print(int(KeepLargestConnectedComponent()(mask).sum()), int(FillHoles()(mask).sum()))
+there = torch.roll(mask, 1, 2)
+print(float(compute_hausdorff_distance(mask[None], there[None], include_background=True)))
+print(metrics.KDTree([[0.0, 1], [5, 5]]).query([4, 4])[1], type(metrics.KDTree([[0.0, 1]])).__module__)
+print(pickle.loads(pickle.dumps(metrics.distance_transform_edt))(np.ones((2, 2))).shape, metrics.scipy_ndimage.__name__)
+print(type(matshow3d(mask[0].numpy(), show=False)[0]).__name__)
+"""
+
+
+def test_monai_uses_scipy_skimage_and_matplotlib_after_a_quick_import() -> None:
+    """Functions, classes and modules that it holds are the real ones once they are used."""
+    plain = printed(MONAI_USE.replace("with quick_imports():\n    pass\n", "").replace("assert", "0 and"))
+    assert printed(MONAI_USE) == plain
+    assert plain[:2] == ["26 27", "1.0"]
 
 
 STATE = """

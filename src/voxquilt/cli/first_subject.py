@@ -6,7 +6,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from voxquilt.cli.quick_imports import paused_collector
+from voxquilt.cli.collector import paused_collector
 from voxquilt.data.discovery import SubjectFiles
 from voxquilt.errors import VoxquiltError
 

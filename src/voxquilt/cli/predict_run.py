@@ -10,12 +10,12 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
+from voxquilt.cli.collector import paused_collector
 from voxquilt.cli.exit_status import DONE, FAILED
 from voxquilt.cli.inherited_settings import check_images
 from voxquilt.cli.instantiate import build, check_classes
 from voxquilt.cli.loggers import build_loggers
 from voxquilt.cli.model_parts import PARTS
-from voxquilt.cli.quick_imports import paused_collector
 from voxquilt.cli.run_report import report_run
 from voxquilt.data.discovery import SubjectFiles
 from voxquilt.data.grid_loader import GridLoader, make_grids

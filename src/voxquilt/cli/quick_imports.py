@@ -7,6 +7,9 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from voxquilt.cli.collector import paused_collector
+from voxquilt.cli.quick_monai import import_monai_quickly
+
 # torchmetrics, which Lightning imports, imports these wherever they are installed: SciPy to give an old name to one of
 # its functions, Matplotlib for plots of metrics. Together they take as long as torch.
 _OPTIONAL = frozenset({"scipy", "matplotlib"})
@@ -25,20 +28,9 @@ def quick_imports() -> Iterator[None]:
         with _found_missing(_OPTIONAL):
             importlib.import_module("lightning.pytorch")
         _plot_when_asked()
+        import_monai_quickly()
         yield
         gc.freeze()
-
-
-@contextmanager
-def paused_collector() -> Iterator[None]:
-    """Do without the garbage collector, which would pass over imported modules again and again and find nothing."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 @contextmanager

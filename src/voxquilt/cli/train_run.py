@@ -11,10 +11,10 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from monai.data.meta_obj import set_track_meta
 
+from voxquilt.cli.collector import paused_collector
 from voxquilt.cli.exit_status import DONE, FAILED, ExitStatus
 from voxquilt.cli.instantiate import build
 from voxquilt.cli.loggers import build_loggers
-from voxquilt.cli.quick_imports import paused_collector
 from voxquilt.cli.train_callbacks import EpochLines, RemoveCheckpoints
 from voxquilt.data.subject import ScalarImage
 from voxquilt.distributed.child_processes import SpawnedLogging, attended, quiet

@@ -9,6 +9,7 @@ from time import perf_counter
 from voxquilt.data.device_feed import DeviceFeed
 from voxquilt.data.discovery import SubjectFiles, check_id
 from voxquilt.data.foreground import box_of_mask, patches_to_predict, patches_to_skip
+from voxquilt.data.freed_memory import return_freed_memory
 from voxquilt.data.grid_sampler import GridSampler
 from voxquilt.data.preprocess import Preprocess
 from voxquilt.data.series import count_volumes, volume_of
@@ -26,6 +27,8 @@ from voxquilt.vocabulary import CHANNELS, VOLUMES
 
 # Limits of model space, in all and along an axis: no machine has memory for more, and patches could not be counted.
 _MOST_VOXELS, _MOST_ALONG = 2**40, 2**20
+# Voxels from which on freed memory is worth the milliseconds that it takes to return it.
+_LARGE = 2**22
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,8 @@ class GridLoader:
         seconds = perf_counter() - started
         work = SubjectWork(task, file, sampler.grid, sampler.padding, space, numbers, skipped, part, seconds)
         work.images = {} if keeps is None else subject.get_images_dict()
+        if prod(space.native.shape) > _LARGE:
+            return_freed_memory()
         return LoadedSubject(work, source if feed is None else feed.keep(source))
 
     def _box(self, files: SubjectFiles, subject: Subject) -> tuple[Box | None, bool]:

@@ -32,16 +32,17 @@ def resample_image(source: Shaped[Tensor, "c si sj sk"], maps: AxisMaps) -> Shap
     if all(along.weights is None for along in neighbours):
         return interpolate(source, maps, neighbours)
     slices = [n for n, m in enumerate(maps) if m.order == 0]
-    result = []
-    for channel in source.split(1):  # whose float64 voxels are in memory only while it is resampled
+    i, j, k = (m.axis + 1 for m in maps)
+    result = torch.empty(len(source), *(m.size for m in maps), device=source.device)
+    for channel, into in zip(source.split(1), result.split(1), strict=True):
         low, high = (reduce(channel, _others(maps, slices), keepdim=True) for reduce in (torch.amin, torch.amax))
         for n in slices:  # the slice that each of the target's is
             index = neighbours[n].below.to(source.device)
             low, high = (ends.index_select(maps[n].axis + 1, index) for ends in (low, high))
-        i, j, k = (m.axis + 1 for m in maps)
         low, high = (ends.permute(0, i, j, k).float() for ends in (low, high))
-        result.append(torch.clamp(_in_chunks(channel, maps, neighbours), low, high))
-    return torch.cat(result)
+        _interpolate_into(into, channel, maps, neighbours)
+        torch.clamp(into, low, high, out=into)
+    return result
 
 
 def resample_labels(source: Shaped[Tensor, "c si sj sk"], maps: AxisMaps) -> Shaped[Tensor, "c ti tj tk"]:
@@ -67,24 +68,24 @@ def _others(maps: AxisMaps, slices: Sequence[int]) -> list[int]:
     return [m.axis + 1 for n, m in enumerate(maps) if n not in slices]
 
 
-def _in_chunks(source: Tensor, maps: AxisMaps, neighbours: Sequence[Neighbours], planes: int = 16) -> Tensor:
-    """The interpolation of `interpolate` in float64, of whose volumes only one is in memory; float32."""
-    *first, last = _steps(maps, neighbours, [along.to(source.device) for along in neighbours])
-    axis_map, along, on_device = last
-    dim = axis_map.axis + 1
-    half = []
-    for chunk in source.split(planes, dim):
-        chunk = chunk.double()
-        for m, host, device in first:
-            chunk = _interpolate_axis(chunk, m.axis + 1, host, device, linear=True)
-        half.append(chunk)
-    joined = torch.cat(half, dim)
-    across = first[0][0].axis + 1
-    chunks = [
-        _interpolate_axis(chunk, dim, along, on_device, linear=True).float() for chunk in joined.split(planes, across)
-    ]
-    i, j, k = (m.axis + 1 for m in maps)
-    return torch.cat(chunks, across).permute(0, i, j, k)
+def _interpolate_into(
+    result: Tensor, source: Tensor, maps: AxisMaps, neighbours: Sequence[Neighbours], planes: int = 16
+) -> None:
+    """Write what `interpolate` makes in float64, of which only some planes are in memory, to a tensor of float32."""
+    # In the order in which voxels lie in memory, along which matrices are multiplied without rearranging them.
+    order = sorted(range(3), key=lambda axis: -source.stride(axis + 1))
+    source, dims = source.permute(0, *(axis + 1 for axis in order)), [order.index(axis) + 1 for axis in range(3)]
+    (axis_map, host, device), *others = _steps(maps, neighbours, [along.to(source.device) for along in neighbours])
+    dim, target_dim = dims[axis_map.axis], maps.index(axis_map) + 1
+    for start in range(0, axis_map.size, planes):
+        where = slice(start, min(start + planes, axis_map.size))
+        low, high = int(host.below[where].min()), int(host.above[where].max())
+        chunk = source.narrow(dim, low, high + 1 - low).double()
+        parts = (along.part(where, low, high) for along in (host, device))
+        chunk = _interpolate_axis(chunk, dim, *parts, linear=True)
+        for m, along, on_device in others:
+            chunk = _interpolate_axis(chunk, dims[m.axis], along, on_device, linear=True)
+        result.narrow(target_dim, start, where.stop - start).copy_(chunk.permute(0, *(dims[m.axis] for m in maps)))
 
 
 def interpolate(

@@ -6,7 +6,7 @@ from jaxtyping import Shaped
 from voxquilt.reporting.label_runs import Runs, runs_of_planes
 
 # Runs up to which components are counted, in a small volume and in a large one, and voxels per run between: noise has
-# more. A run takes about a hundred bytes.
+# more. A run takes about fifty bytes.
 _RUNS, _MOST_RUNS, _VOXELS = 2**18, 2**22, 16
 
 
@@ -35,9 +35,10 @@ class ComponentCounter:
         if self._count > self._most:
             self._owners, self._pairs, self._before = [], [], None
             return
-        self._pairs += [(a + first, b + first) for a, b in runs.touching(runs, [1])]
+        self._pairs += [_numbered(a, first, b, first) for a, b in runs.touching(runs, [1])]
         if before is not None:
-            self._pairs += [(a + first, b + first - len(before)) for a, b in runs.touching(before, [-1, 0, 1])]
+            pairs = runs.touching(before, [-1, 0, 1])
+            self._pairs += [_numbered(a, first, b, first - len(before)) for a, b in pairs]
         self._owners.append(runs.labels)
         self._before = runs
 
@@ -63,9 +64,14 @@ def count_components(labels: Shaped[np.ndarray, "i j k"]) -> dict[int, int] | No
     return counter.counts()
 
 
+def _numbered(a: np.ndarray, first_a: int, b: np.ndarray, first_b: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers within two planes as numbers in the volume; 32 bits, since noise has many of them."""
+    return (a + first_a).astype(np.int32), (b + first_b).astype(np.int32)
+
+
 def _roots(count: int, pairs: list[tuple[np.ndarray, np.ndarray]]) -> Shaped[np.ndarray, " n"]:
     """The lowest number in the component of each number, where the two of a pair are connected."""
-    roots = np.arange(count)
+    roots = np.arange(count, dtype=np.int32)
     a, b = (np.concatenate([pair[side] for pair in pairs]) if pairs else roots[:0] for side in (0, 1))
     while True:
         of_a, of_b = roots[a], roots[b]
