@@ -32,7 +32,7 @@ from nnunet_folders import (
 from nnunet_reference import Reference
 from omegaconf import OmegaConf
 from scipy import ndimage
-from synthetic import read
+from synthetic import read, save
 
 from voxquilt.cli.instantiate import build, check_classes
 from voxquilt.cli.main import conf_dir
@@ -61,18 +61,30 @@ UNCHANGED = {
     for what in ("data", "seg", "probabilities")
     for ending, value in (("", "no_resampling_hack"), ("_kwargs", {}))
 }
+UNMASKED = {
+    f"{MAIN}normalization_schemes": ["CTNormalization", "RescaleTo01Normalization"],
+    f"{MAIN}use_mask_for_norm": [False, False],
+}
 REGIONS = {"labels": {"background": 0, "whole": [1, 2], "core": 2}, "regions_class_order": [1, 2]}
 
 
 def write_images(folder: Path, count: int, shape: tuple[int, int, int], affine: np.ndarray, top: int = 2) -> None:
-    """Subjects c0, c1, ... of two channels in imagesTr, and their labels 0, 1 and `top` in labelsTr."""
+    """Subjects c0, c1, ... of two channels in imagesTr, and their labels 0, 1 and `top` in labelsTr.
+
+    A corner of the images is outside of the body, and a label lies outside of all that is not 0.
+    """
     for n in range(count):
         size = (shape[0] + n, shape[1], shape[2])
-        path, _ = write_case(folder / "imagesTr", f"c{n}", size, affine, 2, seed=n)
-        smooth = ndimage.gaussian_filter(nib.load(path).get_fdata(), 0.7)
-        labels = np.where(smooth > 90, top, smooth > 50).astype(np.uint8)
-        (folder / "labelsTr").mkdir(exist_ok=True)
-        nib.save(nib.Nifti1Image(labels, affine), folder / f"labelsTr/c{n}.nii.gz")
+        paths = write_case(folder / "imagesTr", f"c{n}", size, affine, 2, seed=n)
+        corner = tuple(slice(m // 2) for m in size)
+        for path in paths:
+            voxels = read(path).copy()
+            voxels[corner] = 0
+            save(path, voxels, affine)
+        smooth = ndimage.gaussian_filter(read(paths[0]), 0.7)
+        labels = np.where(smooth > 90, top, smooth > 30).astype(np.uint8)
+        labels[-1, -1, -1] = top
+        save(folder / f"labelsTr/c{n}.nii.gz", labels, affine)
 
 
 def images(folder: Path, subject: str) -> list[Path]:
@@ -104,7 +116,11 @@ def data_of(plain: Mapping[str, Any]) -> TrainingDataModule:
 SPACES: dict[str, tuple[Mapping[str, Any], tuple[int, int, int], np.ndarray]] = {
     "transposed, slices apart": ({}, (13, 14, 6), np.diag([1.1, 1.2, 4, 1])),
     "permuted": ({}, (11, 9, 12), PERMUTED),
-    "oblique": ({f"{MAIN}spacing": [1.5, 1.5, 1.5], f"{MAIN}patch_size": [8, 8, 8]}, (14, 11, 12), OBLIQUE),
+    "oblique, no mask": (
+        {**UNMASKED, f"{MAIN}spacing": [1.5, 1.5, 1.5], f"{MAIN}patch_size": [8, 8, 8]},
+        (14, 11, 12),
+        OBLIQUE,
+    ),
     "smaller than a patch": ({}, (7, 6, 6), OBLIQUE),
     "2d, reoriented": ({**FLAT_OPTIONS, "image_reader_writer": "NibabelIOWithReorient"}, (9, 6, 11), PERMUTED),
     "always apart": (APART, (9, 11, 8), OBLIQUE),
@@ -333,6 +349,16 @@ def test_random_weights_begin_as_those_of_nnunet_do(tmp_path: Path) -> None:
             fan = value[0].numel()
             assert float(value.std()) == pytest.approx((2 / (1 + 1e-4) / fan) ** 0.5, rel=0.1), name
     assert any(name.endswith("conv2.norm.weight") for name in state)
+
+
+def test_batch_norm_is_that_of_the_checkpoint(tmp_path: Path) -> None:
+    """Plans say instance norm of a network that nnUNetTrainerBN has trained."""
+    write_settings(tmp_path, BATCH)
+    kinds = []
+    for name in ("encoder.stages.0.0.convs.0.norm.weight", "encoder.stages.0.0.convs.0.norm.running_mean"):
+        write_checkpoint(tmp_path, 0, stored({name: torch.ones(2)}))
+        kinds.append(plan_of(tmp_path, fold=0)["model"]["net"]["architecture"]["arch_kwargs"]["norm_op"])
+    assert kinds == ["torch.nn.InstanceNorm3d", "torch.nn.BatchNorm3d"]
 
 
 def test_other_classes_keep_all_weights_but_those_of_the_last_layers(tmp_path: Path) -> None:

@@ -139,7 +139,9 @@ def _status_of(name: str, task: Callable[[DictConfig], int]) -> int:
 def _prepare_arguments(typed: Sequence[str], name: str) -> list[str]:
     """What was typed as Hydra takes it, once options of the other script are refused."""
     # Hydra wants --multirun and the like before or behind all overrides, not between them.
-    arguments = sorted(to_overrides(typed), key=lambda text: "=" in text and not text.startswith("-"))
+    arguments = sorted(
+        to_overrides(typed), key=lambda text: text.startswith("~") or ("=" in text and not text.startswith("-"))
+    )
     arguments = of_script(arguments, name, conf_dir())
     check_typed(arguments, name, conf_dir(), *_config_folders(arguments))
     return with_names(arguments)
