@@ -1,6 +1,7 @@
 """Tests model grids, orders of interpolation and slices of their own beside the packages whose rules they follow."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -65,6 +66,26 @@ def test_corner_is_the_grid_of_skimage_and_torch(
     back = resample(made, space.in_scores([(0, 0)] * 3, (1, 1, 1)))
     by_torch = functional.interpolate(made[None], shape, mode="trilinear", align_corners=False)[0]
     np.testing.assert_allclose(back, by_torch, rtol=0, atol=1e-5)
+
+
+@given(st.tuples(*[st.integers(1, 40)] * 3), st.permutations(range(3)), st.permutations(range(3)), st.booleans(), SEEDS)
+@example((40, 3, 5), [2, 1, 0], [0, 1, 2], True, 0)
+@settings(deadline=None, max_examples=30)
+def test_splines_do_not_depend_on_how_voxels_lie_in_memory(
+    shape: tuple[int, int, int], memory: list[int], axes: list[int], flips: bool, seed: int
+) -> None:
+    """Of volumes that are computed in several pieces, to axes in any order, some of them flipped."""
+    data, wanted = volume(shape, seed, 1), (0.9, 1.1, 0.4)
+    stored = data[0].permute(memory).contiguous().permute(np.argsort(memory).tolist())[None]
+    i, j, k = straight(shape, (1, 1, 1), wanted, "corner").to_model(3)
+    if flips:
+        j, k = (replace(m, scale=-m.scale, offset=shape[m.axis] - 1 - m.offset) for m in (j, k))
+    first, second, third = ((i, j, k)[axis] for axis in axes)
+    made = resample_image(stored, (first, second, third))[0]
+    sizes = [max(1, round(n / mm)) for n, mm in zip(shape, wanted, strict=True)]
+    theirs = resize(data[0].double().numpy(), sizes, 3, mode="edge", anti_aliasing=False)
+    theirs = theirs[:, ::-1, ::-1] if flips else theirs
+    np.testing.assert_allclose(made, theirs.transpose(axes), rtol=0, atol=3e-6)
 
 
 @given(SIZES, st.tuples(MM, MM, MM), st.tuples(MM, MM, MM), st.sampled_from([0, 1]), SEEDS)
