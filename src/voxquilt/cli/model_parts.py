@@ -102,8 +102,9 @@ class _Part:
         """Names of the part's labels by their numbers in the part."""
         stitch = self.plain["stitch"]
         names = stitch.get("class_names") or []
-        names = ["background", *names] if len(names) == 1 else names  # of what is above a threshold
-        numbers = stitch.get("label_values") or stitch.get("regions") or range(len(names))
+        numbers = stitch.get("label_values") or stitch.get("regions")
+        if numbers is None:  # a single name is that of what is above a threshold
+            numbers = [1] if len(names) == 1 else range(len(names))
         return {int(number): str(name) for number, name in zip(numbers, names, strict=False)}
 
 

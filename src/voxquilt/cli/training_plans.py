@@ -15,7 +15,7 @@ _KEYS = ("folder", "plans", "configuration", "folds", "checkpoint", "trust_check
 
 def has_plans(cfg: DictConfig) -> bool:
     """Whether the configuration of a training has a folder of nnU-Net."""
-    return isinstance(cfg.get("model"), DictConfig) and "configuration" in cfg.model
+    return isinstance(cfg.get("model"), DictConfig) and "plans" in cfg.model
 
 
 def take_plans(cfg: DictConfig, overrides: Sequence[str], conf: Path) -> dict[str, Any] | None:

@@ -17,8 +17,8 @@ Network = TypeVar("Network", bound=nn.Module)
 
 log = logging.getLogger("voxquilt")
 
-# Put before all names by DistributedDataParallel and torch.compile.
 _HEADS = "decoder.seg_layers."
+# Put before all names by DistributedDataParallel and torch.compile.
 _WRAPPING = re.compile(r"^(?:module\.|_orig_mod\.)+")
 
 
