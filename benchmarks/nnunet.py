@@ -8,6 +8,7 @@ Both predict the same files from start to end, nnU-Net in one process, without m
 
     volume     252 x 270 x 240 voxels of 1.2 mm, 3 classes, patches of 32 x 28 x 24 at 1.5 mm
     classes    200 x 200 x 160 voxels of 0.8 mm, 105 classes, patches of 64 x 64 x 64 at 1.5 mm
+    parts      160 x 160 x 160 voxels of 1.2 mm, two networks of 3 classes whose labels become one map, without nnU-Net
 
 CPU seconds are of the process and its children; 'forwards' are the same number of patches through the same network and
 nothing else. Labels are compared: nnU-Net sums in half precision.
@@ -29,6 +30,7 @@ from common import THREADS, Contender, Run, failure, machine, median, peak, roun
 JOBS = {
     "volume": {"shape": (252, 270, 240), "spacing": 1.2, "classes": 3, "patch": [32, 28, 24]},
     "classes": {"shape": (200, 200, 160), "spacing": 0.8, "classes": 105, "patch": [64, 64, 64]},
+    "parts": {"shape": (160, 160, 160), "spacing": 1.2, "classes": 3, "patch": [32, 28, 24]},
 }
 MODEL_SPACING = 1.5
 MODEL = "nnUNetTrainer__nnUNetPlans__3d_fullres"
@@ -96,13 +98,17 @@ def make_folder(job: str, root: Path) -> None:
     nib.save(nib.Nifti1Image(voxels[0, 0].numpy().astype(np.int16), affine), root / "images" / "case_0000.nii.gz")
 
 
-def voxquilt(source: Path, target: Path) -> Callable[[], Run]:
+def voxquilt(source: Path, target: Path, job: str) -> Callable[[], Run]:
     """The command, in this process."""
     from voxquilt.cli import main as cli
     from voxquilt.cli import predict_run  # noqa: F401  (imports what the job needs)
 
+    model = f"model.folder={source / MODEL}"
+    if job == "parts":
+        model = ",".join(f"{{folder: {source / MODEL}, labels: {{1: {n}, 2: {n + 1}}}}}" for n in (1, 3))
+        model = f"model.parts=[{model}]"
     sys.argv = [
-        "predict.py", "model=nnunet", f"model.folder={source / MODEL}", f"data.inputs={source / 'images'}",
+        "predict.py", "model=nnunet", model, f"data.inputs={source / 'images'}",
         f"output_dir={target}", "model.flips=[]", "trainer=cpu", "logger=null", "run.log=plain",
     ]  # fmt: skip
 
@@ -183,7 +189,7 @@ def compare(job: str, repeats: int, source: Path, root: Path) -> dict[str, list[
                 patches.extend([result["patches"]] if "patches" in result else [])
             return result
 
-    runs = rounds(CONTENDERS, repeats, once)
+    runs = rounds([name for name in CONTENDERS if name != NNUNET or job != "parts"], repeats, once)
     if len(labels) == 2:
         other = (labels[VOXQUILT] != labels[NNUNET]).mean()
         for result in runs[VOXQUILT]:
@@ -208,7 +214,11 @@ def main() -> None:
         given.report.write_text(json.dumps({"peak": 0.0}))
         return
     if given.contender:
-        makers = {VOXQUILT: voxquilt, NNUNET: nnunet, FORWARDS: lambda s, t: forwards(s, t, given.patches)}
+        makers = {
+            VOXQUILT: lambda s, t: voxquilt(s, t, given.job[0]),
+            NNUNET: nnunet,
+            FORWARDS: lambda s, t: forwards(s, t, given.patches),
+        }
         given.report.write_text(json.dumps(measure(makers[given.contender](given.source, given.target))))
         return
     print(f"{machine(given.repeats, 'cpu')}\n", flush=True)
