@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from itertools import chain, combinations, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -20,6 +20,19 @@ from torch.nn import functional
 from voxquilt.models.nnunet.checkpoint import load_weights
 from voxquilt.models.nnunet.folder import read_folder
 from voxquilt.models.nnunet.networks import build_network
+
+
+class Preprocessed(NamedTuple):
+    """What the network sees: (C, ...) images, labels that are -1 outside, and what the way back needs."""
+
+    data: np.ndarray
+    labels: np.ndarray | None
+    spacing: list[float]
+    wanted: list[float]
+    uncropped: tuple[int, ...]
+    cropped: tuple[int, ...]
+    box: tuple[slice, ...]
+
 
 Prediction = tuple[np.ndarray, np.ndarray]
 """Labels (I, J, K) and probabilities (C, I, J, K) in the file's axes."""
@@ -50,6 +63,31 @@ class Reference:
             mirror: Whether to predict mirrored patches, too.
             previous: The labels of the stage before.
         """
+        seen = self.preprocessed(images, previous)
+        data = seen.data
+        if seen.labels is not None:
+            masks = [(seen.labels == n).astype(np.float32) for n in self._foreground()]
+            data = np.concatenate([data, masks])
+        logits = self._logits(data, mirror)
+        logits = self._resampled("probabilities", logits, seen.cropped, seen.wanted, seen.spacing)
+        labels, probabilities = self._labels(logits)
+        backgrounds = np.zeros((len(logits), *seen.uncropped), np.float32)
+        backgrounds[0] = 0 if self.regions else 1
+        backgrounds[:, *seen.box] = probabilities
+        whole = np.zeros(seen.uncropped, labels.dtype)
+        whole[seen.box] = labels
+        back = np.argsort(self.order)
+        return self._to_file(whole.transpose(back), images[0]), np.stack(
+            [self._to_file(channel.transpose(back), images[0]) for channel in backgrounds]
+        )
+
+    def preprocessed(self, images: Sequence[Path], segmentation: Path | None = None) -> "Preprocessed":
+        """A subject as nnU-Net's preprocessor leaves it, before it is padded.
+
+        Args:
+            images: Its files in the order of channels.
+            segmentation: Its labels.
+        """
         volumes, spacing = zip(*(self._read(path) for path in images), strict=True)
         data = np.stack(volumes).transpose(0, *(axis + 1 for axis in self.order))
         spacing = [spacing[0][axis] for axis in self.order]
@@ -65,23 +103,12 @@ class Reference:
         wanted = [*([spacing[0]] if len(self.plan["spacing"]) == 2 else []), *self.plan["spacing"]]
         shape = tuple(round(a / b * n) for a, b, n in zip(spacing, wanted, cropped, strict=True))
         data = self._resampled("data", data, shape, spacing, wanted)
-        if previous is not None:
-            labels = self._read(previous)[0].transpose(self.order)[box]
+        labels = None
+        if segmentation is not None:
+            labels = self._read(segmentation)[0].transpose(self.order)[box]
             labels = np.where((labels == 0) & ~inside, -1, labels)
             labels = self._resampled("seg", labels[None], shape, spacing, wanted)[0]
-            data = np.concatenate([data, [(labels == n).astype(np.float32) for n in self._foreground()]])
-        logits = self._logits(data, mirror)
-        logits = self._resampled("probabilities", logits, cropped, wanted, spacing)
-        labels, probabilities = self._labels(logits)
-        backgrounds = np.zeros((len(logits), *uncropped), np.float32)
-        backgrounds[0] = 0 if self.regions else 1
-        backgrounds[:, *box] = probabilities
-        whole = np.zeros(uncropped, labels.dtype)
-        whole[box] = labels
-        back = np.argsort(self.order)
-        return self._to_file(whole.transpose(back), images[0]), np.stack(
-            [self._to_file(channel.transpose(back), images[0]) for channel in backgrounds]
-        )
+        return Preprocessed(data, labels, spacing, wanted, uncropped, cropped, box)
 
     def _read(self, path: Path) -> tuple[np.ndarray, list[float]]:
         image = nib.load(path)

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         predictor_from_state_dict,
         predictor_from_torchscript,
     )
+    from voxquilt.models.nnunet.networks import PlannedUNet
     from voxquilt.models.nnunet.predictor import predictor_from_nnunet
     from voxquilt.models.predictor import PatchPredictor
     from voxquilt.models.several_predictors import SeveralPredictors
@@ -76,6 +77,7 @@ _HOMES = {
         "predictor_from_exported", "predictor_from_file", "predictor_from_lightning", "predictor_from_onnx",
         "predictor_from_state_dict", "predictor_from_torchscript",
     ],
+    "voxquilt.models.nnunet.networks": ["PlannedUNet"],
     "voxquilt.models.nnunet.predictor": ["predictor_from_nnunet"],
     "voxquilt.models.predictor": ["PatchPredictor"],
     "voxquilt.models.several_predictors": ["SeveralPredictors"],
@@ -98,9 +100,9 @@ _MODULES = ("data", "datasets", "inference")
 __all__ = [
     "AFFINE", "CHANNELS_DIMENSION", "DATA", "INTENSITY", "LABEL", "LOCATION", "PATH", "STEM", "TYPE",
     "BundleTransform", "CTNormalization", "GridAggregator", "GridDataModule", "GridSampler", "Image", "KeepLargest",
-    "LabelMap", "MonaiGaussian", "PatchPredictor", "PatchTrainer", "Preprocess", "RGBTo01Normalization",
-    "RescaleTo01Normalization", "ScalarImage", "SeveralPredictors", "Stitch", "Subject", "SubjectsLoader",
-    "TensorBoardImages", "TrainingDataModule", "VolumeWriter", "VoxquiltError", "ZScoreNormalization",
+    "LabelMap", "MonaiGaussian", "PatchPredictor", "PatchTrainer", "PlannedUNet", "Preprocess",
+    "RGBTo01Normalization", "RescaleTo01Normalization", "ScalarImage", "SeveralPredictors", "Stitch", "Subject",
+    "SubjectsLoader", "TensorBoardImages", "TrainingDataModule", "VolumeWriter", "VoxquiltError", "ZScoreNormalization",
     "bundle_network", "data", "datasets", "inference", "polynomial", "predict_volume", "predictor_from_exported",
     "predictor_from_file", "predictor_from_lightning", "predictor_from_nnunet", "predictor_from_onnx",
     "predictor_from_state_dict", "predictor_from_torchscript", "warmup_cosine",

@@ -56,7 +56,7 @@ FIT_MODES = ("fit_edge", "fit_reflect", "fit_wrap")
 """The same modes where only what a patch does not fit is padded, and not a border of half the overlap."""
 
 ADDED_SETTINGS = {
-    "data.placement": "regular", "data.time": "channels", "data.margin": 0,
+    "data.placement": "regular", "data.time": "channels", "data.margin": 0, "data.label_interpolation": 0,
     "preprocess.grid": "centre", "preprocess.interpolation": 1, "preprocess.intensity_first": False,
     "stitch.order": 1, "stitch.dtype": "float32", "stitch.files": "one", "stitch.temperature": 1,
 }  # fmt: skip

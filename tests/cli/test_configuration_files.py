@@ -35,7 +35,7 @@ OWNERS = {
     "hparams": {"predict": set(), "train": {"optuna"}},
     "model": {
         "predict": {"auto", "bundle", "exported", "lightning", "nnunet", "onnx", "state_dict", "torchscript"},
-        "train": {"train"},
+        "train": {"train", "nnunet_train"},
     },
     "model/loss": {"predict": set(), "train": {"dice_ce", "dice_bce", "l1", "mse"}},
     "task": {"predict": set(), "train": {"segmentation", "multilabel", "image"}},
@@ -45,6 +45,7 @@ NEEDS = {
     "model=bundle": ["model.folder=a"],
     "model=lightning": ["model.module_class=a.B"],
     "model=nnunet": ["model.folder=a"],
+    "model=nnunet_train": ["model.folder=a", "model/net=unet"],
     "model=state_dict": ["model/net=unet"],
     "experiment=tissue": ["data.split=null"],
     "experiment=multimodal": ["data.images=null"],

@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[2]
         ("predict", "model=train", "model=train is for train.py; predict.py has auto, bundle, exported, lightning, "),
         ("predict", "callbacks=[predict,ema]", "callbacks=ema is for train.py; predict.py has predict."),
         ("predict", "model/loss=l1", "model/loss=l1 is for train.py."),
-        ("train", "model=torchscript", "model=torchscript is for predict.py; train.py has train."),
+        ("train", "model=torchscript", "model=torchscript is for predict.py; train.py has nnunet, train."),
         ("train", "trainer=gpuu", "there are cpu, ddp, default, gpu, slurm. Did you mean trainer=gpu?"),
         ("predict", "data.wholly_unknown=1", "there is no key data.wholly_unknown; data has batch_size, "),
         ("predict", "model.module_class=a.B", "model.module_class as things are: it comes with model=lightning."),

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -144,6 +145,27 @@ def test_parts_are_merged_in_order(
     assert all(name in text for number, name in names.items() if number), text
 
 
+def test_a_part_is_postprocessed_as_it_is_alone(place: Path, forks: Server, tmp_path: Path) -> None:
+    """By the largest components that its own folder names, before its labels are numbered."""
+    content = {
+        "postprocessing_fns": ["remove_all_but_largest_component_from_segmentation"] * 2,
+        "postprocessing_kwargs": [{"labels_or_regions": [1]}, {"labels_or_regions": [2]}],
+    }
+    shutil.copytree(place / "a", tmp_path / "a")
+    (tmp_path / "a/postprocessing.json").write_text(json.dumps(content))
+    alone = (f"model.folder={tmp_path / 'a'}", "model.postprocess=true", f"output_dir={tmp_path / 'alone'}")
+    parts = f"model.parts=[{{folder: {tmp_path / 'a'}, postprocess: true, labels: {{1: 4, 2: 6}}}}]"
+    for options in (alone, (parts, f"output_dir={tmp_path / 'out'}")):
+        done = forks.run(*command(*options), cwd=place)
+        assert done.returncode == 0, done.stderr
+    kept = labels_in(tmp_path / "alone")
+    assert any((labels != kept[name]).any() for name, labels in labels_in(place / "alone_a").items()), (
+        "a test of nothing"
+    )
+    for name, labels in labels_in(tmp_path / "out").items():
+        np.testing.assert_array_equal(labels, np.array([0, 4, 6])[kept[name]])
+
+
 def test_a_model_without_wanted_classes_is_not_run(place: Path, forks: Server, tmp_path: Path) -> None:
     """Its patches are not counted, and its weights not even read."""
     options = ("model.parts=[{folder: a}, {folder: b}]", "stitch.classes=[tumour]", f"output_dir={tmp_path}")
@@ -251,11 +273,11 @@ def test_a_file_is_read_once_for_all_models(tmp_path: Path, monkeypatch: pytest.
     [
         (
             "[{folder: a, ckpt_path: w.pt}]",
-            "model.parts[0]: a model has a folder (of nnU-Net) or a ckpt_path; this one",
+            "model.parts[0]: a model has a folder (of nnU-Net), a bundle (of MONAI) or a ckpt_path; this one",
         ),
         (
             "[{folder: a}, {flips: []}]",
-            "model.parts[1]: a model has a folder (of nnU-Net) or a ckpt_path; this one has",
+            "model.parts[1]: a model has a folder (of nnU-Net), a bundle (of MONAI) or a ckpt_path; this one has",
         ),
         ("[{folder: a, fold: 1}]", "model.parts[0]: a model has no key fold. Did you mean folds?"),
         ("[{folder: a, labels: {lesoin: 1}}]", "model.parts[0].labels names 'lesoin'; its labels are"),
@@ -264,8 +286,8 @@ def test_a_file_is_read_once_for_all_models(tmp_path: Path, monkeypatch: pytest.
         ("[{folder: a, labels: {1: -1}}]", "model.parts[0]: labels is a mapping from labels or their names to numbers"),
         ("[{folder: a}, {folder: x}]", "model.parts[1]: x is not there; wanted is a model folder of nnU-Net."),
         ("[{folder: a, labels: {1: 0}}]", "no model has a label that is to be written"),
-        ("[]", "model.parts is a list of models, each with its folder or ckpt_path"),
-        ("[a, b]", "model.parts is a list of models, each with its folder or ckpt_path"),
+        ("[]", "model.parts is a list of models, each with its folder, bundle or ckpt_path"),
+        ("[a, b]", "model.parts is a list of models, each with its folder, bundle or ckpt_path"),
     ],
 )
 def test_wrong_parts_are_refused_before_anything_starts(

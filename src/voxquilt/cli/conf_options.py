@@ -1,6 +1,7 @@
 """Lists the options and keys of a folder of configurations, and the script that each option is for."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,20 @@ def options_of(conf: Path, group: str, script: str) -> list[str]:
     """Names of a group's options that a script has."""
     paths = (conf / group).glob("*.yaml")
     options = [path for path in paths if not path.stem.startswith("_")]
-    return sorted(path.stem for path in options if script_of(path, conf) in (None, script))
+    return sorted(path.stem.removesuffix(f"_{script}") for path in options if script_of(path, conf) in (None, script))
+
+
+def of_script(arguments: Sequence[str], script: str, conf: Path) -> list[str]:
+    """Arguments in which an option that both scripts have by one name is the script's own.
+
+    So `model=nnunet` is nnunet.yaml of conf/model for predict.py, and nnunet_train.yaml for train.py.
+    """
+    return [f"{text}_{script}" if _has_own(text, script, conf) else text for text in arguments]
+
+
+def _has_own(text: str, script: str, conf: Path) -> bool:
+    option = re.fullmatch(r"([a-z_/]+)=([a-z_0-9]+)", text)
+    return option is not None and (conf / option[1] / f"{option[2]}_{script}.yaml").is_file()
 
 
 def script_of(path: Path, conf: Path) -> str | None:
@@ -53,7 +67,7 @@ def keys_by_option(conf: Path, script: str) -> Iterator[tuple[str, list[str]]]:
         group = path.parent.relative_to(conf).as_posix()
         if group not in _KEYLESS and _is_for(path.relative_to(conf), script):
             key = group.replace("/", ".")
-            yield f"{group}={path.stem}", [key, *_full_keys(_settings_of(path), key)]
+            yield f"{group}={path.stem.removesuffix(f'_{script}')}", [key, *_full_keys(_settings_of(path), key)]
 
 
 def _is_for(path: Path, script: str) -> bool:
@@ -64,7 +78,8 @@ def _is_for(path: Path, script: str) -> bool:
         return script == "train"
     if path.parts[0] not in ("data", "model", "callbacks") or path.parent.name == "net":
         return True
-    of_train = path.stem in ("train", "ema", "early_stopping") or path.parent.name in ("loss", "augment")
+    of_train = path.stem.endswith("train") or path.stem in ("ema", "early_stopping")
+    of_train = of_train or path.parent.name in ("loss", "augment")
     return of_train == (script == "train")
 
 

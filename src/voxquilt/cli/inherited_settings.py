@@ -1,8 +1,7 @@
 """Fills in the settings that a checkpoint carries, where the user chose none."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from voxquilt.cli.bundle_folder import has_bundle, take_bundle
+from voxquilt.cli.chosen_settings import Choice, defaults_of, fill_section, log_choice
 from voxquilt.cli.model_folder import NNUNET, has_model_folder, take_model_folder
 from voxquilt.data.discovery import SubjectFiles
 from voxquilt.errors import ConfigError
@@ -59,82 +59,26 @@ def inherit(cfg: DictConfig, overrides: Iterable[str], conf: Path) -> dict[str, 
             _fill_fixed_patch(cfg, paths)
             return {}
         source, model_defaults = paths[0], ("_options", "auto")
-        if cfg.data.get("step") is not None:  # the user's, in place of the overlap
-            settings["data"] = {key: value for key, value in settings["data"].items() if key != "patch_overlap"}
+        # One takes the place of the other, where the user has chosen it.
+        for own, other in (("step", "patch_overlap"), ("patch_overlap", "step")):
+            if cfg.data.get(own):
+                settings["data"] = {key: value for key, value in settings["data"].items() if key != other}
     typed = [text.lstrip("+~").partition("=")[0] for text in overrides]
-    choice = _Choice(typed, {}, [], set())
+    choice = Choice(typed, {}, [], set())
     OmegaConf.set_struct(cfg, False)
     for section in ("data", "preprocess", "model", "stitch"):
         target = cfg.model.get("_target_")
         reads_file = NEW.get(target, target) in (AUTO, NNUNET)
         if section == "model" and not reads_file and "net" in settings[section]:
             continue  # the user says how to read the file
-        defaults = _defaults(conf, section, model_defaults)
-        _fill_section(cfg, section, settings[section], defaults, choice)
+        defaults = defaults_of(conf, section, model_defaults if section == "model" else ("default",))
+        fill_section(cfg, section, settings[section], defaults, choice)
     if paths and "net" in settings["model"] and cfg.model.get("prefix") is None:
         cfg.model.prefix = "net."  # of a training's module
     _fill_fixed_patch(cfg, paths)
-    _log_choice(source, choice)
+    log_choice(source, choice)
     named = {} if trusted else choice.by_section()  # classes of a bundle that is trusted are not checked
     return {"images": settings.get("images", [])} | named
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """Which settings are the checkpoint's, and which the user's.
-
-    Args:
-        typed: Keys and groups of the command line.
-        used: Values that are taken from the checkpoint, by full key.
-        kept: Other values that the user has, as text.
-        named: Full keys whose class the user names as well.
-    """
-
-    typed: Sequence[str]
-    used: dict[str, Any]
-    kept: list[str]
-    named: set[str]
-
-    def choose(self, full: str, own: Any, default: Any, value: Any) -> None:
-        """Put the checkpoint's value among those that are used, or the user's among those that are kept.
-
-        Args:
-            full: The full key.
-            own: The value in the composed configuration.
-            default: The value in conf/.
-            value: The value in the checkpoint.
-        """
-        if (
-            isinstance(own, Mapping)
-            and isinstance(value, Mapping)
-            and own.get("_target_") in (None, value.get("_target_"))
-        ):
-            self.named.update({full} if "_target_" in own else ())
-            self.used[full] = OmegaConf.to_container(OmegaConf.merge(value, own))  # such as model.net.dropout=0
-        elif own != default or any(_covers(name, full) for name in self.typed if name != "model"):
-            self.kept.extend([f"{full}={own}"] if own != value else [])
-        else:
-            self.used[full] = value
-
-    def by_section(self) -> dict[str, Any]:
-        """The values that are used, as nodes of the configuration."""
-        nodes: dict[str, Any] = {}
-        for full, value in self.used.items():
-            section, _, key = full.partition(".")
-            # A class that the user names as well does not rest on the file alone.
-            nodes.setdefault(section, {})[key] = {**value, "_target_": None} if full in self.named else value
-        return nodes
-
-
-def _fill_section(
-    cfg: DictConfig, section: str, settings: Mapping[str, Any], defaults: Mapping[str, Any], choice: _Choice
-) -> None:
-    own = _plain(cfg[section])
-    for key, value in settings.items():
-        full = f"{section}.{key}"
-        choice.choose(full, own.get(key), defaults.get(key), value)
-        if full in choice.used:
-            OmegaConf.update(cfg, full, choice.used[full], merge=False)
 
 
 def _fill_fixed_patch(cfg: DictConfig, paths: Sequence[Path]) -> None:
@@ -148,19 +92,6 @@ def _fill_fixed_patch(cfg: DictConfig, paths: Sequence[Path]) -> None:
     if sizes is not None and len(sizes) == 3:
         cfg.data.patch_size = list(sizes)
         log.info("from %s: data.patch_size=%s", paths[0].name, list(sizes))
-
-
-def _log_choice(path: Path, choice: _Choice) -> None:
-    shown = {key: value for key, value in choice.used.items() if value is not None and not key.endswith("._target_")}
-    used = ", ".join(f"{key}={_short(value)}" for key, value in shown.items())
-    log.info("from %s: %s%s", path.name, used, f"; yours: {', '.join(choice.kept)}" if choice.kept else "")
-
-
-def _defaults(conf: Path, section: str, of_model: Sequence[str]) -> dict[str, Any]:
-    names = of_model if section == "model" else ("default",)
-    return {
-        key: value for name in names for key, value in _plain(OmegaConf.load(conf / section / f"{name}.yaml")).items()
-    }
 
 
 def check_images(wanted: Sequence[str], cases: Iterable[SubjectFiles]) -> None:
@@ -210,19 +141,3 @@ def _common_settings(paths: Sequence[Path]) -> dict[str, Any]:
                 f"Predict with each by itself, or choose model=state_dict and set the keys yourself."
             )
     return first
-
-
-def _covers(typed: str, full: str) -> bool:
-    return typed == full or full.startswith(f"{typed}.")
-
-
-def _plain(node: Any) -> dict[str, Any]:
-    return OmegaConf.to_container(node, resolve=False) if isinstance(node, DictConfig) else {}  # type: ignore[return-value]
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, Mapping) and "_target_" in value:
-        return str(value["_target_"]).rpartition(".")[2]
-    if isinstance(value, list) and any(isinstance(child, Mapping) for child in value):
-        return f"[{', '.join(map(_short, value))}]"
-    return str(value)

@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from voxquilt.cli.conf_options import of_script
 from voxquilt.cli.exit_status import (
     DONE,
     FAILED,
@@ -42,6 +43,7 @@ from voxquilt.cli.stages import predict_stages_before
 from voxquilt.cli.suggestions import check_script, check_typed, explain
 from voxquilt.cli.sweeps import give_folder, with_names
 from voxquilt.cli.train_config import check_train
+from voxquilt.cli.training_plans import has_plans, take_plans
 from voxquilt.data.discovery import find_cases
 from voxquilt.distributed.environment import end_with_parent, is_first
 from voxquilt.distributed.signals import ended_by
@@ -101,11 +103,13 @@ def run_train(cfg: DictConfig) -> int:
         VoxquiltError: the configuration is wrong, and nothing was started.
     """
     _drop_script(cfg, "train")
+    typed = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
+    weights = take_plans(cfg, typed, conf_dir()) if has_plans(cfg) else None
     plain = check_train(cfg)
     with quick_imports():
         from voxquilt.cli.train_run import fit  # imports torch
 
-    return fit(plain)
+    return fit(plain, weights)
 
 
 def _main(name: str, task: Callable[[DictConfig], int]) -> None:
@@ -138,7 +142,10 @@ def _status_of(name: str, task: Callable[[DictConfig], int]) -> int:
 def _prepare_arguments(typed: Sequence[str], name: str) -> list[str]:
     """What was typed as Hydra takes it, once options of the other script are refused."""
     # Hydra wants --multirun and the like before or behind all overrides, not between them.
-    arguments = sorted(to_overrides(typed), key=lambda text: "=" in text and not text.startswith("-"))
+    arguments = sorted(
+        to_overrides(typed), key=lambda text: text.startswith("~") or ("=" in text and not text.startswith("-"))
+    )
+    arguments = of_script(arguments, name, conf_dir())
     check_typed(arguments, name, conf_dir(), *_config_folders(arguments))
     return with_names(arguments)
 

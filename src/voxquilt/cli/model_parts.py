@@ -2,14 +2,15 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from voxquilt.cli.chosen_settings import defaults_of
 from voxquilt.cli.inherited_settings import inherit
 from voxquilt.cli.model_folder import has_model_folder
+from voxquilt.cli.part_labels import Part, number_labels
 from voxquilt.cli.plain_config import to_plain
 from voxquilt.cli.schema import PREDICT, TOP
 from voxquilt.cli.sections import check_sections
@@ -22,8 +23,10 @@ log = logging.getLogger("voxquilt")
 PARTS = "voxquilt.SeveralPredictors"
 """The model of a configuration whose `model.parts` are expanded."""
 _SECTIONS = ("model", "data", "preprocess", "stitch")
-# Where the keys of a model are listed: of one with a ckpt_path, and of one with a folder.
-_FILES = (("_options", "auto"), ("nnunet",))
+# Where the keys of a model are listed, by the key that says where it is.
+_KINDS = {"folder": ("nnunet",), "bundle": ("_options", "bundle"), "ckpt_path": ("_options", "auto")}
+# Keys of the run's model that are not meant for all models: `checkpoint` is that of each fold.
+_OF_FOLDERS = ("folder", "parts", "checkpoint")
 # Products that need scores, or each patch's.
 _NOT_OF_MEANS = ("logits", "disagreement")
 # Settings of what is written, which are those of the whole.
@@ -57,7 +60,8 @@ def take_parts(cfg: DictConfig, overrides: Sequence[str], conf: Path) -> dict[st
     entries = cfg.model.parts
     if not isinstance(entries, ListConfig) or not len(entries) or not all(isinstance(e, DictConfig) for e in entries):
         raise ConfigError(
-            "model.parts is a list of models, each with its folder or ckpt_path, such as '[{folder: a}, {folder: b}]'."
+            "model.parts is a list of models, each with its folder, bundle or ckpt_path, such as '[{folder: a}, "
+            "{bundle: b}]'."
         )
     if not OmegaConf.is_missing(cfg.model, "folder") and cfg.model.get("folder") is not None:
         raise ConfigError(f"model.folder={cfg.model.folder}: the folders of several models are those in model.parts.")
@@ -75,7 +79,7 @@ def take_parts(cfg: DictConfig, overrides: Sequence[str], conf: Path) -> dict[st
         except VoxquiltError as error:
             raise ConfigError(f"model.parts[{n}]: {error}") from error
     if combine == ORDERED:
-        parts = _numbered(cfg, parts)
+        parts = number_labels(cfg, parts)
     else:
         _check_alike(parts)
         if cfg.stitch.get("class_names") is None:
@@ -84,25 +88,7 @@ def take_parts(cfg: DictConfig, overrides: Sequence[str], conf: Path) -> dict[st
     return {"parts": [part.inherited for part in parts]}
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A model's whole configuration, what of it its files brought, its labels as the user has them, and as numbers."""
-
-    plain: dict[str, Any]
-    inherited: dict[str, Any]
-    labels: Mapping[Any, int] | None
-    numbers: list[int] | None = None
-
-    @property
-    def names(self) -> dict[int, str]:
-        """Names of the part's labels by their numbers in the part."""
-        stitch = self.plain["stitch"]
-        names = stitch.get("class_names") or []
-        numbers = stitch.get("label_values") or stitch.get("regions") or range(len(names))
-        return {int(number): str(name) for number, name in zip(numbers, names, strict=False)}
-
-
-def _expanded(cfg: DictConfig, entry: DictConfig, overrides: Sequence[str], conf: Path, product: str) -> _Part:
+def _expanded(cfg: DictConfig, entry: DictConfig, overrides: Sequence[str], conf: Path, product: str) -> Part:
     own = OmegaConf.to_container(entry, resolve=True)
     assert isinstance(own, dict)
     labels = own.pop("labels", None)
@@ -112,16 +98,18 @@ def _expanded(cfg: DictConfig, entry: DictConfig, overrides: Sequence[str], conf
         raise ConfigError(
             f"labels is a mapping from labels or their names to numbers, such as {{1: 5}}; it is {labels!r}."
         )
-    if ("folder" in own) == ("ckpt_path" in own):
-        raise ConfigError(f"a model has a folder (of nnU-Net) or a ckpt_path; this one has {sorted(map(str, own))}.")
+    kind = _kind_of(own)
     part = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
     assert isinstance(part, DictConfig)
-    defaults = _defaults_of_model(conf, _FILES["folder" in own])
+    defaults = defaults_of(conf, "model", _KINDS[kind])
     run: Any = OmegaConf.to_container(cfg.model, resolve=False)
-    of_run = _defaults_of_model(conf, _FILES[has_model_folder(cfg)])
+    of_run = defaults_of(conf, "model", _KINDS["folder" if has_model_folder(cfg) else "ckpt_path"])
     # What the user said of all models.
-    shared = {k: v for k, v in run.items() if k in defaults and v != of_run.get(k) and k not in ("folder", "parts")}
-    settings = {str(k): v for k, v in own.items() if k not in ("ckpt_path", "step")}
+    apart = _OF_FOLDERS if kind == "bundle" else ("folder", "parts")
+    shared = {k: v for k, v in run.items() if k in defaults and v != of_run.get(k) and k not in apart}
+    settings = {str(k): v for k, v in own.items() if k not in ("bundle", "ckpt_path", "step")}
+    if kind == "bundle":
+        settings["folder"] = own["bundle"]
     unknown = [key for key in settings if key not in defaults]
     if unknown:
         keys = [*defaults, "labels", "step"]
@@ -129,8 +117,9 @@ def _expanded(cfg: DictConfig, entry: DictConfig, overrides: Sequence[str], conf
     part.model = {**defaults, **shared, **settings}
     part.model.pop("parts", None)
     part.ckpt_path = own.get("ckpt_path") if "ckpt_path" in own else "???"
-    for key in _NOT_OF_PARTS:
-        part.stitch.pop(key, None)
+    for key, value in defaults_of(conf, "stitch").items():
+        if key in _NOT_OF_PARTS:
+            part.stitch[key] = value
     part.stitch.products = [product]
     if "step" in own:
         part.data.step = own["step"]
@@ -140,51 +129,51 @@ def _expanded(cfg: DictConfig, entry: DictConfig, overrides: Sequence[str], conf
     inherited = inherit(part, overrides, conf)
     if part.preprocess.get("one_hot"):
         raise ConfigError("a stage of a cascade cannot be one of several models.")
+    _check_output(part, product)
     plain = to_plain(part)
     check_sections(plain, PREDICT, TOP)
-    return _Part(plain, inherited, labels)
+    return Part(plain, inherited, labels)
 
 
-def _defaults_of_model(conf: Path, names: Sequence[str]) -> dict[str, Any]:
-    defaults: dict[str, Any] = {}
-    for name in names:
-        node = OmegaConf.to_container(OmegaConf.load(conf / "model" / f"{name}.yaml"), resolve=False)
-        defaults |= {str(key): value for key, value in node.items() if key != "defaults"}  # type: ignore[union-attr]
-    return defaults
+def _kind_of(own: Mapping[Any, Any]) -> str:
+    """The key that says where a model is."""
+    given = [key for key in _KINDS if key in own]
+    if len(given) != 1:
+        raise ConfigError(
+            f"a model has a folder (of nnU-Net), a bundle (of MONAI) or a ckpt_path; this one has "
+            f"{sorted(map(str, own))}."
+        )
+    place = own[given[0]]
+    if given[0] == "folder" and isinstance(place, str) and (Path(place).expanduser() / "configs").is_dir():
+        raise ConfigError(f"{place} is a bundle of MONAI: say {{bundle: {place}}}.")
+    return given[0]
+
+
+def _check_output(part: DictConfig, product: str) -> None:
+    """Refuse a model that makes of its scores what the models together are not made of.
+
+    Raises:
+        ConfigError: it makes several masks where labels are wanted, or labels where probabilities are.
+    """
+    channels = OmegaConf.select(part, "model.net.out_channels")
+    masks = part.model.get("activation") == "sigmoid" and part.stitch.get("regions") is None
+    if product == "labels" and masks and isinstance(channels, int) and channels > 1:
+        raise ConfigError(
+            f"its {channels} outputs are masks that may overlap (sigmoid), and stitch.combine={ORDERED} takes one "
+            f"label per voxel. Predict it by itself."
+        )
+    if product == "probabilities" and part.stitch.get("restore") == "labels":
+        raise ConfigError(
+            f"it brings labels to the file's grid (stitch.restore=labels), and stitch.combine={MEAN} averages "
+            f"probabilities there. Set stitch.restore=scores."
+        )
 
 
 def _typed(overrides: Sequence[str]) -> set[str]:
     return {text.lstrip("+~").partition("=")[0] for text in overrides}
 
 
-def _numbered(cfg: DictConfig, parts: Sequence[_Part]) -> list[_Part]:
-    """The parts with the numbers that their labels become, without those of which no label is wanted."""
-    names: dict[int, str] = {0: "background"}
-    numbers: list[dict[int, int]] = []
-    for n, part in enumerate(parts):
-        table = _given(part, n) if part.labels is not None else _counted(part, n, names)
-        for own, number in table.items():
-            if number:
-                names.setdefault(number, part.names.get(own, str(number)))
-        numbers.append(table)
-    kept = _kept(cfg.stitch.get("classes"), names)
-    cfg.stitch.classes = None
-    cfg.stitch.label_values = sorted(kept | {0})
-    if cfg.stitch.get("class_names") is None:
-        cfg.stitch.class_names = [names[number] for number in sorted(kept | {0})]
-    numbered = []
-    for part, table in zip(parts, numbers, strict=True):
-        wanted = [table.get(n, 0) if table.get(n, 0) in kept else 0 for n in range(max([*table, *part.names, 0]) + 1)]
-        if any(wanted):
-            numbered.append(replace(part, numbers=wanted))
-    if not numbered:
-        raise ConfigError(
-            "no model has a label that is to be written: see stitch.classes, and the labels of model.parts."
-        )
-    return numbered
-
-
-def _check_alike(parts: Sequence[_Part]) -> None:
+def _check_alike(parts: Sequence[Part]) -> None:
     """Refuse to average models of which the files say that they have other numbers of classes.
 
     Raises:
@@ -204,58 +193,17 @@ def _check_alike(parts: Sequence[_Part]) -> None:
         log.warning("%s, whose names are kept.", text)
 
 
-def _given(part: _Part, n: int) -> dict[int, int]:
-    """The numbers that the user gave a part's labels, by number or by name."""
-    assert part.labels is not None
-    by_name = {name: number for number, name in part.names.items()}
-    table: dict[int, int] = {}
-    for label, number in part.labels.items():
-        own = label if isinstance(label, int) else by_name.get(str(label))
-        if own is None or (part.names and own not in part.names):
-            raise ConfigError(
-                f"model.parts[{n}].labels names {label!r}; its labels are {part.names}."
-                f"{question(str(label), list(by_name))}"
-            )
-        table[int(own)] = number
-    return table
-
-
-def _counted(part: _Part, n: int, names: Mapping[int, str]) -> dict[int, int]:
-    """Numbers for a part's labels: that of an earlier label of the same name, or the next."""
-    if not part.names:
-        raise ConfigError(f"model.parts[{n}] has no names of classes: give labels, such as {{1: 5}}.")
-    by_name = {name: number for number, name in names.items()}
-    for own, name in part.names.items():
-        if own and name not in by_name:
-            by_name[name] = max(by_name.values()) + 1
-    return {own: by_name[name] for own, name in part.names.items() if own}
-
-
-def _kept(classes: Any, names: Mapping[int, str]) -> set[int]:
-    if classes is None:
-        return set(names)
-    if not isinstance(classes, ListConfig):
-        raise ConfigError(f"stitch.classes is a list, such as '[liver,spleen]'; it is {classes!r}.")
-    by_name = {name: number for number, name in names.items()}
-    kept = set()
-    for wanted in classes:
-        number = by_name.get(wanted) if isinstance(wanted, str) else wanted
-        if number not in names:
-            raise ConfigError(
-                f"stitch.classes names {wanted!r}; the labels are {', '.join(by_name)}."
-                f"{question(str(wanted), list(by_name))}"
-            )
-        kept.add(number)
-    return kept
-
-
-def _fill_run(cfg: DictConfig, parts: Sequence[_Part]) -> None:
+def _fill_run(cfg: DictConfig, parts: Sequence[Part]) -> None:
     first = parts[0].plain
     for section in ("data", "preprocess"):
         for key, value in first[section].items():
             if key not in ("inputs", "images"):
                 OmegaConf.update(cfg, f"{section}.{key}", value, merge=False)
-    for key in ("activation", "regions"):
+    if not cfg.data.get("suffixes") and not cfg.data.get("images"):
+        # Any of them may know how the images of a subject are called.
+        known = (part.plain["data"].get("suffixes") for part in parts)
+        OmegaConf.update(cfg, "data.suffixes", next(filter(None, known), None), merge=False)
+    for key in ("activation", "regions", "threshold"):
         if cfg.stitch.get("combine") == MEAN and OmegaConf.select(cfg, f"stitch.{key}", throw_on_missing=False) is None:
             OmegaConf.update(cfg, f"stitch.{key}", first["stitch"].get(key), merge=False)
     weights = []

@@ -34,6 +34,7 @@ from voxquilt.cli.value_checks import (
     threshold_or_mask,
     word,
     word_or_node,
+    zero_or_one,
 )
 from voxquilt.geometry.frame import parse_axcodes, to_axis_order, to_spacing
 from voxquilt.geometry.model_grids import GRIDS
@@ -184,11 +185,13 @@ TRAIN = {
             "inputs": anything,
             "labels": or_null(label_patterns),
             "images": anything,
+            "suffixes": anything,
             "task": word(TASKS),
             "patch_size": along_axes,
             "batch_size": integer(1),
             "num_workers": integer(0),
             "patches_per_volume": integer(1),
+            "label_interpolation": zero_or_one,
             "balanced": number("is a share, 0 to 1", lambda share: 0 <= share <= 1),
             "augment": anything,
             "cache": anything,
@@ -200,6 +203,8 @@ TRAIN = {
             "patch_overlap": anything,
             "padding_mode": padding_mode,
             "divisible_by": along_axes,
+            "placement": word(PLACEMENTS),
+            "step": anything,  # checked beside patch_size
         },
         together=(lambda data: check_grid(data, "inference_patch_size"),),
         is_complete=True,

@@ -18,6 +18,10 @@ from voxquilt.models.nnunet.folder import read_folder
 
 log = logging.getLogger("voxquilt")
 
+# The model and the key of a rough model, by how data.within names it.
+_ROUGH = {
+    "folder": ("nnunet", "model.folder"), "bundle": ("bundle", "model.folder"), "ckpt_path": ("auto", "ckpt_path"),
+}  # fmt: skip
 # Overrides that a rough model is not run with.
 _OF_MODEL = (
     "model", "ckpt_path", "data.patch_size", "data.patch_overlap", "data.step", "data.divisible_by", "data.labels",
@@ -72,29 +76,26 @@ def _predict_rough(cfg: DictConfig, overrides: Sequence[str]) -> int:
     rough = cfg.data.get("within")
     if not isinstance(rough, DictConfig):
         return 0
-    known = ("folder", "ckpt_path", "classes")
-    unknown = [str(key) for key in rough if key not in known]
-    if unknown or ("folder" in rough) == ("ckpt_path" in rough):
+    kinds = [str(key) for key in rough if key != "classes"]
+    if len(kinds) != 1 or kinds[0] not in _ROUGH:
         raise ConfigError(
-            f"data.within is a mask's path, or a model: its folder (of nnU-Net) or its ckpt_path, and perhaps the "
-            f"classes of its labels that count, such as '{{folder: rough_model, classes: [liver]}}'; it has "
-            f"{list(rough)}."
+            f"data.within is a mask's path, or a model: its folder (of nnU-Net), its bundle (of MONAI) or its "
+            f"ckpt_path, and perhaps the classes of its labels that count, such as "
+            f"'{{folder: rough_model, classes: [liver]}}'; it has {list(rough)}."
         )
+    place = str(rough[kinds[0]])
     output_dir = str(Path(str(cfg.output_dir)).expanduser() / "within")
     status = 0
     if is_first():
-        model = (
-            {"model": "nnunet", "model.folder": _quoted(str(rough.folder))}
-            if "folder" in rough
-            else {"model": "auto", "ckpt_path": _quoted(str(rough.ckpt_path))}
-        )
-        own = model | {
+        option, key = _ROUGH[kinds[0]]
+        own = {
+            "model": option, key: _quoted(place),
             "output_dir": _quoted(output_dir), "data.within": "null", "data.margin": "0", "run.status": "false",
             "stitch.classes": _listed(rough.get("classes")),
         }  # fmt: skip
         # What the user said of the model, its patches and its labels is said of the other one.
         kept = [text for text in overrides if not text.lstrip("+~").startswith(_OF_MODEL)]
-        status = _predict_stage(cfg, kept, own, str(rough.get("folder") or rough.get("ckpt_path")))
+        status = _predict_stage(cfg, kept, own, place)
     mask = _labels_in(output_dir, cfg)
     predicts = not (OmegaConf.select(cfg, "run.dry_run") or OmegaConf.select(cfg, "run.selfcheck"))
     has_mask = predicts or has_files(mask)

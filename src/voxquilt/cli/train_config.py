@@ -36,7 +36,7 @@ def check_train(cfg: DictConfig) -> dict[str, Any]:
     check_trainer(plain["trainer"], 1, multirun=is_sweep())
     check_weights(plain)
     apart = [data["split"]] if data["split"] else ()
-    cases = find_cases(data["inputs"], data["images"], apart, plain["output_dir"])
+    cases = find_cases(data["inputs"], data["images"], apart, plain["output_dir"], suffixes=data["suffixes"])
     check_image_names(plain["preprocess"].get("intensity"), cases)
     parts = make_split(cases, data["folds"], data["fold"], data["seed"], data["split"])
     if not parts.validation:

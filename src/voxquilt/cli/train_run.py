@@ -21,6 +21,7 @@ from voxquilt.distributed.child_processes import SpawnedLogging, attended, quiet
 from voxquilt.distributed.environment import is_first
 from voxquilt.errors import ConfigError, InputError, RunError, VoxquiltError
 from voxquilt.geometry.frame import to_triple
+from voxquilt.models.nnunet.checkpoint import load_weights
 from voxquilt.models.weights.stored_settings import to_carry
 from voxquilt.planning.network_check import check_network, try_zeros
 from voxquilt.reporting.run_logs import open_loggers
@@ -30,11 +31,12 @@ from voxquilt.vocabulary import BEST
 log = logging.getLogger("voxquilt")
 
 
-def fit(plain: Mapping[str, Any]) -> ExitStatus:
+def fit(plain: Mapping[str, Any], weights: Mapping[str, Any] | None = None) -> ExitStatus:
     """Build and train.
 
     Args:
         plain: The checked configuration.
+        weights: The checkpoint of nnU-Net to begin with, `path`, and whether it is trusted, `trust`; None for none.
 
     Returns:
         The exit status: 0 if training ended, 1 if it broke off, 130 or 143 if it was stopped. One of 0 has the score by
@@ -51,6 +53,8 @@ def fit(plain: Mapping[str, Any]) -> ExitStatus:
         data = _build_data(plain)
         model = _build_model(plain, checked)
         trainer = _build_trainer(plain, checked["replaced"])
+    if weights is not None:
+        load_weights(weights["path"], model.net, trust=weights["trust"], other_heads=True)
     _check_network(plain, data, model)
     if is_first():
         _log_subjects(data)

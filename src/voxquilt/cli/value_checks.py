@@ -64,6 +64,12 @@ def integer(least: int) -> Check:
     return check
 
 
+def zero_or_one(value: Any, key: str) -> None:
+    """0 or 1."""
+    if not is_integer(value) or value not in (0, 1):
+        raise ConfigError(f"{key} must be 0 or 1; it is {value!r}.")
+
+
 def number(wanted: str, is_allowed: Callable[[float], bool] = lambda _: True) -> Check:
     """A number.
 

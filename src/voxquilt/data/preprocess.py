@@ -1,6 +1,6 @@
 """Takes the images of a subject to model space and changes their intensities, as the network needs them."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -103,13 +103,21 @@ class Preprocess:
             subject.frame, self.orientation, self.spacing, grid=self.grid, transpose=self.transpose, box=box
         )
 
-    def __call__(self, subject: Subject, feed: DeviceFeed | None = None, box: Box | None = None) -> Prepared:
+    def __call__(
+        self,
+        subject: Subject,
+        feed: DeviceFeed | None = None,
+        box: Box | None = None,
+        labels: Collection[str] = (),
+    ) -> Prepared:
         """Read a subject and take it to model space; the subject does not keep the voxels.
 
         Args:
             subject: The subject.
             feed: The device to do so on, in the thread's current stream; None for where the voxels are.
             box: The native voxels that model space may cover; None for all. `crop` is applied to these.
+            labels: Names of label maps of which each label is interpolated linearly, by `resample_labels`, and which
+                do not decide what `crop` leaves; others take the nearest voxel.
 
         Raises:
             InputError: a file that cannot be read, images on different grids, or voxels that are not finite.
@@ -121,8 +129,9 @@ class Preprocess:
         stored = self._stored(subject)
         inside = None
         if stored:
-            box, inside = self._cropped(stored, box)
-            inside = inside if self._uses_inside() else None  # which takes a quarter of the memory of a float32 image
+            box, inside = self._cropped({name: stored[name] for name in stored if name not in labels}, box)
+            # Which takes a quarter of the memory of a float32 image.
+            inside = inside if labels or self._uses_inside() else None
         space = self.space(subject, box)
         if feed is not None and inside is not None:
             inside = feed.upload(inside)
@@ -137,6 +146,10 @@ class Preprocess:
             if self.one_hot is not None and name in self.one_hot:
                 voxels = _one_hot(voxels, self.one_hot[name], inside, space.to_model(1, self.per_slice))
                 images[name] = ScalarImage(tensor=voxels, affine=space.model.affine)
+                continue
+            if name in labels:
+                voxels = _resampled_labels(voxels, inside, space.to_model(1, self.per_slice))
+                images[name] = LabelMap(tensor=voxels.clamp(min=0), affine=space.model.affine)
                 continue
             if isinstance(image, LabelMap):
                 images[name] = LabelMap(tensor=resample(voxels, maps, linear=False), affine=space.model.affine)
@@ -244,15 +257,17 @@ def _apply(
 
 
 def _one_hot(voxels: Tensor, labels: Sequence[int], inside: Tensor | None, maps: AxisMaps) -> Tensor:
-    """A channel for each label, in model space.
+    """A channel for each label, in model space."""
+    found = _resampled_labels(voxels[:1], inside, maps)
+    return torch.cat([found == label for label in labels]).float().to(voxels.device)
 
-    Outside of a cropped volume, labels of 0 are a label of their own while they are resampled, as in nnU-Net.
-    """
-    found = voxels[:1].cpu().to(torch.int64)
+
+def _resampled_labels(voxels: Tensor, inside: Tensor | None, maps: AxisMaps) -> Tensor:
+    """Labels in model space; outside of a cropped volume 0 is a label of its own, -1, as in nnU-Net."""
+    found = voxels.cpu().to(torch.int64)
     if inside is not None:
         found = found.masked_fill((found == 0) & ~inside.cpu(), -1)
-    found = resample_labels(found, maps)
-    return torch.cat([found == label for label in labels]).float().to(voxels.device)
+    return resample_labels(found, maps)
 
 
 def _all_finite(data: Tensor) -> bool:

@@ -25,8 +25,8 @@ FORMAT = 1
 # runs, when it ends, and how it is validated. The files of `inputs`, `images` and `labels` are compared by their
 # contents, so that data may move.
 _NOT_COMPARED = {
-    "data": {"inputs", "images", "labels", "num_workers", "cache", "inference_patch_size", "patch_overlap",
-             "padding_mode"},
+    "data": {"inputs", "images", "suffixes", "labels", "num_workers", "cache", "inference_patch_size", "patch_overlap",
+             "padding_mode", "placement", "step"},
     "preprocess": {"device"},
     "model": {"pictures"},
     "trainer": {"accelerator", "devices", "num_nodes", "strategy", "plugins", "precision", "max_epochs", "min_epochs",

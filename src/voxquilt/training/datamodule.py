@@ -47,7 +47,7 @@ class TrainingDataModule(LightningDataModule):
     torch.Size([2, 1, 16, 16, 16])
 
     Args:
-        inputs, images: See `voxquilt.data.discovery.find_cases`.
+        inputs, images, suffixes: See `voxquilt.data.discovery.find_cases`.
         labels: The label of each subject: a path with {subject}, relative to the working folder, or several by name,
             which become channels; None for the column `label` of a table. A segmentation needs one file of classes 0,
             1, ...; a multilabel task one mask per file or per channel; an image task the image to learn.
@@ -57,7 +57,8 @@ class TrainingDataModule(LightningDataModule):
         output_dir: The output folder of the training, whose files are never inputs.
         label_values: The numbers that classes 0, 1, ... have in the label files of a segmentation; None for 0, 1, ...
         inference_patch_size: Voxels of a patch in validation; None for `patch_size`.
-        patch_overlap, padding_mode, divisible_by: The grid of validation; see GridDataModule.
+        patch_overlap, padding_mode, divisible_by, placement, step: The grid of validation; see GridDataModule.
+        label_interpolation: Order by which labels are interpolated, 0 or 1; see VolumeLoader.
         batch_size: Patches per batch; 2 by default.
         num_workers: Processes that cut and augment patches; 0, the default, uses the main process.
         patches_per_volume: Patches of each training subject per epoch; 8 by default.
@@ -79,6 +80,7 @@ class TrainingDataModule(LightningDataModule):
         patch_size: int | Iterable[int],
         *,
         images: Mapping[str, str] | None = None,
+        suffixes: Mapping[str, str] | None = None,
         task: str = "segmentation",
         preprocess: Preprocess | None = None,
         output_dir: str | Path | None = None,
@@ -91,12 +93,14 @@ class TrainingDataModule(LightningDataModule):
         self.patch_size = to_triple(patch_size, "data.patch_size", minimum=1)
         self.labels = TrainingLabels(labels, task, label_values)
         folds, fold, split, seed = self.options.folds, self.options.fold, self.options.split, self.options.seed
-        cases = find_cases(inputs, images, [split] if split else (), output_dir)
+        cases = find_cases(inputs, images, [split] if split else (), output_dir, suffixes=suffixes)
         self.training_cases, self.validation_cases = make_split(cases, folds, fold, seed, split)
         self.labels.check_files(self._cases)
         preprocess = preprocess or Preprocess()
         divisible_by = to_triple(self.options.divisible_by, "data.divisible_by", minimum=1)
-        self._loader = VolumeLoader(self.labels, preprocess, self.patch_size, divisible_by)
+        self._loader = VolumeLoader(
+            self.labels, preprocess, self.patch_size, divisible_by, self.options.label_interpolation
+        )
         padding_mode = self.options.padding_mode
         to_padding(0 if padding_mode is None else padding_mode)
         self._grids = GridLoader(
@@ -105,6 +109,8 @@ class TrainingDataModule(LightningDataModule):
             preprocess,
             padding_mode,
             divisible_by,
+            placement=self.options.placement,
+            step=self.options.step,
         )
         self.classes: int | None = None
         """Channels of the network's output, once they are known: `setup` then refuses labels beyond them."""

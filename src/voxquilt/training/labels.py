@@ -99,9 +99,7 @@ class TrainingLabels:
                 f"its label has {len(label)} channels; segmentation needs one channel of classes. For several masks "
                 f"set task=multilabel."
             )
-        invalid = (label < 0) | (label != label.round()) if label.is_floating_point() else label < 0
-        if invalid.any():
-            raise InputError(f"its label holds {float(label[invalid][0]):g}; classes are whole numbers from 0.")
+        self.check_values(label)
         if self.task == "multilabel":
             return (label > 0).to(torch.uint8)
         if self.label_values is not None:
@@ -110,6 +108,13 @@ class TrainingLabels:
         if classes is not None and highest >= classes:
             raise InputError(beyond(highest, classes))
         return label.to(torch.uint8 if highest < 256 else torch.int32)
+
+    @staticmethod
+    def check_values(label: Shaped[Tensor, "_ i j k"]) -> None:
+        """Raises InputError where voxels of classes or masks are not whole numbers from 0."""
+        invalid = (label < 0) | (label != label.round()) if label.is_floating_point() else label < 0
+        if invalid.any():
+            raise InputError(f"its label holds {float(label[invalid][0]):g}; classes are whole numbers from 0.")
 
     def first_problem(self, cases: Sequence[SubjectFiles], classes: int | None) -> str | None:
         """Read the labels of subjects, and describe the first that cannot be used; None if all can."""

@@ -14,6 +14,9 @@ class TrainingKeywords(TypedDict, total=False):
     patch_overlap: int | Iterable[int]
     padding_mode: str | float | None
     divisible_by: int | Iterable[int]
+    placement: str
+    step: float | None
+    label_interpolation: int
     batch_size: int
     num_workers: int
     patches_per_volume: int
@@ -34,6 +37,9 @@ class TrainingOptions:
     patch_overlap: int | Iterable[int] = 0
     padding_mode: str | float | None = None
     divisible_by: int | Iterable[int] = 1
+    placement: str = "regular"
+    step: float | None = None
+    label_interpolation: int = 0
     batch_size: int = 2
     num_workers: int = 0
     patches_per_volume: int = 8

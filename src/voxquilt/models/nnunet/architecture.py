@@ -104,6 +104,37 @@ def read_architecture(configuration: Node, dimensions: int) -> Architecture:
     )
 
 
+def read_planned(node: Node) -> Architecture:
+    """The architecture of an object that has one at 'architecture', whose convolution says how many axes it has.
+
+    Raises:
+        ConfigError: a network or an option that is not supported.
+    """
+    options = node.child("architecture").child("arch_kwargs")
+    return read_architecture(node, 2 if str(options.values.get("conv_op")).endswith("2d") else 3)
+
+
+def as_planned(given: Architecture) -> dict[str, Any]:
+    """What plans.json would say of an architecture; `read_planned` reads it."""
+    layers = {"norm_op": given.norm, "dropout_op": given.dropout, "nonlin": given.nonlin}
+    residual = {"stem_channels": given.stem} if given.network == RESIDUAL else {"nonlin_first": given.nonlin_first}
+    options: dict[str, Any] = {
+        "n_stages": len(given.features),
+        "features_per_stage": list(given.features),
+        "conv_op": f"torch.nn.Conv{given.dimensions}d",
+        "kernel_sizes": [list(size) for size in given.kernel_sizes],
+        "strides": [list(stride) for stride in given.strides],
+        _BLOCKS[given.network]: list(given.blocks),
+        "n_conv_per_stage_decoder": list(given.decoder_convs),
+        "conv_bias": given.conv_bias,
+        **residual,
+    }
+    for key, layer in layers.items():
+        options[key] = None if layer is None else f"torch.nn.{layer.name}"
+        options[f"{key}_kwargs"] = None if layer is None else dict(layer.options)
+    return {"network_class_name": f"{_ARCHITECTURES}unet.{given.network}", "arch_kwargs": options}
+
+
 def with_batch_norm(architecture: Architecture) -> Architecture:
     """The architecture as nnUNetTrainerBN changes it (training/nnUNetTrainer/variants/network_architecture)."""
     return replace(architecture, norm=Layer(f"BatchNorm{architecture.dimensions}d", {"eps": 1e-5, "affine": True}))

@@ -1,5 +1,6 @@
 """Loads the weights of nnU-Net's checkpoints without running anything that is pickled in them."""
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,9 @@ from voxquilt.models.weights.state_dict_keys import check_keys
 
 Network = TypeVar("Network", bound=nn.Module)
 
+log = logging.getLogger("voxquilt")
+
+_HEADS = "decoder.seg_layers."
 # Put before all names by DistributedDataParallel and torch.compile.
 _WRAPPING = re.compile(r"^(?:module\.|_orig_mod\.)+")
 
@@ -41,13 +45,15 @@ _STAND_INS = [
 ]
 
 
-def load_weights(path: Path, network: Network, *, trust: bool = False) -> Network:
+def load_weights(path: Path, network: Network, *, trust: bool = False, other_heads: bool = False) -> Network:
     """Load a checkpoint's weights into a network of `voxquilt.models.nnunet.networks`.
 
     Args:
         path: The checkpoint.
         network: The network, which is changed and returned.
         trust: Unpickle anything that the file holds, which can run its code.
+        other_heads: Whether the network may have other classes than the checkpoint; its last layers then keep their
+            weights, as with nnU-Net's -pretrained_weights.
 
     Raises:
         ConfigError: the file is damaged, holds more than tensors, plain values and NumPy's scalars, or has weights of
@@ -60,6 +66,10 @@ def load_weights(path: Path, network: Network, *, trust: bool = False) -> Networ
     if not isinstance(weights, Mapping):
         raise ConfigError(f"{path} holds no network_weights; wanted is a checkpoint that nnU-Net v2 wrote.")
     state, wanted = own_weights(weights), network.state_dict()
+    heads = [name for name in wanted if name.startswith(_HEADS)]
+    if other_heads and any(name in state and state[name].shape != wanted[name].shape for name in heads):
+        log.info("%s has other classes: the network's last layers begin with random weights.", path)
+        state |= {name: wanted[name] for name in heads}
     hint = "\n  Does plans.json belong to the checkpoint? Or does its trainer change the network?"
     check_keys(path, wanted, state, strict=True, hint=hint)
     network.load_state_dict(state)

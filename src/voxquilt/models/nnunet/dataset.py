@@ -1,14 +1,11 @@
 """Reads dataset.json of a model folder: channels, file ending and labels."""
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from voxquilt.models.nnunet.json_values import Node, is_integer, is_list_of_integers, read_object
-
-log = logging.getLogger("voxquilt")
 
 _RENUMBER = " Change the numbers in a copy of the file."
 
@@ -33,6 +30,11 @@ class Labels:
     is_regions: bool
     ignore: int | None
     foreground: tuple[int, ...]
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The numbers that classes have in label files of the training; where they have gaps, not `values`."""
+        return (0, *self.foreground)
 
     @property
     def heads(self) -> int:
@@ -89,7 +91,7 @@ def _labels(node: Node) -> Labels:
     present = sorted({number for numbers in entries.values() for number in numbers})
     ignore = _ignored(labels, present[-1] + 1)
     is_regions = any(isinstance(value, list) and len(value) > 1 for value in labels.values.values())
-    names, values = _regions(node, entries) if is_regions else _classes(node, entries, present)
+    names, values = _regions(node, entries) if is_regions else _classes(entries, present)
     if not present[1:] or not names:
         raise node.refusal("labels", "at least one label beside the background")
     return Labels(names, values, is_regions, ignore, tuple(present[1:]))
@@ -110,15 +112,7 @@ def _ignored(labels: Node, highest: int) -> int | None:
     return ignore
 
 
-def _classes(
-    node: Node, entries: Mapping[str, tuple[int, ...]], present: list[int]
-) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    if present != list(range(len(present))):
-        log.warning(
-            "%s: labels have the numbers %s; nnU-Net writes their positions, 0 to %d, and so does this. "
-            "stitch.label_values=[%s] writes the numbers.",
-            node.file, ", ".join(map(str, present)), len(present) - 1, ",".join(map(str, present)),
-        )  # fmt: skip
+def _classes(entries: Mapping[str, tuple[int, ...]], present: list[int]) -> tuple[tuple[str, ...], tuple[int, ...]]:
     # Where several names have one number the first counts, but for the background.
     first: dict[int, str] = {}
     for name, numbers in {"background": (0,), **entries}.items():

@@ -1,5 +1,6 @@
 """Reads a trained model folder of nnU-Net v2, without torch: all that predicting needs, checked, as plain values."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,8 @@ from voxquilt.models.nnunet.dataset import Dataset, read_dataset
 from voxquilt.models.nnunet.location import locate_model
 from voxquilt.models.nnunet.plans import Plan, read_plan
 from voxquilt.text import question
+
+log = logging.getLogger("voxquilt")
 
 ALL = "all"
 Folds = Sequence[int | str] | int | str | None
@@ -73,6 +76,7 @@ def read_folder(folder: str | Path, *, checkpoint: str = "checkpoint_final.pth",
     files = tuple(path / f"fold_{fold}" / checkpoint for fold in chosen)
     record = read_record(files[0])  # as nnU-Net does; of the other folds only the weights count
     dataset = read_dataset(path / "dataset.json")
+    _warn_of_gaps(path, dataset)
     plan = read_plan(path / "plans.json", record.configuration, len(dataset.channels))
     if record.has_batch_norm:
         plan = replace(plan, architecture=with_batch_norm(plan.architecture))
@@ -82,6 +86,17 @@ def read_folder(folder: str | Path, *, checkpoint: str = "checkpoint_final.pth",
             f"{len(plan.patch_size)} axes. Do plans.json and the checkpoint belong together?"
         )
     return NnunetFolder(path, chosen, files, record.trainer, record.mirror_axes, dataset, plan)
+
+
+def _warn_of_gaps(path: Path, dataset: Dataset) -> None:
+    labels = dataset.labels
+    if not labels.is_regions and labels.numbers != labels.values:
+        log.warning(
+            "%s: labels have the numbers %s; nnU-Net writes their positions, 0 to %d, and so does this. "
+            "stitch.label_values=[%s] writes the numbers.",
+            path / "dataset.json", ", ".join(map(str, labels.numbers)), len(labels.numbers) - 1,
+            ",".join(map(str, labels.numbers)),
+        )  # fmt: skip
 
 
 def find_folds(path: Path, checkpoint: str, folds: Folds) -> tuple[int | str, ...]:

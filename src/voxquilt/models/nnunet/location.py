@@ -30,6 +30,45 @@ def locate_model(path: Path) -> Path:
     raise ConfigError(f"{file} is a file; wanted is a model folder of nnU-Net, or a zip that it exported.{hint}")
 
 
+def locate_plans(path: Path, name: str | None) -> tuple[Path, Path]:
+    """The folder that a path means, and the file with plans in it: trained or not.
+
+    Args:
+        path: A folder with plans and dataset.json, an exported zip, or the file of the plans.
+        name: The plans' file, whose ending may be left out; None takes plans.json, or the only one.
+
+    Raises:
+        ConfigError: there is none, or there are several.
+    """
+    if os.path.isfile(path) and path.suffix == ".json" and path.name != "dataset.json" and name is None:
+        path, name = path.parent, path.name
+    if not path.is_dir() or (name is None and (path / "plans.json").is_file()):
+        path = locate_model(path)
+    there = sorted(file.name for file in path.glob("*.json") if "plans" in file.name.lower())
+    if name is None:
+        name = "plans.json" if "plans.json" in there or len(there) != 1 else there[0]
+    name = name if name.endswith(".json") else f"{name}.json"
+    if Path(name).name != name or not (path / name).is_file():
+        if not there:
+            raise _without_plans(path)
+        raise ConfigError(f"{path} has no {name}; choose by model.plans: {', '.join(there)}.{question(name, there)}")
+    if not (path / "dataset.json").is_file():
+        raise ConfigError(f"{path} has no dataset.json, which says what channels and labels are. Copy it there.")
+    return path, path / name
+
+
+def _without_plans(path: Path) -> ConfigError:
+    models = [str(model) for model in find_models(path)]
+    if len(models) == 1:
+        return ConfigError(f"{path} has no plans. Did you mean {models[0]}?")
+    if models:
+        return ConfigError(f"{path} has no plans, but holds folders that do: {', '.join(models[:8])}.")
+    return ConfigError(
+        f"{path} has no plans of nnU-Net: no plans.json, and no other .json with 'plans' in its name. They are in a "
+        f"trained model's folder, and in nnUNet_preprocessed/DatasetNNN_NAME once nnUNetv2_plan_experiment has run."
+    )
+
+
 def find_models(path: Path) -> list[Path]:
     """Model folders in a folder, at most two levels down."""
     plans = (file for pattern in ("plans.json", "*/plans.json", "*/*/plans.json") for file in path.glob(pattern))

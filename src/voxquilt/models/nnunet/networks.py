@@ -5,15 +5,18 @@ several names. Here each weight has one: neither `all_modules.` nor `decoder.enc
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from voxquilt.errors import ConfigError
-from voxquilt.models.nnunet.architecture import RESIDUAL, Architecture, Layer
+from voxquilt.models.nnunet.architecture import RESIDUAL, Architecture, Layer, read_planned
 from voxquilt.models.nnunet.folder import NnunetFolder
+from voxquilt.models.nnunet.json_values import Node
 from voxquilt.text import first_line
 
 Size = Sequence[int]
@@ -42,8 +45,14 @@ def build_unet(architecture: Architecture, inputs: int, outputs: int, *, source:
     Raises:
         ConfigError: a layer does not take the options that it is given.
     """
-    try:
+    with _as_config_error(source):
         return UNet(architecture, inputs, outputs)
+
+
+@contextmanager
+def _as_config_error(source: Path) -> Iterator[None]:
+    try:
+        yield
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"{source}: its network cannot be built: {first_line(error)}. Compare norm_op_kwargs, dropout_op_kwargs "
@@ -63,6 +72,48 @@ class UNet(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         return self.decoder(self.encoder(patches))
+
+
+class PlannedUNet(UNet):
+    """A U-Net to train, as nnU-Net plans it; its names of weights are those of nnU-Net's checkpoints.
+
+    Weights begin as nnU-Net's do: He's initialisation, and residual blocks that add nothing. The outputs of lower
+    resolution, which only deep supervision uses, are there and are not trained.
+
+    >>> plan = {"network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet", "arch_kwargs": {
+    ...     "n_stages": 2, "features_per_stage": [4, 8], "conv_op": "torch.nn.Conv3d", "kernel_sizes": 3,
+    ...     "strides": [1, 2], "n_conv_per_stage": 1, "n_conv_per_stage_decoder": 1, "nonlin": "torch.nn.ReLU"}}
+    >>> PlannedUNet(1, 2, plan)(torch.rand(1, 1, 8, 8, 8)).shape
+    torch.Size([1, 2, 8, 8, 8])
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        architecture: `network_class_name` and `arch_kwargs` as in plans.json, by which nothing is imported.
+
+    Raises:
+        ConfigError: a network, a layer or an option that is not supported.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, architecture: Mapping[str, Any]) -> None:
+        source = Path("model.net")
+        given = read_planned(Node(source, {"architecture": dict(architecture)}))
+        with _as_config_error(source):
+            super().__init__(given, in_channels, out_channels)
+        self._initialise()
+        for head in self.decoder.seg_layers[:-1]:
+            head.requires_grad_(False)
+
+    def _initialise(self) -> None:
+        """As InitWeights_He(1e-2) and init_last_bn_before_add_to_0 of dynamic_network_architectures."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+                nn.init.kaiming_normal_(module.weight, a=1e-2)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif name.endswith(".conv2.norm"):
+                for parameter in module.parameters():
+                    nn.init.zeros_(parameter)
 
 
 class _Layers:

@@ -33,6 +33,13 @@ class Resampling:
     force_separate_z: bool | None
     separate_z_anisotropy_threshold: float
 
+    @property
+    def per_slice(self) -> float | bool | None:
+        """The ratio of voxel sizes above which slices are resampled each by itself; True always does so, None never."""
+        if self.force_separate_z is None:
+            return None if self.function == NONE else self.separate_z_anisotropy_threshold
+        return True if self.force_separate_z else None
+
 
 # Defaults of the functions in preprocessing/resampling/, by function.
 _DEFAULTS: dict[str, dict[str, Any]] = {

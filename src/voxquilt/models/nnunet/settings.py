@@ -8,7 +8,7 @@ from typing import Any
 from voxquilt.models.nnunet.folder import NnunetFolder
 from voxquilt.models.nnunet.plans import Normalisation
 from voxquilt.models.nnunet.postprocessing import read_postprocessing
-from voxquilt.models.nnunet.resampling import NONE, Resampling
+from voxquilt.models.nnunet.resampling import NONE
 
 PREVIOUS = "previous"
 """The name of the image that has the labels of the stage before."""
@@ -45,7 +45,7 @@ def settings_of(model: NnunetFolder, *, previous: str | None = None, postprocess
             "grid": "corner",
             "crop": "nonzero",
             "interpolation": plan.resample_data.order,
-            "per_slice": _per_slice(plan.resample_data),
+            "per_slice": plan.resample_data.per_slice,
             "intensity": {n: [_node(given)] for n, given in enumerate(plan.normalisations) if _changes(given)} or None,
             "intensity_first": True,
             "one_hot": {PREVIOUS: list(labels.foreground)} if plan.previous_stage is not None else None,
@@ -57,7 +57,7 @@ def settings_of(model: NnunetFolder, *, previous: str | None = None, postprocess
         "stitch": {
             "overlap_mode": "nnunet",
             "order": plan.resample_probabilities.order,
-            "per_slice": _per_slice(plan.resample_probabilities),
+            "per_slice": plan.resample_probabilities.per_slice,
             "class_names": list(labels.names),
             "regions": list(labels.values) if labels.is_regions else None,
         },
@@ -79,12 +79,6 @@ def channel_names(model: NnunetFolder) -> list[str]:
 def checkpoints_of(model: NnunetFolder) -> list[Path]:
     """The files of weights."""
     return list(model.checkpoints)
-
-
-def _per_slice(resampling: Resampling) -> float | bool | None:
-    if resampling.force_separate_z is None:
-        return None if resampling.function == NONE else resampling.separate_z_anisotropy_threshold
-    return True if resampling.force_separate_z else None
 
 
 def _changes(given: Normalisation) -> bool:

@@ -25,7 +25,7 @@ FORMAT = 1
 # What predicting needs of a training's configuration, by section. A file may not carry other keys, of which one would
 # say that the file is trusted.
 _SECTIONS = {
-    "data": ("patch_size", "patch_overlap", "padding_mode", "divisible_by"),
+    "data": ("patch_size", "patch_overlap", "padding_mode", "divisible_by", "placement", "step", "suffixes"),
     "preprocess": (
         "_target_", "orientation", "spacing", "intensity",
         "transpose", "grid", "crop", "interpolation", "per_slice", "intensity_first", "one_hot",
@@ -36,6 +36,7 @@ _SECTIONS = {
 # Values that are not carried, since a file without the key means them: files from before the key go on forming
 # ensembles with new ones, and other voxquilts go on reading these.
 _MEANT = {
+    "data": {"placement": "regular", "step": None, "suffixes": None},
     "preprocess": {
         "transpose": None, "grid": "centre", "crop": None, "interpolation": 1, "per_slice": None,
         "intensity_first": False, "one_hot": None,
