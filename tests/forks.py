@@ -176,6 +176,7 @@ def _forked(request: Mapping[str, Any], main: Any) -> int:
     status = 70
     try:
         os.chdir(request["cwd"])
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored where pytest runs in the background
         os.environ.update(request["env"])
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(os.open(request["log"], os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 1)

@@ -1,8 +1,11 @@
 """Provides networks that a self-check must find wrong, or not comparable."""
 
+import os
+import signal
+
 import torch
 from synthetic import Over50
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class WrongInHalf(Over50):
@@ -20,3 +23,22 @@ class Noisy(Over50):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + torch.rand_like(x[:, :1])
+
+
+class TwoOutputs(nn.Module):
+    """Gives two outputs with as many channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv3d(1, 3, 1), nn.Conv3d(1, 3, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"a": self.a(x), "b": self.b(x)}
+
+
+class Interrupted(Over50):
+    """Is built while somebody presses Ctrl-C."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        os.kill(os.getpid(), signal.SIGINT)

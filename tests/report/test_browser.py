@@ -11,12 +11,12 @@ import pytest
 from browser import REQUIRED, Visit, chromium
 from forks import Server
 from PIL import Image
-from run_folders import served
+from run_folders import done, line, served, write_run
 from synthetic import save
 
 from voxquilt.report.command import main
 from voxquilt.report.niivue import is_here
-from voxquilt.report.page import key_of
+from voxquilt.report.page import key_of, write_report
 from voxquilt.report.server import ReportServer
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.processes]
@@ -166,6 +166,27 @@ def test_an_outliers_dot_leads_to_its_row(report: Visit) -> None:
     assert page.locator("tr:target th").inner_text().startswith("huge")
 
 
+@pytest.mark.parametrize("width", [400, 1280])
+def test_every_column_can_be_seen(tmp_path: Path, browser: Any, width: int) -> None:
+    """Parts of the table that the browser may leave out paint nothing beside their own box: no row sticks out of it."""
+    names = [f"class {n}" for n in range(6)]
+    lines = [line(subject, name, 1.0) for subject in "ab" for name in names]
+    metrics = [
+        {"subject": s, "label": 1, "dice": 0.9, "surface_dice": 0.8, "hd95_mm": 1.5} for s in "ab"
+    ]  # fmt: skip
+    folder = write_run(tmp_path, [done("a", 1.0), done("b", 2.0)], statistics=lines, metrics=metrics)
+    page = write_report(folder)
+    with Visit(browser, f"file://{tmp_path}/", size=(width, 700)) as visit:
+        visit.page.goto(page.as_uri())
+        assert visit.page.locator("#table thead th.number").count() == 12
+        ends = visit.page.evaluate(
+            "() => [...document.querySelectorAll('#table tbody tr')].map((row) => "
+            "[row.lastElementChild, row.parentElement].map((one) => one.getBoundingClientRect().right))"
+        )
+        assert len(ends) == 2
+        assert all(cell <= body for cell, body in ends)
+
+
 CONTRAST = """
 () => {
   const parse = (text) => text.match(/[\\d.]+/g).map(Number);
@@ -284,6 +305,24 @@ def test_the_viewer_shows_the_volume_and_its_labels_and_moves_by_keys(server: Re
         assert np.array_equal(picture(visit), before)
         assert visit.complaints == []
         assert visit.foreign == []
+
+
+@needs_niivue
+def test_the_crosshair_is_seen_wherever_it_is(server: ReportServer, browser: Any) -> None:
+    """Also in a small window, where a line that is thinner than a pixel would be painted at some places only."""
+    with Visit(browser, f"http://127.0.0.1:{server.port}/{server.token}/", size=(560, 420)) as visit:
+        page = visit.page
+        open_viewer(visit, f"{server.url.removesuffix('report.html')}report/viewer.html#{key_of('huge')}")
+        for key in ("ArrowUp", "ArrowRight", "PageUp"):
+            page.locator("#canvas").focus()
+            page.keyboard.press(key)
+            page.uncheck("#crosshair")
+            without = picture(visit)
+            page.check("#crosshair")
+            changed = (picture(visit) != without).any(-1)
+            # Two lines in each of three planes.
+            assert changed.any(0).sum() > 100
+            assert changed.any(1).sum() > 100
 
 
 @needs_niivue

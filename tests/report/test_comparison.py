@@ -53,6 +53,18 @@ def test_masks_are_compared_by_channel_and_grids_must_be_the_same(tmp_path: Path
             dice_of_files(tmp_path / "a.nii.gz", tmp_path / f"{name}.nii.gz")
 
 
+def test_the_labels_of_a_series_count_together_over_its_volumes(tmp_path: Path) -> None:
+    """By class, as in a volume, where channels of a file are volumes (data.time=volumes)."""
+    record = {"configuration": CONFIGURATION | {"data": {"time": "volumes"}}}
+    for run, stop in (("1", 4), ("2", 2)):
+        series = np.zeros((4, 4, 4, 3), np.uint8)
+        series[:stop, ..., 0], series[..., 1] = 1, 2
+        save(tmp_path / run / "s_labels.nii.gz", series)
+        write_run(tmp_path / run, [done("s")], record=record)
+    (pair,) = compare_runs([read_run(tmp_path / run) for run in "12"])
+    assert pair.dice == pytest.approx({1: 2 / 3, 2: 1.0})
+
+
 @pytest.fixture
 def runs(tmp_path: Path) -> tuple[Path, Path]:
     """Two runs: one subject the same, two that changed, one that failed, one in each alone."""

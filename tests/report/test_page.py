@@ -178,6 +178,28 @@ def test_records_that_are_missing_or_damaged_cost_what_they_say(tmp_path: Path) 
     assert Page(write_report(tmp_path)).subjects == ["a"]
 
 
+@pytest.mark.parametrize("name", ["statistics.csv", "metrics.csv", "run.json", "manifest_1_of_2.csv"])
+def test_a_folder_in_the_place_of_a_record_costs_what_the_record_says(tmp_path: Path, name: str) -> None:
+    """As a file that is missing."""
+    folder = write_run(tmp_path / "out", [done("a", 1.0)])
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).mkdir()
+    assert Page(write_report(folder)).subjects == ["a"]
+
+
+def test_many_classes_do_not_push_the_subjects_away(tmp_path: Path) -> None:
+    """All have a plot, but twelve of them come before the table, those with outliers first."""
+    subjects = [f"s{n}" for n in range(6)]
+    lines = [line(s, f"c{n}", 1 + 0.01 * m) for m, s in enumerate(subjects) for n in range(30)]
+    lines[-1]["ml"] = 90.0  # of the last class
+    rows = [done(name, 1 + 0.1 * n) for n, name in enumerate(subjects)]
+    text = Page(write_report(write_run(tmp_path / "out", rows, statistics=lines))).text
+    before, _, folded = text.partition("<summary>19 more</summary>")
+    assert before.count("<figcaption>") == 12
+    assert re.findall(r"<figcaption>(\w+)", before)[0] == "c29"
+    assert folded.count("<figcaption>") == 19
+
+
 def test_rows_of_all_shards_are_on_the_page(tmp_path: Path) -> None:
     """The latest row of a subject counts, as everywhere."""
     write_run(tmp_path, [done("a", 1.0)])

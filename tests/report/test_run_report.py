@@ -228,7 +228,7 @@ def test_the_command_draws_what_is_missing_and_says_what_it_cannot(
     (tmp_path / "out/c_labels.nii.gz").write_bytes(b"damaged")
     main([str(tmp_path / "out")])
     printed = capsys.readouterr()
-    assert "drew the pictures of 3 subjects" in printed.out
+    assert "drew the pictures of 1 subject\n" in printed.out
     assert "no picture of b" in printed.err
     assert "c_labels.nii.gz" in printed.err
     assert path_of(tmp_path / "out", "overlay", "a").is_file()

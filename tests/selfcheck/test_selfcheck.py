@@ -4,6 +4,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,20 @@ from synthetic import Over50, noise, save
 from torch import Tensor
 
 import voxquilt.cli.selfcheck_run as selfcheck_run
+import voxquilt.data.formats.nifti as nifti
+import voxquilt.data.preprocess as preprocess_module
 import voxquilt.geometry.space as space_module
 import voxquilt.models.patch_network as patch_network
+import voxquilt.prediction.class_files as class_files
 import voxquilt.prediction.output_files as output_files
 from voxquilt.cli.main import _prepare_arguments, conf_dir, run_predict
 from voxquilt.cli.resolvers import register_resolvers
+from voxquilt.models.ensemble import Ensemble
 from voxquilt.prediction.open_subjects import OpenSubjects
 from voxquilt.selfcheck.findings import Finding, Findings
 from voxquilt.stitching import accumulator
 from voxquilt.stitching.accumulator import Accumulator
+from voxquilt.stitching.combination import Combination, MeanProbabilities, OrderedLabels
 from voxquilt.stitching.sum_type import SumType
 
 pytestmark = [
@@ -42,6 +48,10 @@ BASE = (
 )  # fmt: skip
 RESAMPLED = ("preprocess.spacing=1.6",)
 ALL = ("stitch.products=[labels,probabilities,entropy,disagreement]",)
+
+TWO_OUTPUTS = (
+    "model.net._target_=selfcheck_networks.TwoOutputs", "ckpt_path=null", "stitch.products={a: [labels], b: [labels]}",
+)  # fmt: skip
 
 Check = Callable[..., Findings]
 
@@ -115,6 +125,14 @@ def test_a_right_configuration_passes(check: Check, settings: tuple[str, ...]) -
     assert {"ramp along x comes back", "a constant comes back", "labels: its labels"} <= {
         finding.check for finding in findings.found
     }
+
+
+def test_rounding_each_class_by_itself_is_no_fault(check: Check) -> None:
+    """A probability is stationary where its class wins, and scores that are rounded in bfloat16 change it there."""
+    products = "stitch.products={a: [labels,probabilities,entropy], b: [labels]}"
+    findings = check(*TWO_OUTPUTS[:2], products, "trainer.precision=bf16-true")
+    assert off(findings) == [], findings.found
+    assert named(findings, "a_probabilities: its values").error > 1e-5
 
 
 def raw_windows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,6 +215,80 @@ def unflipped_augmentation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patch_network, "flip_back", lambda output, axes: output)
 
 
+def weights_of_the_next_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patches get the weights of another axis, where there are as many."""
+
+    def weights(blend: Any, grid: Any, axis: int) -> Tensor:
+        other = original(blend, grid, (axis + 1) % 3)
+        right = original(blend, grid, axis)
+        return other if other.shape == right.shape else right
+
+    original = accumulator.checked_weights
+    monkeypatch.setattr(accumulator, "checked_weights", weights)
+
+
+def slope_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Voxels of files are taken for intensities as they are stored."""
+    monkeypatch.setattr(nifti, "_scaling", lambda header: (1.0, 0.0))
+
+
+def spacing_of_other_axes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wanted voxel sizes are those of the axes in reverse."""
+    make = preprocess_module.make_space
+    monkeypatch.setattr(
+        preprocess_module,
+        "make_space",
+        lambda frame, orientation, spacing, **more: make(frame, orientation, spacing[::-1], **more),
+    )
+
+
+def another_qform(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the two orientations in the header is another."""
+    header_of = nifti._new_header
+
+    def moved(*arguments: Any, **more: Any) -> Any:
+        header = header_of(*arguments, **more)
+        affine = header.get_best_affine()
+        affine[:3, 3] += 5
+        header.set_qform(affine, 1)
+        return header
+
+    monkeypatch.setattr(nifti, "_new_header", moved)
+
+
+def first_member_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All members of an ensemble are the first."""
+    ready = Ensemble.ready
+    monkeypatch.setattr(Ensemble, "ready", lambda self, n: ready(self, 0))
+
+
+def outputs_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two outputs of the network are taken for each other."""
+    forward = patch_network.PatchNetwork.forward
+
+    def exchanged(self: Any, *arguments: Any) -> Any:
+        outputs = forward(self, *arguments)
+        return dict(zip(outputs, reversed(list(outputs.values())), strict=True))
+
+    monkeypatch.setattr(patch_network.PatchNetwork, "forward", exchanged)
+
+
+def names_of_other_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files of classes have each other's names."""
+    monkeypatch.setattr(class_files, "file_names", lambda names: list(reversed(names)))
+
+
+def cropped_too_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first plane of what is not 0 is left out."""
+    mask = preprocess_module.inside_mask
+
+    def smaller(images: Any) -> Any:
+        inside, ((first, stop), *others) = mask(images)
+        return inside, ((first + 1, stop), *others)
+
+    monkeypatch.setattr(preprocess_module, "inside_mask", smaller)
+
+
 FAULTS = {
     "windows": (raw_windows, (), ["a constant comes back", "noise comes back", "ramp along x comes back"]),
     "uint8": (summed_in(torch.uint8), (), ["a constant comes back", "noise comes back"]),
@@ -209,18 +301,38 @@ FAULTS = {
     "half a voxel in the file": (half_a_voxel_in_the_file, RESAMPLED, ["the files' affine"]),
     "flipped": (flipped_file, (), ["ramp along z comes back", "noise comes back", "labels: its labels"]),
     "flips": (unflipped_augmentation, ("model.flips=[1]",), ["noise comes back"]),
+    "weights": (weights_of_the_next_axis, (), ["noise comes back"]),
+    "slope": (slope_ignored, (), ["a constant comes back", "ramp along x as the network sees it"]),
+    "spacing": (spacing_of_other_axes, ("preprocess.spacing=[1.1,1.6,2.2]",), ["the voxel size of model space"]),
+    "qform": (another_qform, (), ["the files' header"]),
+    "crop": (cropped_too_far, ("preprocess.crop=nonzero",), ["what preprocess.crop leaves"]),
+    "members": (first_member_only, ("ckpt_path=[net.pt,net.pt,net.pt]",), ["a constant comes back"]),
+    "outputs": (outputs_exchanged, TWO_OUTPUTS, ["a_labels: its labels", "b_labels: its labels"]),
+    "names": (
+        names_of_other_classes,
+        ("stitch.products=[labels,probabilities]", "stitch.files=per_class", "stitch.class_names=[none,lesion]"),
+        ["probabilities: the files' names"],
+    ),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_found(check: Check, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+def test_a_fault_is_found(check: Check, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: str) -> None:
     """Each of them in a run that is right otherwise."""
     plant, settings, wanted = FAULTS[fault]
+    if fault == "slope":
+        image = nib.Nifti1Image(noise((30, 19, 26)).astype(np.int16), AFFINE)
+        image.header.set_slope_inter(2, -100)
+        nib.save(image, tmp_path / "in/a.nii.gz")
+        assert off(check(*settings)) == []
     plant(monkeypatch)
     assert set(wanted) <= set(off(check(*settings)))
 
 
-@pytest.mark.parametrize("fault", [name for name in FAULTS if "float16" not in name])
+OF_VALUES = [name for name in FAULTS if "float16" not in name][: list(FAULTS).index("weights") - 2]
+
+
+@pytest.mark.parametrize("fault", OF_VALUES)
 def test_half_precision_hides_no_fault_that_is_larger_than_its_rounding(
     check: Check, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
@@ -228,6 +340,110 @@ def test_half_precision_hides_no_fault_that_is_larger_than_its_rounding(
     plant, settings, wanted = FAULTS[fault]
     plant(monkeypatch)
     assert set(wanted) <= set(off(check(*settings, "trainer.precision=bf16-mixed")))
+
+
+PARTS = (
+    "model.parts=[{ckpt_path: in/two.ckpt, labels: {1: 5}}, {ckpt_path: in/four.ckpt, labels: {1: 9, 2: 0, 3: 2}}, "
+    "{ckpt_path: in/three.ckpt, labels: {1: 7, 2: 300}}]",
+)  # fmt: skip
+MEAN = (
+    "model.parts=[{ckpt_path: in/three.ckpt}, {ckpt_path: in/other.ckpt}, {ckpt_path: in/three.ckpt, step: 0.7}]",
+    "stitch.combine=mean", "stitch.products=[labels,probabilities]",
+)  # fmt: skip
+
+
+@pytest.fixture
+def several(check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
+    """Runs the check with several models, of which the files have no classes' names."""
+    folder = tmp_path / "in"
+    for name, classes in (("two", 2), ("three", 3), ("four", 4), ("other", 3)):
+        network = {"in_channels": 1, "out_channels": classes, "kernel_size": 1}
+        # Grids of their own, too.
+        grid = {"patch_size": 8 + 2 * classes, "patch_overlap": 4}
+        settings = {"format": 1, "images": ["image"], "data": grid, "preprocess": {}, "stitch": {}} | {
+            "model": {"net": {"_target_": "torch.nn.Conv3d", **network}}
+        }
+        weights = {f"net.{key}": tensor for key, tensor in torch.nn.Conv3d(**network).state_dict().items()}
+        torch.save({"state_dict": weights, "voxquilt": settings}, folder / f"{name}.ckpt")
+    (folder / "a.nii.gz").rename(folder / "image.nii.gz")
+
+    monkeypatch.setitem(
+        globals(), "BASE", [text for text in BASE if not text.startswith(("ckpt_path", "model.", "data."))]
+    )
+    return lambda *overrides: check("data.inputs=in/*.nii.gz", "model=nnunet", *overrides)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [(*PARTS, *RESAMPLED, "stitch.classes=[7,9]"), (*MEAN, *RESAMPLED, "stitch.dtype=uint8")],
+    ids=["ordered", "mean"],
+)
+def test_several_models_pass_together(several: Check, settings: tuple[str, ...]) -> None:
+    """Their labels one after the other, or the mean of their probabilities."""
+    findings = several(*settings)
+    assert off(findings) == [], findings.found
+    assert named(findings, "the models together: their labels").ok
+    assert not [line for line in findings.unchecked if "combine" in line]
+
+
+def reversed_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Earlier labels replace later ones."""
+
+    def add(self: OrderedLabels, model: int, volumes: Any) -> None:
+        before = None if self._labels is None else self._labels.copy()
+        original(self, model, volumes)
+        if before is not None and self._labels is not None:
+            np.copyto(self._labels, before, where=before != 0)
+
+    original = OrderedLabels.add
+    monkeypatch.setattr(OrderedLabels, "add", add)
+
+
+def another_models_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two labels of the second model are taken for each other."""
+    begin = Combination.begin
+
+    def shifted(self: Combination) -> Any:
+        numbers = (self.numbers[0], (0, *reversed(self.numbers[1][1:])), *self.numbers[2:])
+        return begin(replace(self, numbers=numbers))
+
+    monkeypatch.setattr(Combination, "begin", shifted)
+
+
+def divided_by_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sum of three models' probabilities is divided by two."""
+    finish = MeanProbabilities.finish
+
+    def fewer(self: MeanProbabilities) -> Any:
+        self._count -= 1
+        return finish(self)
+
+    monkeypatch.setattr(MeanProbabilities, "finish", fewer)
+
+
+def without_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last model is left out."""
+    add = MeanProbabilities.add
+    monkeypatch.setattr(MeanProbabilities, "add", lambda self, model, v: None if model == 2 else add(self, model, v))
+
+
+@pytest.mark.parametrize(
+    ("fault", "settings", "wanted"),
+    [
+        (reversed_order, PARTS, "their labels"),
+        (another_models_numbers, PARTS, "their labels"),
+        (divided_by_the_others, MEAN, "mean probabilities"),
+        (without_the_last, MEAN, "their labels"),
+    ],
+)
+def test_a_fault_of_putting_models_together_is_found(
+    several: Check, monkeypatch: pytest.MonkeyPatch, fault: Any, settings: tuple[str, ...], wanted: str
+) -> None:
+    """And nothing else is off: each model by itself is right."""
+    fault(monkeypatch)
+    found = off(several(*settings))
+    assert f"the models together: {wanted}" in found
+    assert all(check.startswith("the models together") for check in found)
 
 
 def test_a_run_that_a_signal_stops_ends_the_check(

@@ -91,6 +91,23 @@ def test_a_kernel_that_is_wrong_in_half_precision_is_found_where_it_is(place: Pa
     assert (statuses, off(found)) == ([0], []), text
 
 
+def test_all_processes_end_with_the_status_of_what_was_found(place: Path, forks: Server) -> None:
+    """A launcher, or a script behind torchrun, sees any of them."""
+    options = (*OURS, "model.net._target_=selfcheck_networks.WrongInHalf", "trainer.precision=bf16-mixed")
+    statuses, found, text = check(forks, place, *options, ranks=2)
+    assert len(off(found)) == 2  # the network in each process
+    assert statuses == [1, 1], text
+
+
+@pytest.mark.parametrize("selfcheck", ["true", "false"])
+def test_ctrl_c_before_anything_runs_is_a_line_and_its_status(place: Path, forks: Server, selfcheck: str) -> None:
+    """No traceback, and nothing is left behind."""
+    options = (*OURS, "model.net._target_=selfcheck_networks.Interrupted", f"run.selfcheck={selfcheck}")
+    done = forks.run(*options, "output_dir=out", cwd=place, env={"TMPDIR": str(place)})
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "voxquilt: stopped by SIGINT\n")
+    assert not [path.name for path in place.iterdir() if path.name not in ("in", "net.pt")]
+
+
 def test_half_precision_itself_is_no_error(place: Path, forks: Server) -> None:
     """A network of several layers is off by less than rounding explains, and by more than nothing."""
     options = (
@@ -125,8 +142,8 @@ def test_a_folder_of_nnunet_passes_and_so_do_several_as_parts(place: Path, forks
     assert any(line.startswith("preprocess.intensity") for line in found["not_checked"])
     statuses, found, text = check(forks, place, *options, "model.parts=[{folder: a}, {folder: b}]")
     assert (statuses, off(found)) == ([0], []), text
-    assert {one["model"] for one in found["checks"]} == {"model.parts[0]", "model.parts[1]"}
-    assert any(line.startswith("stitch.combine") for line in found["not_checked"])
+    assert {one["model"] for one in found["checks"]} == {"model.parts[0]", "model.parts[1]", ""}
+    assert [one["check"] for one in found["checks"] if not one["model"]] == ["the models together: their labels"]
 
 
 def test_a_bundle_and_an_onnx_file_pass(place: Path, forks: Server) -> None:

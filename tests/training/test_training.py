@@ -1096,6 +1096,8 @@ def test_the_output_of_each_configured_network_has_the_size_of_the_patch(net: st
         (["data.patch_size=17"], "data.patch_size=[18, 18, 18] would work"),
         (["model.net.in_channels=2"], "the network takes 2 channels; subjects have 1 (image)"),
         (["model.net._target_=monai.networks.nets.UNett"], "model cannot be built"),
+        (["model.net.out_channels=0"], "shape (1, 0, 16, 16, 16)"),
+        (["model.net.strides=[0]"], "the network cannot take patches of [16, 16, 16] voxels with 1 channel"),
     ],
 )
 def test_an_impossible_training_is_one_message_and_status_2(

@@ -5,6 +5,7 @@ Heavy imports stand inside functions, so that a wrong configuration is answered 
 
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -45,6 +46,7 @@ from voxquilt.cli.train_config import check_train
 from voxquilt.cli.training_plans import has_plans, take_plans
 from voxquilt.data.discovery import find_cases
 from voxquilt.distributed.environment import end_with_parent, is_first
+from voxquilt.distributed.signals import ended_by
 from voxquilt.errors import VoxquiltError
 from voxquilt.filesystem import conf_dir
 from voxquilt.text import escape_streams, leave_stdout
@@ -54,7 +56,8 @@ _FULL_ERROR = "HYDRA_FULL_ERROR"
 
 def predict() -> None:
     """`voxquilt-predict`, `python predict.py`: exits 0 if every subject is done, 1 if some failed, 2 if none began."""
-    _main("predict", run_predict)
+    with ended_by(signal.SIGINT):
+        _main("predict", run_predict)
 
 
 def train() -> None:

@@ -23,7 +23,7 @@ from voxquilt.errors import ConfigError, InputError, RunError, VoxquiltError
 from voxquilt.geometry.frame import to_triple
 from voxquilt.models.nnunet.checkpoint import load_weights
 from voxquilt.models.weights.stored_settings import to_carry
-from voxquilt.planning.network_check import check_network
+from voxquilt.planning.network_check import check_network, try_zeros
 from voxquilt.reporting.run_logs import open_loggers
 from voxquilt.text import of_subjects
 from voxquilt.vocabulary import BEST
@@ -109,6 +109,8 @@ def _check_network(plain: Mapping[str, Any], data: Any, model: Any) -> None:
     probe = None
     for size in dict.fromkeys((data.patch_size, inference_size)):
         probe = check_network(model.network, list(case.images), channels, size, names, layout="equal")
+        if probe is None:
+            try_zeros(model.network, channels, size)
     if probe is not None:
         data.classes = next(iter(probe.outputs.values()))[1]
 

@@ -68,6 +68,10 @@ def attended(trainer: Trainer) -> Iterator[None]:
         yield
     except ProcessException as error:
         raise _error_of(str(error)) from error
+    except SystemExit:  # of a signal, which they may not have got
+        for process in getattr(launcher, "procs", ()):
+            process.terminate()
+        raise
     finally:
         signals.release()
         disarm_observer()

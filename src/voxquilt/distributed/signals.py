@@ -2,11 +2,15 @@
 
 import os
 import signal
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from time import monotonic
 from types import FrameType
 from typing import Any
+
+from voxquilt.distributed.environment import is_first
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -46,3 +50,29 @@ class Signals:
             os._exit(128 + number)
         self._first_at = self._first_at or monotonic()
         self._request(signal.Signals(number).name, 128 + number)
+
+
+@contextmanager
+def ended_by(*numbers: signal.Signals) -> Iterator[None]:
+    """Have signals that nobody handles end the process in order, with a line in place of a traceback, in a block.
+
+    Args:
+        numbers: The signals.
+    """
+    handlers: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        # Those that are ignored stay so, and those of whoever calls this in a program of their own.
+        wanted = [n for n in numbers if signal.getsignal(n) in (signal.SIG_DFL, signal.default_int_handler)]
+        handlers = {number: signal.signal(number, _end) for number in wanted}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)  # once more means at once
+    if is_first():
+        print(f"voxquilt: stopped by {signal.Signals(number).name}", file=sys.stderr)
+    raise SystemExit(128 + number)

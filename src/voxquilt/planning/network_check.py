@@ -117,6 +117,27 @@ def _check_classes(probe: Probe, class_names: Sequence[str] | None) -> None:
         )
 
 
+def try_zeros(network: nn.Module, channels: int, patch_size: Triple) -> None:
+    """Run a network that has no shapes without voxels, on a patch of zeros on the host.
+
+    Raises:
+        ConfigError: it cannot take such a patch.
+    """
+    training = network.training
+    try:
+        with torch.inference_mode():
+            network.eval()(torch.zeros(1, channels, *patch_size))
+    except (torch.OutOfMemoryError, MemoryError):
+        return  # the host may be smaller than the device
+    except Exception as error:  # a network's own code may raise anything
+        raise ConfigError(
+            f"the network cannot take patches of {list(patch_size)} voxels with {channels} "
+            f"channel{'s' * (channels > 1)}; see model.net and data.patch_size. Its error: {_summary(error)}"
+        ) from error
+    finally:
+        network.train(training)
+
+
 def find_halo(network: PatchNetwork, cases: Iterable[SubjectFiles], patch_size: Triple) -> Padding:
     """The border of a patch that a network's valid convolutions use up; none if the number of channels is unknown.
 

@@ -11,7 +11,7 @@ from voxquilt.errors import ConfigError, InputError, VoxquiltError
 from voxquilt.filesystem import replacing
 from voxquilt.report.agreement import dice_of_files
 from voxquilt.report.changed_settings import differing_settings
-from voxquilt.report.missing_thumbnails import label_values_of
+from voxquilt.report.missing_thumbnails import is_series, label_values_of
 from voxquilt.report.page import STATIC, key_of, link_to, render, value_text
 from voxquilt.report.run_folder import RunFolder, read_run
 from voxquilt.reporting.manifest import Row
@@ -111,7 +111,7 @@ def _compare(first: RunFolder, other: RunFolder, subject: str, number: int) -> P
         return Pair(subject, number, ml=volumes, problem=", ".join(filter(None, problems)))
     files = [run.path / row.label_files[0] for run, row in zip((first, other), rows, strict=True) if row]
     try:
-        return Pair(subject, number, dice_of_files(*files), volumes)
+        return Pair(subject, number, dice_of_files(*files, series=is_series(first.configuration)), volumes)
     except (VoxquiltError, OSError) as error:
         return Pair(subject, number, ml=volumes, problem=str(error))
 

@@ -20,7 +20,7 @@ _THREADS = min(4, os.cpu_count() or 1)
 
 
 def draw_missing(run: RunFolder, tell: Callable[[str], object]) -> int:
-    """Draw the thumbnails of subjects that are done and have none; how many there were.
+    """Draw the thumbnails of subjects that are done and have none; how many could be drawn.
 
     Args:
         run: The run.
@@ -33,7 +33,7 @@ def draw_missing(run: RunFolder, tell: Callable[[str], object]) -> int:
         for row, reason in zip(missing, reasons, strict=True):
             if reason:
                 tell(f"{row.subject}: {reason}")
-    return len(missing)
+    return sum(_has_thumbnail(run.path, row) for row in missing)
 
 
 def label_values_of(configuration: Mapping[str, Any]) -> list[int] | None:

@@ -33,6 +33,7 @@ KINDS = {
 }
 """Kinds of thumbnails, in the order of the page, with what they show."""
 _MOST_CLASSES = 6  # classes that have a column each
+_MOST_PLOTS = 12  # that stand between the reader and the subjects; the others are folded up
 _ROWS = 100  # of a part of the table, of which the browser lays out only those that are visible
 
 
@@ -121,7 +122,8 @@ def render_report(run: RunFolder, viewer: Callable[[Row], str] | None = None, *,
         columns=columns,
         parts=[subjects[n : n + _ROWS] for n in range(0, len(subjects), _ROWS)],
         total=len(subjects),
-        plots=[strip_plot(_printable(cohort)) for cohort in cohorts],
+        plots=[strip_plot(_printable(cohort)) for cohort in _outliers_first(cohorts)],
+        most_plots=_MOST_PLOTS,
         plot_size=(WIDTH, HEIGHT),
         keys={escaped(subject): key_of(subject) for subject in run.rows},
         kinds=KINDS,
@@ -237,6 +239,11 @@ def _class_scores(run: RunFolder, metrics: Sequence[str]) -> list[tuple[str, int
             cells.append(f"{fmean(finite):.3g}{spread}" if finite else "")
         lines.append((escaped(name), max(map(len, by_metric.values()), default=0), cells))
     return lines
+
+
+def _outliers_first(cohorts: Sequence[ClassCohort]) -> Sequence[ClassCohort]:
+    """The classes in their order, or if they are many, those with outliers before the others."""
+    return cohorts if len(cohorts) <= _MOST_PLOTS else sorted(cohorts, key=lambda cohort: not cohort.outliers)
 
 
 def _printable(cohort: ClassCohort) -> ClassCohort:

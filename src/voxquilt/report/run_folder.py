@@ -77,7 +77,7 @@ def read_run(folder: Path) -> RunFolder:
     Raises:
         InputError: it has no manifest.
     """
-    manifests = sorted(folder.glob("manifest*.csv"))
+    manifests = sorted(filter(Path.is_file, folder.glob("manifest*.csv")))
     if not manifests:
         raise InputError(f"{folder} has no manifest.csv: it is not the output_dir of a run of predict.py.")
     rows = read_rows(manifests)
@@ -90,7 +90,7 @@ def read_run(folder: Path) -> RunFolder:
 
 def _by_age(paths: Iterable[Path]) -> list[Path]:
     """Paths of files, the oldest first, so that later ones replace what they say."""
-    return sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name))
+    return sorted(filter(Path.is_file, paths), key=lambda path: (path.stat().st_mtime_ns, path.name))
 
 
 def _read_volumes(paths: Iterable[Path], rows: Mapping[str, Row]) -> dict[str, list[ClassVolume]]:

@@ -8,6 +8,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from voxquilt.geometry.space import Box
 from voxquilt.selfcheck.findings import Finding, worst_of
 from voxquilt.selfcheck.images import CONSTANT, NOISE, Channel
 from voxquilt.selfcheck.reference import (
@@ -69,6 +70,21 @@ def compare_geometry(source: Path, output: Path) -> Finding:
     return Finding(check, float(distances[worst]), allowed, "mm", voxel, tuple(np.round(a[:3, worst], 2).tolist()))
 
 
+def compare_headers(source: Path, output: Path) -> Finding:
+    """Whether a file's orientation fields and units are its input's: some programs read one of them, some another."""
+    ours: Any = nib.load(source)
+    theirs: Any = nib.load(output)
+    check, wrong = "the files' header", []
+    for field in ("qform", "sform"):
+        (a, our_code), (b, their_code) = (getattr(image, f"get_{field}")(coded=True) for image in (ours, theirs))
+        alike = a is None or (b is not None and np.allclose(a, b, atol=1e-3))
+        if our_code != their_code or not alike:
+            wrong.append(field)
+    if ours.header.get_xyzt_units()[0] != theirs.header.get_xyzt_units()[0]:
+        wrong.append("unit")
+    return Finding(check, problem=f"{output.name} has another {' and '.join(wrong)} than its input" if wrong else "")
+
+
 def compare_returned(
     kind: str,
     output: Path,
@@ -103,6 +119,7 @@ def compare_returned(
     if not all(map(np.any, (i, j, k))):
         return None
     positions = returned_positions(ways)
+    beyond = None if way.box is None else ~_inside_box(way)
     found = []
     for n, values in enumerate(voxels):
         volume = returned_volume(written[n], ways) if kind == NOISE else None
@@ -120,6 +137,9 @@ def compare_returned(
                 unit, per_mm = "" if kind == CONSTANT else "mm", channel.per_mm
             error = np.abs(values[planes] - wanted)
             error[~(i[planes, None, None] & j[:, None] & k)] = 0
+            if beyond is not None:  # where there is background
+                outside = beyond[planes]
+                error[outside], allowed = np.abs(values[planes])[outside], np.where(outside, 0.0, allowed)
             found.append(worst_of(check, error, allowed, affine, unit, per_mm, first))
     return max(found, key=_excess)
 
@@ -131,6 +151,20 @@ def inside_of(way: Way, ways: Sequence[AxisWay]) -> list[np.ndarray]:
         first, stop = (0, way.shape[n]) if way.box is None else way.box[n]
         x = np.arange(way.shape[n])
         inside.append((x >= first) & (x < stop) & (along.is_exact | is_linear(way, ways)))
+    return inside
+
+
+def compare_box(way: Way, box: Box | None) -> Finding:
+    """Whether `crop` has left what is not 0."""
+    check = "what preprocess.crop leaves"
+    found, wanted = (one or tuple((0, n) for n in way.shape) for one in (way.box, box))
+    problem = "" if tuple(map(tuple, found)) == tuple(map(tuple, wanted)) else f"{found} in place of {wanted}"
+    return Finding(check, problem=problem)
+
+
+def _inside_box(way: Way) -> np.ndarray:
+    inside = np.zeros(way.shape, bool)
+    inside[tuple(slice(*ends) for ends in way.box or ())] = True
     return inside
 
 

@@ -29,21 +29,36 @@ class OutputForm:
         """That of the output with the smallest voxels."""
         return min(self.factors.values(), key=prod)
 
+    def span(self, output: str, span: tuple[float, float]) -> tuple[float, float]:
+        """The image's values at which the first and the last class of an output win.
+
+        Every second output has its classes in the other order, so that one in the place of another shows.
+        """
+        first, last = span
+        return (last, first) if list(self.channels).index(output) % 2 else span
+
 
 class GiveBack(nn.Module):
     """Gives back its patches: without their halo, as means of blocks where outputs have larger voxels.
 
     A mean of a linear function is its value in the middle of the block, so that ramps stay ramps.
+
+    Args:
+        factor, halo: See OutputForm.
+        squeeze_axis: See PatchNetwork.
+        gain: What outputs are multiplied by. Of the members of an ensemble each has its own, and their mean is 1.
     """
 
-    def __init__(self, factor: Triple, halo: Padding, squeeze_axis: int | None = None) -> None:
+    def __init__(self, factor: Triple, halo: Padding, squeeze_axis: int | None = None, gain: float = 1.0) -> None:
         super().__init__()
+        self._gain = gain
         axes = [axis for axis in range(3) if axis != squeeze_axis]
         self._factor = [factor[axis] for axis in axes]
         self._halo = [halo[axis] for axis in axes]
 
     def forward(self, patches: Tensor) -> Tensor:
-        return as_in_a_run(self.laid(patches), patches)
+        laid = self.laid(patches)
+        return as_in_a_run(laid if self._gain == 1 else self._gain * laid, patches)
 
     def laid(self, patches: Tensor) -> Tensor:
         """The patches with an output's voxels."""
@@ -81,12 +96,12 @@ class MakeClasses(nn.Module):
         self._ends_activated = ends_activated
         self._lays = [GiveBack(factor, form.halo, squeeze_axis) for factor in form.factors.values()]
         self._channels = dict(form.channels)
-        self._least, self._most = least, most
+        self._spans = {name: form.span(name, (least, most)) for name in form.channels}
 
     def forward(self, patches: Tensor) -> Tensor | dict[str, Tensor]:
         values = patches[:, :1].float()
         outputs = {
-            name: class_scores(lay.laid(values), count, self._least, self._most, 1, self._ends_activated)
+            name: class_scores(lay.laid(values), count, *self._spans[name], 1, self._ends_activated)
             for (name, count), lay in zip(self._channels.items(), self._lays, strict=True)
         }
         outputs = {name: as_in_a_run(output, patches) for name, output in outputs.items()}

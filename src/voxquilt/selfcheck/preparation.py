@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from voxquilt.geometry.frame import Padding, Triple, to_triple
 from voxquilt.geometry.grid import overlap_of_step
 from voxquilt.geometry.output_layout import factor_of
 from voxquilt.geometry.padding import NO_PADDING
-from voxquilt.geometry.space import Space
+from voxquilt.geometry.space import Box, Space
 from voxquilt.models.predictor import PatchPredictor
 from voxquilt.planning.network_check import check_network, find_halo
 from voxquilt.prediction.datamodule import GridDataModule
@@ -34,6 +35,7 @@ from voxquilt.selfcheck.images import (
     patterns_of,
     read_forms,
     reduced_shape,
+    with_margin,
     write_subject,
 )
 from voxquilt.selfcheck.networks import OutputForm
@@ -54,6 +56,7 @@ class Prepared:
         trial: A patch, and what the network gives for it.
         description: What was sent through.
         where: Where the trial's patch lies.
+        box: The voxels that `preprocess.crop` has to leave; None where it crops nothing.
     """
 
     folder: Path
@@ -64,6 +67,12 @@ class Prepared:
     trial: Trial
     description: str = ""
     where: str = ""
+    box: Box | None = None
+
+    @property
+    def voxels(self) -> int:
+        """Voxels of a synthetic image."""
+        return prod(open_image(next(iter(self.files[CLASSES].values()))).frame.shape)
 
     def write(self) -> None:
         """Leave it for the other processes."""
@@ -127,18 +136,21 @@ def prepare(
     shape = native.shape  # whose patches line up with an output of larger voxels
     if form.factor == (1, 1, 1):
         shape = reduced_shape(shape, *_along_native(grids, space), has_splines=has_splines)
+    box = None
+    if grids.preprocess.crop:  # of which 0 in the file has to be 0 as an intensity
+        forms = [replace(one, scaling=(1.0, 0.0)) for one in forms]
+        shape, box = with_margin(shape)
     files, noise = {}, []
     for kind in (*RAMPS, CONSTANT, NOISE, CLASSES):
-        subject, written = write_subject(folder / "in" / kind, kind, forms, shape)
+        subject, written = write_subject(folder / "in" / kind, kind, forms, shape, box)
         files[kind] = dict(subject.images)
         noise += written
     torch.save([torch.from_numpy(values.astype("float64")) for values in noise], folder / "noise.pt")
     written_frame = open_image(next(iter(files[RAMPS[0]].values()))).frame
     forms = [replace(one, affine=written_frame.affine) for one in forms]
     channels = {kind: patterns_of(kind, forms, shape) for kind in (*RAMPS, CONSTANT, CLASSES)}
-    prepared = Prepared(
-        folder, form, files, channels, _span(channels[CLASSES][0], shape), trial, describe(forms, shape), where
-    )  # fmt: skip
+    span = _span(channels[CLASSES][0], shape)
+    prepared = Prepared(folder, form, files, channels, span, trial, describe(forms, shape), where, box)
     prepared.write()
     return prepared
 

@@ -1,6 +1,7 @@
 """Compares the products of scores that are linear in an image with what they are by definition."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from voxquilt.selfcheck.comparison import Rounding, beside, inside_of, read_outp
 from voxquilt.selfcheck.findings import Finding, world
 from voxquilt.selfcheck.images import Channel
 from voxquilt.selfcheck.networks import OutputForm, class_scores, largest_score
-from voxquilt.selfcheck.reference import Way, axis_ways, corners_of
+from voxquilt.selfcheck.reference import AxisWay, Way, axis_ways, corners_of
 from voxquilt.selfcheck.stand_in import EPS, ROUNDINGS
 from voxquilt.stitching.products.spec import ProductSpec
 from voxquilt.stitching.stitch import Stitch
@@ -45,7 +46,7 @@ def compare_products(
         rounding: What the run rounds.
         channel: What the image is.
         form, output: The network's outputs, and which of them this is.
-        span: The least and the greatest value of the image.
+        span: The image's values at which the first and the last class win.
         averaged: The activation of scores before they are averaged; None without one.
         ends_activated: See MakeClasses.
     """
@@ -54,32 +55,82 @@ def compare_products(
     except ValueError as error:
         return [Finding("products", problem=f"{error}.")]
     classes = form.channels[output]
-    voxels = _sample(inside_of(way, ways), _VALUES // (8 * classes))
+    voxels = sample(inside_of(way, ways), _VALUES // (8 * classes))
     if voxels is None:
         return None
-    positions, weights = corners_of(voxels, ways)
-    image = channel.at(positions)
-    # In the unit of the image: what rounding changes, and what the nearest voxel in place of interpolation does.
-    nearest = beside(channel, ways)
-    in_scores = rounding.of(largest_score(classes)) / (8 if classes == 1 else max(classes - 1, 1)) * (span[1] - span[0])
-    width = rounding.of(np.abs(image).max(), sum(map(abs, channel.slope))) + channel.unknown(splines_of(way)) + nearest
-    width = float(width + in_scores)
+    scores = ScoresAt(voxels, way, ways, rounding, channel, classes, span, averaged, ends_activated)
     found = []
     for name, paths in outputs.items():
-        spec = specs[name]
-        # Half a class apart, so that each label that rounding can make is among them; the middle is the right one.
-        steps = min(20, int(np.ceil(2 * width * max(1, classes - 1) / (span[1] - span[0]))))
-        shifts = sorted({0.0, *np.linspace(-width, width, 2 * steps + 1).tolist()}, key=abs)
-        wanted = [
-            _product_of(image + shift, weights, classes, span, spec, averaged, ends_activated) for shift in shifts
-        ]
-        if isinstance(wanted[0], str):
-            found.append(Finding(f"{name}: its values", problem=wanted[0]))
-            continue
-        found.append(
-            _compare_product(name, paths, spec, classes, stitch, voxels, [w for w in wanted if not isinstance(w, str)])
-        )
+        wanted = scores.candidates(specs[name])
+        if isinstance(wanted, str):
+            found.append(Finding(f"{name}: its values", problem=wanted))
+        else:
+            found.append(_compare_product(name, paths, specs[name], classes, stitch, voxels, wanted))
     return found
+
+
+@dataclass(frozen=True)
+class ScoresAt:
+    """The scores of a linear image at some voxels.
+
+    Args:
+        voxels: (p, 3) native voxels.
+        way: How the subject went to model space and back.
+        ways: The same along each axis.
+        rounding: What the run rounds.
+        channel: What the image is.
+        classes: Channels of the scores.
+        span: The image's values at which the first and the last class win.
+        averaged, ends_activated: See `compare_products`.
+    """
+
+    voxels: np.ndarray
+    way: Way
+    ways: Sequence[AxisWay]
+    rounding: Rounding
+    channel: Channel
+    classes: int
+    span: tuple[float, float]
+    averaged: Callable[[torch.Tensor], torch.Tensor] | None
+    ends_activated: bool
+
+    def is_known(self, spec: ProductSpec) -> bool:
+        """Whether a product is known: splines bring back what is linear, and nothing else."""
+        is_bent = self.averaged is not None or (self.ends_activated and self.classes > 1)
+        return self.way.is_all_linear or not (is_bent or spec.in_model or spec.interpolated)
+
+    def candidates(self, spec: ProductSpec) -> list[list[np.ndarray]] | str:
+        """The (c, p) values that a product may have, the right ones first; or why there is no such product.
+
+        Several where rounding, or the nearest voxel in the place of interpolation, may lead to others. Of labels that
+        are resampled, each item has those of all corners.
+        """
+        positions, weights = corners_of(self.voxels, self.ways)
+        image, span, classes, channel = self.channel.at(positions), self.span, self.classes, self.channel
+        # In the unit of the image: what rounding changes, and what the nearest voxel in place of interpolation does.
+        nearest = beside(channel, self.ways)
+        extent = abs(span[1] - span[0])
+        # Beyond its span, scores of classes grow on.
+        beyond = max(1.0, float(np.abs(image - (span[0] + span[1]) / 2).max()) / (extent / 2))
+        in_scores = self.rounding.of(largest_score(classes) * beyond)
+        in_scores = in_scores / (8 if classes == 1 else max(classes - 1, 1)) * extent
+        width = self.rounding.of(np.abs(image).max(), sum(map(abs, channel.slope)))
+        width = float(width + channel.unknown(splines_of(self.way)) + nearest + in_scores)
+        # Half a class apart, so that each label that rounding can make is among them; the middle is the right one.
+        steps = min(20, int(np.ceil(2 * width * max(1, classes - 1) / extent)))
+        shifts = sorted({0.0, *np.linspace(-width, width, 2 * steps + 1).tolist()}, key=abs)
+        # Scores are rounded each by itself, which shows where a product is stationary along the image.
+        bend = float(self.rounding.of(1.0 if self.ends_activated else largest_score(classes) * beyond))
+        bends = () if spec.product.kind == LABELS or classes == 1 else (-bend, bend)
+        found: list[list[np.ndarray]] = []
+        for shift, bent in [*((shift, 0.0) for shift in shifts), *((0.0, bent) for bent in bends)]:
+            values = _product_of(
+                image + shift, weights, classes, span, spec, self.averaged, self.ends_activated, bent
+            )  # fmt: skip
+            if isinstance(values, str):
+                return values
+            found.append(values)
+        return found
 
 
 def _product_of(
@@ -90,13 +141,16 @@ def _product_of(
     spec: ProductSpec,
     averaged: Callable[[torch.Tensor], torch.Tensor] | None,
     ends_activated: bool,
+    bend: float,
 ) -> list[np.ndarray] | str:
-    """A product at voxels whose corners have (p, 8) image values.
+    """A product at voxels whose corners have (p, 8) image values; `bend` changes scores of classes up and down in turn.
 
     Returns:
         (c, p) values; of labels that are resampled, those of each corner. Or why there is no such product.
     """
     scores = class_scores(torch.from_numpy(image)[None], classes, *span, 0, ends_activated)[..., None]  # (c, p, 8, 1)
+    if bend:
+        scores = scores + bend * (1 - 2 * (torch.arange(classes) % 2))[:, None, None, None]
     if averaged is not None:
         scores = averaged(scores[None])[0]
     try:
@@ -135,7 +189,7 @@ def _compare_product(
     given = np.concatenate([values for values, *_ in read])
     _, affine, slope = read[0]
     given = given[:, voxels[:, 0], voxels[:, 1], voxels[:, 2]].astype(np.float64)
-    choices = [_numbered(values, stitch) if kind == LABELS else values for group in wanted for values in group]
+    choices = [numbered(values, stitch) if kind == LABELS else values for group in wanted for values in group]
     if choices[0].shape[0] != len(given):
         return Finding(check, problem=f"{paths[0].name} has {len(given)} channels; wanted are {choices[0].shape[0]}.")
     if kind == LABELS:
@@ -160,7 +214,7 @@ def _compare_product(
     if kind == LABELS and not found.ok:
         wrong = int(error.any(0).sum())
         label, right = given[worst], wanted[0][0]
-        right = _numbered(right, stitch)[worst]
+        right = numbered(right, stitch)[worst]
         return Finding(
             check,
             problem=f"{wrong} of {len(voxels)} voxels have the wrong label; voxel {voxel} has {label:g} in place of "
@@ -169,7 +223,7 @@ def _compare_product(
     return found
 
 
-def _numbered(classes: np.ndarray, stitch: Stitch) -> np.ndarray:
+def numbered(classes: np.ndarray, stitch: Stitch) -> np.ndarray:
     """Labels as files have them, of the classes of a product."""
     classes = classes.astype(np.int64)
     if stitch.label_values is not None:
@@ -179,7 +233,7 @@ def _numbered(classes: np.ndarray, stitch: Stitch) -> np.ndarray:
     return classes.astype(np.float64)
 
 
-def _sample(inside: Sequence[np.ndarray], count: int) -> np.ndarray | None:
+def sample(inside: Sequence[np.ndarray], count: int) -> np.ndarray | None:
     """(p, 3) voxels at random, where the reference holds; None if it does nowhere."""
     draw = np.random.default_rng(0)
     choices = [np.flatnonzero(along) for along in inside]

@@ -1,6 +1,7 @@
 """Judges the rounds of a self-check by the files that they wrote and by what their processes have seen."""
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,9 +14,10 @@ from lightning.pytorch import LightningModule
 
 from voxquilt.models.patch_network import to_activation
 from voxquilt.reporting.manifest import Row
-from voxquilt.selfcheck.comparison import Rounding, compare_geometry, compare_returned
+from voxquilt.selfcheck.comparison import Rounding, compare_box, compare_geometry, compare_headers, compare_returned
 from voxquilt.selfcheck.findings import Finding, Findings, world
 from voxquilt.selfcheck.images import CLASSES, CONSTANT, NOISE, RAMPS
+from voxquilt.selfcheck.model_space import compare_model_space
 from voxquilt.selfcheck.preparation import Prepared
 from voxquilt.selfcheck.product_comparison import compare_products
 from voxquilt.selfcheck.reference import Way
@@ -34,6 +36,7 @@ class Round:
         stitch: How patches became volumes.
         device, precision, processes: What it ran on.
         options: How patches were handled; see PatchNetwork.
+        preprocess: The settings of model space.
     """
 
     folder: Path
@@ -43,6 +46,7 @@ class Round:
     precision: str
     processes: int
     options: Mapping[str, Any]
+    preprocess: Mapping[str, Any]
 
     @property
     def description(self) -> str:
@@ -114,13 +118,20 @@ def judge_images(findings: Findings, ended: Round, own: Prepared, model: str) ->
     found = [Finding(f"{name.replace('_', ' along ')}", problem=reason) for name, reason in failed.items()]
     rounding = ended.rounding(1)
     geometry: list[Finding] = []
+    headers: list[Finding] = []
+    spaces: list[Finding] = []
+    boxes: list[Finding] = []
     for kind in kinds:
         if kind in failed:
             continue
         (output,) = ended.files_of(kind, "image")
         source = next(iter(own.files[kind].values()))
         geometry.append(compare_geometry(source, output))
+        headers.append(compare_headers(source, output))
         way = ended.way(kind)
+        spaces += compare_model_space(way, ended.preprocess)
+        if ended.preprocess.get("crop") and kind in (CONSTANT, NOISE):  # a ramp along a flat axis is 0
+            boxes.append(compare_box(way, own.box))
         if kind == NOISE:
             written = [values.numpy() for values in torch.load(own.folder / "noise.pt", weights_only=True)]
             compared = compare_returned(kind, output, way, rounding, written=written)
@@ -141,7 +152,8 @@ def judge_images(findings: Findings, ended: Round, own: Prepared, model: str) ->
             )
         else:
             found.append(compared)
-    found += sorted(geometry, key=lambda one: (bool(one.problem), one.error))[-1:]
+    for several in (geometry, headers, spaces, boxes):
+        found += sorted(several, key=lambda one: (bool(one.problem), one.error))[-1:]
     findings.found += [replace(one, model=model.rstrip(".")) for one in found]
 
 
@@ -164,18 +176,34 @@ def judge_classes(findings: Findings, ended: Round, own: Prepared, model: str) -
             for product, spec in of_blend.items():
                 name = f"{output}_{product}" if output else product
                 files[name], specs[name] = ended.files_of(CLASSES, name), spec
+                findings.found += _misnamed(name, files[name], ended.stitch.class_names or (), model)
         for name, paths in list(files.items()):
             in_model = specs[name].in_model or specs[name].interpolated
             if not paths or (in_model and not way.is_all_linear):
                 findings.unchecked.append(f"{model}{name}: it is not interpolated linearly")
                 del files[name]
         found = compare_products(
-            files, specs, ended.stitch, way, ended.rounding(1), own.channels[CLASSES][0], own.form, output, own.span,
-            averaged, ends_activated=ended.ends_activated,
+            files, specs, ended.stitch, way, ended.rounding(1), own.channels[CLASSES][0], own.form, output,
+            own.form.span(output, own.span),            averaged, ends_activated=ended.ends_activated,
         )  # fmt: skip
         if found is None:
             findings.unchecked.append(f"{model}products: no voxel is far enough from the borders of splines")
         findings.found += [replace(one, model=model.rstrip(".")) for one in found or ()]
+
+
+def _misnamed(product: str, paths: Sequence[Path], names: Sequence[str], model: str) -> list[Finding]:
+    """Whether the file of a class has another class's name, as far as letters and digits tell them apart."""
+
+    def letters(text: str) -> str:
+        return re.sub(r"[\W_]", "", text)
+
+    wanted = [letters(str(name)) for name in names]
+    if not 1 < len(paths) == len(wanted) == len({*wanted}) or "" in wanted:
+        return []
+    found = [letters(path.name.removeprefix(f"{CLASSES}_{product}_").partition(".nii")[0]) for path in paths]
+    wrong = [path.name for path, ours, theirs in zip(paths, wanted, found, strict=True) if not ours.startswith(theirs)]
+    problem = f"{wrong[0]} is the file of another class" if wrong else ""
+    return [Finding(f"{product}: the files' names", problem=problem, model=model.rstrip("."))]
 
 
 def judge_network(

@@ -18,6 +18,7 @@ from voxquilt.geometry.frame import Triple
 from voxquilt.geometry.grid import Grid
 from voxquilt.models.patch_network import Named
 from voxquilt.models.predictor import Options, PatchPredictor
+from voxquilt.models.several_predictors import SeveralPredictors
 from voxquilt.selfcheck.images import Channel
 from voxquilt.selfcheck.networks import OutputForm
 from voxquilt.selfcheck.reference import SPLINE, AxisWay, Way, axis_ways
@@ -154,6 +155,15 @@ class StandIn(PatchPredictor):
 
     def _save(self, name: str, content: Mapping[str, Any]) -> None:
         (self._folder / f"{name}_{self.trainer.global_rank}.json").write_text(json.dumps(content))
+
+
+class SeveralStandIns(SeveralPredictors):
+    """Hands each batch to the stand-in of its model, as a run of several models does."""
+
+    def on_predict_end(self) -> None:
+        """See StandIn."""
+        for predictor in self.predictors:
+            predictor.on_predict_end()
 
 
 def _compare_patch(

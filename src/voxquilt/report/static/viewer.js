@@ -4,6 +4,7 @@
   const $ = (id) => document.getElementById(id);
   const onDisk = location.protocol === "file:";
   const key = location.hash.slice(1);
+  const CROSSHAIR = 0.6; // percent of the volume's width: less is thinner than a pixel in a small window, and not seen
   const say = (text) => { $("message").textContent = text; };
 
   function fail(error) {
@@ -82,7 +83,7 @@
     }
     nv = new niivue.Niivue({
       dragAndDropEnabled: false, logLevel: "error", isNearestInterpolation: true, multiplanarShowRender: 0,
-      isRadiologicalConvention: false, isColorbar: false, crosshairWidth: 0.3, crosshairWidthUnit: "percent", backColor: [0, 0, 0, 1],
+      isRadiologicalConvention: false, isColorbar: false, crosshairWidth: CROSSHAIR, crosshairWidthUnit: "percent", backColor: [0, 0, 0, 1],
       show3Dcrosshair: false, onLocationChange: tellPlace,
     });
     await nv.attachToCanvas($("canvas"));
@@ -184,7 +185,7 @@
   for (const id of ["opacity", "mapopacity"]) $(id).addEventListener("input", setOpacities);
   for (const id of ["low", "high"]) $(id).addEventListener("change", setWindow);
   $("crosshair").addEventListener("change", () => {
-    nv.opts.crosshairWidth = $("crosshair").checked ? 0.3 : 0;
+    nv.opts.crosshairWidth = $("crosshair").checked ? CROSSHAIR : 0;
     nv.drawScene();
   });
   window.addEventListener("hashchange", () => location.reload());
