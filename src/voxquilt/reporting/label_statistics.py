@@ -207,7 +207,11 @@ class _Volume:
         return found
 
     def _range(self, image: np.ndarray) -> tuple[float | int, float | int]:
-        """The lowest and the highest intensity of labelled voxels."""
+        """The lowest and highest intensity of labelled voxels; of all voxels, where each number has its own bin."""
+        if image.dtype.kind in "iub":
+            least, greatest = image.min().item(), image.max().item()
+            if greatest - least < _BINS:
+                return least, greatest
         ends = [(values.min().item(), values.max().item()) for _, values in self._values(image, 0)]
         return min((low for low, _ in ends), default=0), max((high for _, high in ends), default=0)
 
