@@ -8,7 +8,7 @@ Both predict the same files from start to end, nnU-Net in one process, without m
 
     volume     252 x 270 x 240 voxels of 1.2 mm, 3 classes, patches of 32 x 28 x 24 at 1.5 mm
     classes    200 x 200 x 160 voxels of 0.8 mm, 105 classes, patches of 64 x 64 x 64 at 1.5 mm
-    parts      160 x 160 x 160 voxels of 1.2 mm, two networks of 3 classes whose labels become one map, without nnU-Net
+    parts      the volume again, by two networks whose labels become one map, without nnU-Net
 
 CPU seconds are of the process and its children; 'forwards' are the same number of patches through the same network and
 nothing else. Labels are compared: nnU-Net sums in half precision.
@@ -30,7 +30,7 @@ from common import THREADS, Contender, Run, failure, machine, median, peak, roun
 JOBS = {
     "volume": {"shape": (252, 270, 240), "spacing": 1.2, "classes": 3, "patch": [32, 28, 24]},
     "classes": {"shape": (200, 200, 160), "spacing": 0.8, "classes": 105, "patch": [64, 64, 64]},
-    "parts": {"shape": (160, 160, 160), "spacing": 1.2, "classes": 3, "patch": [32, 28, 24]},
+    "parts": {"shape": (252, 270, 240), "spacing": 1.2, "classes": 3, "patch": [32, 28, 24]},
 }
 MODEL_SPACING = 1.5
 MODEL = "nnUNetTrainer__nnUNetPlans__3d_fullres"
