@@ -185,6 +185,8 @@ def test_every_column_can_be_seen(tmp_path: Path, browser: Any, width: int) -> N
         )
         assert len(ends) == 2
         assert all(cell <= body for cell, body in ends)
+        # The table is further down, and is not taken to have a hundred rows until it is seen.
+        assert visit.page.evaluate("document.documentElement.scrollHeight") < 5000
 
 
 CONTRAST = """
