@@ -13,7 +13,7 @@ example: $(READY)
 check: lint
 	$(BIN)/python -m pytest -q -m 'not slow and not processes'
 
-# Everything, with the real command on real images: about 15 minutes on 2 cores.
+# Everything, with the real command on real images: about 20 minutes on 2 cores.
 test: $(READY)
 	$(BIN)/python -m pytest
 
