@@ -1,4 +1,4 @@
-"""Imports MONAI in half of the time: what it takes of SciPy, scikit-image and Matplotlib is loaded when it is used."""
+"""Imports MONAI in a third of the time: modules of SciPy, scikit-image and Matplotlib are loaded when it uses them."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -17,13 +17,16 @@ _LATE = frozenset({"scipy", "skimage", "matplotlib"})
 
 
 def import_monai_quickly() -> None:
-    """From now on, whoever imports it; nothing changes where it is there already, or not in a folder on the path."""
+    """Have MONAI imported quickly by whoever imports it first.
+
+    Where it is imported already, or is not in a folder on the path, nothing changes.
+    """
     if "monai" not in sys.modules and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
 class _Finder(MetaPathFinder):
-    """Finds MONAI, and while that is imported what is to wait."""
+    """Finds MONAI and, while it is imported, the modules that it imports late."""
 
     def __init__(self) -> None:
         self.loaders: dict[str, Callable[[SourceFileLoader], Any]] = {"monai": self._monai}

@@ -33,7 +33,8 @@ def resample_image(source: Shaped[Tensor, "c si sj sk"], maps: AxisMaps) -> Shap
         return interpolate(source, maps, neighbours)
     slices = [n for n, m in enumerate(maps) if m.order == 0]
     i, j, k = (m.axis + 1 for m in maps)
-    result = torch.empty(len(source), *(m.size for m in maps), device=source.device)
+    shape = [len(source), *(m.size for m in maps)]
+    result = torch.empty(shape, dtype=torch.float32, device=source.device)
     for channel, into in zip(source.split(1), result.split(1), strict=True):
         low, high = (reduce(channel, _others(maps, slices), keepdim=True) for reduce in (torch.amin, torch.amax))
         for n in slices:  # the slice that each of the target's is

@@ -1,6 +1,5 @@
 """Writes a subject once every model has predicted it."""
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from time import perf_counter
 
@@ -48,8 +47,8 @@ class SubjectResults:
             counts = replace(counts, seconds=counts.seconds + perf_counter() - began)
             self._begun[task.case.subject] = self._begun[task.case.subject][0], counts
             return None
+        statistics = self._files.statistics(work, volumes)
         if task.volumes > 1:
-            statistics = self._files.statistics(work, volumes)
             series = self._series.setdefault(
                 task.case.subject, SeriesResults(task.volumes, self._files.options.scratch)
             )
@@ -59,12 +58,7 @@ class SubjectResults:
             began, counts, work = perf_counter(), series.row, series.work or work
             volumes, statistics = series.finish()
             del self._series[task.case.subject]
-            row = self._files.write(work, volumes)
-        else:
-            with ThreadPoolExecutor(1) as beside:  # one packs and compresses while the other counts
-                counted = beside.submit(self._files.statistics, work, volumes)
-                row = self._files.write(work, volumes)
-            statistics = counted.result()
+        row = self._files.write(work, volumes)
         seconds = counts.seconds + perf_counter() - began
         return replace(
             row, patches=counts.patches, skipped=counts.skipped, seconds=seconds, statistics=tuple(statistics)
