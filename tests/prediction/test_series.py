@@ -2,6 +2,7 @@
 
 import csv
 import json
+from itertools import product
 from pathlib import Path
 
 import nibabel as nib
@@ -68,9 +69,9 @@ def check(place: Path, out: Path, *, names: tuple[str, ...] = tuple(SHAPES), rou
     alone = {row["subject"]: row for row in rows(place / "alone/manifest.csv")}
     for name in names:
         count = COUNTS[name]
-        for product in ("labels", "disagreement", "probabilities"):
-            image = nib.load(out / f"{name}_{product}.nii.gz")
-            wanted = [read(place / f"alone/{name}_{t}_{product}.nii.gz") for t in range(count)]
+        for made in ("labels", "disagreement", "probabilities"):
+            image = nib.load(out / f"{name}_{made}.nii.gz")
+            wanted = [read(place / f"alone/{name}_{t}_{made}.nii.gz") for t in range(count)]
             assert len({volume.tobytes() for volume in wanted}) == count, "a test of nothing"
             found = np.asarray(image.dataobj)
             if count > 1:
@@ -110,10 +111,17 @@ def test_a_series_of_five_equals_five_runs(
     place: Path, forks: Server, tmp_path: Path, options: tuple[str, ...], ranks: int
 ) -> None:
     """To the bit in one process, in each product; a 3-D file beside is a volume as ever."""
-    run(forks, place, "data.inputs=in", "data.time=volumes", f"output_dir={tmp_path}", *options, ranks=ranks)
+    job = ("data.inputs=in", "data.time=volumes", f"output_dir={tmp_path}", "logger=csv")
+    run(forks, place, *job, *options, ranks=ranks)
     check(place, tmp_path, rounding=1e-6 if ranks > 1 else 0)
     record = json.loads((tmp_path / "run.json").read_text())
     assert sum(rank["patches"] for rank in record["ranks"]) == record["patches"]
+    logged = {int(row["step"]): row for row in rows(tmp_path / "csv/version_0/metrics.csv") if row["subject/seconds"]}
+    for n, name in enumerate(SHAPES):  # a logger gets the mean of a number over the volumes of a series
+        own = [row for row in rows(tmp_path / "statistics.csv") if row["subject"] == name]
+        for label, column in product(("grey", "white"), ("voxels", "mean", "components")):
+            values = [float(row[column]) for row in own if row["name"] == label and row[column]]
+            assert float(logged[n][f"statistics/{column}/{label}"]) == pytest.approx(np.mean(values), rel=1e-5)
 
 
 def test_a_series_is_one_subject(place: Path, forks: Server, tmp_path: Path) -> None:

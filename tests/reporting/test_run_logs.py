@@ -23,6 +23,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from voxquilt.cli.exit_status import ExitStatus
 from voxquilt.cli.loggers import build_loggers, check_loggers
 from voxquilt.errors import ConfigError
+from voxquilt.prediction.run_events import _statistics
+from voxquilt.reporting.manifest import Row
 from voxquilt.reporting.run_logs import _mlflow_name, loggable
 
 JOB = (
@@ -100,6 +102,13 @@ def test_every_logger_gets_the_numbers_and_pictures_that_tensorboard_gets(place:
     # A run that is killed has logged the subjects that are done.
     assert all(kinds[n + 1] == "saved" for n, kind in enumerate(kinds) if kind == "numbers")
     assert recorded(place / "mine.jsonl", "end") == [(None, "success")]
+
+
+def test_cells_of_statistics_that_are_empty_are_not_logged() -> None:
+    """Such as the components of labels that are noise, which are not counted."""
+    cells = {"output": "labels", "label": "1", "name": "liver", "voxels": "7", "components": "", "ct_mean": "2.5"}
+    row = Row("a", "done", ("a_labels.nii.gz",), statistics=[cells])
+    assert _statistics(row) == {"statistics/voxels/liver": 7, "statistics/ct_mean/liver": 2.5}
 
 
 def test_a_logger_works_without_tensorboard_and_without_pictures(place: Path, forks: Server) -> None:

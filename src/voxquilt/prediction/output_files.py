@@ -23,7 +23,7 @@ from voxquilt.prediction.class_files import parts_of
 from voxquilt.prediction.datamodule import GridDataModule
 from voxquilt.reporting.label_tables import write_label_tables
 from voxquilt.reporting.manifest import Row
-from voxquilt.reporting.overlay import flat, overlay_png
+from voxquilt.reporting.overlay import flat, overlay, save_png
 from voxquilt.reporting.statistics_table import Cells, statistics_rows
 from voxquilt.reporting.thumbnails import maps_of, try_thumbnails
 from voxquilt.stitching.combination import Combination
@@ -35,6 +35,9 @@ from voxquilt.text import reason_of
 from voxquilt.vocabulary import LABELS, PICTURE
 
 log = logging.getLogger("voxquilt")
+
+# The number of subjects whose pictures are logged: each takes a tenth of a second, and nobody looks at thousands.
+PICTURES = 20
 
 
 @dataclass(frozen=True)
@@ -112,10 +115,14 @@ class OutputFiles:
     Args:
         options: What is written; the folder exists.
         cases: All subjects, whose images must not be overwritten.
+        drawn: Takes pictures (H, W, 3) of the first subjects, by subject, for whoever logs them; None: nobody does.
     """
 
-    def __init__(self, options: OutputOptions, cases: Iterable[SubjectFiles]) -> None:
-        self.options, self._cases = options, cases
+    def __init__(
+        self, options: OutputOptions, cases: Iterable[SubjectFiles], drawn: dict[str, np.ndarray] | None = None
+    ) -> None:
+        self.options, self._cases, self._drawn = options, cases, drawn
+        self._left = 0 if drawn is None else PICTURES
         self._written: set[Path] = set()
         self._described: set[tuple[int, ...]] = set()
 
@@ -168,24 +175,37 @@ class OutputFiles:
     ) -> dict[str, str]:
         """Draw a subject's pictures, of a series its first volume; returns the outputs among them by their kind."""
         options, subject, affine = self.options, work.task.case.subject, work.space.native.affine
-        overlaid = labels if options.overlay else None
-        if overlaid is None and not options.report:
+        is_output, is_logged = (labels is not None and wanted for wanted in (options.overlay, self._left > 0))
+        if not (is_output or is_logged or options.report):
             return {}
         first = None
         try:
             first = _first_image(work, volumes)
         except VoxquiltError as error:  # of a file that is read again, and has gone meanwhile
-            if overlaid is not None:
+            if is_output:
                 raise
-            log.warning("%s: its thumbnail for the report has no background: %s", subject, reason_of(error))
+            if options.report:
+                log.warning("%s: its thumbnail for the report has no background: %s", subject, reason_of(error))
         if options.report:
             arrays = {name: v.array[:, 0] if v.array.ndim == 5 else v.array for name, v in volumes.items()}
             maps = maps_of(arrays, {name: volume.kind for name, volume in volumes.items()})
             try_thumbnails(options.folder, subject, first, labels, maps, affine, options.stitch.numbers)
-        if overlaid is None or first is None:
+        if labels is None or first is None or not (is_output or is_logged):
+            return {}
+        try:
+            picture = overlay(first, flat(labels, options.stitch.numbers), affine)
+        except Exception as error:
+            if is_output:
+                raise
+            log.debug("no picture of %s: %s", subject, reason_of(error))  # no reason for the subject to fail
+            return {}
+        if is_logged and self._drawn is not None:
+            self._drawn[subject] = np.asarray(picture)
+            self._left -= 1
+        if not is_output:
             return {}
         path = self._check_path(f"{subject}_overlay.png")
-        overlay_png(first, flat(overlaid, options.stitch.numbers), affine, path)
+        save_png(picture, path)
         return {path.name: PICTURE}
 
     def _describe(self, product: str, volume: FinishedVolume) -> None:

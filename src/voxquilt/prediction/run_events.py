@@ -2,8 +2,10 @@
 
 import logging
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from voxquilt.data.discovery import SubjectFiles
 from voxquilt.data.formats.image_file import open_image
 from voxquilt.distributed.control_channel import Message
 from voxquilt.prediction.datamodule import GridDataModule
-from voxquilt.prediction.output_files import OutputOptions
+from voxquilt.prediction.output_files import PICTURES, OutputOptions
 from voxquilt.prediction.tensorboard import EventFile
 from voxquilt.reporting.manifest import Row, of_shard
 from voxquilt.reporting.overlay import flat, overlay
@@ -24,9 +26,6 @@ from voxquilt.text import reason_of
 from voxquilt.vocabulary import VOLUMES
 
 log = logging.getLogger("voxquilt")
-
-# The number of subjects that have pictures: each takes a few tenths of a second, and nobody looks at thousands.
-PICTURES = 20
 
 
 class RunEvents:
@@ -55,6 +54,8 @@ class RunEvents:
         self._files = files
         self._cases = {case.subject: (n, case) for n, case in enumerate(cases)}
         self._pictures = PICTURES if any(run_log.takes_pictures for run_log in logs) else 0
+        self.drawn: dict[str, np.ndarray] | None = {} if self._pictures else None
+        """Pictures of subjects of this process, drawn while their images were at hand; others are drawn from files."""
         self._has_rows = False
 
     def row(self, row: Row) -> None:
@@ -68,7 +69,8 @@ class RunEvents:
             numbers |= {"subject/patches_per_second": row.patches / row.seconds if row.seconds else 0.0}
             numbers |= {f"volume_ml/{name}": volume for name, volume in row.class_ml.items()}
         numbers["memory_mib/rank_0"] = psutil.Process().memory_info().rss / 2**20
-        picture = self._picture(row, case) if self._pictures else None
+        drawn = None if self.drawn is None else self.drawn.pop(row.subject, None)
+        picture = self._picture(row, case, drawn) if self._pictures else None
         for run_log in self._logs:
             run_log.numbers(numbers | (_statistics(row) if run_log.takes_statistics else {}), step)
             if picture is not None and run_log.takes_pictures:
@@ -92,14 +94,16 @@ class RunEvents:
             run_log.numbers(numbers, 0)
             run_log.end(self._files)
 
-    def _picture(self, row: Row, case: SubjectFiles) -> np.ndarray | None:
+    def _picture(self, row: Row, case: SubjectFiles, drawn: np.ndarray | None) -> np.ndarray | None:
         if not row.label_files:
             return None
-        drawn, name = f"{row.subject}_overlay.png", row.label_files[0]
+        output, name = f"{row.subject}_overlay.png", row.label_files[0]
         self._pictures -= 1
         try:
-            if drawn in row.outputs:
-                return np.asarray(Image.open(self._folder / drawn))
+            if drawn is not None:
+                return drawn
+            if output in row.outputs:
+                return np.asarray(Image.open(self._folder / output))
             file, label_file = open_image(next(iter(case.images.values()))), open_image(self._folder / name)
             labels = flat(label_file.read().numpy()[: 1 if self._series else None], self._label_values)
             return np.asarray(overlay(file.read()[0].numpy(), labels, file.frame.affine))
@@ -138,12 +142,18 @@ def events_of(
 
 
 def _statistics(row: Row) -> dict[str, float]:
-    """Numbers of each label, of those in statistics.csv the ones that may be followed from subject to subject."""
+    """Numbers of each label, of those in statistics.csv the ones that may be followed from subject to subject.
+
+    Those of a series are means over the volumes that have them.
+    """
     several = len(row.label_files) > 1
-    return {
-        "/".join(["statistics", column, *[cells["output"]] * several, cells.get("name") or cells["label"]]): float(cell)
-        for cells in row.statistics
-        if "frame" not in cells  # of a series, which has a row for each of its volumes
-        for column, cell in cells.items()
-        if column in ("voxels", "components", "touches_border") or re.search(r"(^|_)(mean|sd)$", column)
-    }
+    found: defaultdict[str, list[float]] = defaultdict(list)
+    for cells in row.statistics:
+        prefix = [cells["output"]] if several else []
+        for column, cell in cells.items():
+            is_followed = column in ("voxels", "components", "touches_border") or re.search(r"(^|_)(mean|sd)$", column)
+            if is_followed and cell:  # too many components are not counted
+                found["/".join(["statistics", column, *prefix, cells.get("name") or cells["label"]])].append(
+                    float(cell)
+                )
+    return {name: fmean(numbers) for name, numbers in found.items()}

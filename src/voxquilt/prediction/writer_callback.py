@@ -163,7 +163,8 @@ class VolumeWriter(Callback):
         channel, record = connect(self.output_dir, data, self._configuration, display, statistics=statistics)
         data.stop_when(lambda: channel.stop is not None)
         self._rows = record.rows if record else []
-        files, outcomes = OutputFiles(self.options, plan.cases), SubjectOutcomes(channel, self._raise)
+        files = OutputFiles(self.options, plan.cases, display.events.drawn if display else None)
+        outcomes = SubjectOutcomes(channel, self._raise)
         # Here, since the first subjects are loaded before on_predict_start, and their failures must be reported.
         subjects = OpenSubjects(data, files, outcomes, trainer.strategy.root_device)
         signals = Signals(lambda name, status: channel.ask_stop(Stop(name, status)))

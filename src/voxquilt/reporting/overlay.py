@@ -29,22 +29,6 @@ from voxquilt.reporting.ras_planes import (
 from voxquilt.stitching.label_values import iterate_planes
 
 
-def overlay_png(image: np.ndarray, labels: np.ndarray, affine: np.ndarray, path: str | Path) -> None:
-    """Write `overlay` as a PNG.
-
-    Args:
-        image, labels, affine: See `overlay`.
-        path: The PNG, which appears only when it is complete; its folder must exist.
-
-    Raises:
-        InputError: image and labels are not 3-D or differ in shape, or the affine is degenerate.
-        OutputError: the file cannot be written.
-    """
-    picture = overlay(image, labels, affine)
-    with replacing(Path(path)) as file:
-        picture.save(file, format="PNG")
-
-
 def overlay(
     image: np.ndarray,
     labels: np.ndarray,
@@ -91,6 +75,16 @@ def overlay(
         picture = outlined(resized(grey, size), resized_labels(plane_of(labels, view, centre), size))
         panels.append(with_letters(picture, view.letters))
     return side_by_side(panels)
+
+
+def save_png(picture: Image.Image, path: Path) -> None:
+    """Write a picture, which appears only when it is complete; its folder must exist.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    with replacing(path) as file:
+        picture.save(file, format="PNG")
 
 
 def flat(
