@@ -1,5 +1,6 @@
 """Tests report.html: its order, its links, its size, and that no name or message becomes markup."""
 
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -8,13 +9,14 @@ from urllib.parse import unquote_to_bytes
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from run_folders import ball, done, line, write_run
 
 from voxquilt.errors import InputError
 from voxquilt.filesystem import conf_dir
 from voxquilt.report.changed_settings import changed_settings, defaults, differing_settings
+from voxquilt.report.comparison import write_comparison
 from voxquilt.report.flags import ClassCohort
 from voxquilt.report.missing_thumbnails import draw_missing
 from voxquilt.report.page import write_report
@@ -176,6 +178,27 @@ def test_records_that_are_missing_or_damaged_cost_what_they_say(tmp_path: Path) 
     (tmp_path / "statistics.csv").write_bytes(b"subject,ml\na,\xff\n")
     (tmp_path / "metrics.csv").write_text("")
     assert Page(write_report(tmp_path)).subjects == ["a"]
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+)
+ENTRIES = (
+    "status", "reason", "began", "ended", "host", "processes", "missing", "seconds", "patches_per_second",
+    "voxels_per_second", "configuration", "versions", "other",
+)  # fmt: skip
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(record=st.dictionaries(st.sampled_from(ENTRIES), VALUES) | VALUES)
+def test_a_record_may_hold_anything(tmp_path: Path, record: object) -> None:
+    """Such as one that was edited by hand: entries of other types are as if they were missing, also side by side."""
+    write_run(tmp_path / "a", [done("a", 1.0)])
+    write_run(tmp_path / "b", [done("a", 1.0)])
+    (tmp_path / "b/run.json").write_text(json.dumps(record))
+    assert Page(write_report(tmp_path / "b")).subjects == ["a"]
+    write_comparison([tmp_path / "a", tmp_path / "b"], tmp_path / "comparison.html")
 
 
 @pytest.mark.parametrize("name", ["statistics.csv", "metrics.csv", "run.json", "manifest_1_of_2.csv"])

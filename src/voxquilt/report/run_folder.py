@@ -58,8 +58,7 @@ class RunFolder:
     @property
     def configuration(self) -> dict[str, Any]:
         """The configuration of the latest run."""
-        configuration = self.record.get("configuration")
-        return configuration if isinstance(configuration, dict) else {}
+        return self.record.get("configuration", {})
 
     @cached_property
     def class_names(self) -> list[str]:
@@ -69,6 +68,12 @@ class RunFolder:
 
 METRICS = {"dice": "Dice", "surface_dice": "surface Dice", "hd95_mm": "HD95 [mm]"}
 """Columns of metrics.csv that the report shows, with their headings."""
+
+
+# Of run.json, what the pages need.
+_TEXTS = ("status", "reason", "began", "ended", "host")
+_NUMBERS = ("processes", "missing", "seconds", "patches_per_second", "voxels_per_second")
+_MAPPINGS = ("configuration", "versions")
 
 
 def read_run(folder: Path) -> RunFolder:
@@ -82,10 +87,18 @@ def read_run(folder: Path) -> RunFolder:
         raise InputError(f"{folder} has no manifest.csv: it is not the output_dir of a run of predict.py.")
     rows = read_rows(manifests)
     statistics = _by_age(folder.glob("statistics*.csv"))
-    records = [record for path in _by_age(folder.glob("run*.json")) if (record := read_json(path))]
+    records = [record for path in _by_age(folder.glob("run*.json")) if (record := _sound(read_json(path)))]
     means, classes, not_compared = _read_metrics(_by_age(folder.glob("metrics*.csv")), rows)
     volumes = _read_volumes(statistics, rows) if statistics else None
     return RunFolder(folder, rows, volumes, means, classes, not_compared, records)
+
+
+def _sound(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What the pages need of a run.json, without entries that another program, or a hand, wrote as something else."""
+    found: dict[str, Any] = {}
+    for names, kind in ((_TEXTS, str), (_NUMBERS, int | float), (_MAPPINGS, dict)):
+        found |= {name: value for name in names if isinstance(value := record.get(name), kind)}
+    return {name: value for name, value in found.items() if name not in _NUMBERS or abs(value) < 1e18}  # not NaN either
 
 
 def _by_age(paths: Iterable[Path]) -> list[Path]:
