@@ -91,13 +91,13 @@ def images(folder: Path, subject: str) -> list[Path]:
     return sorted((folder / "imagesTr").glob(f"{subject}_????.nii.gz"))
 
 
-def given(folder: Path, *overrides: str) -> dict[str, Any]:
+def given(folder: Path, *overrides: str, division: str = "data.folds=null") -> dict[str, Any]:
     """The checked configuration of `train.py model=nnunet`."""
     register_resolvers()
     GlobalHydra.instance().clear()
     typed = to_overrides([
         "model=nnunet_train", f"model.folder={folder}/model", f"data.inputs={folder}/imagesTr",
-        f"data.labels={folder}/labelsTr/{{subject}}.nii.gz", f"output_dir={folder}/out", "data.folds=null",
+        f"data.labels={folder}/labelsTr/{{subject}}.nii.gz", f"output_dir={folder}/out", division,
         "trainer.accelerator=cpu", *overrides,
     ])  # fmt: skip
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
@@ -213,6 +213,29 @@ def test_plans_become_settings_which_the_user_can_replace(tmp_path: Path) -> Non
     assert other["data"]["augment"]["transforms"] == []
     assert other["model"]["net"]["architecture"]["arch_kwargs"]["conv_bias"] is False
     assert other["model"]["net"]["architecture"]["arch_kwargs"]["n_stages"] == 3
+
+
+def test_splits_beside_the_plans_divide_the_subjects(tmp_path: Path) -> None:
+    """With the weights of a fold it is that fold's; the user's own division comes first."""
+    make_model(tmp_path / "model", BATCH, folds=(0, 1), inference_allowed_mirroring_axes=None)
+    write_images(tmp_path, 3, (9, 10, 8), OBLIQUE)
+    folds = [{"train": ["c0", "c1"], "val": ["c2"]}, {"train": ["c2"], "val": ["c0", "c1"]}]
+    (tmp_path / "model/splits_final.json").write_text(json.dumps(folds))
+    for options, validating in (
+        (("data.fold=0",), ["c2"]),
+        (("data.fold=1",), ["c0", "c1"]),
+        (("model.folds=1",), ["c0", "c1"]),
+        (("model.folds=1", "data.fold=0"), ["c2"]),
+    ):
+        data = data_of(given(tmp_path, *options, division="data.seed=3"))
+        assert [case.subject for case in data.validation_cases] == validating
+    assert data_of(given(tmp_path, "data.fold=0")).validation_cases == []
+    halves = data_of(given(tmp_path, division="data.folds=3"))
+    assert [len(halves.training_cases), len(halves.validation_cases)] == [2, 1]
+    (tmp_path / "model/splits_final.json").write_text(json.dumps([{"train": ["c0"], "val": ["old"]}]))
+    with pytest.raises(ConfigError, match=r"has 1 subject that .* such as old\. With data\.split=null"):
+        given(tmp_path, division="data.seed=3")
+    assert len(data_of(given(tmp_path, "data.split=null", division="data.folds=3")).training_cases) == 2
 
 
 def test_a_folder_of_nnunet_preprocessed_a_file_and_a_zip_are_read(tmp_path: Path) -> None:

@@ -277,9 +277,9 @@ def test_folds_are_disjoint_complete_and_even(count: int, data: st.DataObject) -
 
 def test_a_table_column_assigns_subjects_to_training_and_validation() -> None:
     """By words or numbers of folds; other words leave a subject out."""
-    words = make_split(cases_of(4, ["train", "VAL", "test", "train"]), 5, column="split")
+    words = make_split(cases_of(4, ["train", "VAL", "test", "train"]), 5, split="split")
     assert [[c.subject for c in part] for part in words] == [["s00", "s03"], ["s01"]]
-    numbers = make_split(cases_of(4, ["0", "1", "2", "1"]), 5, 1, column="split")
+    numbers = make_split(cases_of(4, ["0", "1", "2", "1"]), 5, 1, split="split")
     assert [[c.subject for c in part] for part in numbers] == [["s00", "s02"], ["s01", "s03"]]
 
 
@@ -293,6 +293,38 @@ def test_a_split_without_training_subjects_is_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             make_split(*arguments)  # type: ignore[arg-type]
+
+
+def test_a_file_of_splits_has_a_list_of_subjects_for_each_fold(tmp_path: Path) -> None:
+    """As nnU-Net writes it; subjects that a fold does not name are left out."""
+    path = tmp_path / "splits.json"
+    path.write_text('[{"train": ["s00", "s02"], "val": ["s01"]}, {"train": ["s01"], "val": ["s03", "s00"]}]')
+    for fold, wanted in ((0, [["s00", "s02"], ["s01"]]), (1, [["s01"], ["s00", "s03"]])):
+        found = make_split(cases_of(4), 5, fold, split=str(path))
+        assert [[c.subject for c in part] for part in found] == wanted
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"splits\.json cannot be read \(relative to .*No such file"),
+        ("[", "is not a .json file"),
+        ("{}", "does not hold splits"),
+        ("[3]", "does not hold splits"),
+        ('[{"train": ["s00"]}]', "does not hold splits"),
+        ('[{"train": ["s00"], "val": [1]}]', "does not hold splits"),
+        ("[]", r"data\.fold=0 is not one of the 0 folds"),
+        ('[{"train": ["s00", "s9"], "val": ["t"]}]', r"has 2 subjects that data\.inputs has not, such as s9"),
+        ('[{"train": ["s00"], "val": ["s00"]}]', "s00 is to train on and to validate on"),
+        ('[{"train": [], "val": ["s00"]}]', r"no subject is left to train on.* That is fold 0"),
+    ],
+)
+def test_what_is_not_a_file_of_splits_is_refused(tmp_path: Path, content: str | None, message: str) -> None:
+    path = tmp_path / "splits.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        make_split(cases_of(2), 5, split=str(path))
 
 
 # Data

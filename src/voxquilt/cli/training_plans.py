@@ -42,6 +42,8 @@ def take_plans(cfg: DictConfig, overrides: Sequence[str], conf: Path) -> dict[st
     typed = [text.lstrip("+~").partition("=")[0].replace("data/", "data.") for text in overrides]
     if "data.patch_overlap" in typed:
         del settings["data"]["step"]
+    if "data.folds" in typed:
+        settings["data"].pop("split", None)
     choice = Choice(typed, {}, [], set())
     for section, own in settings.items():
         defaults = defaults_of(conf, section, ("train",) if section in ("data", "model") else ("default",))

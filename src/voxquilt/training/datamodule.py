@@ -66,7 +66,7 @@ class TrainingDataModule(LightningDataModule):
         augment: See RandomPatches.
         cache: MiB of volumes that each process keeps in memory; None for half of the free memory, shared by the
             processes of this machine.
-        folds, fold, split: See `voxquilt.training.splits.make_split`; `split` is its column. 5 folds by default.
+        folds, fold, split: See `voxquilt.training.splits.make_split`. 5 folds by default.
         seed: Seed of folds and patches.
 
     Raises:

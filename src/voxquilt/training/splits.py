@@ -1,14 +1,20 @@
-"""Divides subjects into those to train on and those to validate on, by folds or by a column of a table."""
+"""Divides subjects into those to train on and to validate on: by folds, a column of a table, or a file of splits."""
 
+import json
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from voxquilt.data.discovery import SubjectFiles
 from voxquilt.errors import ConfigError
+from voxquilt.text import of_subjects, question
 
 _TRAINING = ("train", "training")
 _VALIDATION = ("val", "valid", "validation")
+_SPLITS = (
+    "a list of folds, each an object whose train and val are lists of subject ids, as in nnU-Net's splits_final.json"
+)
 
 
 class Split(NamedTuple):
@@ -19,7 +25,7 @@ class Split(NamedTuple):
 
 
 def make_split(
-    cases: Sequence[SubjectFiles], folds: int | None, fold: int = 0, seed: int = 0, column: str | None = None
+    cases: Sequence[SubjectFiles], folds: int | None, fold: int = 0, seed: int = 0, split: str | None = None
 ) -> Split:
     """Divide subjects.
 
@@ -28,14 +34,17 @@ def make_split(
         folds: Number of parts of about equal size, drawn by the seed; one part validates. None: no validation.
         fold: The number of the part that validates, 0 to folds - 1.
         seed: Seed of the parts, which depend on nothing else but the subjects' ids.
-        column: A column of the subjects' table, in place of folds. Cells are 'train' or 'val'; any other cell (such as
-            'test') leaves the subject out. Or all cells are numbers of folds, and `fold` validates.
+        split: In place of folds, a column of the subjects' table. Cells are 'train' or 'val'; any other cell (such as
+            'test') leaves the subject out. Or all cells are numbers of folds, and `fold` validates. Or a .json file: a
+            list with an object for each fold, whose 'train' and 'val' are lists of subject ids, as nnU-Net writes it to
+            splits_final.json; other subjects are left out.
 
     Raises:
-        ConfigError: there is no such column, there are too few subjects, or none is left to train on.
+        ConfigError: there is no such column or file, the file is none of splits or names subjects that are not there,
+            there are too few subjects, or none is left to train on.
     """
-    if column is not None:
-        return _from_column(cases, fold, column)
+    if split is not None:
+        return (_from_file if Path(split).suffix.lower() == ".json" else _from_column)(cases, fold, split)
     if folds is None:
         return Split(list(cases), [])
     if not 2 <= folds <= len(cases):
@@ -67,6 +76,36 @@ def _from_column(cases: Sequence[SubjectFiles], fold: int, column: str) -> Split
     distinct = ", ".join(sorted(set(cells.values())))
     parts = Split([c for c in cases if c.subject in training], [c for c in cases if c.subject in validating])
     return _check_parts(parts, f" The column {column} has: {distinct}.")
+
+
+def _from_file(cases: Sequence[SubjectFiles], fold: int, name: str) -> Split:
+    path = Path(name).expanduser()
+    try:
+        folds = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"data.split={name} cannot be read (relative to {Path.cwd()}): {error.strerror}.") from None
+    except ValueError as error:
+        raise ConfigError(f"data.split={name} is not a .json file: {error}. Wanted is {_SPLITS}.") from None
+    if not isinstance(folds, list) or not all(map(_is_fold, folds)):
+        raise ConfigError(f"data.split={name} does not hold splits. Wanted is {_SPLITS}.")
+    if not 0 <= fold < len(folds):
+        raise ConfigError(f"data.fold={fold} is not one of the {len(folds)} folds in {name}, counted from 0.")
+    training, validating = (set(folds[fold][part]) for part in ("train", "val"))
+    known = {case.subject for case in cases}
+    if missing := sorted((training | validating) - known):
+        raise ConfigError(
+            f"data.split={name}: fold {fold} has {of_subjects(len(missing))} that data.inputs has not, such as "
+            f"{missing[0]}.{question(missing[0], known)} With data.split=null, data.folds divides them."
+        )
+    if both := sorted(training & validating):
+        raise ConfigError(f"data.split={name}: {both[0]} is to train on and to validate on in fold {fold}.")
+    parts = Split([c for c in cases if c.subject in training], [c for c in cases if c.subject in validating])
+    return _check_parts(parts, f" That is fold {fold} of {name}.")
+
+
+def _is_fold(node: object) -> bool:
+    parts = [node.get(part) for part in ("train", "val")] if isinstance(node, dict) else [None]
+    return all(isinstance(part, list) and all(isinstance(subject, str) for subject in part) for part in parts)
 
 
 def _check_parts(parts: Split, explanation: str) -> Split:

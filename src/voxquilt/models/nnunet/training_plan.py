@@ -16,6 +16,7 @@ from voxquilt.models.nnunet.settings import settings_of
 from voxquilt.text import question
 
 _USUAL = "3d_fullres"
+_SPLITS = "splits_final.json"  # of nnUNet_preprocessed; a folder of results has none
 _OF_SPACE = ("orientation", "transpose", "spacing", "grid", "crop", "interpolation", "per_slice", "intensity",
              "intensity_first")  # fmt: skip
 
@@ -74,6 +75,10 @@ def read_training_plan(
     common, labels = settings_of(model), dataset.labels
     batch_size, batch_dice = _batch(resolve_configuration(content, name))
     augment = {"augment": None} if model.is_2d else {}  # a rotation in space would leave the slice
+    splits = path / _SPLITS
+    split: dict[str, Any] = {"split": str(splits)} if splits.is_file() else {}
+    if isinstance(fold, int) and split:
+        split["fold"] = fold  # the weights have seen the others
     settings: dict[str, dict[str, Any]] = {
         "data": {
             **{key: common["data"][key] for key in ("patch_size", "placement", "step", "suffixes")},
@@ -81,6 +86,7 @@ def read_training_plan(
             "batch_size": batch_size,
             "label_interpolation": min(plan.resample_seg.order, 1),
             **augment,
+            **split,
         },
         "preprocess": {key: common["preprocess"][key] for key in _OF_SPACE},
         "model": {
