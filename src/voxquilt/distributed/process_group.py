@@ -70,10 +70,11 @@ class Group:
         parts = [torch.tensor([len(text)]), text, *(t.reshape(-1).view(torch.uint8) for t in packed if t.numel())]
         with self._lock:
             while len(self._sent) >= _PENDING:
-                with _dead_process_as_run_error():
-                    for work in self._sent[0][0]:
+                works, _ = self._sent.pop(0)
+                # A message to a process that has died is lost, but others wait for this one.
+                with contextlib.suppress(RuntimeError):
+                    for work in works:
                         work.wait()
-                del self._sent[0]
             with _dead_process_as_run_error():
                 self._sent.append(([dist.isend(part, to, self._group, tag) for part in parts], parts))
 
