@@ -7,6 +7,7 @@ import importlib
 import logging
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -322,7 +323,7 @@ def test_a_subject_compiles_the_label_kernel_once(
     codes: str, spacing: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However thin the slabs are that come: constants, and the stride that is compiled in if it is 1, stay."""
-    from voxquilt.stitching.kernels import restore_labels
+    from voxquilt.stitching.kernels import blend_add, restore_labels
 
     launches: list[tuple[object, ...]] = []
     kernel = restore_labels._restore
@@ -334,12 +335,12 @@ def test_a_subject_compiles_the_label_kernel_once(
                 # Integers beyond 32 bits would have another type.
                 assert all(abs(value) < 2**31 for value in args if isinstance(value, int))
                 values = dict(zip(kernel.arg_names, args, strict=False)) | constants
-                launches.append(tuple(values[name] for name in fixed))
-                kernel[programs](*args, **constants)
+                launches.append(tuple(values[name] for name in fixed))  # and no label is made, which takes long here
 
             return launch
 
     monkeypatch.setattr(restore_labels, "_restore", Recorded())
+    monkeypatch.setattr(blend_add, "_add", defaultdict(lambda: lambda *args, **constants: None))
     sampler, space = subject_in(codes, spacing, (12, 13, 9))
     volumes_of(Stitch("hann", ["labels"]), sampler, space, {"": scores_for(sampler, 2, 0)}, execution=KERNELS)
     assert len(launches) > 2
