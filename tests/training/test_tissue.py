@@ -50,7 +50,8 @@ def test_patches_overlapping_by_the_receptive_field_equal_the_whole_volume(seed:
 def test_a_minute_of_training_separates_tissues(forks: Server, tmp_path: Path) -> None:
     """On the half of the brain not trained on; then the checkpoint predicts without further settings."""
     run = forks.start(
-        "experiment=tissue", "trainer.max_epochs=2", "trainer.check_val_every_n_epoch=2", "trainer.accelerator=cpu",
+        "experiment=tissue", "trainer.max_epochs=2", "trainer.check_val_every_n_epoch=2", "data.patches_per_volume=120",
+        "trainer.accelerator=cpu",
         "output_dir=trained", cwd=tmp_path, script="train",
     )  # fmt: skip
     assert checked(run.wait(400)) == 0, run.text
