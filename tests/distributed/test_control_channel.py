@@ -199,7 +199,7 @@ def test_requesting_a_stop_never_blocks(rank: int) -> None:
     with world.hub._row_lock, world.hub._changed:
         began = time.monotonic()
         world.all[rank].ask_stop(SIGTERM)
-        assert time.monotonic() - began < 5  # it would never return
+        assert time.monotonic() - began < 0.1
         until(lambda: world.all[1 - rank].stop == SIGTERM)
     assert world.end() == [0, 0]
 

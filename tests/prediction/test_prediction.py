@@ -470,31 +470,31 @@ def test_a_slow_disk_makes_the_network_wait(many: Path, tmp_path: Path, monkeypa
 
 
 class Slow(nn.Module):
-    """Over50 that takes 0.2 s per batch."""
+    """Over50 that takes 0.5 s per batch."""
 
     def forward(self, x: Tensor) -> Tensor:
-        time.sleep(0.0 if isinstance(x, FakeTensor) else 0.2)
+        time.sleep(0.0 if isinstance(x, FakeTensor) else 0.5)
         return torch.cat([50 - x, x - 50], 1)
 
 
 def test_seconds_of_a_subject_exclude_waiting_for_others(tmp_path: Path) -> None:
-    """Eight are read at once and predicted in turn; their seconds add up to about those of the run.
+    """Four are read at once and predicted in turn; their seconds add up to about those of the run.
 
-    Counting the waiting, they would add up to more than four times as much. The network takes so long that reading and
-    writing beside it, on a machine that does other work, do not come near that.
+    With the waiting they would add up to 3 s more. Four subjects, since reading and writing beside the loop count too,
+    and take long on a machine that does other work.
     """
-    for n in range(8):
+    for n in range(4):
         save(tmp_path / f"in/{n}.nii", noise((8, 8, 8)))
     began = time.perf_counter()
-    rows = predict(tmp_path / "out", tmp_path / "in", Slow(), overlap=0, num_workers=8)
+    rows = predict(tmp_path / "out", tmp_path / "in", Slow(), overlap=0, num_workers=4)
     run = time.perf_counter() - began
     seconds = [float(row["seconds"]) for row in rows]
-    assert len(seconds) == 8
-    assert min(seconds) >= 0.2
-    assert sum(seconds) <= 2 * run
-    shared = predict(tmp_path / "shared", tmp_path / "in", Slow(), overlap=0, batch_size=4)
-    assert sum(float(row["seconds"]) for row in shared) >= 0.4  # two batches, of four subjects each
-    assert all(float(row["seconds"]) >= 0.05 for row in shared)
+    assert len(seconds) == 4
+    assert min(seconds) >= 0.5
+    assert sum(seconds) <= run + 0.5  # reading and writing beside the loop
+    shared = predict(tmp_path / "shared", tmp_path / "in", Slow(), overlap=0, batch_size=2)
+    assert sum(float(row["seconds"]) for row in shared) >= 1  # two batches, of two subjects each
+    assert all(float(row["seconds"]) >= 0.25 for row in shared)
 
 
 def test_predictions_are_not_kept_in_memory(tmp_path: Path) -> None:
