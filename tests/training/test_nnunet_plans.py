@@ -238,6 +238,15 @@ def test_splits_beside_the_plans_divide_the_subjects(tmp_path: Path) -> None:
     assert len(data_of(given(tmp_path, "data.split=null", division="data.folds=3")).training_cases) == 2
 
 
+@pytest.mark.parametrize("value", ["5", "true", "[a]", "''"])
+def test_a_split_that_is_no_name_is_one_message(value: str, tmp_path: Path) -> None:
+    """Not an error of whatever takes it for a path."""
+    write_settings(tmp_path / "model", BATCH)
+    write_images(tmp_path, 1, (9, 10, 8), OBLIQUE)
+    with pytest.raises(ConfigError, match=r"data\.split must be the name of a column"):
+        given(tmp_path, f"data.split={value}")
+
+
 def test_a_folder_of_nnunet_preprocessed_a_file_and_a_zip_are_read(tmp_path: Path) -> None:
     """Plans may have any name there; of several, one is chosen."""
     write_settings(tmp_path / "raw", BATCH)

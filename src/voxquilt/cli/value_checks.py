@@ -198,6 +198,15 @@ def name_or_number(value: Any, key: str) -> None:
         raise ConfigError(f"{key} has names or numbers of labels; it has {value!r}.")
 
 
+def split(value: Any, key: str) -> None:
+    """Null, the name of a column, or a file of splits."""
+    if not isinstance(value, str | None) or value == "":
+        raise ConfigError(
+            f"{key} must be the name of a column of the .csv, a .json file such as splits_final.json, or null; it is "
+            f"{value!r}."
+        )
+
+
 def mask_path(value: Any, key: str) -> None:
     """A path with {subject}."""
     if not isinstance(value, str) or "{subject}" not in value:
