@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from voxquilt.errors import InputError
 
 # Slow to import, and of no use to a run without true labels and MONAI's classes. nibabel imports scipy itself.
 SLOW = {"scipy.signal", "scipy.ndimage", "scipy.stats", "scipy.spatial", "matplotlib", "monai", "skimage", "pandas"}
+SLOW |= {"torch._dynamo.eval_frame", "torch.distributed.tensor"}
 
 
 def printed(script: str) -> list[str]:
@@ -148,7 +150,7 @@ from voxquilt.cli.quick_imports import quick_imports
 with quick_imports():
     pass
 from monai.transforms import FillHoles, KeepLargestConnectedComponent
-assert not any(type(finder).__module__.startswith("voxquilt.cli") for finder in sys.meta_path)
+assert not any(type(finder).__module__ == "voxquilt.cli.quick_monai" for finder in sys.meta_path)
 assert "scipy.ndimage" not in sys.modules
 import numpy as np, torch
 import monai.metrics.utils as metrics
@@ -172,6 +174,101 @@ def test_monai_uses_scipy_skimage_and_matplotlib_after_a_quick_import() -> None:
     plain = printed(MONAI_USE.replace("with quick_imports():\n    pass\n", "").replace("assert", "0 and"))
     assert printed(MONAI_USE) == plain
     assert plain[:2] == ["26 27", "1.0"]
+
+
+DYNAMO = """
+import inspect, sys, threading, types
+if {quick}:
+    from voxquilt.cli.quick_imports import quick_imports
+    with quick_imports():
+        pass
+import lightning.pytorch as pl, torch
+from lightning.fabric.wrappers import OptimizedModule
+
+class Network(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+    def training_step(self, batch, index):
+        loss = self.layer(batch).sum()
+        self.log("loss", loss)
+        return loss
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters())
+        return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)]
+
+trainer = pl.Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False,
+                     enable_progress_bar=False, enable_model_summary=False)
+trainer.fit(Network(), torch.utils.data.DataLoader(torch.ones(4, 1)))
+
+@torch.compiler.disable
+def outside(x):
+    calls.append(torch.compiler.is_compiling())
+    return x + 1
+
+@torch.compiler.disable(recursive=False)
+def shallow(x):
+    return x * 2
+
+calls = []
+outside(torch.ones(1))
+assert outside.__name__ == "outside" and not isinstance(outside, OptimizedModule)
+inspect.getmodule(types.SimpleNamespace())  # looks at every module
+if {quick}:
+    assert "torch._dynamo.utils" not in sys.modules
+{use}
+torch.utils.checkpoint.checkpoint(torch.nn.Linear(1, 1), torch.ones(1, 1), use_reentrant=False)
+from torch._dynamo.testing import CompileCounter
+counter = CompileCounter()
+network = torch.compile(torch.nn.Linear(1, 1), backend=counter)
+whole = torch.compile(lambda x: shallow(outside(x * 3) * 4), backend=counter)
+print(isinstance(network, OptimizedModule), isinstance(network.forward, OptimizedModule))
+print(network(torch.ones(1, 1)).shape)
+print(whole(torch.ones(1)).item(), calls, counter.frame_count, counter.op_count)
+import torch._dynamo
+names = sorted(name for name in sys.modules if name.startswith("torch._dynamo"))
+print(names)
+print(all(sys.modules[n].__spec__.name == n and sys.modules[n].__spec__.origin.endswith(".py") for n in names))
+modules = [sys.modules[name] for name in names]
+classes = [value for module in modules for value in vars(module).values() if type(value) is type]
+own = [c for c in classes if c.__module__ in names]
+print(all(getattr(sys.modules[c.__module__], c.__name__, c) is c for c in own), len(classes))
+parents = [name.rpartition(".") for name in names if name != "torch._dynamo"]
+print(all(getattr(sys.modules[parent], child) is sys.modules[f"{{parent}}.{{child}}"] for parent, _, child in parents
+          if isinstance(getattr(sys.modules[parent], child), types.ModuleType)))
+print(torch._dynamo is sys.modules["torch._dynamo"], torch._dynamo.disable.__module__)
+print(torch.export.export(torch.nn.Linear(1, 1), (torch.ones(1, 1),)).module()(torch.ones(1, 1)).shape)
+"""
+
+
+@cache
+def with_dynamo_at_once() -> list[str]:
+    """As Python imports it."""
+    return printed(DYNAMO.format(quick=False, use=""))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "",
+        "import torch._dynamo.source",
+        "import torch._dynamo.config as config; assert config.recompile_limit",
+        "import torch._dynamo.variables.builder",
+        "from torch._dynamo import config, utils; assert config.recompile_limit and utils.counters is not None",
+        "early = torch._dynamo; assert early.utils.counters is not None and early.config.recompile_limit",
+        "threads = [threading.Thread(target=lambda: torch._dynamo.utils.counters.clear()) for _ in range(8)]\n"
+        "[thread.start() for thread in threads]; [thread.join() for thread in threads]",
+    ],
+    ids=["compile", "module", "settings", "deep", "names", "attribute", "threads"],
+)
+def test_torchs_compiler_waits_until_it_is_used(use: str) -> None:
+    """A whole training does without it; then all of it is there, however it is asked for, as after a plain import.
+
+    What was kept out of compiled code before is kept out of it then.
+    """
+    plain = with_dynamo_at_once()
+    assert printed(DYNAMO.format(quick=True, use=use)) == plain
+    assert plain[2] == "32.0 [False, False] 3 3"
 
 
 STATE = """

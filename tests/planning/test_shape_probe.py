@@ -59,6 +59,78 @@ def test_bytes_are_counted_while_tensors_live(kept: bool, tensors: int) -> None:
     assert probe(views, 1, (16, 16, 16), 2).peak_bytes == 0
 
 
+CLASSES = {
+    "unet": lambda: UNet(3, 1, 3, (8, 16, 32), (2, 2), num_res_units=2, norm="batch"),
+    "instance": lambda: UNet(3, 1, 3, (8, 16, 32), (2, 2), act=("leakyrelu", {"inplace": True})),
+    "segresnet": lambda: SegResNet(init_filters=8, out_channels=2),
+    "swin": lambda: SwinUNETR(in_channels=1, out_channels=2, feature_size=12),
+    "flips": lambda: PatchNetwork([UNet(3, 1, 2, (8, 16), (2,))], flips=[0, 1]),
+    "two outputs": lambda: PatchNetwork([Two()]),
+    "to a device": lambda: Moves(),
+    "scripted": lambda: torch.jit.script(nn.Sequential(nn.Conv3d(1, 7, 3, padding=1), nn.InstanceNorm3d(7), nn.ReLU())),
+}
+
+
+class Moves(nn.Module):
+    """Makes tensors on the device of its patches and of its weights, and moves patches there, named and unnamed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.register_buffer("scale", torch.full((1,), 2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.weight.device).to(device=self.weight.device, dtype=torch.float64).to("cpu", torch.float32)
+        x = x * self.scale + torch.arange(x.shape[-1], device=x.device) + torch.tensor(3.0, device="cpu")
+        return torch.cat(
+            [x * self.weight[0], x.new_ones(x.shape) + self.weight.view(2, 1, 1, 1)[:1], torch.zeros(x.shape)], 1
+        )
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_without_torchs_compiler_the_same_is_found(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes, types and bytes are those of FakeTensorMode, which imports it; most networks do without."""
+    with warnings.catch_warnings(action="ignore"):  # torch calls TorchScript old; users have it
+        net = CLASSES[name]()
+    with monkeypatch.context() as patched:
+        patched.setattr("voxquilt.planning.shape_probe.FakeTensorMode", None)
+        quick = probe(net, 1, (64, 64, 64), 2, device=device)
+    monkeypatch.setattr("voxquilt.planning.shape_probe._MetaCounter", None)
+    assert quick == probe(net, 1, (64, 64, 64), 2, device=device)
+
+
+class ByDevice(nn.Module):
+    """Asks what `meta` cannot answer, each time in another way."""
+
+    def __init__(self, question: str) -> None:
+        super().__init__()
+        self.question = question
+        self.recurrent = nn.GRU(1, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        match self.question:
+            case "attention":
+                rows = x.flatten(2)
+                return nn.functional.scaled_dot_product_attention(rows, rows, rows).view_as(x)
+            case "recurrence":
+                return self.recurrent(x.flatten(2).mT)[0].mT.unflatten(2, x.shape[2:])
+            case "device":
+                assert x.device.type in ("cpu", "cuda")
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return nn.functional.conv3d(x, torch.ones(3, 1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("question", ["attention", "recurrence", "device", "autocast"])
+def test_what_depends_on_the_device_is_found_on_the_host(question: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention and recurrence choose their kernels by it, and a network may ask for it."""
+    net = ByDevice(question)
+    found = probe(net, 1, (8, 8, 8), 2)
+    monkeypatch.setattr("voxquilt.planning.shape_probe._MetaCounter", None)
+    assert found == probe(net, 1, (8, 8, 8), 2)
+    assert found.outputs[""] == (2, {"attention": 1, "recurrence": 2}.get(question, 3), 8, 8, 8)
+
+
 def test_probing_neither_counts_nor_changes_the_weights() -> None:
     """The training mode of its modules stays too."""
     net = nn.Sequential(nn.Conv3d(1, 512, 1), nn.Dropout(), nn.Conv3d(512, 2, 1)).train()
@@ -67,6 +139,34 @@ def test_probing_neither_counts_nor_changes_the_weights() -> None:
     assert all(module.training for module in net.modules())
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
     assert type(net[0].weight.data) is Tensor
+
+
+class Keeps(nn.Module):
+    """Keeps what it makes in its first forward pass, as an attribute, a buffer, and by shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ramp: Tensor | None = None
+        self.register_buffer("ones", None)
+        self.by_shape: dict[torch.Size, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.ramp is None:
+            self.ramp = torch.arange(x.shape[-1])
+            self.ones = torch.ones(x.shape[-1])
+            self.late = torch.ones(1)
+        kept = self.by_shape.setdefault(x.shape, torch.ones(x.shape, device=x.device))
+        return x + self.ramp + self.ones + self.late + kept
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_a_network_keeps_nothing_of_a_probe(autocast: torch.dtype | None) -> None:
+    """Tensors without data, which it would add to real ones."""
+    net = PatchNetwork([Keeps().train()])
+    assert probe(net, 1, (8, 8, 8), autocast=autocast).outputs == {"": (1, 1, 8, 8, 8)}
+    out = net.eval()(torch.zeros(1, 1, 8, 8, 8))[""]
+    assert type(out) is Tensor
+    assert torch.equal(out[0, 0, 0, 0], torch.arange(8) + 3.0)
 
 
 def test_probing_with_wrong_channels_raises_the_networks_own_error() -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from voxquilt.cli.collector import paused_collector
+from voxquilt.cli.quick_dynamo import import_dynamo_late
 from voxquilt.cli.quick_monai import import_monai_quickly
 
 # torchmetrics, which Lightning imports, imports these wherever they are installed: SciPy to give an old name to one of
@@ -25,6 +26,7 @@ def quick_imports() -> Iterator[None]:
         yield
         return
     with paused_collector():
+        import_dynamo_late()
         with _found_missing(_OPTIONAL):
             importlib.import_module("lightning.pytorch")
         _plot_when_asked()

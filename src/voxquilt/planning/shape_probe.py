@@ -5,23 +5,27 @@ The forward pass runs on tensors that have shapes but no data, while the bytes o
 
 import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode  # loaded in any case: Lightning imports torch._dynamo
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from voxquilt.data.batch import named_outputs
 from voxquilt.geometry.frame import Triple
 from voxquilt.planning.convolution_workspace import cpu_workspace, cuda_workspace, tensor_bytes
 
 Shape = tuple[int, ...]
+
+_Workspace = Callable[[Any, tuple[Any, ...], Any], int]
+# Operations that compute in another way, with other memory, on another device: tensors on `meta` would not show it.
+_BY_DEVICE = ("attention", "transformer", "lstm", "gru", "rnn")
 
 
 @dataclass(frozen=True)
@@ -66,26 +70,55 @@ def probe(
         Exception: whatever the network raises for such a batch, such as another number of channels; and what torch
             raises for a network that branches on values and so cannot run without data.
     """
-    kind = torch.device(device).type
     dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
-    training = [module for module in network.modules() if module.training]
-    network.eval()
-    counter = _Counter({"cpu": cpu_workspace, "cuda": cuda_workspace}.get(kind, lambda *_: 0))
+    size = (batch_size, channels, *patch_size)
     log = logging.getLogger("torch._subclasses.fake_tensor")  # which prints a traceback of every error
     level = log.level
     log.setLevel(logging.CRITICAL)
+    kind = torch.device(device).type
+    workspace = {"cpu": cpu_workspace, "cuda": cuda_workspace}.get(kind, _no_workspace)
     try:
-        with torch.inference_mode(), FakeTensorMode(allow_non_fake_inputs=True):
-            batch = torch.empty(batch_size, channels, *patch_size, dtype=dtype)
+        with torch.inference_mode():
+            # In a tenth of the time, most of which FakeTensorMode takes to be imported. It has the last word, since it
+            # knows what a device does, and has the network's own error.
+            with suppress(Exception):
+                if autocast is None:
+                    return _run(network, size, dtype, _MetaCounter(workspace))
             # The batch is the host's, whatever the device.
             types = _CudaAutocast() if kind == "cuda" and autocast is not None else nullcontext()
-            with torch.autocast("cpu", autocast, enabled=autocast is not None), types, counter:
-                outputs = network(batch)
-            return _to_probe(outputs, batch_size, counter.peak)
+            with (
+                FakeTensorMode(allow_non_fake_inputs=True),
+                torch.autocast("cpu", autocast, enabled=bool(autocast)),
+                types,
+            ):
+                return _run(network, size, dtype, _Counter(workspace))
     finally:
         log.setLevel(level)
-        for module in training:
+
+
+@contextmanager
+def _unchanged(network: nn.Module) -> Iterator[None]:
+    """Give a network's modules their attributes back: some keep tensors that they make in their first forward pass."""
+    training = [module for module in network.modules() if module.training]
+    kept = [(vars(module), dict(vars(module))) for module in network.modules()]
+    kept += [(value, dict(value)) for _, attributes in kept for value in attributes.values() if isinstance(value, dict)]
+    try:
+        yield
+    finally:
+        for attributes, before in kept:
+            for name in attributes.keys() - before.keys():
+                del attributes[name]
+            attributes.update(before)
+        for module in training:  # TorchScript's are no attributes of Python's
             module.training = True
+
+
+def _run(network: nn.Module, size: Shape, dtype: torch.dtype, counter: "_Counter") -> Probe:
+    batch = torch.zeros(size, dtype=dtype, device=counter.device)
+    with _unchanged(network), counter:
+        network.eval()
+        outputs = network(batch)
+    return _to_probe(outputs, size[0], counter.peak)
 
 
 def _to_probe(outputs: Any, batch_size: int, peak: int) -> Probe:
@@ -116,7 +149,9 @@ class _Counter(TorchDispatchMode):
         workspace: The bytes that an operation uses besides, of the operation, its arguments and its output.
     """
 
-    def __init__(self, workspace: Callable[[Any, tuple[Any, ...], Any], int]) -> None:
+    device = torch.device("cpu")
+
+    def __init__(self, workspace: _Workspace) -> None:
         super().__init__()
         self.peak = 0
         self._workspace = workspace
@@ -145,6 +180,42 @@ class _Counter(TorchDispatchMode):
     def _remove(self, key: int, size: int) -> None:
         self._known.discard(key)
         self._live -= size
+
+
+class _MetaCounter(_Counter):
+    """Counts while everything is computed on the device `meta`, which has no data; weights stay where they are."""
+
+    device = torch.device("meta")
+
+    def __init__(self, workspace: _Workspace) -> None:
+        super().__init__(workspace)
+        self._twins: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if any(name in func.name() for name in _BY_DEVICE):
+            raise NotImplementedError(f"{func} on the device meta")
+        args, options = tree_map_only(Tensor, self._twin, (args, dict(kwargs or {})))
+        names = [argument.name for argument in func._schema.arguments]
+        if "device" in names[len(args) :]:
+            options["device"] = self.device
+        args = tuple(self.device if name == "device" else value for name, value in zip(names, args, strict=False))
+        return super().__torch_dispatch__(func, types, args, options)
+
+    def _twin(self, tensor: Tensor) -> Tensor:
+        """A tensor of the same form without data, in the place of a weight or of another tensor with data."""
+        if tensor.is_meta:
+            return tensor
+        if id(tensor) not in self._twins:
+            with torch.inference_mode(tensor.is_inference()):
+                twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device)
+            self._twins[id(tensor)] = tensor, twin  # both, so that no other tensor gets this id
+        return self._twins[id(tensor)][1]
+
+
+def _no_workspace(func: Any, args: tuple[Any, ...], output: Any) -> int:
+    return 0
 
 
 def _tensors(tree: Any) -> list[Tensor]:
