@@ -98,11 +98,16 @@ def run(
     )  # fmt: skip
 
 
+def is_planned(x: Tensor) -> bool:
+    """Whether a plan asks for shapes: patches have no values."""
+    return x.is_meta or isinstance(x, FakeTensor)
+
+
 class Slow(Over50):
     """Over50 that takes SLOW seconds per batch, read from the environment so that it is not a setting of the run."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not isinstance(x, FakeTensor):  # by which a plan asks for shapes
+        if not is_planned(x):
             time.sleep(float(os.environ.get("SLOW", "0")))
         return super().forward(x)
 
@@ -115,7 +120,7 @@ class Cramped(Over50):
         self.most, self.times = most, times
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, FakeTensor):  # by which a plan asks for shapes, and which takes no memory
+        if is_planned(x):  # which takes no memory
             return super().forward(x)
         self.times -= 1
         if len(x) > self.most or self.times >= 0:

@@ -142,21 +142,23 @@ def test_probing_neither_counts_nor_changes_the_weights() -> None:
 
 
 class Keeps(nn.Module):
-    """Keeps what it makes in its first forward pass, as an attribute, a buffer, and by shape."""
+    """Keeps what it makes in its first forward pass, as an attribute, a buffer, by shape and in a list."""
 
     def __init__(self) -> None:
         super().__init__()
         self.ramp: Tensor | None = None
         self.register_buffer("ones", None)
         self.by_shape: dict[torch.Size, Tensor] = {}
+        self.listed: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:
         if self.ramp is None:
             self.ramp = torch.arange(x.shape[-1])
             self.ones = torch.ones(x.shape[-1])
             self.late = torch.ones(1)
+            self.listed.append(torch.ones(1, device=x.device))
         kept = self.by_shape.setdefault(x.shape, torch.ones(x.shape, device=x.device))
-        return x + self.ramp + self.ones + self.late + kept
+        return x + self.ramp + self.ones + self.late + kept + sum(self.listed)
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
@@ -166,7 +168,7 @@ def test_a_network_keeps_nothing_of_a_probe(autocast: torch.dtype | None) -> Non
     assert probe(net, 1, (8, 8, 8), autocast=autocast).outputs == {"": (1, 1, 8, 8, 8)}
     out = net.eval()(torch.zeros(1, 1, 8, 8, 8))[""]
     assert type(out) is Tensor
-    assert torch.equal(out[0, 0, 0, 0], torch.arange(8) + 3.0)
+    assert torch.equal(out[0, 0, 0, 0], torch.arange(8) + 4.0)
 
 
 def test_probing_with_wrong_channels_raises_the_networks_own_error() -> None:

@@ -101,7 +101,9 @@ def _unchanged(network: nn.Module) -> Iterator[None]:
     """Give a network's modules their attributes back: some keep tensors that they make in their first forward pass."""
     training = [module for module in network.modules() if module.training]
     kept = [(vars(module), dict(vars(module))) for module in network.modules()]
-    kept += [(value, dict(value)) for _, attributes in kept for value in attributes.values() if isinstance(value, dict)]
+    values = [value for _, attributes in kept for value in attributes.values()]
+    kept += [(value, dict(value)) for value in values if isinstance(value, dict)]
+    lists = [(value, list(value)) for value in values if isinstance(value, list)]
     try:
         yield
     finally:
@@ -109,6 +111,8 @@ def _unchanged(network: nn.Module) -> Iterator[None]:
             for name in attributes.keys() - before.keys():
                 del attributes[name]
             attributes.update(before)
+        for value, before in lists:
+            value[:] = before
         for module in training:  # TorchScript's are no attributes of Python's
             module.training = True
 
