@@ -123,7 +123,7 @@ class ByDevice(nn.Module):
 
 @pytest.mark.parametrize("question", ["attention", "recurrence", "device", "autocast"])
 def test_what_depends_on_the_device_is_found_on_the_host(question: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention and recurrence choose their kernels by it, and a network may ask for it."""
+    """Attention and recurrence choose their kernels by it, and a network may ask for it; the bytes are the host's."""
     net = ByDevice(question)
     found = probe(net, 1, (8, 8, 8), 2)
     monkeypatch.setattr("voxquilt.planning.shape_probe._MetaCounter", None)
