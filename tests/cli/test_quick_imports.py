@@ -13,17 +13,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from synthetic import ROOT, noise, save
+from torch.fx.experimental import symbolic_shapes
 
 from voxquilt.cli.collector import paused_collector
 from voxquilt.cli.first_subject import first_subject_read_ahead
+from voxquilt.cli.quick_shapes import _stand_ins
 from voxquilt.data.discovery import find_cases
 from voxquilt.data.formats.image_file import _AHEAD, ImageFile, open_image, read_ahead
 from voxquilt.errors import InputError
 
 # Slow to import, and of no use to a run without true labels and MONAI's classes. nibabel imports scipy itself.
 SLOW = {"scipy.signal", "scipy.ndimage", "scipy.stats", "scipy.spatial", "matplotlib", "monai", "skimage", "pandas"}
-SLOW |= {"torch._dynamo.eval_frame", "torch.distributed.tensor"}
+SLOW |= {"torch._dynamo.eval_frame", "torch.distributed.tensor", "sympy.core", "mpmath"}
 
 
 def printed(script: str) -> list[str]:
@@ -269,6 +273,83 @@ def test_torchs_compiler_waits_until_it_is_used(use: str) -> None:
     plain = with_dynamo_at_once()
     assert printed(DYNAMO.format(quick=True, use=use)) == plain
     assert plain[2] == "32.0 [False, False] 3 3"
+
+
+SHAPES = """
+import sys, threading
+if {quick}:
+    from voxquilt.cli.quick_imports import quick_imports
+    with quick_imports():
+        pass
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+class Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {{}}))
+
+network = torch.nn.Sequential(
+    torch.nn.Conv3d(1, 4, 3, padding=1), torch.nn.InstanceNorm3d(4), torch.nn.LeakyReLU(),
+    torch.nn.Upsample(scale_factor=2, mode="trilinear"), torch.nn.BatchNorm3d(4), torch.nn.Softmax(1),
+).to("meta")
+with Mode(), torch.inference_mode():
+    x = network(torch.zeros(1, 1, 8, 8, 8, device="meta"))
+    print(((x + x[..., :1]) / 2 * (x > 0) - x.mean()).shape)
+if {quick}:
+    assert "sympy.core" not in sys.modules
+{use}
+from torch.export import Dim, export
+made = export(torch.nn.Conv3d(1, 2, 3), (torch.ones(2, 1, 4, 4, 4),), dynamic_shapes=({{0: Dim("batch")}},))
+print(made.range_constraints, made.module()(torch.ones(5, 1, 4, 4, 4)).shape)
+import sympy
+import sympy as again, torch.fx.experimental.symbolic_shapes as shapes
+print(sympy is again is sys.modules["sympy"], sympy.Basic is sympy.core.Basic, len(sympy.__all__), sympy.__version__)
+print(shapes.ShapeEnv.__module__, shapes is torch.fx.experimental.symbolic_shapes, shapes.sym_eq((1, 2), [1, 2]))
+"""
+
+
+@cache
+def with_sympy_at_once() -> list[str]:
+    """As Python imports it."""
+    return printed(SHAPES.format(quick=False, use=""))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "",
+        "import sympy; assert str(sympy.Symbol('x') + 1) == 'x + 1'",
+        "from sympy import Basic\nclass Own(Basic): pass\nassert issubclass(Own, __import__('sympy').core.Basic)",
+        "from sympy import *; assert str(integrate(Symbol('x'))) == 'x**2/2'",
+        "import sympy.core.symbol as symbol; assert symbol.Symbol('x').name == 'x'",
+        "import sympy; assert isinstance(sympy.Symbol('x'), sympy.Basic) and not isinstance(1, sympy.Basic)",
+        "import sympy; assert sympy.__version__",
+        "assert torch._prims_common.elementwise_dtypes.__globals__['__name__'] == 'torch._prims_common'\n"
+        "import sympy\nkind = torch._prims_common.ELEMENTWISE_TYPE_PROMOTION_KIND.DEFAULT\n"
+        "assert torch._prims_common.elementwise_dtypes(sympy.Symbol('x'), type_promotion_kind=kind)",
+        "import sympy; threads = [threading.Thread(target=lambda: sympy.Symbol('x')) for _ in range(8)]\n"
+        "[thread.start() for thread in threads]; [thread.join() for thread in threads]",
+    ],
+    ids=["export", "module", "subclass", "star", "deep", "instance", "version", "symbol", "threads"],
+)
+def test_sympy_waits_until_there_are_symbols(use: str) -> None:
+    """A pass without data does without it; then all of it is there, however it is asked for."""
+    assert printed(SHAPES.format(quick=True, use=use)) == with_sympy_at_once()
+
+
+PLAIN = st.one_of(st.booleans(), st.integers(-2, 3), st.floats(allow_nan=False), st.lists(st.integers(0, 2)))
+
+
+@given(st.sampled_from(sorted(_stand_ins())), st.lists(PLAIN | st.lists(st.integers(0, 2)).map(tuple), max_size=3))
+def test_numbers_of_shapes_are_compared_as_torch_does(name: str, values: list[Any]) -> None:
+    """By a function that stands for torch's: the same answer, or the same kind of error."""
+    answers = []
+    for function in (_stand_ins()[name], getattr(symbolic_shapes, name)):
+        try:
+            answers.append((type(answer := function(*values)), answer))
+        except Exception as error:
+            answers.append((type(error), None))
+    assert answers[0] == answers[1]
 
 
 STATE = """
