@@ -27,7 +27,7 @@ from voxquilt.errors import InputError
 
 # Slow to import, and of no use to a run without true labels and MONAI's classes. nibabel imports scipy itself.
 SLOW = {"scipy.signal", "scipy.ndimage", "scipy.stats", "scipy.spatial", "matplotlib", "monai", "skimage", "pandas"}
-SLOW |= {"torch._dynamo.eval_frame", "torch.distributed.tensor", "sympy.core", "mpmath"}
+SLOW |= {"torch._dynamo.eval_frame", "torch.distributed.tensor", "sympy.core", "mpmath", "triton"}
 
 
 def printed(script: str) -> list[str]:
@@ -113,6 +113,40 @@ import matplotlib.pyplot
 def test_torchmetrics_plots_and_uses_scipy_after_a_quick_import() -> None:
     """It has not remembered that they were missing; a warning would be an error here."""
     assert printed(USE) == ["matplotlib.figure", "Figure", "[[1, 2, 0, 3]]"]
+
+
+SUMMARY = """
+import sys
+if {quick}:
+    from voxquilt.cli.quick_imports import quick_imports
+    with quick_imports():
+        pass
+import lightning.pytorch as pl, torch
+from lightning.pytorch.utilities.model_summary import summarize
+if {quick}:
+    assert "triton" not in sys.modules
+
+class Network(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.example_input_array = torch.ones(2, 4)
+        self.layer = torch.nn.Linear(4, 3)
+    def forward(self, x):
+        return self.layer(x)
+
+print(summarize(Network()))
+from torch.utils.flop_counter import FlopCounterMode
+with FlopCounterMode(display=False) as counter:
+    Network()(torch.ones(2, 4))
+print(counter.get_total_flops(), type(counter).__name__)
+"""
+
+
+def test_layers_are_counted_as_ever() -> None:
+    """In Lightning's table of a network, without Triton until then."""
+    plain = printed(SUMMARY.format(quick=False))
+    assert printed(SUMMARY.format(quick=True)) == plain
+    assert plain[-1] == "48 FlopCounterMode"
 
 
 MONAI = """

@@ -11,6 +11,7 @@ from voxquilt.cli.collector import paused_collector
 from voxquilt.cli.quick_dynamo import import_dynamo_late
 from voxquilt.cli.quick_monai import import_monai_quickly
 from voxquilt.cli.quick_shapes import import_symbols_late
+from voxquilt.cli.quick_summary import import_flop_counter_late
 
 # torchmetrics, which Lightning imports, imports these wherever they are installed: SciPy to give an old name to one of
 # its functions, Matplotlib for plots of metrics. Together they take as long as torch.
@@ -29,6 +30,7 @@ def quick_imports() -> Iterator[None]:
     with paused_collector():
         import_dynamo_late()
         import_symbols_late()
+        import_flop_counter_late()
         with _found_missing(_OPTIONAL):
             importlib.import_module("lightning.pytorch")
         _plot_when_asked()
