@@ -116,6 +116,11 @@ class Image(dict[str, Any]):
             return self._held
         return self[DATA] if DATA in self else self.file.read()
 
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether `stored` need not read the file."""
+        return self._held is not None or DATA in self
+
     def hold(self) -> None:
         """Read the voxels in the file's type, and keep them for all later calls of `stored`."""
         self._held = self.stored()

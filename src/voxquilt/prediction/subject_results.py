@@ -1,12 +1,16 @@
 """Writes a subject once every model has predicted it."""
 
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from time import perf_counter
+
+import torch
 
 from voxquilt.data.subject_task import SubjectTask, SubjectWork
 from voxquilt.prediction.output_files import OutputFiles
 from voxquilt.prediction.series_results import SeriesResults
 from voxquilt.reporting.manifest import Row
+from voxquilt.reporting.statistics_table import Cells
 from voxquilt.stitching.combination import MeanProbabilities, OrderedLabels
 from voxquilt.stitching.finished_volume import FinishedVolume
 from voxquilt.stitching.subject_stitcher import SubjectStitcher
@@ -47,22 +51,32 @@ class SubjectResults:
             counts = replace(counts, seconds=counts.seconds + perf_counter() - began)
             self._begun[task.case.subject] = self._begun[task.case.subject][0], counts
             return None
-        statistics = self._files.statistics(work, volumes)
-        if task.volumes > 1:
+        if task.volumes == 1:
+            row, statistics = self._write(work, volumes)
+        else:
             series = self._series.setdefault(
                 task.case.subject, SeriesResults(task.volumes, self._files.options.scratch)
             )
+            statistics = self._files.statistics(work, volumes)
             series.add(work, volumes, replace(counts, seconds=counts.seconds + perf_counter() - began), statistics)
             if not series.is_complete:
                 return None
             began, counts, work = perf_counter(), series.row, series.work or work
             volumes, statistics = series.finish()
             del self._series[task.case.subject]
-        row = self._files.write(work, volumes)
+            row = self._files.write(work, volumes)
         seconds = counts.seconds + perf_counter() - began
         return replace(
             row, patches=counts.patches, skipped=counts.skipped, seconds=seconds, statistics=tuple(statistics)
         )
+
+    def _write(self, work: SubjectWork, volumes: dict[str, FinishedVolume]) -> tuple[Row, list[Cells]]:
+        """The row of a subject once its files are written, and its rows of statistics, which are computed meanwhile."""
+        with ThreadPoolExecutor(1, thread_name_prefix="voxquilt-statistics") as pool:
+            statistics = pool.submit(torch.inference_mode()(self._files.statistics), work, volumes)
+            if not all(image.is_in_memory for image in work.images.values()):
+                wait([statistics])  # so that the same image is not read twice at a time
+            return self._files.write(work, volumes), statistics.result()
 
     def _combined(
         self, work: SubjectWork, made: dict[str, FinishedVolume]
