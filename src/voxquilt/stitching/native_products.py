@@ -19,9 +19,11 @@ from voxquilt.stitching.products.labels import ArgMax
 from voxquilt.stitching.products.spec import ProductSpec
 from voxquilt.stitching.streaming import FinishedPlanes
 
-# Interpolated scores of the boxes in which labels are made: few enough that they stay in a core's cache. Boxes are also
-# small enough that most have few competing classes, and large enough that there are few boxes.
-_TILE_VALUES, _SMALLEST, _LARGEST = 2**19, 16, 32
+# The boxes in which labels are made: voxels along each side, as long as the scores in it are no more than this; the
+# largest of these. Scores should stay in a core's cache, and few classes compete in a box. But, measured on a CPU, in
+# boxes of less than 32 voxels it takes longer to start the twenty operations on them than to compute these, so that
+# boxes of many classes are larger than a cache.
+_TILES = ((56, 2**19), (32, 2**21), (16, 2**63))
 
 
 @dataclass(frozen=True)
@@ -158,8 +160,8 @@ def _native_paths(
         return
     only_labels = all(isinstance(product, ArgMax) for product in products.values())
     if only_labels and grid.is_linear and not grid.copies and not grid.execution.deferred:
-        tile = round((_TILE_VALUES / grid.channels) ** (1 / 3))
-        restorer = grid.make_restorer(tile=min(max(tile, _SMALLEST), _LARGEST))
+        tile = round(max(min(side, (values / grid.channels) ** (1 / 3)) for side, values in _TILES))
+        restorer = grid.make_restorer(tile=tile)
         after: Callable[[Piece], Iterable[tuple[str, Tensor]]] = LabelsOfScores(list(products))
     else:
         restorer, after = grid.make_restorer(), OfScores(products, grid.channels, check)
