@@ -1,14 +1,17 @@
 """What does a trained nnU-Net folder cost beyond its forwards? nnU-Net's own predictor beside `model=nnunet`.
 
     python benchmarks/environments.py nnunet
-    python benchmarks/nnunet.py [--job volume classes] [--repeats 3] [--json results.json]
+    python benchmarks/nnunet.py [--job volume classes parts usual] [--repeats 3] [--json results.json]
 
-nnU-Net's environment makes the folder: its own U-Net (3 stages, 8 to 32 features) with random weights, and a random CT.
-Both predict the same files from start to end, nnU-Net in one process, without mirroring; imports are not counted.
+nnU-Net's environment makes the folder: its own U-Net with random weights, of 3 stages with 8 to 32 features unless it
+says otherwise, and a random CT. Both predict the same files from start to end, nnU-Net in one process, without
+mirroring; imports are not counted.
 
     volume     252 x 270 x 240 voxels of 1.2 mm, 3 classes, patches of 32 x 28 x 24 at 1.5 mm
     classes    200 x 200 x 160 voxels of 0.8 mm, 105 classes, patches of 64 x 64 x 64 at 1.5 mm
     parts      the volume again, by two networks whose labels become one map, without nnU-Net
+    usual      the same with 150 x 150 x 150 voxels and networks of the size that nnU-Net plans: 6 stages with 32 to 320
+               features, 2 convolutions in each, patches of 96 x 96 x 96
 
 CPU seconds are of the process and its children; 'forwards' are the same number of patches through the same network and
 nothing else. Labels are compared: nnU-Net sums in half precision.
@@ -31,7 +34,9 @@ JOBS = {
     "volume": {"shape": (252, 270, 240), "spacing": 1.2, "classes": 3, "patch": [32, 28, 24]},
     "classes": {"shape": (200, 200, 160), "spacing": 0.8, "classes": 105, "patch": [64, 64, 64]},
     "parts": {"shape": (252, 270, 240), "spacing": 1.2, "classes": 3, "patch": [32, 28, 24]},
+    "usual": {"shape": (150, 150, 150), "spacing": 1.2, "classes": 3, "patch": [96, 96, 96]},
 }
+OF_PARTS = ("parts", "usual")
 MODEL_SPACING = 1.5
 MODEL = "nnUNetTrainer__nnUNetPlans__3d_fullres"
 VOXQUILT, NNUNET, FORWARDS = "voxquilt", "nnU-Net", "forwards"
@@ -43,11 +48,13 @@ def make_folder(job: str, root: Path) -> None:
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
     given = JOBS[job]
-    stages = 3
+    features, convolutions = ([32, 64, 128, 256, 320, 320], 2) if job == "usual" else ([8, 16, 32], 1)
+    stages = len(features)
     options = {
-        "n_stages": stages, "features_per_stage": [8, 16, 32], "conv_op": "torch.nn.modules.conv.Conv3d",
-        "kernel_sizes": [[3, 3, 3]] * stages, "strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2]],
-        "n_conv_per_stage": [1] * stages, "n_conv_per_stage_decoder": [1] * (stages - 1), "conv_bias": True,
+        "n_stages": stages, "features_per_stage": features, "conv_op": "torch.nn.modules.conv.Conv3d",
+        "kernel_sizes": [[3, 3, 3]] * stages, "strides": [[1, 1, 1], *[[2, 2, 2]] * (stages - 1)],
+        "n_conv_per_stage": [convolutions] * stages, "n_conv_per_stage_decoder": [convolutions] * (stages - 1),
+        "conv_bias": True,
         "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d", "norm_op_kwargs": {"eps": 1e-5, "affine": True},
         "dropout_op": None, "dropout_op_kwargs": None,
         "nonlin": "torch.nn.LeakyReLU", "nonlin_kwargs": {"inplace": True},
@@ -104,7 +111,7 @@ def voxquilt(source: Path, target: Path, job: str) -> Callable[[], Run]:
     from voxquilt.cli import predict_run  # noqa: F401  (imports what the job needs)
 
     model = f"model.folder={source / MODEL}"
-    if job == "parts":
+    if job in OF_PARTS:
         model = ",".join(f"{{folder: {source / MODEL}, labels: {{1: {n}, 2: {n + 1}}}}}" for n in (1, 3))
         model = f"model.parts=[{model}]"
     sys.argv = [
@@ -189,7 +196,7 @@ def compare(job: str, repeats: int, source: Path, root: Path) -> dict[str, list[
                 patches.extend([result["patches"]] if "patches" in result else [])
             return result
 
-    runs = rounds([name for name in CONTENDERS if name != NNUNET or job != "parts"], repeats, once)
+    runs = rounds([name for name in CONTENDERS if name != NNUNET or job not in OF_PARTS], repeats, once)
     if len(labels) == 2:
         other = (labels[VOXQUILT] != labels[NNUNET]).mean()
         for result in runs[VOXQUILT]:
