@@ -1,8 +1,10 @@
 """Tests statistics.csv of real runs: its numbers are those of the files, however many processes, shards and runs."""
 
 import csv
+import threading
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -18,6 +20,7 @@ from torch import nn
 
 from voxquilt.models.predictor import PatchPredictor
 from voxquilt.prediction.datamodule import GridDataModule
+from voxquilt.prediction.output_files import OutputFiles
 from voxquilt.prediction.writer_callback import VolumeWriter
 from voxquilt.reporting.manifest import read_rows
 from voxquilt.stitching.stitch import Stitch
@@ -264,3 +267,33 @@ def test_a_subject_is_done_without_numbers_and_pictures_of_an_input_that_has_gon
     assert (tmp_path / "out/report/thumbnails/overlay/a.jpg").is_file()  # the outlines, on black
     assert "a has no rows of statistics.csv, which the next run adds" in caplog.text
     assert "a: its thumbnail for the report has no background" in caplog.text
+
+
+@pytest.mark.parametrize("in_memory", [2**30, 0])
+def test_numbers_are_computed_while_files_are_written(
+    in_memory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the image is in memory; else before, so that it is not read twice at a time."""
+    save(tmp_path / "in/a.nii.gz", noise((12, 9, 8)))
+    writes, is_computed = threading.Event(), threading.Event()
+    write, statistics = OutputFiles.write, OutputFiles.statistics
+
+    def writing(*arguments: Any) -> Any:
+        writes.set()
+        assert in_memory or is_computed.is_set()
+        return write(*arguments)
+
+    def computing(*arguments: Any) -> Any:
+        assert writes.wait(20) if in_memory else not writes.is_set()
+        rows = statistics(*arguments)
+        is_computed.set()
+        return rows
+
+    monkeypatch.setattr(OutputFiles, "write", writing)
+    monkeypatch.setattr(OutputFiles, "statistics", computing)
+    writer = VolumeWriter(tmp_path / "out", in_memory=in_memory)
+    trainer = Trainer(accelerator="cpu", logger=False, callbacks=[writer], enable_progress_bar=False)
+    data = GridDataModule(tmp_path / "in", 8, 4)
+    trainer.predict(PatchPredictor(Over50()), datamodule=data, return_predictions=False)
+    assert [row.status for row in writer.rows] == ["done"]
+    assert len(table(tmp_path / "out")) == 1
