@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -169,6 +170,42 @@ def test_a_network_keeps_nothing_of_a_probe(autocast: torch.dtype | None) -> Non
     out = net.eval()(torch.zeros(1, 1, 8, 8, 8))[""]
     assert type(out) is Tensor
     assert torch.equal(out[0, 0, 0, 0], torch.arange(8) + 4.0)
+
+
+class KeepsScripted(nn.Module):
+    """The same in TorchScript."""
+
+    ramp: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ramp = None
+        self.passes = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        if self.ramp is None:
+            self.ramp = torch.arange(x.shape[-1], device=x.device)
+        ramp = self.ramp
+        assert ramp is not None
+        return x + ramp
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@pytest.mark.parametrize("nested", [False, True])
+def test_torchscript_keeps_nothing_of_a_probe(nested: bool, autocast: torch.dtype | None) -> None:
+    """Neither a module that is the network, nor those inside it, nor one among modules of Python."""
+    with warnings.catch_warnings(action="ignore"):  # torch calls TorchScript old; users have it
+        scripted: Any = torch.jit.script(nn.Sequential(KeepsScripted(), KeepsScripted()) if nested else KeepsScripted())
+    for net in (scripted, PatchNetwork([scripted]), nn.Sequential(nn.Identity(), scripted).train()):
+        for _ in range(2):
+            assert probe(net, 1, (8, 8, 8), autocast=autocast).outputs == {"": (1, 1, 8, 8, 8)}
+    for module in scripted if nested else [scripted]:
+        assert module.passes == 0
+        assert module.ramp is None
+        assert module.training
+    out = scripted(torch.zeros(1, 1, 8, 8, 8))
+    assert torch.equal(out[0, 0, 0, 0], torch.arange(8) * (1.0 + nested))
 
 
 def test_probing_with_wrong_channels_raises_the_networks_own_error() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.jit._recursive import wrap_cpp_module
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -115,11 +116,29 @@ def _unchanged(network: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def _with_copied_scripts(network: nn.Module) -> nn.Module:
+    """A network whose TorchScript modules are copies that share their weights, since their attributes are C++'s."""
+    if isinstance(network, torch.jit.RecursiveScriptModule):  # type: ignore[reportPrivateImportUsage]
+        return wrap_cpp_module(_copied_script(network._c))
+    for name, child in list(network._modules.items()):
+        network._modules[name] = child and _with_copied_scripts(child)
+    return network
+
+
+def _copied_script(script: Any) -> Any:
+    copied = script._replicate_for_data_parallel()  # which copies only this module, none that are in it
+    for name, child in torch._C.ModuleDict(script).items():
+        copied.setattr(name, _copied_script(child))
+    return copied
+
+
 def _run(network: nn.Module, size: Shape, dtype: torch.dtype, counter: "_Counter") -> Probe:
     batch = torch.zeros(size, dtype=dtype, device=counter.device)
-    with _unchanged(network), counter:
+    with _unchanged(network):
         network.eval()
-        outputs = network(batch)
+        network = _with_copied_scripts(network)
+        with counter:
+            outputs = network(batch)
     return _to_probe(outputs, size[0], counter.peak)
 
 
