@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from voxquilt.errors import ConfigError
-from voxquilt.models.nnunet.architecture import with_batch_norm
 from voxquilt.models.nnunet.checkpoint_record import read_record
 from voxquilt.models.nnunet.dataset import Dataset, read_dataset
 from voxquilt.models.nnunet.location import locate_model
@@ -78,8 +77,7 @@ def read_folder(folder: str | Path, *, checkpoint: str = "checkpoint_final.pth",
     dataset = read_dataset(path / "dataset.json")
     _warn_of_gaps(path, dataset)
     plan = read_plan(path / "plans.json", record.configuration, len(dataset.channels))
-    if record.has_batch_norm:
-        plan = replace(plan, architecture=with_batch_norm(plan.architecture))
+    plan = replace(plan, architecture=record.trained(plan.architecture))
     if max(record.mirror_axes, default=0) >= len(plan.patch_size):
         raise ConfigError(
             f"{files[0]}: inference_allowed_mirroring_axes is {record.mirror_axes}, but patches have "
