@@ -39,6 +39,7 @@ from voxquilt.models.nnunet.intensity import make_normalisation
 from voxquilt.models.nnunet.plans import SCHEMES, Intensities, Normalisation
 from voxquilt.models.nnunet.postprocessing import read_postprocessing
 from voxquilt.models.nnunet.resampling import Resampling
+from voxquilt.models.nnunet.settings import settings_of
 
 WEIGHTS = {"decoder.seg_layers.1.bias": torch.zeros(3)}
 
@@ -318,6 +319,48 @@ def test_a_wrong_plan_is_refused_by_name(tmp_path: Path, path: str, value: Any) 
     }.get(path, path)
     assert f"{named} is " in text
     assert "; wanted is " in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({}, 1),
+        ({f"{MAIN}resampling_fn_seg_kwargs.order": 0}, 0),
+        (
+            {
+                f"{MAIN}resampling_fn_seg": "resample_torch_fornnunet",
+                f"{MAIN}resampling_fn_seg_kwargs": {"is_seg": True},
+            },
+            "half",
+        ),
+    ],
+)
+def test_labels_of_a_stage_before_are_resampled_as_the_plans_say(
+    tmp_path: Path, changes: dict[str, Any], wanted: int | str
+) -> None:
+    """And other networks have no labels."""
+    model = read(tmp_path / "a", {f"{MAIN}previous_stage": "3d_lowres", **changes})
+    assert settings_of(model)["preprocess"]["one_hot_interpolation"] == wanted
+    assert "one_hot_interpolation" not in settings_of(read(tmp_path / "b", changes))["preprocess"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "place"),
+    [
+        ("order", 3, "_kwargs.order is 3; wanted is 0 or 1 where a network takes labels"),
+        ("force_separate_z", False, "_kwargs is {"),
+        ("separate_z_anisotropy_threshold", 5, "_kwargs is {"),
+    ],
+)
+def test_labels_of_a_stage_before_that_are_resampled_otherwise_are_refused(
+    tmp_path: Path, key: str, value: Any, place: str
+) -> None:
+    """Only where the network takes them."""
+    changes = {f"{MAIN}resampling_fn_seg_kwargs.{key}": value}
+    read(tmp_path / "without", changes)
+    text = refusal(make(tmp_path / "with", {f"{MAIN}previous_stage": "3d_lowres", **changes}))
+    assert f"{MAIN}resampling_fn_seg{place}" in text
+    assert "predict this model with nnU-Net itself" in text
 
 
 def test_a_wrong_old_plan_is_refused_by_its_own_keys(tmp_path: Path) -> None:

@@ -397,3 +397,8 @@ def test_a_cascade_is_predicted_by_one_command_or_by_two(tmp_path: Path, forks: 
     done = forks.run(*command("model.folder=full", "output_dir=none"), cwd=tmp_path)
     assert done.returncode == 2
     assert "3d_cascade_fullres takes the labels of 3d_lowres as input. Set model.previous=" in done.stderr
+    (full / "dataset.json").unlink()
+    done = forks.run(*command("model.folder=[low,full]", "output_dir=broken"), cwd=tmp_path)
+    assert done.returncode == 2
+    assert "full has no dataset.json" in done.stderr
+    assert not (tmp_path / "broken").exists(), "the first stage ran before the second was looked at"

@@ -55,8 +55,10 @@ def predict_stages_before(cfg: DictConfig, overrides: Sequence[str]) -> int:
         raise ConfigError(f"model.folder is a folder, or the folders of a cascade in their order; it is {stages}.")
     if cfg.model.get("previous") is not None:
         raise ConfigError("model.previous goes with one folder: of several, each has the labels of the one before.")
-    for stage in stages[:-1]:
-        name = read_folder(Path(stage).expanduser(), checkpoint=str(cfg.model.checkpoint)).plan.configuration
+    # Also the last one's, before hours are spent on the others.
+    checkpoint = str(cfg.model.checkpoint)
+    names = [read_folder(Path(stage).expanduser(), checkpoint=checkpoint).plan.configuration for stage in stages]
+    for stage, name in zip(stages[:-1], names, strict=False):
         output_dir = str(Path(str(cfg.output_dir)).expanduser() / name)
         if is_first():
             previous = cfg.model.get("previous")
