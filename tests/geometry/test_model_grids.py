@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -308,6 +309,22 @@ def test_a_spline_of_scores_is_that_of_scipy(shape: tuple[int, int, int], wanted
 # Labels.
 
 
+@pytest.mark.parametrize(("angle", "sizes"), [(0, (7, 7, 7)), (14, (8, 8, 7)), (35, (8, 8, 7))])
+def test_an_image_that_nibabel_reorients_is_measured_as_nibabel_does(angle: int, sizes: tuple[int, int, int]) -> None:
+    """Fifteen voxels of 0.7 mm are seven or eight of 1.4: the last bit decides."""
+    cosine, sine = np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))
+    turned = np.diag([-0.7, -0.7, 0.7]) @ np.array([[cosine, -sine, 0], [sine, cosine, 0], [0, 0, 1]])
+    affine = np.eye(4)
+    affine[:3, :3] = turned.astype(np.float32)  # as files have it
+    image = nib.Nifti1Image(np.zeros((15, 15, 15), np.uint8), affine)
+    measured = image.as_reoriented(nib.io_orientation(affine)).header.get_zooms()
+    assert tuple(round(float(mm) / 1.4 * 15) for mm in measured) == sizes
+    frame = Frame((15, 15, 15), affine, (float(np.float32(0.7)),) * 3)
+    assert make_space(frame, "RAS", 1.4, grid="corner_measured").model.shape == sizes
+    for orientation, grid in (("RAS", "corner"), (None, "corner_measured")):
+        assert make_space(frame, orientation, 1.4, grid=grid).model.shape == (7, 7, 7)
+
+
 def slow_labels(labels: np.ndarray, maps: AxisMaps) -> np.ndarray:
     """The label of the largest share at each voxel; of several, the nearest voxel's, else the smallest."""
     shape = tuple(m.size for m in maps)
@@ -401,7 +418,10 @@ def test_a_tie_of_labels_goes_to_the_nearest_and_then_to_the_smallest() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"grid": "center"}, "model grid must be one of centre, corner, first_voxel, ends, monai; it is 'center'."),
+        (
+            {"grid": "center"},
+            "model grid must be one of centre, corner, corner_measured, first_voxel, ends, monai; it is 'center'.",
+        ),
         ({"transpose": (0, 1)}, "transpose must be null or the axes 0, 1, 2, each once"),
         ({"transpose": (0, 1, 1)}, "transpose must be null or the axes 0, 1, 2, each once"),
     ],

@@ -43,7 +43,7 @@ def settings_of(model: NnunetFolder, *, previous: str | None = None, postprocess
             # The reader's axes are those of the file in reverse.
             "transpose": [2 - axis for axis in plan.transpose_forward],
             "spacing": spacing,
-            "grid": "corner",
+            "grid": "corner_measured" if plan.reader == "NibabelIOWithReorient" else "corner",
             "crop": "nonzero",
             "interpolation": plan.resample_data.order,
             "per_slice": plan.resample_data.per_slice,
