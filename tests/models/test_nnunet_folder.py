@@ -488,6 +488,25 @@ def test_all_folds_with_the_checkpoint_predict(tmp_path: Path) -> None:
     assert read_folder(folder, checkpoint="checkpoint_best.pth").folds == (3,)
 
 
+def test_a_fold_without_the_checkpoint_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its training may have been broken off. Not if folds are chosen."""
+    folder = make(tmp_path)
+    write_checkpoint(folder, 3, stored(WEIGHTS), "checkpoint_latest.pth")
+    (folder / "fold_3_old").mkdir()
+    assert read_folder(folder, folds=[0]).folds == (0,)
+    assert not caplog.messages
+    assert read_folder(folder).folds == (0,)
+    assert caplog.messages == [f"{folder}: of fold 3 there is no checkpoint_final.pth; what predicts is fold 0."]
+
+
+def test_scores_that_are_resampled_by_splines_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """nnU-Net cuts off what lies beyond a channel's range, which is not known while scores are streamed."""
+    read(tmp_path / "a", {f"{MAIN}resampling_fn_probabilities_kwargs.order": 1})
+    assert not caplog.messages
+    read(tmp_path / "b", {f"{MAIN}resampling_fn_probabilities_kwargs.order": 3})
+    assert "resampling_fn_probabilities has order 3" in caplog.text
+
+
 def test_fold_all_predicts_where_it_is_alone_or_named(tmp_path: Path) -> None:
     """nnU-Net itself wants it named."""
     folder = write_settings(tmp_path)
