@@ -119,7 +119,10 @@ BAD_HEADERS = {
     "gz header cut": (lambda d: spoil(save_raw(d / "a.nii.gz", VOLUME), 30), NOT_NIFTI),
     "text": (lambda d: text_file(d / "a.nii"), NOT_NIFTI),
     "text named gz": (lambda d: text_file(d / "a.nii.gz"), NOT_NIFTI),
-    "2-D": (lambda d: save_raw(d / "a.nii", VOLUME[0]), r"the data is 2-D, \(9, 10\); voxquilt takes 3-D, or 4-D"),
+    "2-D": (
+        lambda d: save_raw(d / "a.nii", VOLUME[0]),
+        r"the data is 2-D, \(9, 10\); voxquilt takes 3-D, .*\[:, :, None\]",
+    ),
     "5-D": (
         lambda d: save_raw(d / "a.nii", VOLUME.reshape(8, 9, 5, 2, 1)[..., [0, 0]]),
         r"the data is 5-D, \(8, 9, 5, 2, 2\)",

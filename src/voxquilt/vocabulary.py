@@ -37,6 +37,8 @@ TIMES = (CHANNELS, VOLUMES)
 """What the last axis of a 4-D file has: channels of one volume, or the volumes of a series."""
 CROPS = ("nonzero",)
 NONFINITE = ("error", "zero")
+HALF = "half"
+"""Labels are resampled by their shares of a voxel in half precision."""
 DEVICES = ("auto", "cpu")
 """Where images are prepared: on the network's device, or on the host."""
 ON_ERROR = ("skip", "raise")
@@ -58,6 +60,7 @@ FIT_MODES = ("fit_edge", "fit_reflect", "fit_wrap")
 ADDED_SETTINGS = {
     "data.placement": "regular", "data.time": "channels", "data.margin": 0, "data.label_interpolation": 0,
     "preprocess.grid": "centre", "preprocess.interpolation": 1, "preprocess.intensity_first": False,
+    "preprocess.one_hot_interpolation": 1,
     "stitch.order": 1, "stitch.dtype": "float32", "stitch.files": "one", "stitch.temperature": 1,
 }  # fmt: skip
 """Settings that later versions have added, each with the value of the runs and trainings before."""
@@ -88,6 +91,15 @@ def check_order(value: object, key: str) -> None:
     """Raises ConfigError where a value is no order of interpolation."""
     if isinstance(value, bool) or value not in ORDERS:
         raise ConfigError(f"{key} must be 0 (nearest voxel), 1 (linear) or 3 (cubic spline); it is {value!r}.")
+
+
+def check_label_interpolation(value: object, key: str) -> None:
+    """Raises ConfigError where a value is no way to interpolate labels."""
+    if isinstance(value, bool) or value not in (0, 1, HALF):
+        raise ConfigError(
+            f"{key} must be 0 (nearest voxel), 1 (the largest share) or {HALF} (of shares in half precision); it is "
+            f"{value!r}."
+        )
 
 
 def check_per_slice(value: object, key: str) -> None:

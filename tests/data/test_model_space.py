@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from voxquilt.data.foreground import box_of_mask
 from voxquilt.data.preprocess import Preprocess
 from voxquilt.data.subject import LabelMap, ScalarImage, Subject
 from voxquilt.errors import ConfigError, InputError
-from voxquilt.geometry.resample import resample_image, resample_labels
+from voxquilt.geometry.label_resampling import resample_labels
+from voxquilt.geometry.resample import resample_image
 from voxquilt.geometry.space import make_space
 from voxquilt.models.predictor import PatchPredictor
 from voxquilt.predict import predict_volume
@@ -248,6 +250,26 @@ def test_labels_become_a_channel_each(crop: str | None) -> None:
     for channel, label in zip(made["stage"].data, (3, 1, 9), strict=True):
         np.testing.assert_array_equal(channel, wanted[0] == label)
     assert made["stage"].data[:2].any()
+
+
+@pytest.mark.parametrize("how", [0, "half"])
+def test_labels_that_become_channels_are_resampled_as_is_said(how: int | str) -> None:
+    """By the nearest voxel, or by shares in half precision; neither is what 1 makes."""
+    labels = torch.from_numpy(np.random.default_rng(1).integers(0, 4, (1, 16, 17, 18)))
+    subject = Subject(stage=LabelMap(tensor=labels, affine=np.eye(4)))
+    preprocess = Preprocess(None, 4 / 3, grid="corner", one_hot={"stage": [1, 2, 3]})
+    made, space = replace(preprocess, one_hot_interpolation=how)(subject)
+    plain = preprocess(subject).subject
+    wanted = resample_labels(labels, space.to_model(0 if how == 0 else 1), half=how == "half")
+    for channel, label in zip(made["stage"].data, (1, 2, 3), strict=True):
+        np.testing.assert_array_equal(channel, wanted[0] == label)
+    assert not torch.equal(made["stage"].data, plain["stage"].data)
+
+
+def test_another_way_to_resample_labels_is_refused() -> None:
+    """Such as the cubic splines of images."""
+    with pytest.raises(ConfigError, match=r"preprocess\.one_hot_interpolation must be 0 .* or half .*; it is 3"):
+        Preprocess(one_hot_interpolation=3)
 
 
 # Files.

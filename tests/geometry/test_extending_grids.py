@@ -38,7 +38,7 @@ def test_a_package_adds_a_grid_by_one_file_and_one_line(place: Path) -> None:
     arguments = (*JOB, "preprocess.spacing=[2,null,null]", "preprocess.grid=first_border", "stitch.restore=labels")
     done = run("predict.py", *arguments, cwd=place)
     assert done.returncode == 2
-    known = "centre, corner, first_voxel, ends, monai"
+    known = "centre, corner, corner_measured, first_voxel, ends, monai"
     assert f"preprocess.grid must be one of {known}; it is 'first_border'" in done.stderr
     package = install_documented("first_border.py", place / "package")
     done = run("predict.py", *arguments, cwd=place, env={"PYTHONPATH": str(package)})

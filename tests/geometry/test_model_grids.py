@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -19,8 +20,9 @@ from torch.nn import functional
 from voxquilt.errors import ConfigError
 from voxquilt.geometry.axis_map import AxisMap, AxisMaps
 from voxquilt.geometry.frame import Frame
+from voxquilt.geometry.label_resampling import resample_labels
 from voxquilt.geometry.model_grids import GRIDS
-from voxquilt.geometry.resample import resample, resample_image, resample_labels
+from voxquilt.geometry.resample import resample, resample_image
 from voxquilt.geometry.space import Box, Space, inverse, make_space
 from voxquilt.geometry.streamed_resample import Restorer
 
@@ -307,6 +309,22 @@ def test_a_spline_of_scores_is_that_of_scipy(shape: tuple[int, int, int], wanted
 # Labels.
 
 
+@pytest.mark.parametrize(("angle", "sizes"), [(0, (7, 7, 7)), (14, (8, 8, 7)), (35, (8, 8, 7))])
+def test_an_image_that_nibabel_reorients_is_measured_as_nibabel_does(angle: int, sizes: tuple[int, int, int]) -> None:
+    """Fifteen voxels of 0.7 mm are seven or eight of 1.4: the last bit decides."""
+    cosine, sine = np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))
+    turned = np.diag([-0.7, -0.7, 0.7]) @ np.array([[cosine, -sine, 0], [sine, cosine, 0], [0, 0, 1]])
+    affine = np.eye(4)
+    affine[:3, :3] = turned.astype(np.float32)  # as files have it
+    image = nib.Nifti1Image(np.zeros((15, 15, 15), np.uint8), affine)
+    measured = image.as_reoriented(nib.io_orientation(affine)).header.get_zooms()
+    assert tuple(round(float(mm) / 1.4 * 15) for mm in measured) == sizes
+    frame = Frame((15, 15, 15), affine, (float(np.float32(0.7)),) * 3)
+    assert make_space(frame, "RAS", 1.4, grid="corner_measured").model.shape == sizes
+    for orientation, grid in (("RAS", "corner"), (None, "corner_measured")):
+        assert make_space(frame, orientation, 1.4, grid=grid).model.shape == (7, 7, 7)
+
+
 def slow_labels(labels: np.ndarray, maps: AxisMaps) -> np.ndarray:
     """The label of the largest share at each voxel; of several, the nearest voxel's, else the smallest."""
     shape = tuple(m.size for m in maps)
@@ -346,6 +364,42 @@ def test_labels_take_the_largest_share(
     np.testing.assert_allclose(chosen[0], tied[-1], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("signs", [(1, 1, 1), (-1, 1, -1)])
+@pytest.mark.parametrize("shapes", [((9, 10, 13), (6, 11, 9)), ((30, 30, 31), (45, 45, 25)), ((8, 10, 6), (8, 7, 9))])
+def test_labels_are_those_of_scipys_zoom_also_where_rounding_breaks_ties(
+    shapes: tuple[tuple[int, ...], tuple[int, ...]], signs: tuple[int, int, int]
+) -> None:
+    """As nnU-Net has them: shares that are level but for the last bit of float64 are not level."""
+    shape, wanted = shapes
+    values = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=shape), 1)
+    labels = np.digitize(values, np.quantile(values, [0.3, 0.6, 0.8]))
+    maps = tuple(
+        AxisMap(axis, m, sign * n / m, 0.5 * n / m - 0.5 if sign > 0 else n - 0.5 - 0.5 * n / m, reverses_source=True)
+        for axis, (n, m, sign) in enumerate(zip(shape, wanted, signs, strict=True))
+    )
+    made = resample_labels(torch.from_numpy(labels)[None], maps)[0].numpy()
+    seen = labels[tuple(slice(None, None, sign) for sign in signs)]
+
+    def zoomed(volume: np.ndarray, order: int) -> np.ndarray:
+        factors = [1 / (n / m) for n, m in zip(shape, wanted, strict=True)]
+        return ndimage.zoom(volume.astype(float), factors, order=order, mode="nearest", grid_mode=True)
+
+    shares = np.stack([zoomed(seen == value, 1) for value in range(4)])
+    nearest, expected = zoomed(seen, 0), shares.argmax(0)
+    for value, share in enumerate(shares):
+        expected[(nearest == value) & (share == shares.max(0))] = value
+    assert (np.diff(np.sort(shares, 0)[-2:], axis=0) < 1e-9).any(), "a test of nothing"
+    np.testing.assert_array_equal(made, expected)
+
+
+def test_shares_in_half_precision_leave_ties_to_the_smallest_label() -> None:
+    """As nnU-Net's resampling by torch has it: halfway, the nearest voxel does not matter."""
+    labels = torch.tensor([3, 7, 5, 3]).reshape(1, 4, 1, 1)
+    maps = straight((4, 1, 1), (1, 1, 1), (2, 1, 1), "corner").to_model()
+    assert resample_labels(labels, maps).flatten().tolist() == [7, 3]
+    assert resample_labels(labels, maps, half=True).flatten().tolist() == [3, 3]
+
+
 def test_a_tie_of_labels_goes_to_the_nearest_and_then_to_the_smallest() -> None:
     """Counted by hand: four voxels as two, halfway between the first two and the last two."""
     labels = torch.tensor([7, 3, 3, 5]).reshape(1, 4, 1, 1)
@@ -364,7 +418,10 @@ def test_a_tie_of_labels_goes_to_the_nearest_and_then_to_the_smallest() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"grid": "center"}, "model grid must be one of centre, corner, first_voxel, ends, monai; it is 'center'."),
+        (
+            {"grid": "center"},
+            "model grid must be one of centre, corner, corner_measured, first_voxel, ends, monai; it is 'center'.",
+        ),
         ({"transpose": (0, 1)}, "transpose must be null or the axes 0, 1, 2, each once"),
         ({"transpose": (0, 1, 1)}, "transpose must be null or the axes 0, 1, 2, each once"),
     ],

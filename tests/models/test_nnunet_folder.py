@@ -39,6 +39,7 @@ from voxquilt.models.nnunet.intensity import make_normalisation
 from voxquilt.models.nnunet.plans import SCHEMES, Intensities, Normalisation
 from voxquilt.models.nnunet.postprocessing import read_postprocessing
 from voxquilt.models.nnunet.resampling import Resampling
+from voxquilt.models.nnunet.settings import settings_of
 
 WEIGHTS = {"decoder.seg_layers.1.bias": torch.zeros(3)}
 
@@ -320,6 +321,48 @@ def test_a_wrong_plan_is_refused_by_name(tmp_path: Path, path: str, value: Any) 
     assert "; wanted is " in text
 
 
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({}, 1),
+        ({f"{MAIN}resampling_fn_seg_kwargs.order": 0}, 0),
+        (
+            {
+                f"{MAIN}resampling_fn_seg": "resample_torch_fornnunet",
+                f"{MAIN}resampling_fn_seg_kwargs": {"is_seg": True},
+            },
+            "half",
+        ),
+    ],
+)
+def test_labels_of_a_stage_before_are_resampled_as_the_plans_say(
+    tmp_path: Path, changes: dict[str, Any], wanted: int | str
+) -> None:
+    """And other networks have no labels."""
+    model = read(tmp_path / "a", {f"{MAIN}previous_stage": "3d_lowres", **changes})
+    assert settings_of(model)["preprocess"]["one_hot_interpolation"] == wanted
+    assert "one_hot_interpolation" not in settings_of(read(tmp_path / "b", changes))["preprocess"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "place"),
+    [
+        ("order", 3, "_kwargs.order is 3; wanted is 0 or 1 where a network takes labels"),
+        ("force_separate_z", False, "_kwargs is {"),
+        ("separate_z_anisotropy_threshold", 5, "_kwargs is {"),
+    ],
+)
+def test_labels_of_a_stage_before_that_are_resampled_otherwise_are_refused(
+    tmp_path: Path, key: str, value: Any, place: str
+) -> None:
+    """Only where the network takes them."""
+    changes = {f"{MAIN}resampling_fn_seg_kwargs.{key}": value}
+    read(tmp_path / "without", changes)
+    text = refusal(make(tmp_path / "with", {f"{MAIN}previous_stage": "3d_lowres", **changes}))
+    assert f"{MAIN}resampling_fn_seg{place}" in text
+    assert "predict this model with nnU-Net itself" in text
+
+
 def test_a_wrong_old_plan_is_refused_by_its_own_keys(tmp_path: Path) -> None:
     """Not by those of newer plans."""
     old = {
@@ -443,6 +486,25 @@ def test_all_folds_with_the_checkpoint_predict(tmp_path: Path) -> None:
     assert model.folds == (0, 2, 10)
     assert [file.parent.name for file in model.checkpoints] == ["fold_0", "fold_2", "fold_10"]
     assert read_folder(folder, checkpoint="checkpoint_best.pth").folds == (3,)
+
+
+def test_a_fold_without_the_checkpoint_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its training may have been broken off. Not if folds are chosen."""
+    folder = make(tmp_path)
+    write_checkpoint(folder, 3, stored(WEIGHTS), "checkpoint_latest.pth")
+    (folder / "fold_3_old").mkdir()
+    assert read_folder(folder, folds=[0]).folds == (0,)
+    assert not caplog.messages
+    assert read_folder(folder).folds == (0,)
+    assert caplog.messages == [f"{folder}: of fold 3 there is no checkpoint_final.pth; what predicts is fold 0."]
+
+
+def test_scores_that_are_resampled_by_splines_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """nnU-Net cuts off what lies beyond a channel's range, which is not known while scores are streamed."""
+    read(tmp_path / "a", {f"{MAIN}resampling_fn_probabilities_kwargs.order": 1})
+    assert not caplog.messages
+    read(tmp_path / "b", {f"{MAIN}resampling_fn_probabilities_kwargs.order": 3})
+    assert "resampling_fn_probabilities has order 3" in caplog.text
 
 
 def test_fold_all_predicts_where_it_is_alone_or_named(tmp_path: Path) -> None:

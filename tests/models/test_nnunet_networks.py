@@ -128,6 +128,22 @@ def test_batch_norm_is_told_from_the_weights(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(("trainer", "eps"), [("nnUNetTrainer", 0.01), ("nnUNetTrainerBN", 1e-5)])
+def test_batch_norm_of_the_plans_keeps_its_options_unless_the_trainer_replaces_them(
+    tmp_path: Path, trainer: str, eps: float
+) -> None:
+    """Weights have the same names and shapes with any eps, and predictions would differ silently."""
+    plans = {
+        f"{OPTIONS}norm_op": "torch.nn.modules.batchnorm.BatchNorm3d",
+        f"{OPTIONS}norm_op_kwargs": {"eps": 0.01, "affine": True},
+    }
+    weights = filled(build_network(read_folder(make_model(tmp_path / "a", plans)))).state_dict()
+    model = read_folder(make_model(tmp_path / "b", plans, weights=weights, trainer_name=trainer))
+    norms = [layer for layer in build_network(model).modules() if isinstance(layer, torch.nn.BatchNorm3d)]
+    assert norms
+    assert {norm.eps for norm in norms} == {eps}
+
+
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
 def test_wrappings_of_names_do_not_count(tmp_path: Path, prefix: str) -> None:
     """What torch.compile and DDP put before them."""

@@ -67,6 +67,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, forks: Server) -> Path:
         folder / "b", {**FLAT_OPTIONS, **ONE}, dataset(organ=1, tumour=2),
         fill=lambda network, _: balanced(network, 3), inference_allowed_mirroring_axes=None,
     )  # fmt: skip
+    make_model(folder / "two", fill=balanced)
     rgb = {**ONE, f"{MAIN}normalization_schemes": ["RGBTo01Normalization"]}
     make_model(folder / "c", rgb, dataset(vessel=1), fill=balanced, inference_allowed_mirroring_axes=None)
     for n, (name, shape) in enumerate(SHAPES.items()):
@@ -286,6 +287,10 @@ def test_a_file_is_read_once_for_all_models(tmp_path: Path, monkeypatch: pytest.
         ("[{folder: a, labels: {1: -1}}]", "model.parts[0]: labels is a mapping from labels or their names to numbers"),
         ("[{folder: a}, {folder: x}]", "model.parts[1]: x is not there; wanted is a model folder of nnU-Net."),
         ("[{folder: a, labels: {1: 0}}]", "no model has a label that is to be written"),
+        (
+            "[{folder: a}, {folder: two}]",
+            "images per subject: model.parts[1] takes 2 (CT, T2), and model.parts[0] takes 1 (CT). Models of one run",
+        ),
         ("[]", "model.parts is a list of models, each with its folder, bundle or ckpt_path"),
         ("[a, b]", "model.parts is a list of models, each with its folder, bundle or ckpt_path"),
     ],

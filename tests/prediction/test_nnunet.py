@@ -394,6 +394,23 @@ def test_a_cascade_is_predicted_by_one_command_or_by_two(tmp_path: Path, forks: 
         np.testing.assert_array_equal(
             read(tmp_path / f"two/{name}_labels.nii.gz"), read(tmp_path / f"outputs/{name}_labels.nii.gz")
         )
+    wanted = ("stitch.classes=[lesion]", "stitch.label_values=[0,5,9]", "output_dir=some")
+    done = forks.run(*command("model.folder=[low,full]", *wanted), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in ("s0", "s1"):  # the second stage has got all labels of the first, by their own numbers
+        np.testing.assert_array_equal(
+            read(tmp_path / f"some/{name}_labels.nii.gz"),
+            np.where(read(tmp_path / f"outputs/{name}_labels.nii.gz") == 2, 9, 0),
+        )
+    done = forks.run(*command("model.folder=[low,low]", "output_dir=none"), cwd=tmp_path)
+    assert done.returncode == 2
+    assert "3d_lowres of low takes no labels of a stage before" in done.stderr
+    assert not (tmp_path / "none").exists()
     done = forks.run(*command("model.folder=full", "output_dir=none"), cwd=tmp_path)
     assert done.returncode == 2
     assert "3d_cascade_fullres takes the labels of 3d_lowres as input. Set model.previous=" in done.stderr
+    (full / "dataset.json").unlink()
+    done = forks.run(*command("model.folder=[low,full]", "output_dir=broken"), cwd=tmp_path)
+    assert done.returncode == 2
+    assert "full has no dataset.json" in done.stderr
+    assert not (tmp_path / "broken").exists(), "the first stage ran before the second was looked at"

@@ -301,7 +301,8 @@ def composed(*options: str) -> dict[str, Any]:
 LATER = (
     "data.suffixes", "data.extra_images", "data.placement", "data.step", "data.within", "data.margin",
     "preprocess.transpose", "preprocess.grid", "preprocess.crop", "preprocess.interpolation", "preprocess.per_slice",
-    "preprocess.intensity_first", "preprocess.one_hot", "stitch.order", "stitch.per_slice", "stitch.regions",
+    "preprocess.intensity_first", "preprocess.one_hot", "preprocess.one_hot_interpolation",
+    "stitch.order", "stitch.per_slice", "stitch.regions",
     "stitch.classes", "stitch.combine",
 )  # fmt: skip
 

@@ -146,6 +146,15 @@ def test_a_folder_of_nnunet_passes_and_so_do_several_as_parts(place: Path, forks
     assert [one["check"] for one in found["checks"] if not one["model"]] == ["the models together: their labels"]
 
 
+def test_a_cropped_subject_of_two_images_passes(place: Path, forks: Server) -> None:
+    """What lies outside of the crop is the background of an image there, and not that of two classes."""
+    make_model(place / "two", fill=balanced)
+    write_case(place / "pairs", "s0", (12, 10, 14), AFFINE, 2)
+    options = ("data.inputs=pairs", "model=nnunet", "model.folder=two", "trainer.accelerator=cpu")
+    statuses, found, text = check(forks, place, *options)
+    assert (statuses, off(found)) == ([0], []), text
+
+
 def test_a_bundle_and_an_onnx_file_pass(place: Path, forks: Server) -> None:
     """Whose networks are run on the patch by MONAI's classes and by onnxruntime."""
     make_bundle(place / "bundle")

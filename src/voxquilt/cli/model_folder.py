@@ -31,7 +31,7 @@ def take_model_folder(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
     """
     model = _read(cfg)
     previous, postprocess, _ = (cfg.model.pop(key, None) for key in ("previous", "postprocess", "parts"))
-    _check_previous(model, previous)
+    check_previous(model, previous)
     if not isinstance(postprocess, bool | None):
         raise ConfigError(f"model.postprocess must be true or false; it is {postprocess!r}.")
     settings = settings_of(model, previous=previous, postprocess=bool(postprocess))
@@ -80,7 +80,16 @@ def check_no_weights(cfg: DictConfig, model: str, keys: str) -> None:
         raise ConfigError(f"ckpt_path={weights}: {model} has its weights in model.folder; choose them by {keys}.")
 
 
-def _check_previous(model: NnunetFolder, previous: object) -> None:
+def check_previous(model: NnunetFolder, previous: object) -> None:
+    """Refuse a folder that takes labels of a stage before without them, and another one with them.
+
+    Args:
+        model: The folder.
+        previous: `model.previous`, a path with `{subject}`.
+
+    Raises:
+        ConfigError: so it is.
+    """
     stage = model.plan.previous_stage
     if stage is None and previous is not None:
         raise ConfigError(

@@ -78,6 +78,7 @@ def take_parts(cfg: DictConfig, overrides: Sequence[str], conf: Path) -> dict[st
             parts.append(_expanded(cfg, entry, overrides, conf, "labels" if combine == ORDERED else "probabilities"))
         except VoxquiltError as error:
             raise ConfigError(f"model.parts[{n}]: {error}") from error
+    _check_images(parts)
     if combine == ORDERED:
         parts = number_labels(cfg, parts)
     else:
@@ -171,6 +172,23 @@ def _check_output(part: DictConfig, product: str) -> None:
 
 def _typed(overrides: Sequence[str]) -> set[str]:
     return {text.lstrip("+~").partition("=")[0] for text in overrides}
+
+
+def _check_images(parts: Sequence[Part]) -> None:
+    """Refuse models of which the files say that they take other numbers of images.
+
+    Raises:
+        ConfigError: so they say; each subject has the same images for all of them.
+    """
+    known = {n: list(names) for n, part in enumerate(parts) if (names := part.plain["data"].get("suffixes"))}
+    first = next(iter(known), 0)
+    for n, names in known.items():
+        if len(names) != len(known[first]):
+            own, others = (f"{len(known[m])} ({', '.join(known[m])})" for m in (n, first))
+            raise ConfigError(
+                f"images per subject: model.parts[{n}] takes {own}, and model.parts[{first}] takes {others}. Models of "
+                f"one run take the same images: predict these in runs of their own."
+            )
 
 
 def _check_alike(parts: Sequence[Part]) -> None:

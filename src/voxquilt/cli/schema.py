@@ -60,6 +60,7 @@ from voxquilt.vocabulary import (
     RESTORES,
     TASKS,
     TIMES,
+    check_label_interpolation,
     check_order,
     check_per_slice,
     check_positive,
@@ -77,6 +78,7 @@ PREPROCESS = Section(
         "intensity": by_name(callables, name_in_key=True),
         "intensity_first": flag,
         "one_hot": or_null(labels_by_image),
+        "one_hot_interpolation": check_label_interpolation,
         "device": word(DEVICES),
     }
 )

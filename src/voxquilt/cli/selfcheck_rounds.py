@@ -31,11 +31,11 @@ from voxquilt.selfcheck.stand_in import Orders, SeveralStandIns, StandIn
 from voxquilt.stitching.combination import Combination
 from voxquilt.stitching.stitch import Stitch
 
-# What is left out of a stitch, so that what comes back is an image.
+# What is left out of a stitch, so that what comes back is an image; outside of a crop it is 0 in every channel.
 _IMAGE = {
     "products": ["image"], "activation": "none", "threshold": None, "compare": [], "class_names": None,
     "label_values": None, "regions": None, "classes": None, "combine": None, "postprocess": [],
-    "temperature": 1, "dtype": "float32", "files": "one",
+    "temperature": 1, "dtype": "float32", "files": "one", "fill": 0,
 }  # fmt: skip
 _OF_SUBJECTS = ("inputs", "images", "suffixes", "extra_images", "skip", "within", "margin", "labels")
 """Keys of `data` that concern the user's subjects."""

@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from voxquilt.cli.exit_status import DONE, FAILED, NOT_STARTED
-from voxquilt.cli.model_folder import has_files, has_model_folder
+from voxquilt.cli.model_folder import check_previous, has_files, has_model_folder
 from voxquilt.distributed.environment import is_external, is_first
 from voxquilt.errors import ConfigError
 from voxquilt.models.nnunet.folder import read_folder
@@ -21,6 +21,13 @@ log = logging.getLogger("voxquilt")
 # The model and the key of a rough model, by how data.within names it.
 _ROUGH = {
     "folder": ("nnunet", "model.folder"), "bundle": ("bundle", "model.folder"), "ckpt_path": ("auto", "ckpt_path"),
+}  # fmt: skip
+# What is said of the labels that are written is said of the last stage's: the next stage takes all labels of the one
+# before, by the network's own numbers.
+_OF_LAST = {
+    "stitch.products": "[labels]", "stitch.compare": "[]", "stitch.classes": "null", "stitch.label_values": "null",
+    "stitch.class_names": "null", "stitch.regions": "null", "stitch.threshold": "null", "stitch.postprocess": "[]",
+    "data.labels": "null", "run.status": "false",
 }  # fmt: skip
 # Overrides that a rough model is not run with.
 _OF_MODEL = (
@@ -55,15 +62,18 @@ def predict_stages_before(cfg: DictConfig, overrides: Sequence[str]) -> int:
         raise ConfigError(f"model.folder is a folder, or the folders of a cascade in their order; it is {stages}.")
     if cfg.model.get("previous") is not None:
         raise ConfigError("model.previous goes with one folder: of several, each has the labels of the one before.")
-    for stage in stages[:-1]:
-        name = read_folder(Path(stage).expanduser(), checkpoint=str(cfg.model.checkpoint)).plan.configuration
+    # Also the last one's, before hours are spent on the others.
+    checkpoint = str(cfg.model.checkpoint)
+    models = [read_folder(Path(stage).expanduser(), checkpoint=checkpoint) for stage in stages]
+    for n, model in enumerate(models):
+        check_previous(model, "{subject}" if n else None)
+    for stage, name in zip(stages[:-1], (model.plan.configuration for model in models), strict=False):
         output_dir = str(Path(str(cfg.output_dir)).expanduser() / name)
         if is_first():
             previous = cfg.model.get("previous")
             own = {
-                "model.folder": _quoted(stage), "output_dir": _quoted(output_dir), "stitch.products": "[labels]",
+                **_OF_LAST, "model.folder": _quoted(stage), "output_dir": _quoted(output_dir),
                 "model.previous": "null" if previous is None else _quoted(previous),
-                "stitch.compare": "[]", "data.labels": "null", "run.status": "false",
             }  # fmt: skip
             status = max(status, _predict_stage(cfg, overrides, own, stage))
         OmegaConf.update(cfg, "model.previous", _labels_in(output_dir, cfg), merge=False)

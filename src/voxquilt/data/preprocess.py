@@ -14,10 +14,20 @@ from voxquilt.data.subject import Image, LabelMap, ScalarImage, Subject
 from voxquilt.errors import InputError
 from voxquilt.geometry.axis_map import AxisMaps
 from voxquilt.geometry.frame import parse_axcodes, to_axis_order, to_spacing
+from voxquilt.geometry.label_resampling import resample_labels
 from voxquilt.geometry.model_grids import GRIDS
-from voxquilt.geometry.resample import resample, resample_image, resample_labels
+from voxquilt.geometry.resample import resample, resample_image
 from voxquilt.geometry.space import Box, Space, make_space
-from voxquilt.vocabulary import CROPS, DEVICES, NONFINITE, check_name, check_order, check_per_slice
+from voxquilt.vocabulary import (
+    CROPS,
+    DEVICES,
+    HALF,
+    NONFINITE,
+    check_label_interpolation,
+    check_name,
+    check_order,
+    check_per_slice,
+)
 
 Transform = Callable[..., Tensor]
 
@@ -54,6 +64,7 @@ class Preprocess:
         intensity_first: Whether intensities are changed before images are resampled, or after.
         one_hot: Images that are label maps, such as an earlier stage's: a channel for each of the labels that are given
             by the image's name, 1 where a voxel has it.
+        one_hot_interpolation: How these are resampled: 0, 1 or 'half'; see `voxquilt.geometry.label_resampling`.
 
     Raises:
         ConfigError: an argument is invalid.
@@ -71,6 +82,7 @@ class Preprocess:
     per_slice: float | bool | None = None
     intensity_first: bool = False
     one_hot: Mapping[str, Sequence[int]] | None = None
+    one_hot_interpolation: int | str = 1
 
     def __post_init__(self) -> None:
         if self.orientation is not None:
@@ -88,6 +100,7 @@ class Preprocess:
             object.__setattr__(self, "intensity", by_name)
         check_order(self.interpolation, "preprocess.interpolation")
         check_per_slice(self.per_slice, "preprocess.per_slice")
+        check_label_interpolation(self.one_hot_interpolation, "preprocess.one_hot_interpolation")
 
     def space(self, subject: Subject, box: Box | None = None) -> Space:
         """The mapping between a subject's native frame and model space; reads headers only.
@@ -144,7 +157,8 @@ class Preprocess:
             voxels = voxels if feed is None else feed.upload(voxels)
             voxels = self._without_nonfinite(voxels, f"image {name!r} ({image.path or 'a tensor'})")
             if self.one_hot is not None and name in self.one_hot:
-                voxels = _one_hot(voxels, self.one_hot[name], inside, space.to_model(1, self.per_slice))
+                to_model = space.to_model(0 if self.one_hot_interpolation == 0 else 1, self.per_slice)
+                voxels = _one_hot(voxels, self.one_hot[name], inside, to_model, half=self.one_hot_interpolation == HALF)
                 images[name] = ScalarImage(tensor=voxels, affine=space.model.affine)
                 continue
             if name in labels:
@@ -256,18 +270,18 @@ def _apply(
     return data
 
 
-def _one_hot(voxels: Tensor, labels: Sequence[int], inside: Tensor | None, maps: AxisMaps) -> Tensor:
+def _one_hot(voxels: Tensor, labels: Sequence[int], inside: Tensor | None, maps: AxisMaps, *, half: bool) -> Tensor:
     """A channel for each label, in model space."""
-    found = _resampled_labels(voxels[:1], inside, maps)
+    found = _resampled_labels(voxels[:1], inside, maps, half=half)
     return torch.cat([found == label for label in labels]).float().to(voxels.device)
 
 
-def _resampled_labels(voxels: Tensor, inside: Tensor | None, maps: AxisMaps) -> Tensor:
+def _resampled_labels(voxels: Tensor, inside: Tensor | None, maps: AxisMaps, *, half: bool = False) -> Tensor:
     """Labels in model space; outside of a cropped volume 0 is a label of its own, -1, as in nnU-Net."""
     found = voxels.cpu().to(torch.int64)
     if inside is not None:
         found = found.masked_fill((found == 0) & ~inside.cpu(), -1)
-    return resample_labels(found, maps)
+    return resample_labels(found, maps, half=half)
 
 
 def _all_finite(data: Tensor) -> bool:

@@ -90,14 +90,34 @@ class AxisMap:
         below = x.floor().long()
         return Neighbours(below, (below + 1).clamp(max=stop - 1), (x - below).float())
 
+    def sides(self, source_size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The source voxels on both sides of each target voxel, and the weight of the second, in float64.
+
+        With order 1; nothing is rounded to whole voxels, so that weights are those of scipy.ndimage.zoom to the bit
+        where the borders of the two volumes meet.
+        """
+        if self.order == 0:
+            below = self.neighbours(source_size).below
+            return below, below, torch.zeros(len(below), dtype=torch.float64)
+        first, stop = self.within or (0, source_size)
+        is_reversed = self.scale < 0 and self.reverses_source
+        x = self._positions(first, stop, counted_back=is_reversed).clamp(0, stop - first - 1)
+        low = x.floor().long()
+        high = (low + 1).clamp(max=stop - first - 1)
+        share = x - low
+        if is_reversed:
+            return stop - 1 - low, stop - 1 - high, share
+        return first + low, first + high, share
+
     def without_spline(self) -> "AxisMap":
         """The same with an order of at most 1, from whose neighbours the nearest is told."""
         return replace(self, order=min(self.order, 1))
 
-    def _positions(self, first: int, stop: int) -> Tensor:
+    def _positions(self, first: int, stop: int, *, counted_back: bool = False) -> Tensor:
         """Positions of the target voxels among the source's voxels from `first` to `stop`, float64.
 
-        They are counted from `first`, so that rounding is the same with any padding before it.
+        They are counted from `first`, so that rounding is the same with any padding before it; or, if `counted_back`,
+        from the last voxel back.
         """
         x = torch.arange(self.size, dtype=torch.float64)
         # Where the borders of the two volumes meet, in the order of operations of others (scipy, torch, nnU-Net), by
@@ -105,14 +125,15 @@ class AxisMap:
         exact = (stop - first) / self.size
         start, end = (self.scale * (end - 0.5) + self.offset + 0.5 for end in (0, self.size))
         if abs(min(start, end) - first) < 1e-6 and abs(max(start, end) - stop) < 1e-6:
-            if self.scale > 0:
+            if self.scale > 0 or counted_back:
                 return exact * (x + 0.5) - 0.5
             if self.reverses_source:
                 return stop - first - 1 - (exact * (x + 0.5) - 0.5)
             return exact * (x.flip(0) + 0.5) - 0.5
         x = x * self.scale + (self.offset - first)
         # Halfway between two voxels up to rounding is halfway.
-        return torch.where((2 * x - (2 * x).round()).abs() < 1e-6, (2 * x).round() / 2, x)
+        x = torch.where((2 * x - (2 * x).round()).abs() < 1e-6, (2 * x).round() / 2, x)
+        return stop - first - 1 - x if counted_back else x
 
 
 AxisMaps = tuple[AxisMap, AxisMap, AxisMap]

@@ -1,7 +1,7 @@
 """Provides frames, which place voxels in the world, and checked sizes, orientations and spacings."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 
 import numpy as np
@@ -90,6 +90,12 @@ class Frame:
         if self.zooms is None or not np.allclose(self.zooms, self.spacing, rtol=1e-4, atol=0):
             return self.spacing
         return self.zooms
+
+    def with_measured_zooms(self) -> "Frame":
+        """The same with the affine's voxel sizes, in float32, as nibabel writes them into a header."""
+        axes = self.affine[:3, :3]
+        i, j, k = np.sqrt((axes * axes).sum(0)).astype(np.float32).tolist()
+        return replace(self, zooms=(i, j, k))
 
     @property
     def axcodes(self) -> str:

@@ -8,6 +8,7 @@ native voxels per model voxel, and the native position of the first model voxel'
     corner   |   0    |   1    |   2    |         borders meet: 5 / 3 mm
     first_voxel 0         1         2             exactly 1.6 mm; the first voxels' centres meet
     ends        0           1           2         the centres of the first and of the last voxels meet: 2 mm
+    corner_measured  as corner, by the affine's voxel sizes, in float32, where axes are reoriented: nibabel's
     monai       as first_voxel; or, where the file's axes are not quite at right angles, as MONAI then has it
 
 Other packages add functions by the entry point group `voxquilt.grids`.
@@ -35,11 +36,22 @@ class OfFrame:
     choose: Callable[[np.ndarray, tuple[int, ...], tuple[float, ...]], Rule]
 
 
-GRIDS = Registry(
-    "model grid",
-    {name: f"voxquilt.geometry.model_grids:{name}" for name in ("centre", "corner", "first_voxel", "ends", "monai")},
-    "voxquilt.grids",
-)
+@dataclass(frozen=True)
+class Measured:
+    """A convention for images that are measured anew when they are reoriented, as nibabel's `as_reoriented` does.
+
+    Voxel sizes are then those of the affine in float32, and not the header's: the last bit can decide how many voxels
+    there are.
+
+    Args:
+        rule: The rule itself.
+    """
+
+    rule: Rule
+
+
+_NAMES = ("centre", "corner", "corner_measured", "first_voxel", "ends", "monai")
+GRIDS = Registry("model grid", {name: f"voxquilt.geometry.model_grids:{name}" for name in _NAMES}, "voxquilt.grids")
 
 
 def centre(count: int, spacing: float, wanted: float) -> Placed:
@@ -63,6 +75,10 @@ def corner(count: int, spacing: float, wanted: float) -> Placed:
     size = max(1, round(spacing / wanted * count))
     ratio = count / size
     return size, ratio, ratio / 2 - 0.5
+
+
+corner_measured = Measured(corner)
+"""nnU-Net's, where NibabelIOWithReorient reads the images."""
 
 
 def first_voxel(count: int, spacing: float, wanted: float) -> Placed:

@@ -1,7 +1,6 @@
 """Resamples volumes by linear or nearest-neighbour interpolation, one axis at a time."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from jaxtyping import Shaped
@@ -44,24 +43,6 @@ def resample_image(source: Shaped[Tensor, "c si sj sk"], maps: AxisMaps) -> Shap
         _interpolate_into(into, channel, maps, neighbours)
         torch.clamp(into, low, high, out=into)
     return result
-
-
-def resample_labels(source: Shaped[Tensor, "c si sj sk"], maps: AxisMaps) -> Shaped[Tensor, "c ti tj tk"]:
-    """Resample labels: each label's voxels are interpolated as 1 among 0, and the label of the largest value is taken.
-
-    Where several are the largest, the nearest voxel's label is taken if it is one of them, else the smallest: as
-    batchgenerators' `resize_segmentation` does, by which nnU-Net resamples.
-    """
-    nearest = resample(source, tuple(replace(m, order=0) for m in maps))  # type: ignore[arg-type]
-    best = torch.full(nearest.shape, -1.0, dtype=torch.float64)
-    labels = nearest.clone()
-    for value in source.unique().tolist():  # ascending, so that the smallest is kept
-        share = resample((source == value).double(), maps)
-        # A voxel whose nearest label has drawn level keeps it.
-        keeps_nearest = (share == best) & (nearest == value)
-        labels[(share > best) | keeps_nearest] = value
-        best = torch.maximum(best, share)
-    return labels
 
 
 def _others(maps: AxisMaps, slices: Sequence[int]) -> list[int]:

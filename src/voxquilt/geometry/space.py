@@ -22,7 +22,7 @@ from voxquilt.geometry.frame import (
     to_spacing,
     to_triple,
 )
-from voxquilt.geometry.model_grids import GRIDS, OfFrame
+from voxquilt.geometry.model_grids import GRIDS, Measured, OfFrame
 
 Where = tuple[slice, slice, slice]
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
@@ -152,6 +152,9 @@ def make_space(
     wanted, directions = (world, signs) if orientation is None else parse_axcodes(orientation)
     oriented = [(world.index(w), d * signs[world.index(w)]) for w, d in zip(wanted, directions, strict=True)]
     lay = GRIDS.load(grid)
+    if isinstance(lay, Measured):
+        native = native if oriented == [(0, 1), (1, 1), (2, 1)] else native.with_measured_zooms()
+        lay = lay.rule
     ends = box or [(0, n) for n in native.shape]
     header = native.header_spacing
     order, wanted_spacing = to_axis_order(transpose), to_spacing(spacing)

@@ -209,7 +209,10 @@ def _load(path: Path) -> tuple[Nifti1Header, Path]:
 def _axes(shape: tuple[int, ...]) -> tuple[tuple[int, int, int], int]:
     """(I, J, K) and channels of a stored shape."""
     if len(shape) < 3:
-        raise InputError(f"the data is {len(shape)}-D, {shape}; voxquilt takes 3-D, or 4-D with channels last.")
+        raise InputError(
+            f"the data is {len(shape)}-D, {shape}; voxquilt takes 3-D, or 4-D with channels last. Save a slice with a "
+            f"third axis of one voxel (in NumPy, data[:, :, None])."
+        )
     if 0 in shape:
         raise InputError(f"the data has an axis without voxels: {shape}.")
     after = [n for n in shape[3:] if n != 1]

@@ -5,8 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from voxquilt.errors import ConfigError
+from voxquilt.models.nnunet.architecture import Architecture, with_batch_norm
 from voxquilt.models.nnunet.json_values import USE_NNUNET, is_list_of_integers
 from voxquilt.models.weights.stored_settings import pickled
+
+_BATCH_NORM_TRAINER = "nnUNetTrainerBN"
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,15 @@ class CheckpointRecord:
     trainer: str
     mirror_axes: tuple[int, ...]
     has_batch_norm: bool
+
+    def trained(self, planned: Architecture) -> Architecture:
+        """The architecture that was trained: trainers like nnUNetTrainerBN put batch norm into the planned one.
+
+        Plans that have batch norm themselves say with which options; only nnUNetTrainerBN itself replaces these.
+        """
+        is_planned = planned.norm is not None and planned.norm.name.startswith("Batch")
+        replaces = self.has_batch_norm and (not is_planned or self.trainer == _BATCH_NORM_TRAINER)
+        return with_batch_norm(planned) if replaces else planned
 
 
 def read_record(file: Path) -> CheckpointRecord:

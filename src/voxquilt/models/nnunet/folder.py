@@ -3,10 +3,10 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from voxquilt.errors import ConfigError
-from voxquilt.models.nnunet.architecture import with_batch_norm
 from voxquilt.models.nnunet.checkpoint_record import read_record
 from voxquilt.models.nnunet.dataset import Dataset, read_dataset
 from voxquilt.models.nnunet.location import locate_model
@@ -78,8 +78,8 @@ def read_folder(folder: str | Path, *, checkpoint: str = "checkpoint_final.pth",
     dataset = read_dataset(path / "dataset.json")
     _warn_of_gaps(path, dataset)
     plan = read_plan(path / "plans.json", record.configuration, len(dataset.channels))
-    if record.has_batch_norm:
-        plan = replace(plan, architecture=with_batch_norm(plan.architecture))
+    _warn_of_order(path, plan)
+    plan = replace(plan, architecture=record.trained(plan.architecture))
     if max(record.mirror_axes, default=0) >= len(plan.patch_size):
         raise ConfigError(
             f"{files[0]}: inference_allowed_mirroring_axes is {record.mirror_axes}, but patches have "
@@ -91,12 +91,36 @@ def read_folder(folder: str | Path, *, checkpoint: str = "checkpoint_final.pth",
 def _warn_of_gaps(path: Path, dataset: Dataset) -> None:
     labels = dataset.labels
     if not labels.is_regions and labels.numbers != labels.values:
-        log.warning(
-            "%s: labels have the numbers %s; nnU-Net writes their positions, 0 to %d, and so does this. "
-            "stitch.label_values=[%s] writes the numbers.",
-            path / "dataset.json", ", ".join(map(str, labels.numbers)), len(labels.numbers) - 1,
-            ",".join(map(str, labels.numbers)),
-        )  # fmt: skip
+        _warn(
+            f"{path / 'dataset.json'}: labels have the numbers {', '.join(map(str, labels.numbers))}; nnU-Net writes "
+            f"their positions, 0 to {len(labels.numbers) - 1}, and so does this. "
+            f"stitch.label_values=[{','.join(map(str, labels.numbers))}] writes the numbers."
+        )
+
+
+def _warn_of_order(path: Path, plan: Plan) -> None:
+    if plan.resample_probabilities.order == 3:
+        _warn(
+            f"{path / 'plans.json'}: resampling_fn_probabilities has order 3, after which nnU-Net cuts off what lies "
+            f"beyond each channel's range. This does not: probabilities differ where splines overshoot, and labels may."
+        )
+
+
+def _warn_of_absent(path: Path, checkpoint: str, chosen: tuple[int | str, ...]) -> None:
+    """Say which folds are left out: their training may have been broken off, or copying them."""
+    names = {entry.name.removeprefix("fold_") for entry in path.glob("fold_*") if entry.is_dir()}
+    absent = sorted(int(name) for name in names if name.isdecimal() and int(name) not in chosen)
+    if chosen and absent:
+        _warn(
+            f"{path}: of fold {', '.join(map(str, absent))} there is no {checkpoint}; what predicts is fold "
+            f"{', '.join(map(str, chosen))}."
+        )
+
+
+@cache
+def _warn(text: str) -> None:
+    """Log a warning once: a folder is read several times in a run."""
+    log.warning("%s", text)
 
 
 def find_folds(path: Path, checkpoint: str, folds: Folds) -> tuple[int | str, ...]:
@@ -113,6 +137,7 @@ def find_folds(path: Path, checkpoint: str, folds: Folds) -> tuple[int | str, ..
     present = [*numbers, *names & {ALL}]
     if folds is None:
         chosen = tuple(numbers or present)
+        _warn_of_absent(path, checkpoint, chosen)
     else:
         listed = [folds] if isinstance(folds, str | int) else folds
         chosen = tuple(dict.fromkeys(int(fold) if str(fold).isdecimal() else fold for fold in listed))

@@ -6,7 +6,7 @@ from pathlib import Path
 from voxquilt.errors import ConfigError
 from voxquilt.models.nnunet.architecture import Architecture, read_architecture
 from voxquilt.models.nnunet.json_values import USE_NNUNET, Node, read_object
-from voxquilt.models.nnunet.resampling import Resampling, read_resampling
+from voxquilt.models.nnunet.resampling import NONE, Resampling, read_resampling
 from voxquilt.text import question
 
 READERS = ("SimpleITKIO", "NibabelIO", "NibabelIOWithReorient", "SimpleITKIOWithReorient")
@@ -100,6 +100,8 @@ def read_plan(file: Path, name: str, channels: int) -> Plan:
     previous = node.values.get("previous_stage")
     forward, backward = _transposes(plans)
     data, seg, probabilities = (read_resampling(node, kind) for kind in ("data", "seg", "probabilities"))
+    if previous is not None:
+        _check_labels(node, seg, data)
     return Plan(
         name,
         plans.choice("image_reader_writer", READERS),
@@ -114,6 +116,19 @@ def read_plan(file: Path, name: str, channels: int) -> Plan:
         None if previous is None else node.text("previous_stage"),
         architecture,
     )
+
+
+def _check_labels(node: Node, seg: Resampling, data: Resampling) -> None:
+    """Refuse labels of a stage before that are resampled as the network's input here is not."""
+    if seg.order == 3:
+        raise Node(node.file, {"order": 3}, f"{node.place}resampling_fn_seg_kwargs.").refusal(
+            "order", "0 or 1 where a network takes labels", USE_NNUNET
+        )
+    if seg.per_slice != data.per_slice or (seg.function == NONE) != (data.function == NONE):
+        raise node.refusal(
+            "resampling_fn_seg_kwargs" if seg.function == data.function else "resampling_fn_seg",
+            "what resampling_fn_data has, where a network takes labels", USE_NNUNET,
+        )  # fmt: skip
 
 
 def resolve_configuration(plans: Node, name: str) -> Node:

@@ -8,7 +8,8 @@ from typing import Any
 from voxquilt.models.nnunet.folder import NnunetFolder
 from voxquilt.models.nnunet.plans import Normalisation
 from voxquilt.models.nnunet.postprocessing import read_postprocessing
-from voxquilt.models.nnunet.resampling import NONE
+from voxquilt.models.nnunet.resampling import NONE, TORCH, Resampling
+from voxquilt.vocabulary import HALF
 
 PREVIOUS = "previous"
 """The name of the image that has the labels of the stage before."""
@@ -42,7 +43,7 @@ def settings_of(model: NnunetFolder, *, previous: str | None = None, postprocess
             # The reader's axes are those of the file in reverse.
             "transpose": [2 - axis for axis in plan.transpose_forward],
             "spacing": spacing,
-            "grid": "corner",
+            "grid": "corner_measured" if plan.reader == "NibabelIOWithReorient" else "corner",
             "crop": "nonzero",
             "interpolation": plan.resample_data.order,
             "per_slice": plan.resample_data.per_slice,
@@ -62,6 +63,8 @@ def settings_of(model: NnunetFolder, *, previous: str | None = None, postprocess
             "regions": list(labels.values) if labels.is_regions else None,
         },
     }
+    if plan.previous_stage is not None:
+        settings["preprocess"]["one_hot_interpolation"] = _of_labels(plan.resample_seg)
     unions = read_postprocessing(model) if postprocess else ()
     if unions:
         settings["stitch"]["postprocess"] = [{"_target_": "voxquilt.KeepLargest", "unions": [list(u) for u in unions]}]
@@ -79,6 +82,10 @@ def channel_names(model: NnunetFolder) -> list[str]:
 def checkpoints_of(model: NnunetFolder) -> list[Path]:
     """The files of weights."""
     return list(model.checkpoints)
+
+
+def _of_labels(given: Resampling) -> int | str:
+    return HALF if given.function == TORCH else min(given.order, 1)
 
 
 def _changes(given: Normalisation) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from voxquilt.errors import ConfigError
-from voxquilt.models.nnunet.architecture import as_planned, with_batch_norm
+from voxquilt.models.nnunet.architecture import as_planned
 from voxquilt.models.nnunet.checkpoint_record import CheckpointRecord, read_record
 from voxquilt.models.nnunet.dataset import Labels, read_dataset
 from voxquilt.models.nnunet.folder import NnunetFolder, find_folds
@@ -70,7 +70,7 @@ def read_training_plan(
             f"model.configuration={name}: the weights of {weights} are of {record.configuration}. Leave out "
             f"model.folds, for random weights."
         )
-    architecture = with_batch_norm(plan.architecture) if record and record.has_batch_norm else plan.architecture
+    architecture = plan.architecture if record is None else record.trained(plan.architecture)
     model = NnunetFolder(path, (), (), "", (), dataset, plan)
     common, labels = settings_of(model), dataset.labels
     batch_size, batch_dice = _batch(resolve_configuration(content, name))

@@ -33,7 +33,10 @@ def load_safely(path: Path, *, trust: bool, mmap: bool = False) -> Any:
     except pickle.UnpicklingError as error:
         raise ConfigError(_refusal(path, plain_text(error))) from error
     except Exception as error:
-        raise ConfigError(f"{path} cannot be read as weights: {first_line(error)}") from error
+        raise ConfigError(
+            f"{path} cannot be read as weights: {first_line(error)}. Is it damaged, or was copying it broken off? "
+            f"Copy it again."
+        ) from error
 
 
 def _refusal(path: Path, text: str) -> str:

@@ -29,6 +29,7 @@ _SECTIONS = {
     "preprocess": (
         "_target_", "orientation", "spacing", "intensity",
         "transpose", "grid", "crop", "interpolation", "per_slice", "intensity_first", "one_hot",
+        "one_hot_interpolation",
     ),
     "model": ("net", "squeeze_axis", "activation"),
     "stitch": ("overlap_mode", "products", "threshold", "class_names", "label_values", "order", "per_slice"),
@@ -39,7 +40,7 @@ _MEANT = {
     "data": {"placement": "regular", "step": None, "suffixes": None},
     "preprocess": {
         "transpose": None, "grid": "centre", "crop": None, "interpolation": 1, "per_slice": None,
-        "intensity_first": False, "one_hot": None,
+        "intensity_first": False, "one_hot": None, "one_hot_interpolation": 1,
     },
     "stitch": {"order": 1, "per_slice": None},
 }  # fmt: skip
