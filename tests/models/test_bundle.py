@@ -335,6 +335,19 @@ def test_another_path_is_refused(tmp_path: Path, make: Callable[[Path], Path], m
         read_bundle(make(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("share", "message"), [(0.5, "was it copied or downloaded completely"), (1, "It is a zip without")]
+)
+def test_a_zip_that_is_cut_or_of_something_else_says_so(tmp_path: Path, share: float, message: str) -> None:
+    """Not only that it is a file."""
+    folder = make_bundle(tmp_path / "b")
+    (folder / "configs/inference.json").rename(folder / "other.json")
+    path = zipped(folder, tmp_path / "b.zip")
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    with pytest.raises(ConfigError, match=message):
+        read_bundle(path)
+
+
 @pytest.mark.parametrize("name", ["../models/model.pt", "other.pt", "/etc/passwd", ".."])
 def test_weights_are_a_file_of_the_bundle(tmp_path: Path, name: str) -> None:
     """What there is, is listed."""
