@@ -153,6 +153,8 @@ def test_a_table_from_a_spreadsheet_is_read() -> None:
         ("", "a table needs a header"),
         ("subject\na\n", "a column per image"),
         ("t1,t1\n1.nii,2.nii\n", "a column per image"),
+        ("subject;t1\na;1.nii\n", r"separated by commas here; its first line is 'subject;t1'"),
+        ("subject\tt1\na\t1.nii\n", r"separated by commas here"),
     ],
 )
 def test_a_missing_cell_is_an_error_that_names_the_line(text: str, message: str) -> None:
@@ -252,6 +254,15 @@ def test_an_entry_without_files_is_an_error_that_says_where_it_looked(inputs: ob
     with pytest.raises(ConfigError, match=message) as caught:
         find_cases(inputs)
     assert inputs in (None, []) or str(here) in str(caught.value)
+
+
+@pytest.mark.parametrize("images", [None, {"t1": "t1_{subject}.nii"}])
+@pytest.mark.parametrize("inputs", ["", ["", "."]])
+def test_no_name_is_not_the_folder_one_stands_in(inputs: object, images: object) -> None:
+    """As in `data.inputs=$SCANS` of a variable that is not set."""
+    touch("t1_a.nii")
+    with pytest.raises(ConfigError, match=r"data\.inputs names no file or folder"):
+        find_cases(inputs, images)
 
 
 @pytest.mark.parametrize("entry", [1000.0, 8, True, {"a": "b"}])

@@ -234,7 +234,7 @@ def test_the_module_and_the_settings_of_the_class_path_work_from_the_shell(place
 
 @pytest.mark.parametrize("suffix", ["onnx", "pt2"])
 def test_patch_and_batch_size_can_be_chosen(place: Path, tmp_path: Path, suffix: str) -> None:
-    """They are the only ones that the file takes, and its settings say so."""
+    """They are the only ones that the file takes, and its settings say so; patches share the same part of them."""
     path = tmp_path / f"a.{suffix}"
     main([str(place / "best.ckpt"), str(path), "--patch-size", "[8,12,16]", "--batch-size", "2"])
     (network,) = (read_onnx if suffix == "onnx" else read_exported)(path)
@@ -242,6 +242,7 @@ def test_patch_and_batch_size_can_be_chosen(place: Path, tmp_path: Path, suffix:
     settings = carried(path)
     assert settings is not None
     assert settings["data"]["patch_size"] == [8, 12, 16]
+    assert settings["data"]["patch_overlap"] == [4, 6, 8]
 
 
 def test_a_2d_network_is_exported_without_the_squeezed_axis(tmp_path: Path) -> None:

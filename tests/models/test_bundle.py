@@ -39,6 +39,8 @@ from voxquilt.stitching.blend import MonaiGaussian
 
 NORMALISE = {"_target_": "NormalizeIntensityd", **IMAGE, "channel_wise": True}
 LARGEST = {"_target_": "KeepLargestConnectedComponentd", "keys": "pred"}
+ABOVE = {"_target_": "AsDiscreted", "keys": "pred", "threshold": 0.5}
+BYTES = {"_target_": "EnsureTyped", "keys": "pred", "dtype": "$torch.uint8"}
 
 
 def read(folder: Path, changes: dict[str, Any] | None = None, **options: Any) -> Bundle:
@@ -152,6 +154,7 @@ def test_disabled_steps_and_saving_do_not_count(tmp_path: Path) -> None:
         ((*LOAD, {**SPACE, "diagonal": True}), "transforms#2#diagonal is True"),
         ((*LOAD, {**SPACE, "scale_extent": True}), "transforms#2#scale_extent is True"),
         ((*LOAD, {**SPACE, "min_pixdim": 1}), "transforms#2#min_pixdim is 1"),
+        ((*LOAD, {**SPACE, "recompute_affine": True}), "transforms#2#recompute_affine is True"),
         ((*LOAD, {**SPACE, "pixdim": "1"}), "transforms#2#pixdim is '1'"),
         ((*LOAD, {**SPACE, "keys": ["image", "label"]}), "transforms#2#keys is ['image', 'label']"),
         ((*LOAD, {**SCALE, "keys": "label"}), "transforms#2#keys is 'label'"),
@@ -174,7 +177,9 @@ def test_preprocessing_that_is_not_read_is_refused_by_name(tmp_path: Path, steps
         ((SOFTMAX, ARGMAX, INVERT), "postprocessing#transforms#2#nearest_interp is False"),
         ((SOFTMAX, ARGMAX, LARGEST, INVERT | {"nearest_interp": True}), "postprocessing#transforms#2 "),
         ((LARGEST, SOFTMAX, INVERT, ARGMAX), "postprocessing#transforms#0 "),
-        ((SOFTMAX, INVERT, {"_target_": "AsDiscreted", "keys": "pred", "threshold": 0.5}), "does not go with softmax"),
+        ((SOFTMAX, INVERT, ABOVE), "does not go with softmax"),
+        ((INVERT, ABOVE), "compares scores of several channels with a threshold, without sigmoid"),
+        ((SOFTMAX, BYTES, INVERT, ARGMAX), "postprocessing#transforms#1#dtype is '$torch.uint8'"),
         ((SOFTMAX, INVERT, {**ARGMAX, "to_onehot": 3}), "transforms#2#to_onehot is 3"),
         ((SOFTMAX, INVERT, {**ARGMAX, "keys": "other"}), "transforms#2#keys is 'other'"),
         ((SOFTMAX, {**INVERT, "transform": "@other"}, ARGMAX), "has no other"),
@@ -185,6 +190,33 @@ def test_preprocessing_that_is_not_read_is_refused_by_name(tmp_path: Path, steps
 def test_postprocessing_that_is_not_read_is_refused_by_name(tmp_path: Path, steps: Any, key: str) -> None:
     """Or done in an order that gives other labels."""
     assert key in refusal(tmp_path / "b", transforms("postprocessing", *steps))
+
+
+@pytest.mark.parametrize("flag", [True, 1, "true", " TRUE "])
+def test_a_step_is_disabled_where_monai_disables_it(tmp_path: Path, flag: object) -> None:
+    """By whatever counts as true there."""
+    steps = (*LOAD, ORIENT, SPACE, {**SCALE, "_disabled_": flag})
+    assert read(tmp_path / "b", transforms("preprocessing", *steps)).settings["preprocess"]["intensity"] is None
+
+
+def test_other_ways_to_resample_lazily_are_refused(tmp_path: Path) -> None:
+    """Those replace what the transforms themselves say."""
+    assert read(tmp_path / "a", {"preprocessing.lazy": True, "preprocessing.overrides": {}}).settings
+    changes = {"preprocessing.lazy": True, "preprocessing.overrides": {"image": {"mode": "nearest"}}}
+    assert "preprocessing#overrides is {'image'" in refusal(tmp_path / "b", changes)
+
+
+def test_the_section_that_is_inverted_may_be_a_reference(tmp_path: Path) -> None:
+    """To the same steps in another place."""
+    wanted = read(tmp_path / "a").settings
+    assert read(tmp_path / "b", {"steps": CONFIG["preprocessing"], "preprocessing": "@steps"}).settings == wanted
+
+
+def test_labels_that_get_other_numbers_have_no_names(tmp_path: Path) -> None:
+    """The metadata name the network's channels, not what becomes of them."""
+    swap = {"_target_": "MapLabelValued", "keys": "pred", "orig_labels": [1, 2], "target_labels": [2, 1]}
+    settings = read(tmp_path / "b", transforms("postprocessing", SOFTMAX, INVERT, ARGMAX, swap)).settings
+    assert "class_names" not in settings["stitch"]
 
 
 @pytest.mark.parametrize(
@@ -222,6 +254,9 @@ def test_joint_statistics_of_several_channels_are_refused(tmp_path: Path) -> Non
     joint = transforms("preprocessing", *LOAD, {**NORMALISE, "channel_wise": False})
     assert read(tmp_path / "a", joint).settings["preprocess"]["intensity"]
     assert "it takes all channels together" in refusal(tmp_path / "b", {"network_def.in_channels": 2, **joint})
+    contrast = transforms("preprocessing", *LOAD, {"_target_": "AdjustContrastd", **IMAGE, "gamma": 2.0})
+    assert read(tmp_path / "c", contrast).settings["preprocess"]["intensity"]
+    assert "it takes all channels together" in refusal(tmp_path / "d", {"network_def.in_channels": 2, **contrast})
 
 
 def test_metadata_that_do_not_fit_the_network_name_no_classes(tmp_path: Path) -> None:
@@ -298,6 +333,19 @@ def test_another_path_is_refused(tmp_path: Path, make: Callable[[Path], Path], m
     make_bundle(tmp_path / "nono")
     with pytest.raises(ConfigError, match=re.escape(message)):
         read_bundle(make(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("share", "message"), [(0.5, "was it copied or downloaded completely"), (1, "It is a zip without")]
+)
+def test_a_zip_that_is_cut_or_of_something_else_says_so(tmp_path: Path, share: float, message: str) -> None:
+    """Not only that it is a file."""
+    folder = make_bundle(tmp_path / "b")
+    (folder / "configs/inference.json").rename(folder / "other.json")
+    path = zipped(folder, tmp_path / "b.zip")
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    with pytest.raises(ConfigError, match=message):
+        read_bundle(path)
 
 
 @pytest.mark.parametrize("name", ["../models/model.pt", "other.pt", "/etc/passwd", ".."])

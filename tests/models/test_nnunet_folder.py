@@ -673,9 +673,10 @@ def test_another_zip_is_not_taken_for_an_export(tmp_path: Path) -> None:
     """It has no plans.json."""
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
         archive.writestr("a.txt", "a")
-    assert "is a file; wanted is a model folder of nnU-Net, or a zip that it exported" in refusal(
-        tmp_path / "other.zip"
-    )
+    wanted = "is a file; wanted is a model folder of nnU-Net, or a zip that it exported"
+    assert f"{wanted}. It is a zip without such a folder in it." in refusal(tmp_path / "other.zip")
+    (tmp_path / "cut.zip").write_bytes((tmp_path / "other.zip").read_bytes()[:-9])
+    assert f"{wanted}. It cannot be read as a zip: was it copied" in refusal(tmp_path / "cut.zip")
 
 
 # Post-processing

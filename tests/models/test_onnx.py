@@ -519,6 +519,16 @@ def test_other_inputs_than_patches_are_refused_by_name(tmp_path: Path) -> None:
         read_onnx(integers)
 
 
+def test_an_output_that_is_not_a_tensor_is_refused_by_name(fixed: Path, tmp_path: Path) -> None:
+    """The file is not damaged."""
+    model = onnx.load(fixed)
+    model.graph.node.append(onnx.helper.make_node("SequenceConstruct", [model.graph.output[0].name], ["list"]))
+    model.graph.output.append(onnx.helper.make_tensor_sequence_value_info("list", 1, None))
+    onnx.save(model, tmp_path / "net.onnx")
+    with pytest.raises(ConfigError, match=r"net\.onnx cannot be used: its output list is not a tensor"):
+        read_onnx(tmp_path / "net.onnx")
+
+
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.99])
 def test_a_file_that_was_cut_is_one_message(fixed: Path, tmp_path: Path, share: float) -> None:
     """Wherever it ends; it is still taken for ONNX."""

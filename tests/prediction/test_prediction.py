@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import logging
 import threading
 import time
 import weakref
@@ -300,6 +301,31 @@ def test_one_channel_is_an_image_unless_a_threshold_is_set(tmp_path: Path) -> No
     np.testing.assert_array_equal(read(tmp_path / "labels/a_labels.nii.gz"), x + 1 > 70)
     rows = predict(tmp_path / "asked", tmp_path / "in", Plus(1), stitch=Stitch(products=["labels"]))
     assert "need stitch.threshold" in errors(rows)["a"]
+
+
+class Classes(nn.Module):
+    """Gives labels and not scores."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x > 50).long()
+
+
+@pytest.mark.parametrize("mode", ["gaussian", "crop"])
+def test_labels_that_would_be_averaged_are_pointed_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: str
+) -> None:
+    """A mean of labels is no label, unless each voxel is taken from one patch."""
+    save(tmp_path / "in/a.nii", noise((9, 8, 10)))
+    caplog.set_level(logging.INFO, "voxquilt")
+    predict(tmp_path / "out", tmp_path / "in", Classes(), stitch=Stitch(mode))
+    assert ("holds integers (int64), which are averaged" in caplog.text) == (mode == "gaussian")
+
+
+def test_an_output_that_a_product_cannot_be_made_of_is_named(tmp_path: Path) -> None:
+    """Among several outputs."""
+    save(tmp_path / "in/a.nii", noise((8, 8, 12)))
+    rows = predict(tmp_path / "out", tmp_path / "in", Several(), stitch=Stitch(products=["labels"]))
+    assert "output 'half': labels of a network with one output channel" in errors(rows)["a"]
 
 
 def test_sigmoid_gives_one_label_map_per_channel(tmp_path: Path) -> None:

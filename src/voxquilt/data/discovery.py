@@ -57,6 +57,9 @@ def find_cases(
     """
     apart = {*_NOT_IMAGES, *apart}
     outputs = OutputFolder(output_dir if isinstance(output_dir, str | Path) else None)
+    if inputs == "" or (isinstance(inputs, list | tuple) and "" in inputs):
+        # Path("") would be the folder one stands in, which nobody asked for: mostly a shell variable that is not set.
+        raise ConfigError(f"data.inputs names no file or folder; it is {inputs!r}. The folder you are in is '.'.")
     if images:
         cases = _from_patterns(inputs, images, outputs)
     elif inputs is None:
@@ -207,11 +210,11 @@ def _single_images(paths: Iterable[Path]) -> list[SubjectFiles]:
 def _from_patterns(inputs: object, images: object, outputs: OutputFolder) -> list[SubjectFiles]:
     if not isinstance(images, Mapping):
         raise ConfigError(f"data.images must be a mapping from names to patterns with {{subject}}; it is {images!r}.")
-    if not isinstance(inputs, str | Path | None) or not os.path.isdir(expanded(inputs or ".")):
+    if not isinstance(inputs, str | Path | None) or not os.path.isdir(expanded("." if inputs is None else inputs)):
         raise ConfigError(
             f"with data.images, data.inputs must be the folder that they lie in, or null; it is {inputs!r}."
         )
-    root = expanded(inputs or ".")
+    root = expanded("." if inputs is None else inputs)
     subjects: set[str] = set()
     for name, pattern in images.items():
         if not isinstance(pattern, str) or "{subject}" not in pattern:

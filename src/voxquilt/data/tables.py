@@ -26,6 +26,10 @@ def read_table(table: Path, apart: Collection[str]) -> list[SubjectFiles]:
     except (UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"{table} is not a .csv in UTF-8: {error}.") from error
     columns = rows[0][1] if rows else []
+    if len(columns) == 1 and any(sign in columns[0] for sign in ";\t"):
+        raise ConfigError(
+            f"{table}: the columns of a .csv are separated by commas here; its first line is {columns[0]!r}."
+        )
     if len(rows) < 2 or not {*columns} - {"subject", *apart} or len({*columns}) < len(columns):
         raise ConfigError(
             f"{table}: a table needs a header, a column per image and a row per subject; it has the columns {columns}."

@@ -52,7 +52,7 @@ def export(
     if size is None:
         raise ConfigError(f"{source} has no data.patch_size: set --patch-size.")
     patch = to_triple(size, "data.patch_size", minimum=1)
-    settings["data"]["patch_size"] = list(patch)
+    _set_patch(settings["data"], patch)
     text = json.dumps(settings)
     patches = _patches(source, network, settings, patch)
     with tempfile.TemporaryDirectory(
@@ -67,6 +67,16 @@ def export(
         f"time. Outputs differ from those of {source} by at most {difference.largest:.2g} ({difference.share:.1g} of "
         f"their range)."
     )
+
+
+def _set_patch(data: dict[str, Any], patch: Triple) -> None:
+    """Set the patch size; where it is another one, neighbours share as large a part of it as they did."""
+    before = data.get("patch_size") or patch
+    overlap = to_triple(data.get("patch_overlap") or 0, "data.patch_overlap")
+    if to_triple(before, "data.patch_size") != patch and any(overlap):
+        parts = zip(overlap, to_triple(before, "data.patch_size"), patch, strict=True)
+        data["patch_overlap"] = [shared * new // old // 2 * 2 for shared, old, new in parts]
+    data["patch_size"] = list(patch)
 
 
 def _load(source: Path, allowed: Sequence[str]) -> tuple[dict[str, Any], nn.Module]:

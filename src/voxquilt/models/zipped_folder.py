@@ -46,6 +46,16 @@ class ZipFormat:
         except (OSError, zipfile.BadZipFile, NotImplementedError):
             return False
 
+    def describe_other(self, file: Path) -> str:
+        """What is wrong with a .zip that is not recognised; empty for other files."""
+        if file.suffix.lower() != ".zip":
+            return ""
+        try:
+            with zipfile.ZipFile(file):
+                return " It is a zip without such a folder in it."
+        except (OSError, zipfile.BadZipFile, NotImplementedError):
+            return " It cannot be read as a zip: was it copied or downloaded completely?"
+
 
 def unpack_model(file: Path, wanted: str | None, kind: ZipFormat) -> Path:
     """The folder of a zip's model in the cache, unpacked there if it has not been.

@@ -141,6 +141,8 @@ def check_before_run(
             subjects.set_apart(lambda size: _channels_problem(size, expected))
             return settings.batch_size, None
         lines = describe_layouts(module.network.layout, probe.outputs, settings.patch_size) if probe else []
+        if probe and settings.stitch.blends[""].averages:
+            lines += _describe_integers(probe.types)
         forecast.notes.extend(lines)
         if group.rank == 0 and refuse:
             for line in lines:
@@ -151,6 +153,17 @@ def check_before_run(
     if reasons and refuse:
         raise ConfigError(reasons[0])
     return settings.batch_size, forecast
+
+
+def _describe_integers(types: Mapping[str, torch.dtype]) -> list[str]:
+    """A line of text for each output of integers, which may be labels: those are no numbers to average."""
+    return [
+        f"the network's output {name!r} holds integers ({str(dtype).removeprefix('torch.')}), which are averaged where "
+        f"patches overlap, and interpolated where voxels have other sizes. If they are labels, let the network give "
+        f"scores, or set stitch.overlap_mode=crop stitch.order=0."
+        for name, dtype in types.items()
+        if not dtype.is_floating_point
+    ]
 
 
 def weights_on_device(module: LightningModule) -> int:

@@ -8,7 +8,7 @@ from functools import cached_property, partial
 import numpy as np
 from torch import Tensor
 
-from voxquilt.errors import ConfigError
+from voxquilt.errors import ConfigError, OutputError
 from voxquilt.geometry.grid import make_grid
 from voxquilt.stitching.blend import Blend, checked_weights, to_blend
 from voxquilt.stitching.label_values import to_labels
@@ -196,7 +196,10 @@ class Stitch:
         wanted = self.products.get(output) if isinstance(self.products, Mapping) else self.products
         options = channels, self.activation, self.threshold, self.restore, self.label_values, self.regions
         make = partial(make_products, dtype=self.dtype, temperature=self.temperature)
-        specs = [(self.blends[""], make(wanted, *options))]
+        try:
+            specs = [(self.blends[""], make(wanted, *options))]
+        except OutputError as error:
+            raise OutputError(f"output {output!r}: {error}" if output else str(error)) from error
         for mode in self.compare:
             (name, spec), *_ = make(None, *options).items()
             if mode == self.overlap_mode:  # averaged once

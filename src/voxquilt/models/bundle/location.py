@@ -40,7 +40,8 @@ def locate_bundle(path: Path) -> Path:
     if file is not None and BUNDLE_ZIP.recognises(file):
         return unpack_model(file, path.relative_to(file).as_posix() if path != file else None, BUNDLE_ZIP)
     if file is not None:
-        raise ConfigError(f"{file} is a file; wanted is the folder of a MONAI bundle, or its zip.")
+        other = BUNDLE_ZIP.describe_other(file)
+        raise ConfigError(f"{file} is a file; wanted is the folder of a MONAI bundle, or its zip.{other}")
     if not path.is_dir():
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         near = question(path.name, siblings, prefix=f"{path.parent}{os.sep}")

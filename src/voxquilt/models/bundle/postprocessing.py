@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 
 from voxquilt.models.bundle.config import BundleConfig
+from voxquilt.models.bundle.preprocessing import FLOAT, Preprocessing
 from voxquilt.models.bundle.preprocessing import SECTION as PREPROCESSING
-from voxquilt.models.bundle.preprocessing import Preprocessing
 from voxquilt.models.bundle.steps import Step, read_steps, transform_name
 
 SECTION = "postprocessing"
-_IGNORED = ("SaveImaged", "EnsureTyped", "ToTensord", "ToDeviced", "EnsureChannelFirstd", "DeleteItemsd")
+_IGNORED = ("SaveImaged", "ToDeviced", "EnsureChannelFirstd", "DeleteItemsd")
+_TYPES = ("EnsureTyped", "ToTensord", "CastToTyped")
 # Options of MONAI's array transforms of the same name without the 'd', which take and give labels.
 _OF_LABELS = {
     "KeepLargestConnectedComponentd": (
@@ -45,6 +46,11 @@ class Postprocessing:
     labels_first: bool = False
     callables: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def renumbers(self) -> bool:
+        """Whether the final labels are other numbers than those of the network's channels."""
+        return any(node["_target_"].endswith(".MapLabelValue") for node in self.callables)
+
     def as_settings(self) -> dict[str, dict[str, Any]]:
         """The settings of the sections `stitch` and `model`."""
         stitch: dict[str, Any] = {"order": 1 if self.order is None else self.order, "restore": "scores"}
@@ -62,13 +68,16 @@ class Postprocessing:
         return {"stitch": stitch, "model": {"activation": self.activation}}
 
 
-def read_postprocessing(config: BundleConfig, before: Preprocessing, part: dict[str, str]) -> Postprocessing:
+def read_postprocessing(
+    config: BundleConfig, before: Preprocessing, part: dict[str, str], channels: int | None
+) -> Postprocessing:
     """What a bundle's `postprocessing` does.
 
     Args:
         config: The configuration.
         before: What it does to images.
         part: The arguments of `voxquilt.BundleTransform` that name the bundle.
+        channels: Channels of the network's output, if they are known.
 
     Raises:
         ConfigError: a transform or an option that is not known, or an order that the settings do not have.
@@ -78,6 +87,10 @@ def read_postprocessing(config: BundleConfig, before: Preprocessing, part: dict[
     for step in read_steps(config, SECTION):
         name = transform_name(step)
         if name in _IGNORED:
+            continue
+        if name in _TYPES:
+            if result.discrete is None:  # scores, which integers would round
+                step.expect("dtype", *FLOAT)
             continue
         if name in _READERS or name in _OF_LABELS:
             keys = step.keys()
@@ -91,6 +104,8 @@ def read_postprocessing(config: BundleConfig, before: Preprocessing, part: dict[
             result.callables.append(_callable(step, name, result.key or "pred", part))
         else:
             raise step.unknown()
+    if isinstance(result.discrete, float) and result.activation is None and channels not in (None, 1):
+        raise config.refusal(SECTION, "it compares scores of several channels with a threshold, without sigmoid.", "")
     if result.order is None and before.spacing is not None:
         raise config.refusal(SECTION, "nothing brings its scores back to the file's grid, as Invertd does.", "")
     return result
@@ -128,7 +143,8 @@ def _discrete(step: Step, result: Postprocessing, _: Preprocessing) -> None:
 def _invert(step: Step, result: Postprocessing, before: Preprocessing) -> None:
     transform, _ = step.config.raw(step.place("transform"))
     originals = step.take_one("orig_keys", result.key)
-    if transform != PREPROCESSING or originals != before.key or result.order is not None:
+    inverted, _ = step.config.raw(PREPROCESSING)  # which may itself be a reference
+    if transform != inverted or originals != before.key or result.order is not None:
         raise step.refusal(None, f"wanted is the inverse of @{PREPROCESSING} with orig_keys {before.key}, once.")
     nearest = step.take_one("nearest_interp", True)
     if not isinstance(nearest, bool):

@@ -7,7 +7,7 @@ from voxquilt.models.bundle.config import BundleConfig
 from voxquilt.models.bundle.steps import Step, is_numbers, read_steps, transform_name
 
 SECTION = "preprocessing"
-_FLOAT = (None, "float32", "torch.float32")
+FLOAT = (None, "float32", "torch.float32")
 _LABELS = (None, [["L", "R"], ["P", "A"], ["I", "S"]])
 # Options of MONAI's array transforms of the same name without the 'd'.
 _INTENSITY = {
@@ -21,6 +21,8 @@ _INTENSITY = {
     "AdjustContrastd": ("gamma", "invert_image", "retain_stats"),
     "ShiftIntensityd": ("offset",),
 }
+# Those that look at the voxels of all channels; AdjustContrastd has no option against it.
+_JOINT = {name for name, options in _INTENSITY.items() if "channel_wise" in options} | {"AdjustContrastd"}
 _SPATIAL = {
     "CropForegroundd": "it leaves out what is not above 0, which preprocess.crop=nonzero (what is 0) is not",
     "SpatialPadd": "patches are cut from the whole volume",
@@ -99,7 +101,7 @@ def _add(result: Preprocessing, step: Step, node: dict[str, Any]) -> None:
 def _load(step: Step, _: Preprocessing) -> None:
     step.ignore("image_only", "ensure_channel_first", "simple_keys", "overwriting", "prune_meta_pattern")
     step.expect("reader", None, "NibabelReader", "ITKReader")
-    step.expect("dtype", *_FLOAT)
+    step.expect("dtype", *FLOAT)
 
 
 def _channel_first(step: Step, _: Preprocessing) -> None:
@@ -109,7 +111,7 @@ def _channel_first(step: Step, _: Preprocessing) -> None:
 
 def _type(step: Step, _: Preprocessing) -> None:
     step.ignore("data_type", "track_meta", "wrap_sequence")
-    step.expect("dtype", *_FLOAT)
+    step.expect("dtype", *FLOAT)
 
 
 def _orientation(step: Step, result: Preprocessing) -> None:
@@ -139,10 +141,11 @@ def _spacing(step: Step, result: Preprocessing) -> None:
     step.expect("scale_extent", False)
     step.expect("min_pixdim", None)
     step.expect("max_pixdim", None)
-    step.expect("dtype", "float64", *_FLOAT)
-    # With the border repeated, voxels lie alike however corners are aligned; the others change what is written about
-    # the grid, or concern several images.
-    step.ignore("align_corners", "recompute_affine", "ensure_same_shape")
+    step.expect("dtype", "float64", *FLOAT)
+    # MONAI then forgets where the volume lies, so that its Invertd takes scores from other places.
+    step.expect("recompute_affine", False)
+    # With the border repeated, voxels lie alike however corners are aligned; the other concerns several images.
+    step.ignore("align_corners", "ensure_same_shape")
     result.spacing = step
     result.settings |= {
         "spacing": [value if value > 0 else None for value in values],
@@ -160,12 +163,12 @@ _READERS = {
 def _intensity(step: Step, name: str, channels: int | None) -> dict[str, Any]:
     """The callable of an intensity transform."""
     options = {option: step.take(option) for option in _INTENSITY[name] if option in step.options}
-    step.expect("dtype", *_FLOAT)
+    step.expect("dtype", *FLOAT)
     step.finish()
     lists = [option for option, value in options.items() if isinstance(value, list | dict)]
     if lists:
         raise step.refusal(None, f"voxquilt reads one number for {lists[0]}.")
-    takes_all = "channel_wise" in _INTENSITY[name] and not options.get("channel_wise") and not _is_fixed(name, options)
+    takes_all = name in _JOINT and not options.get("channel_wise") and not _is_fixed(name, options)
     if takes_all and channels != 1:
         raise step.refusal(None, "it takes all channels together; voxquilt changes images one by one (channel_wise).")
     return {"_target_": f"monai.transforms.{name.removesuffix('d')}", **options}

@@ -54,11 +54,12 @@ def read_bundle(path: Path, *, config: str | None = None, checkpoint: str | None
     network, weights = _network(asked, folder, checkpoint, part)
     channels = (network or {}).get("in_channels", metadata.input_channels)
     before = read_preprocessing(asked, channels, part)
-    after = read_postprocessing(asked, before, part).as_settings()
-    cut = read_inferer(asked)
+    outputs = (network or {}).get("out_channels")
+    made = read_postprocessing(asked, before, part, outputs)
+    after, cut = made.as_settings(), read_inferer(asked)
     names = metadata.class_names
-    if len(names) != (network or {}).get("out_channels", len(names)):
-        names = []  # metadata of some other network
+    if made.renumbers or len(names) != (len(names) if outputs is None else outputs):
+        names = []  # metadata of other labels, or of some other network
     settings = {
         "data": cut["data"],
         "preprocess": before.as_settings(),

@@ -119,14 +119,17 @@ def read_steps(config: BundleConfig, key: str) -> Iterator[Step]:
     if compose.name_in("monai.transforms") != "Compose":
         raise compose.refusal("_target_", "wanted is Compose.")
     at, transforms = config.raw(compose.place("transforms"))
-    compose.ignore("transforms", "map_items", "unpack_items", "log_stats", "lazy", "overrides")
+    overrides = compose.take("overrides")
+    if overrides:  # of how lazy transforms resample
+        raise compose.refusal("overrides", "wanted are these options in the transforms themselves.")
+    compose.ignore("transforms", "map_items", "unpack_items", "log_stats", "lazy")
     compose.finish()
     if not isinstance(transforms, list):
         raise config.refusal(at, "wanted is a list of transforms.")
     for n in range(len(transforms)):
         place, node = config.raw(f"{at}{SEPARATOR}{n}")
         disabled = isinstance(node, dict) and "_disabled_" in node and config.value(f"{place}{SEPARATOR}_disabled_")
-        if str(disabled).lower() != "true":
+        if not (disabled.strip().lower() == "true" if isinstance(disabled, str) else disabled):
             yield read_step(config, place)
 
 

@@ -26,7 +26,7 @@ def locate_model(path: Path) -> Path:
     if file.parent.name.startswith("fold_"):
         hint = f" Did you mean {file.parents[1]}, with checkpoint={file.name}?"
     else:
-        hint = f" Did you mean {file.parent}?" if file.name in FILES else ""
+        hint = f" Did you mean {file.parent}?" if file.name in FILES else EXPORTED_ZIP.describe_other(file)
     raise ConfigError(f"{file} is a file; wanted is a model folder of nnU-Net, or a zip that it exported.{hint}")
 
 

@@ -24,6 +24,8 @@ _NODE, _WEIGHT, _INPUT, _OUTPUT, _VALUE, _SPARSE = 1, 5, 11, 12, 13, 15
 _NODE_INPUT, _NODE_OUTPUT, _NODE_KIND, _ATTRIBUTE = 1, 2, 4, 5
 _TENSORS, _GRAPHS, _SPARSES = (5, 10), (6, 11), (22, 23)
 _DIMS, _TYPE, _NAME, _EXTERNAL, _LOCATION = 1, 2, 8, 13, 14
+# Types of values: sequences, mappings, opaque ones, sparse tensors and optional ones.
+_NO_TENSOR = (4, 5, 7, 8, 9)
 # Constants up to so many bytes say how tensors are reshaped or cut, and are kept; larger ones are weights.
 _KEPT_BYTES = 1024
 
@@ -34,7 +36,7 @@ class Value:
 
     Args:
         name: Its name.
-        type: The number of its type in ONNX, such as 1 for float32.
+        type: The number of its type in ONNX, such as 1 for float32; 0 if it is not a tensor, but a sequence, say.
         sizes: Sizes along its axes, None where the file leaves one free.
     """
 
@@ -147,7 +149,10 @@ def _operators(graph: Message) -> Iterator[Operator]:
 
 
 def _value(value: Message) -> Value:
-    (kind,) = messages(value, 2, 1)
+    (type_of_value,) = messages(value, 2)
+    if any(number in _NO_TENSOR for number, _ in fields(type_of_value)):
+        return Value(text(value, 1), 0, ())
+    (kind,) = messages(type_of_value, 1)
     sizes = tuple(next(iter(integers(axis, 1)), None) for axis in messages(kind, 2, 1))
     (type_number,) = integers(kind, 1)
     return Value(text(value, 1), type_number, tuple(size if size and size < 2**31 else None for size in sizes))

@@ -48,6 +48,9 @@ class OnnxNetwork(nn.Module):
         self._outputs = [output.name for output in header.outputs]
         if not self._outputs:
             raise ConfigError(f"{path} has no outputs.")
+        for output in header.outputs:
+            if output.type == 0:
+                raise ConfigError(f"{path} cannot be used: its output {output.name} is not a tensor.")
         forms = infer_forms(path, self._patches.sizes)
         self._type = _check_types(path, self._patches.name, forms)
         self._forms: dict[tuple[int, ...], dict[str, Form]] = {}
