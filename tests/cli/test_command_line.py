@@ -17,6 +17,7 @@ from forks import Server
 from hydra import compose, initialize_config_dir
 from synthetic import Over50, noise, read, run, save, unpacked
 
+from voxquilt import __version__
 from voxquilt.cli.instantiate import build
 from voxquilt.cli.main import conf_dir
 from voxquilt.cli.overrides import to_overrides
@@ -195,6 +196,8 @@ def test_help_and_configuration_are_printed_within_seconds(place: Path) -> None:
             "model", "preprocess.orientation", "preprocess.spacing", "preprocess.intensity", "stitch.overlap_mode",
             "stitch.products", "trainer.", "output_dir", "run.on_error", "Exit status"]  # fmt: skip
     assert [key for key in keys if key not in done.stdout] == []
+    done = light(place, "--version")
+    assert (done.returncode, done.stdout) == (0, f"voxquilt {__version__}\n")
     done = light(place, "--cfg", "job", "model=torchscript")
     assert done.returncode == 0
     assert "overlap_mode: gaussian" in done.stdout

@@ -22,9 +22,10 @@ from isal import igzip
 from nibabel.nifti1 import header_dtype, unit_codes
 from nibabel.nifti2 import header_dtype as header_dtype_2
 from odd_files import BAD_HEADERS, BAD_VOXELS, OBLIQUE, VOLUME, full_range, save_raw
-from synthetic import unpacked
+from synthetic import noise, save, unpacked
 
 from voxquilt import filesystem
+from voxquilt.data.formats.image_file import open_image
 from voxquilt.data.formats.nifti import read_header, write
 from voxquilt.errors import InputError, OutputError
 from voxquilt.geometry.frame import Frame
@@ -542,3 +543,17 @@ def test_a_flipped_bit_in_a_packed_file_is_an_error(tmp_path: Path) -> None:
         path.write_bytes(spoilt)
         with pytest.raises(InputError, match=r"a\.nii\.gz: "):
             read_header(path).read()
+
+
+def test_a_name_that_does_not_say_whether_gzip_has_packed_is_pointed_out(tmp_path: Path) -> None:
+    """Both ways; a file that is neither is only not NIfTI."""
+    save(tmp_path / "a.nii.gz", noise((4, 4, 4)))
+    save(tmp_path / "b.nii", noise((4, 4, 4)))
+    (tmp_path / "a.nii.gz").rename(tmp_path / "packed.nii")
+    (tmp_path / "b.nii").rename(tmp_path / "plain.nii.gz")
+    (tmp_path / "text.nii").write_text("not an image" * 100)
+    wanted = {"packed.nii": "let its name end in .gz", "plain.nii.gz": "as .gz says", "text.nii": "not a NIfTI header"}
+    for name, message in wanted.items():
+        with pytest.raises(InputError, match=message) as caught:
+            open_image(tmp_path / name)
+        assert ("gzip" in str(caught.value)) == (name != "text.nii")

@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from voxquilt import __version__
 from voxquilt.cli.conf_options import of_script
 from voxquilt.cli.exit_status import (
     DONE,
@@ -122,6 +123,9 @@ def _main(name: str, task: Callable[[DictConfig], int]) -> None:
 
 def _status_of(name: str, task: Callable[[DictConfig], int]) -> int:
     try:
+        if sys.argv[1:] == ["--version"]:  # which Hydra would answer with its own
+            print(f"voxquilt {__version__}")
+            return DONE
         sys.argv[1:] = _prepare_arguments(sys.argv[1:], name)
         register_resolvers()
         _run_hydra(name, task)

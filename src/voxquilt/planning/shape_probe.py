@@ -71,8 +71,9 @@ def probe(
     """
     dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
     size = (batch_size, channels, *patch_size)
-    log = logging.getLogger("torch._subclasses.fake_tensor")  # which prints a traceback of every error
-    level = log.level
+    # It prints a traceback of every error, and statistics when the process ends.
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level or logging.WARNING
     log.setLevel(logging.CRITICAL)
     kind = torch.device(device).type
     workspace = {"cpu": cpu_workspace, "cuda": cuda_workspace}.get(kind, _no_workspace)

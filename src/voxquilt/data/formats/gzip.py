@@ -13,6 +13,9 @@ from isal import igzip, igzip_lib, igzip_threaded
 from nibabel.arrayproxy import ArrayProxy
 from nibabel.openers import ImageOpener
 
+MAGIC = b"\x1f\x8b"
+"""The first bytes of a file that gzip has packed."""
+
 _PIECE = 2**20
 # Cores for each thread that packs, and the most threads. On a GPU's host many cores are idle while the last volume of a
 # run is packed; where there are few, they have other work.

@@ -14,7 +14,7 @@ from nibabel.nifti2 import Nifti2Header, Nifti2Image
 from nibabel.spatialimages import HeaderDataError
 from torch import Tensor
 
-from voxquilt.data.formats.gzip import first_bytes, is_packed, packing, stored
+from voxquilt.data.formats.gzip import MAGIC, first_bytes, is_packed, packing, stored
 from voxquilt.data.formats.image_file import WIDER, ImageHeader, check_file, naming, to_tensor
 from voxquilt.data.formats.unsupported import conversion
 from voxquilt.errors import InputError
@@ -203,7 +203,16 @@ def _load(path: Path) -> tuple[Nifti1Header, Path]:
         return header_class(first_bytes(header_path, header_class.template_dtype.itemsize)), voxels
     if advice := conversion(path):
         raise InputError(advice)
-    raise ImageFileError("its first bytes are not a NIfTI header")
+    raise ImageFileError(f"its first bytes are not a NIfTI header{_misnamed(path)}")
+
+
+def _misnamed(path: Path) -> str:
+    """What to do about a file whose name does not say whether it is packed."""
+    with open(path, "rb") as file:
+        looks_packed = file.read(len(MAGIC)) == MAGIC
+    if looks_packed == is_packed(path):
+        return ""
+    return "; gzip has packed it: let its name end in .gz" if looks_packed else "; gzip has not packed it, as .gz says"
 
 
 def _axes(shape: tuple[int, ...]) -> tuple[tuple[int, int, int], int]:
