@@ -143,8 +143,7 @@ def nnunet(source: Path, target: Path) -> Callable[[], Run]:
 
 
 def forwards(source: Path, target: Path, patches: int) -> Callable[[], Run]:
-    """The network alone, with the huge pages that the command asks for."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    """The network alone."""
     import voxquilt
 
     network = voxquilt.predictor_from_nnunet(source / MODEL, flips=[]).network
@@ -221,6 +220,8 @@ def main() -> None:
         given.report.write_text(json.dumps({"peak": 0.0}))
         return
     if given.contender:
+        if given.contender != NNUNET:  # the huge pages that the command asks for, before torch allocates for others
+            os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         makers = {
             VOXQUILT: lambda s, t: voxquilt(s, t, given.job[0]),
             NNUNET: nnunet,
