@@ -12,6 +12,8 @@ from voxquilt.geometry.resample import resample
 
 # Interpolation by float32 weights is off by less, so that shares further apart than this are in the right order.
 _CLOSE = 1e-5
+# Voxels that are decided anew at a time: each takes some 200 bytes.
+_VOXELS = 2**20
 
 
 def resample_labels(
@@ -42,13 +44,13 @@ def resample_labels(
         is_close = torch.where((share - best).abs() < _CLOSE, True, is_close & (share < best))
         best = torch.maximum(best, share)
     if not half:
-        _settle(labels, is_close, source, nearest, maps)
+        for where in is_close.nonzero().split(_VOXELS):
+            _settle(labels, where, source, nearest, maps)
     return labels
 
 
-def _settle(labels: Tensor, is_close: Tensor, source: Tensor, nearest: Tensor, maps: AxisMaps) -> None:
-    """Decide anew, in place, where the largest shares are close, by shares that are rounded as scipy's zoom does."""
-    where = is_close.nonzero()
+def _settle(labels: Tensor, where: Tensor, source: Tensor, nearest: Tensor, maps: AxisMaps) -> None:
+    """Decide anew, in place, at some voxels, by shares that are rounded as scipy's zoom does."""
     corners = _corners(where, source, maps)
     places = tuple(where.T)
     near, chosen = nearest[places], labels[places]
