@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,7 +20,6 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from voxquilt import __version__
 from voxquilt.cli.conf_options import of_script
 from voxquilt.cli.exit_status import (
     DONE,
@@ -124,7 +124,7 @@ def _main(name: str, task: Callable[[DictConfig], int]) -> None:
 def _status_of(name: str, task: Callable[[DictConfig], int]) -> int:
     try:
         if sys.argv[1:] == ["--version"]:  # which Hydra would answer with its own
-            print(f"voxquilt {__version__}")
+            print(f"voxquilt {version('voxquilt')}")
             return DONE
         sys.argv[1:] = _prepare_arguments(sys.argv[1:], name)
         register_resolvers()
