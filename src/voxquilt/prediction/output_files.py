@@ -131,7 +131,7 @@ class OutputFiles:
 
         Args:
             work: The subject.
-            volumes: By product; volumes of labels are means over those of a series, and pictures are of its first.
+            volumes: By product; pictures are of the first of a series.
 
         Raises:
             OutputError: a file cannot be written, or is an input of the run, or another subject's.
@@ -145,30 +145,33 @@ class OutputFiles:
                 write(path, array, native, header=work.file.header, label_names=names, slope=volume.slope)
                 outputs[path.name] = volume.kind
             self._describe(product, volume)
-        labels = next((volume.array for volume in volumes.values() if volume.kind == LABELS), None)
-        series = [] if labels is None else list(np.moveaxis(labels, 1, 0)) if labels.ndim == 5 else [labels]
+        series = _series_of_labels(volumes)
         outputs |= self._draw(work, volumes, series[0] if series else None)
-        total, of_classes = None, dict[str, float]()
-        if labels is not None:
-            ml = abs(float(np.linalg.det(native.affine[:3, :3]))) / 1000 / len(series)  # of sheared voxels too
-            counted = [count_labels(volume) for volume in series]
-            total = sum(voxels for voxels, _ in counted) * ml
-            counts = sum((Counter(counts) for _, counts in counted), Counter[int]())
-            names = self.options.stitch.names_of(len(labels))
-            # Several labels per voxel are channels, counted from 0; labels without names have their numbers.
-            of_classes = {str(names.get(n, n)): counts[n] * ml for n in sorted({n for _, own in counted for n in own})}
         return Row(
             subject,
             "done",
             tuple(outputs),
             patches=len(work.grid) - len(work.skipped),
             skipped=len(work.skipped),
-            volume_ml=total,
             fingerprint=work.task.fingerprint,
             kinds=tuple(outputs.values()),
             inputs=work.task.case.paths,
-            class_ml=of_classes,
         )
+
+    def label_volumes(
+        self, work: SubjectWork, volumes: Mapping[str, FinishedVolume]
+    ) -> tuple[float | None, dict[str, float]]:
+        """The ml of all labels, None without labels, and those of each by its name; of a series the means."""
+        series = _series_of_labels(volumes)
+        if not series:
+            return None, {}
+        ml = abs(float(np.linalg.det(work.space.native.affine[:3, :3]))) / 1000 / len(series)  # of sheared voxels too
+        counted = [count_labels(volume) for volume in series]
+        counts = sum((Counter(counts) for _, counts in counted), Counter[int]())
+        names = self.options.stitch.names_of(len(series[0]))
+        # Several labels per voxel are channels, counted from 0; labels without names have their numbers.
+        of_classes = {str(names.get(n, n)): counts[n] * ml for n in sorted({n for _, own in counted for n in own})}
+        return sum(voxels for voxels, _ in counted) * ml, of_classes
 
     def _draw(
         self, work: SubjectWork, volumes: Mapping[str, FinishedVolume], labels: np.ndarray | None
@@ -259,6 +262,12 @@ def _identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return stat.st_dev, stat.st_ino
+
+
+def _series_of_labels(volumes: Mapping[str, FinishedVolume]) -> list[np.ndarray]:
+    """The first product of labels, (C, I, J, K), as a list of one, or of the volumes of a series."""
+    labels = next((volume.array for volume in volumes.values() if volume.kind == LABELS), None)
+    return [] if labels is None else list(np.moveaxis(labels, 1, 0)) if labels.ndim == 5 else [labels]
 
 
 def _first_image(work: SubjectWork, volumes: Mapping[str, FinishedVolume]) -> np.ndarray:

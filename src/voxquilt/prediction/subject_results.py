@@ -52,7 +52,7 @@ class SubjectResults:
             self._begun[task.case.subject] = self._begun[task.case.subject][0], counts
             return None
         if task.volumes == 1:
-            row, statistics = self._write(work, volumes)
+            row = self._write(work, volumes)
         else:
             series = self._series.setdefault(
                 task.case.subject, SeriesResults(task.volumes, self._files.options.scratch)
@@ -64,19 +64,29 @@ class SubjectResults:
             began, counts, work = perf_counter(), series.row, series.work or work
             volumes, statistics = series.finish()
             del self._series[task.case.subject]
-            row = self._files.write(work, volumes)
+            row = self._write(work, volumes, statistics)
         seconds = counts.seconds + perf_counter() - began
-        return replace(
-            row, patches=counts.patches, skipped=counts.skipped, seconds=seconds, statistics=tuple(statistics)
-        )
+        return replace(row, patches=counts.patches, skipped=counts.skipped, seconds=seconds)
 
-    def _write(self, work: SubjectWork, volumes: dict[str, FinishedVolume]) -> tuple[Row, list[Cells]]:
-        """The row of a subject once its files are written, and its rows of statistics, which are computed meanwhile."""
+    def _write(
+        self, work: SubjectWork, volumes: dict[str, FinishedVolume], statistics: list[Cells] | None = None
+    ) -> Row:
+        """The row of a subject once its files are written. The row's numbers are computed meanwhile, those for
+        statistics.csv unless they are given."""
+        files = self._files
+
+        @torch.inference_mode()
+        def numbers() -> tuple[tuple[float | None, dict[str, float]], list[Cells]]:
+            rows = files.statistics(work, volumes) if statistics is None else statistics
+            return files.label_volumes(work, volumes), rows
+
         with ThreadPoolExecutor(1, thread_name_prefix="voxquilt-statistics") as pool:
-            statistics = pool.submit(torch.inference_mode()(self._files.statistics), work, volumes)
+            computed = pool.submit(numbers)
             if not all(image.is_in_memory for image in work.images.values()):
-                wait([statistics])  # so that the same image is not read twice at a time
-            return self._files.write(work, volumes), statistics.result()
+                wait([computed])  # so that the same image is not read twice at a time
+            row = files.write(work, volumes)
+            (total, of_classes), rows = computed.result()
+        return replace(row, volume_ml=total, class_ml=of_classes, statistics=tuple(rows))
 
     def _combined(
         self, work: SubjectWork, made: dict[str, FinishedVolume]

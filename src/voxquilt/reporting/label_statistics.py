@@ -9,6 +9,7 @@ from jaxtyping import Shaped
 from voxquilt.geometry.frame import Frame
 from voxquilt.reporting.components import ComponentCounter
 from voxquilt.reporting.label_runs import runs_of_planes, slowest_first
+from voxquilt.stitching.label_values import count_values
 
 PERCENTILES = (5, 50, 95)
 # Voxels that are worked on at a time: few enough that what is computed of them stays in the cache.
@@ -80,7 +81,7 @@ def label_statistics(
         images: Intensities on the same grid; what is not finite counts as 0, as the network sees it.
         known: Labels that are listed even if no voxel has them.
     """
-    volume = _Volume(labels, images, sorted(set(known) - {0} | _numbers_in(labels)))
+    volume = _Volume(labels, images, sorted({*known, *count_values(labels)} - {0}))
     ml = abs(float(np.linalg.det(frame.affine[:3, :3]))) / 1000  # of sheared voxels too
     intensities = {name: volume.intensities(n) for n, name in enumerate(images)}
     statistics: dict[int, LabelStatistics] = {}
@@ -102,17 +103,6 @@ def label_statistics(
             any(n > 1 and (first == 0 or stop == n) for n, (first, stop) in zip(labels.shape, ends, strict=True)),
         )
     return statistics
-
-
-def _numbers_in(labels: np.ndarray) -> set[int]:
-    """The numbers above 0 of a volume."""
-    found: set[int] = set()
-    for plane in labels.transpose(slowest_first(labels)):
-        if plane.dtype.itemsize == 1:  # faster than sorting
-            found.update(np.flatnonzero(np.bincount(plane.reshape(-1), minlength=2)).tolist())
-        else:
-            found.update(np.unique(plane).tolist())
-    return found - {0}
 
 
 def _add_counts(into: np.ndarray, ranks: np.ndarray, places: np.ndarray, voxels: np.ndarray) -> None:
