@@ -9,7 +9,9 @@ from scipy import ndimage
 
 from voxquilt.geometry.frame import Frame
 from voxquilt.reporting import components
-from voxquilt.reporting.components import count_components
+from voxquilt.reporting import label_statistics as statistics_module
+from voxquilt.reporting.components import ComponentCounter
+from voxquilt.reporting.label_runs import slowest_first
 from voxquilt.reporting.label_statistics import Intensities, LabelStatistics, label_statistics
 from voxquilt.reporting.statistics_table import statistics_rows
 
@@ -54,13 +56,19 @@ def reference(labels: np.ndarray, image: np.ndarray, number: int) -> LabelStatis
     )  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
-@given(volumes())
-def test_numbers_are_those_of_a_plain_reference(drawn: tuple[np.ndarray, np.ndarray]) -> None:
+@settings(max_examples=200, deadline=None)
+@given(volumes(), st.sampled_from([1, 3]))
+def test_numbers_are_those_of_a_plain_reference(drawn: tuple[np.ndarray, np.ndarray], threads: int) -> None:
     """Exact for integers of 16 bits; percentiles of others are within half a bin of the labels' range."""
     labels, image = drawn
     frame = Frame(labels.shape, AFFINE)
-    found = label_statistics(labels, frame, {"t1": image}, known=[1, 4, 0])
+    with pytest.MonkeyPatch.context() as patch:
+        if threads > 1:  # as of a large volume, some voxels at a time
+            patch.setattr(statistics_module, "_LARGE", 0)
+            patch.setattr(statistics_module, "_VOXELS", 20)
+            patch.setattr(components, "_AT_A_TIME", 20)
+            patch.setattr(statistics_module, "spare_threads", lambda: threads)
+        found = label_statistics(labels, frame, {"t1": image}, known=[1, 4, 0])
     assert list(found) == sorted({*np.unique(labels).tolist(), 1, 4} - {0})
     labelled = image[labels > 0].astype(np.float64)
     exact = image.dtype.kind in "iu" and (not len(labelled) or np.ptp(labelled) < 2**16)
@@ -99,13 +107,25 @@ def test_voxels_that_are_not_finite_count_as_zero() -> None:
     assert found[1].intensities["t1"].mean == 2
 
 
+def count_components(labels: np.ndarray, threads: int = 1) -> dict[int, int] | None:
+    """The components of each label above 0, and a look at the runs on the way."""
+    counter = ComponentCounter(labels.transpose(slowest_first(labels)), threads)
+    assert (
+        sum((stop - first).sum() for runs in counter.runs() for *_, first, stop in [runs.places]) == (labels > 0).sum()
+    )
+    return counter.counts()
+
+
 @settings(max_examples=100, deadline=None)
-@given(volumes())
-def test_components_are_those_of_scipy(drawn: tuple[np.ndarray, np.ndarray]) -> None:
-    """With 26 neighbours, for every label by itself."""
+@given(volumes(), st.integers(1, 4), st.sampled_from([1, 50, 2**20]))
+def test_components_are_those_of_scipy(drawn: tuple[np.ndarray, np.ndarray], threads: int, voxels: int) -> None:
+    """With 26 neighbours, for every label by itself, however many planes are looked at at a time."""
     labels, _ = drawn
     numbers = [number for number in np.unique(labels).tolist() if number]
-    assert count_components(labels) == {n: ndimage.label(labels == n, CORNERS)[1] for n in numbers}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(components, "_AT_A_TIME", voxels)
+        found = count_components(labels, threads)
+    assert found == {n: ndimage.label(labels == n, CORNERS)[1] for n in numbers}
 
 
 def test_a_label_has_one_component_where_monai_has_kept_its_largest() -> None:
@@ -136,6 +156,7 @@ def test_components_of_noise_are_not_counted(monkeypatch: pytest.MonkeyPatch) ->
     assert [numbers.components for numbers in found.values()] == [None, None]
     assert sum(numbers.voxels for numbers in found.values()) == labels.size
     assert count_components(labels) is None
+    assert count_components(labels, 3) is None
     rows = statistics_rows("a", "labels", labels[None], Frame(labels.shape, AFFINE), {"t1": labels[None]}, {})
     assert [row["components"] for row in rows] == ["", ""]
     labels[:] = 1  # long runs

@@ -1,5 +1,6 @@
 """Resamples planes of model space to native space as they come."""
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -93,8 +94,11 @@ class Restorer:
             self._neighbours[self.axis] = along._replace(above=torch.where(along.share > 0, along.above, along.below))
         # Native planes in the order in which their model planes come, and how many have been handed out.
         self._ascending = maps[self.axis].scale > 0
-        ends = torch.tensor([0, shape[axis]] if planes is None else [planes.start, planes.stop])
-        self._done, self._until = torch.searchsorted(self._ordered()[0], ends).tolist()
+        # The first and last plane of the scores that each native plane needs, in the order in which these come.
+        order = 1 if self._ascending else -1
+        self._below, self._above = (side.tolist()[::order] for side in self._neighbours[self.axis][:2])
+        planes = range(shape[axis]) if planes is None else planes
+        self._done, self._until = (bisect_left(self._below, end) for end in (planes.start, planes.stop))
         first, stop, size = self._done, self._until, maps[self.axis].size
         self.native = range(first, stop) if self._ascending else range(size - stop, size - first)
         """The planes along `self.axis` that are handed out."""
@@ -117,17 +121,16 @@ class Restorer:
         """Take planes as `feed` does; hand out complete native planes, at most two slabs of them."""
         dim = self.source_axis + 1
         stop = start + planes.shape[dim]
-        below, above = self._ordered()
-        ready = min(int(torch.searchsorted(above, torch.tensor(stop))), self._until)
-        held = min(int(torch.searchsorted(below, torch.tensor(start))), ready)
+        ready = min(bisect_left(self._above, stop), self._until)
+        held = min(bisect_left(self._below, start), ready)
         if self._done < held:
             # These lie between the last planes of the previous calls and the first of this one.
             assert self._kept is not None
-            more = planes.narrow(dim, 0, max(0, int(above[held - 1]) + 1 - start))
+            more = planes.narrow(dim, 0, max(0, self._above[held - 1] + 1 - start))
             yield self._slab(torch.cat([self._kept.to(more.device), more], dim), self._kept_from, held)
         if self._done < ready:
             yield self._slab(planes, start, ready)
-        self._keep(int(below[ready]) if ready < self._until else stop, start, planes)
+        self._keep(self._below[ready] if ready < self._until else stop, start, planes)
 
     def _keep(self, first: int, start: int, planes: Tensor) -> None:
         """Keep the planes from `first` on for the next call, of those kept before and those that start at `start`."""
@@ -183,8 +186,3 @@ class Restorer:
             if planes.device.type != "cpu":
                 on_device.append(self._copies[planes.device][n].part(w, low, high))
         return Piece(where, planes, self._maps, neighbours, on_device or neighbours, self._linear)
-
-    def _ordered(self) -> tuple[Tensor, Tensor]:
-        """The first and last plane of the scores that each native plane needs, in the order in which these come."""
-        below, above, *_ = self._neighbours[self.axis]
-        return (below, above) if self._ascending else (below.flip(0), above.flip(0))

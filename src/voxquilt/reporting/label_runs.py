@@ -1,58 +1,65 @@
 """Divides planes of labels into runs: voxels of one label side by side, of which organs have far fewer than voxels."""
 
-from collections.abc import Iterator
-
 import numpy as np
 from jaxtyping import Shaped
 
 
 class Runs:
-    """The runs of a plane, of labels above 0.
+    """The runs of some planes of a volume, of labels above 0.
 
     Args:
-        plane: Numbers of labels.
+        volume: Numbers of labels, of which lines along the last axis are divided; fastest if it is contiguous.
+        start, stop: The planes, the last one exclusive.
     """
 
-    def __init__(self, plane: Shaped[np.ndarray, "lines n"]) -> None:
-        lines, length = plane.shape
-        # Lines have one more voxel, a 0, so that no run goes on in the next line.
-        padded = np.zeros((lines, length + 1), plane.dtype)
-        padded[:, :length] = plane
-        flat = padded.reshape(-1)
-        edges = np.flatnonzero(np.diff(flat, prepend=flat.dtype.type(0)))
-        inside = np.flatnonzero(flat[edges])
-        self._line = length + 1
-        self.labels = flat[edges[inside]]
-        """The label of each run."""
-        self._starts, self._stops = edges[inside], edges[np.minimum(inside + 1, len(edges) - 1)]
+    def __init__(self, volume: Shaped[np.ndarray, "n lines length"], start: int, stop: int) -> None:
+        # The plane before, too, since runs touch those in it.
+        self._first, self.stop = max(start - 1, 0), stop
+        planes = volume[self._first : stop]
+        count, lines, length = planes.shape
+        self._line, self._plane = length + 1, (lines + 1) * (length + 1)
+        # A 0 between lines, and a line of them between planes: no run goes on there, or touches one across them.
+        flat = np.zeros(count * self._plane + 1, planes.dtype)
+        flat[1:].reshape(count, lines + 1, length + 1)[:, :lines, :length] = planes
+        edges = np.flatnonzero(flat[1:] != flat[:-1])
+        values = flat[1:][edges]
+        inside = np.flatnonzero(values)
+        self._labels, self._starts, self._stops = values[inside], edges[inside], edges[inside + 1]
+        self.before = int(np.searchsorted(self._starts, (start - self._first) * self._plane))
+        """Runs of the plane before the first, which have the first numbers."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
-    def places(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The line of each run, its first voxel in the line, and the voxel behind its last."""
-        lines = self._starts // self._line
-        return lines, self._starts - lines * self._line, self._stops - lines * self._line
+    def labels(self) -> Shaped[np.ndarray, " runs"]:
+        """The label of each run."""
+        return self._labels[self.before :]
 
-    def touching(self, others: "Runs", lines: list[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Numbers of runs here and among others that touch, have the same label, and lie so many lines apart."""
-        for apart in lines:
-            shift = apart * self._line
-            low = np.searchsorted(others._stops, self._starts + (shift - 1), "right")
-            high = np.searchsorted(others._starts, self._stops + (shift + 1), "left")
+    @property
+    def places(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The plane and line of each run, its first voxel in the line, and the voxel behind its last."""
+        starts, stops = self._starts[self.before :], self._stops[self.before :]
+        planes, rest = np.divmod(starts, self._plane)
+        lines, firsts = np.divmod(rest, self._line)
+        return planes + self._first, lines, firsts, stops - (starts - firsts)
+
+    def touching(self) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of runs that touch, those at corners too, and have one label: side by side, the later one first."""
+        starts, stops = self._starts[self.before :], self._stops[self.before :]
+        pairs: list[tuple[np.ndarray, np.ndarray]] = []
+        # Of the line before, and of three lines of the plane before.
+        for apart in (self._line, self._plane - self._line, self._plane, self._plane + self._line):
+            low = np.searchsorted(self._stops, starts - (apart + 1), "right")
+            high = np.searchsorted(self._starts, stops - (apart - 1), "left")
             counts = np.maximum(high - low, 0)
             ends = np.cumsum(counts)
-            here = np.repeat(np.arange(len(counts)), counts)
+            here = np.repeat(np.arange(self.before, len(self._starts)), counts)
             there = np.arange(len(here)) + np.repeat(low - (ends - counts), counts)
-            same = self.labels[here] == others.labels[there]
-            yield here[same], there[same]
-
-
-def runs_of_planes(labels: Shaped[np.ndarray, "i j k"]) -> Iterator[Runs]:
-    """The runs along the axis that is contiguous in memory, of the planes across the slowest one."""
-    for plane in labels.transpose(slowest_first(labels)):
-        yield Runs(plane)
+            same = np.flatnonzero(self._labels[here] == self._labels[there])
+            pairs.append((here[same], there[same]))
+        here, there = map(np.concatenate, zip(*pairs, strict=True))
+        return here, there
 
 
 def slowest_first(volume: Shaped[np.ndarray, "i j k"]) -> list[int]:

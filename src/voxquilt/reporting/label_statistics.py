@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Shaped
 
+from voxquilt.data.spare_cores import map_in_threads, spare_threads
 from voxquilt.geometry.frame import Frame
 from voxquilt.reporting.components import ComponentCounter
-from voxquilt.reporting.label_runs import runs_of_planes, slowest_first
+from voxquilt.reporting.label_runs import slowest_first
 from voxquilt.stitching.label_values import count_values
 
 PERCENTILES = (5, 50, 95)
@@ -19,6 +20,8 @@ _VOXELS = 2**18
 _BINS, _TABLE = 2**16, 2**22
 # Runs whose places are counted at a time.
 _RUNS = 2**17
+# Voxels of a volume whose numbers are computed in threads; of smaller ones that takes no longer than to begin them.
+_LARGE = 2**22
 
 
 @dataclass(frozen=True)
@@ -129,30 +132,20 @@ class _Volume:
         self._ranks = np.zeros(2**16 if small else 0, np.int64)
         self._ranks[self.numbers if small else []] = range(len(self.numbers) if small else 0)
         self._images = [image.transpose(self._axes) for image in images.values()]
-        counter = ComponentCounter(labels.size)
+        self._threads = spare_threads() if labels.size >= _LARGE else 1
+        counter = ComponentCounter(self._labels, self._threads)
         self.profiles = self._count_along_axes(counter)
         """The voxels of each rank along i, j, k."""
         self.components = counter.counts()
         """Components by number; None of noise."""
 
-    def _pieces(self, start: int, stop: int) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-        """Planes, the numbers of their labelled voxels as if they were one line, and the ranks of these voxels."""
-        step = max(1, _VOXELS // max(1, self._labels[0].size))
-        for first in range(start, stop, step):
-            planes = slice(first, min(first + step, stop))
-            flat = np.ascontiguousarray(self._labels[planes]).reshape(-1)
-            voxels = np.flatnonzero(flat)
-            if len(voxels):
-                yield planes, voxels, self._rank(flat[voxels])
-
     def _count_along_axes(self, counter: ComponentCounter) -> list[np.ndarray]:
         planes, lines, length = self._labels.shape
         counts = [np.zeros((len(self.numbers), n), np.int64) for n in (planes, lines, length + 1)]
         chunk: list[tuple[np.ndarray, ...]] = []
-        for plane, runs in enumerate(runs_of_planes(self._labels)):
-            counter.add(runs)
-            chunk.append((self._rank(runs.labels), np.full(len(runs), plane), *runs.places))
-            if plane + 1 == planes or sum(len(ranks) for ranks, *_ in chunk) >= _RUNS:
+        for runs in counter.runs():
+            chunk.append((self._rank(runs.labels), *runs.places))
+            if runs.stop == planes or sum(len(ranks) for ranks, *_ in chunk) >= _RUNS:
                 ranks, across, line, first, stop = map(np.concatenate, zip(*chunk, strict=True))
                 _add_counts(counts[0], ranks, across, stop - first)
                 _add_counts(counts[1], ranks, line, stop - first)
@@ -210,11 +203,21 @@ class _Volume:
         along = self.profiles[self._axes[0]].sum(axis=0)
         places = np.flatnonzero(along)
         start, stop = (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 0)
-        for planes, voxels, ranks in self._pieces(start, stop):
+        step = max(1, _VOXELS // max(1, self._labels[0].size))
+
+        def look(first: int) -> tuple[np.ndarray, np.ndarray]:
+            planes = slice(first, min(first + step, stop))
+            flat = np.ascontiguousarray(self._labels[planes]).reshape(-1)
+            voxels = np.flatnonzero(flat != 0)  # faster than of integers
             values = np.ascontiguousarray(image[planes]).reshape(-1)[voxels]
             if values.dtype.kind == "f":
                 values = np.where(np.isfinite(values), values, 0).astype(np.float64)
-            yield ranks, values.astype(np.int64 if values.dtype.kind in "iub" else np.float64, copy=False) - least
+            kept = np.int64 if values.dtype.kind in "iub" else np.float64
+            return self._rank(flat[voxels]), values.astype(kept, copy=False) - least
+
+        for ranks, values in map_in_threads(look, range(start, stop, step), self._threads):
+            if len(ranks):
+                yield ranks, values
 
 
 def _intensities(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from voxquilt.errors import ConfigError
@@ -65,8 +65,7 @@ class Crop:
     def axis_weights(self, grid: Grid, axis: int) -> AxisWeights:
         starts, half = grid.starts[axis], grid.patch_overlap[axis] // 2
         begins = [0, *(s + half for s in starts[1:]), grid.shape[axis]]
-        x = torch.arange(grid.patch_size[axis]) + torch.tensor(starts)[:, None]
-        edges = torch.tensor(begins)[:, None]
+        x, edges = _places(grid, axis), torch.tensor(begins)[:, None]
         return ((x >= edges[:-1]) & (x < edges[1:])).double()
 
 
@@ -84,10 +83,7 @@ class Windowed:
             raise ConfigError(
                 f"the window {self.window!r} gives shape {tuple(window.shape)} for patches of {patch} voxels."
             )
-        total = torch.zeros(grid.shape[axis], dtype=torch.float64)
-        for start in grid.starts[axis]:
-            total[start : start + patch] += window
-        return torch.stack([window / total[start : start + patch] for start in grid.starts[axis]])
+        return window / _sums(window.expand(grid.counts[axis], -1), grid, axis)[_places(grid, axis)]
 
 
 def average(patch: int) -> Float64[Tensor, "p"]:
@@ -174,10 +170,8 @@ def checked_weights(blend: Blend, grid: Grid, axis: int) -> AxisWeights:
             f"{blend!r} gives weights of shape {tuple(weights.shape)} along axis {AXES[axis]}; wanted is "
             f"{(grid.counts[axis], patch)}, patches along the axis and voxels of a patch."
         )
-    total = torch.zeros(grid.shape[axis], dtype=torch.float64)
-    for start, along in zip(grid.starts[axis], weights, strict=True):
-        total[start : start + patch] += along
-    if not torch.allclose(total, torch.ones_like(total), rtol=0, atol=1e-9):
+    total = _sums(weights, grid, axis)
+    if not (total - 1).abs().max() <= 1e-9:  # NaN is not
         raise ConfigError(
             f"the weights of {blend!r} sum to {float(total.min()):.6g} to {float(total.max()):.6g} along axis "
             f"{AXES[axis]}, and must sum to 1 in every voxel; a window must be positive everywhere."
@@ -185,3 +179,13 @@ def checked_weights(blend: Blend, grid: Grid, axis: int) -> AxisWeights:
     if not blend.averages and not ((weights == 0) | (weights == 1)).all():
         raise ConfigError(f"{blend!r} copies voxels (averages is False), so its weights must be 0 or 1.")
     return weights
+
+
+def _places(grid: Grid, axis: int) -> Int64[Tensor, "n p"]:
+    """The voxels of each patch along an axis."""
+    return torch.tensor(grid.starts[axis])[:, None] + torch.arange(grid.patch_size[axis])
+
+
+def _sums(weights: Float[Tensor, "n p"], grid: Grid, axis: int) -> Float64[Tensor, " size"]:
+    """The sum of the weights of all patches in each voxel along an axis."""
+    return _places(grid, axis).flatten().bincount(weights.flatten().double(), grid.shape[axis])

@@ -1,7 +1,6 @@
 """Packs files by gzip, and unpacks them: checked to their end, without bytes after the last valid member."""
 
 import io
-import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,13 +12,12 @@ from isal import igzip, igzip_lib, igzip_threaded
 from nibabel.arrayproxy import ArrayProxy
 from nibabel.openers import ImageOpener
 
+from voxquilt.data.spare_cores import spare_threads
+
 MAGIC = b"\x1f\x8b"
 """The first bytes of a file that gzip has packed."""
 
 _PIECE = 2**20
-# Cores for each thread that packs, and the most threads. On a GPU's host many cores are idle while the last volume of a
-# run is packed; where there are few, they have other work.
-_CORES, _MOST_THREADS = 4, 4
 _UNPACK_ERROR: Any = igzip_lib.IsalError  # isal's stub has an instance where the class is
 
 
@@ -31,7 +29,7 @@ def is_packed(path: Path) -> bool:
 @contextmanager
 def packing(file: io.BufferedWriter) -> Iterator[Any]:
     """A file to write to from beginning to end; its bytes are packed into another, with neither a name nor a time."""
-    threads = min((os.cpu_count() or 1) // _CORES, _MOST_THREADS)
+    threads = spare_threads()
     level = 1  # labels compress well anyhow
     if threads > 1:
         with igzip_threaded.open(file, "wb", level, threads=threads) as packed:
