@@ -102,6 +102,31 @@ def test_stored_settings_are_read_back_unchanged(tmp_path: Path) -> None:
     assert carried(tmp_path / "e.ckpt") is None
 
 
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_torchs_old_format_carries_settings_and_runs_nothing(protocol: int, tmp_path: Path) -> None:
+    """It is several pickles, of which the content is not the first; a file that is cut in it has no settings."""
+    content = torch.load(checkpoint(tmp_path / "a.ckpt", SETTINGS), weights_only=True)
+    content["bomb"] = Bomb(tmp_path / "marker")
+    old = tmp_path / "old.ckpt"
+    torch.save(content, old, _use_new_zipfile_serialization=False, pickle_protocol=protocol)
+    assert carried(old) == SETTINGS
+    assert kind_of(old) == "lightning"
+    old.write_bytes(old.read_bytes()[:200])
+    assert carried(old) is None
+    assert not (tmp_path / "marker").exists()
+
+
+def test_a_checkpoint_in_torchs_old_format_predicts_as_in_the_new(forks: Server, place: Path) -> None:
+    """By its own settings and weights."""
+    content = torch.load(place / "best.ckpt", weights_only=True)
+    torch.save(content, place / "old.ckpt", _use_new_zipfile_serialization=False)
+    for name in ("best", "old"):
+        predict(forks, place, f"ckpt_path={name}.ckpt", f"output_dir={name}", "stitch.products=[probabilities]")
+    new, old = (nib.load(place / name / "a_probabilities.nii.gz").get_fdata() for name in ("best", "old"))
+    assert new.std() > 0
+    assert np.array_equal(new, old)
+
+
 words = st.text("ab {}.ü\n")
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | words,

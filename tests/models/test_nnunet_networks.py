@@ -154,6 +154,18 @@ def test_wrappings_of_names_do_not_count(tmp_path: Path, prefix: str) -> None:
     assert all(torch.equal(loaded[name], weights[name]) for name in weights)
 
 
+def test_checkpoints_in_torchs_old_format_are_read(tmp_path: Path) -> None:
+    """What they say about themselves and their weights, although they cannot be mapped as zip archives are."""
+    model = read_folder(make_model(tmp_path, inference_allowed_mirroring_axes=(0, 2)))
+    path = model.checkpoints[0]
+    content = torch.load(path, weights_only=False)
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+    assert read_folder(tmp_path) == model
+    loaded = load_weights(path, build_network(model)).state_dict()
+    assert loaded
+    assert all(torch.equal(loaded[name], content["network_weights"][name]) for name in loaded)
+
+
 def test_weights_that_do_not_fit_are_listed(tmp_path: Path) -> None:
     """Missing, unexpected and of another shape, and which file may be wrong."""
     model = read_folder(make_model(tmp_path))

@@ -3,6 +3,7 @@
 import gzip
 import io
 import pickle
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -381,6 +382,12 @@ def arrays() -> bytes:
     return buffer.getvalue()
 
 
+def tarred(name: str) -> bytes:
+    with tarfile.open(fileobj=(buffer := io.BytesIO()), mode="w") as archive:
+        archive.addfile(tarfile.TarInfo(name))
+    return buffer.getvalue()
+
+
 NIFTI = nib.Nifti1Image(np.zeros((3, 3, 3), np.uint8), np.eye(4)).to_bytes()
 NO_WEIGHTS: dict[str, tuple[bytes, str]] = {
     "an empty file": (b"", "it is empty: copying or downloading it was broken off"),
@@ -406,6 +413,9 @@ NO_WEIGHTS: dict[str, tuple[bytes, str]] = {
     "arrays of NumPy": (arrays(), "it is NumPy arrays (.npz) (a.npy)"),
     "Keras": (b"\x89HDF\r\n\x1a\n" + bytes(100), "an HDF5 file"),
     "a pickle": (pickle.dumps({"a": np.ones(3)}), "a pickle that torch.save did not write"),
+    "a pickle of protocol 2": (pickle.dumps({"a": [1.0]}, protocol=2), "a pickle that torch.save did not write"),
+    "a tar archive": (tarred("readme.txt"), "a tar archive: unpack it"),
+    "torch's first format": (tarred("sys_info"), "the tar archive that torch wrote before version 0.1.10, which"),
     "safetensors by another name": (safetensors.torch.save({"a": torch.ones(2)}), "give it the suffix .safetensors"),
 }
 
@@ -438,6 +448,14 @@ def test_weights_are_never_described_as_another_kind_of_file(tmp_path: Path) -> 
     torch.save(trained.state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     torch.save(trained.state_dict(), tmp_path / "old4.pth", _use_new_zipfile_serialization=False, pickle_protocol=4)
     safetensors.torch.save_file(trained.state_dict(), tmp_path / "a.safetensors")
+    for protocol in (2, 3, 4, 5):  # lengths of headers, with which such files begin as pickles do
+        length = int.from_bytes([0x80, protocol], "little")
+        pickled = tmp_path / f"{protocol}.safetensors"
+        short = safetensors.torch.save(trained.state_dict(), {"note": ""})
+        blank = length - int.from_bytes(short[:8], "little")
+        pickled.write_bytes(safetensors.torch.save(trained.state_dict(), {"note": " " * blank}))
+        assert pickled.read_bytes()[:2] == bytes([0x80, protocol])
+        assert same(read_state_dict(net(8), pickled)[0], trained)
     lit_checkpoint(tmp_path / "a.ckpt")
     for path in tmp_path.iterdir():
         assert not_weights(path) == ""

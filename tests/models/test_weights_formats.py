@@ -42,6 +42,9 @@ SAVERS: dict[str, Callable[[Path], object]] = {
     "net.pth": lambda path: torch.save({"model_state_dict": unet().state_dict(), "epoch": 3}, path),
     "net.safetensors": lambda path: safetensors.torch.save_file(unet().state_dict(), path),
     "lit.ckpt": lit_checkpoint,
+    "old.ckpt": lambda path: torch.save(
+        torch.load(path.with_name("lit.ckpt"), weights_only=True), path, _use_new_zipfile_serialization=False
+    ),
     "script.pt": lambda path: torch.jit.save(torch.jit.script(unet()), path),
     "net.pt2": exported,
     "net.onnx": lambda path: export_anew(path, unet(), (2, 1, 16, 16, 16)),
@@ -52,6 +55,7 @@ FORMATS = {
     "wrapped state dict": (*STATE, "ckpt_path=net.pth"),
     "safetensors": (*STATE, "ckpt_path=net.safetensors"),
     "Lightning": (*LIT, "ckpt_path=lit.ckpt"),
+    "Lightning in torch's old format": (*LIT, "ckpt_path=old.ckpt"),
     "Lightning as a state dict": (*STATE, "ckpt_path=lit.ckpt", "model.prefix=net."),
     "TorchScript": ("model=torchscript", "ckpt_path=script.pt"),
     "exported": ("model=exported", "ckpt_path=net.pt2"),
@@ -220,6 +224,12 @@ def lit_bomb(place: Path, bomb: Bomb) -> bytes:
     return saved(content | {"hyper_parameters": {"scale": bomb}})
 
 
+def old_bomb(place: Path, bomb: Bomb) -> bytes:
+    content = torch.load(place / "lit.ckpt", weights_only=True) | {"hyper_parameters": {"scale": bomb}}
+    torch.save(content, buffer := io.BytesIO(), _use_new_zipfile_serialization=False)
+    return buffer.getvalue()
+
+
 BOMBS: dict[str, tuple[tuple[str, ...], str, Callable[[Path, Bomb], bytes]]] = {
     "state dict .pt": (STATE, "bomb.pt", state_bomb),
     "state dict .pth": (STATE, "bomb.pth", state_bomb),
@@ -246,6 +256,8 @@ BOMBS: dict[str, tuple[tuple[str, ...], str, Callable[[Path, Bomb], bytes]]] = {
         lambda place, bomb: with_record(place / "net.pt2", "data/sample_inputs/model.pt", saved(((bomb,), {}))),
     ),
     "checkpoint by itself": ((), "bomb.ckpt", lit_bomb),
+    "old format by itself": ((), "bomb.ckpt", old_bomb),
+    "old format .ckpt": (LIT, "bomb.ckpt", old_bomb),
     "checkpoint as .pt2": (("model=exported",), "bomb.pt2", state_bomb),
 }  # fmt: skip
 

@@ -843,6 +843,18 @@ def test_a_checkpoint_without_training_settings_resumes_with_a_warning(
     assert "epoch 2 of 2" in text
 
 
+def test_a_training_resumes_from_a_checkpoint_in_torchs_old_format(
+    forks: Server, blobs: Path, tmp_path: Path, finished: Path
+) -> None:
+    """Its record of settings and data is compared as well."""
+    content = torch.load(finished / "checkpoints/last.ckpt", weights_only=True)
+    torch.save(content, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+    text = train(forks, blobs, tmp_path, *ONE, "trainer.max_epochs=2", "data.seed=7", "ckpt_path=old.ckpt", status=2)
+    assert "old.ckpt was trained with other settings or data" in text
+    text = train(forks, blobs, tmp_path, *ONE, "trainer.max_epochs=2", "ckpt_path=old.ckpt")
+    assert "epoch 2 of 2" in text
+
+
 def test_means_are_over_the_subjects_that_have_a_metric() -> None:
     """A class that neither label nor prediction has is left out, as is one for which a subject has no value."""
     nan = float("nan")

@@ -11,8 +11,10 @@ from voxquilt.models.weights.registry import LIGHTNING, STATE_DICT, WEIGHTS
 
 _START_BYTES = 4096
 _SAFETENSORS = "safetensors under another name: give it the suffix .safetensors"
-# torch.save's magic number, in files that are not zip archives.
+# torch.save's magic number, in files of its old format, which are several pickles and no zip archive.
 _MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")
+# Members of the archives that torch wrote before it had that format.
+_TAR_MEMBERS = (b"sys_info", b"pickle", b"storages", b"tensors")
 _STARTS = {
     b"version https://git-lfs": "a pointer of git-LFS and not the file itself: run 'git lfs pull' where it was cloned",
     b"/annex/objects/": "a pointer of git-annex and not the file itself: run 'git annex get'",
@@ -36,7 +38,9 @@ def not_weights(path: Path) -> str:
     try:
         with open(path, "rb") as file:
             start = file.read(_START_BYTES)
-        return _by_magic(start) or _by_archive(path, start) or _by_text(start)
+        # The length with which safetensors begin may be another format's first bytes.
+        by_magic = "" if _is_safetensors(start) else _by_magic(start)
+        return by_magic or _by_archive(path, start) or _by_text(start)
     except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
         return ""
 
@@ -54,8 +58,13 @@ def _by_magic(start: bytes) -> str:
     if start[128:132] == b"DICM":
         return "a DICOM file"
     if start[257:262] == b"ustar":
+        if start[:100].rstrip(b"\0") in _TAR_MEMBERS:
+            return (
+                "the tar archive that torch wrote before version 0.1.10, which cannot be read without running what is "
+                "in it: if you trust it, torch.load it with weights_only=False, and torch.save its state dict"
+            )
         return "a tar archive: unpack it"
-    if start[:1] == b"\x80" and start[1:2] in (b"\x03", b"\x04", b"\x05") and _MAGIC not in start[:64]:
+    if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and not is_old_format(start):
         return "a pickle that torch.save did not write: load it where it was made, and torch.save its state dict"
     return ""
 
@@ -63,7 +72,7 @@ def _by_magic(start: bytes) -> str:
 def _by_archive(path: Path, start: bytes) -> str:
     if path.suffix == ".safetensors":
         return "torch's own format: give it the suffix .pt" if start[:2] == b"PK" else ""
-    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**32:
+    if _is_safetensors(start):
         return _SAFETENSORS
     if start[:4] != b"PK\x03\x04":
         return ""
@@ -75,6 +84,15 @@ def _by_archive(path: Path, start: bytes) -> str:
     shown = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
     arrays = all(name.endswith(".npy") for name in names)
     return f"{'NumPy arrays (.npz)' if arrays else 'a zip archive, not of torch: unpack it'} ({shown})"
+
+
+def is_old_format(start: bytes) -> bool:
+    """Whether a file that begins so is of torch.save's old format, its only one before version 1.6."""
+    return start[:1] == b"\x80" and _MAGIC in start[:64]
+
+
+def _is_safetensors(start: bytes) -> bool:
+    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**32
 
 
 def _by_text(start: bytes) -> str:

@@ -3,6 +3,7 @@
 import pickle
 import re
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ def load_safely(path: Path, *, trust: bool, mmap: bool = False) -> Any:
     Args:
         path: The file.
         trust: Unpickle anything that the file holds, which can run its code.
-        mmap: Leave tensors in the file until they are used.
+        mmap: Leave tensors in the file until they are used. Files of torch's old format are read as a whole.
 
     Raises:
         ConfigError: the file is damaged, or holds more than tensors and plain values.
@@ -29,7 +30,8 @@ def load_safely(path: Path, *, trust: bool, mmap: bool = False) -> Any:
             return load_file(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of TorchScript archives before it refuses them
-            return torch.load(path, map_location="cpu", weights_only=not trust, mmap=mmap)
+            mapped = mmap and zipfile.is_zipfile(path)
+            return torch.load(path, map_location="cpu", weights_only=not trust, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise ConfigError(_refusal(path, plain_text(error))) from error
     except Exception as error:

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 from safetensors import safe_open
 
 from voxquilt.errors import ConfigError
+from voxquilt.models.weights.detect import is_old_format
 from voxquilt.models.weights.onnx_header import looks_like_onnx, read_metadata
 from voxquilt.old_names import with_new_targets
 
@@ -21,6 +22,8 @@ KEY = "voxquilt"
 TRAINING = "voxquilt_training"
 """The key of the record of how it was trained, which predicting does not read."""
 FORMAT = 1
+# Pickles before the content in torch.save's old format: the magic number, the protocol, and about the machine.
+_OLD_PREAMBLE = 3
 
 # What predicting needs of a training's configuration, by section. A file may not carry other keys, of which one would
 # say that the file is trusted.
@@ -91,8 +94,13 @@ def carried(path: Path) -> dict[str, Any] | None:
 
 
 def pickled(path: Path) -> Any:
-    """What torch.save put into a zip archive, tensors and objects left out; None for anything else."""
+    """What torch.save put into a file, tensors and objects left out; None for anything else."""
     try:
+        with open(path, "rb") as file:
+            if is_old_format(file.peek(64)[:64]):
+                for _ in range(_OLD_PREAMBLE):
+                    _Plain(file).load()
+                return _Plain(file).load()
         with zipfile.ZipFile(path) as archive:
             name = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
             if name is None or "/" in name.removesuffix("/data.pkl"):
