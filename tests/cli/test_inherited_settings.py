@@ -51,8 +51,10 @@ SETTINGS: dict[str, Any] = {
 ALLOWED = ["voxquilt.*", "monai.networks.*", "monai.transforms.*", "torch.nn.*"]
 
 
-def unet(**options: Any) -> UNet:
+def unet(seed: int | None = None, **options: Any) -> UNet:
     """The network of the settings."""
+    if seed is not None:
+        torch.manual_seed(seed)
     return UNet(**{key: value for key, value in NET.items() if key != "_target_"} | options)
 
 
@@ -64,11 +66,12 @@ def checkpoint(path: Path, settings: Mapping[str, Any] | None = None, net: torch
     return path
 
 
-def script(path: Path) -> None:
-    """The network as a TorchScript archive."""
+def script(path: Path, net: torch.nn.Module | None = None, extra: Mapping[str, str] | None = None) -> None:
+    """A network as a TorchScript archive."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.jit.save(torch.jit.trace(unet().eval(), torch.zeros(1, 1, 16, 16, 16)), path)
+        traced = torch.jit.trace((net or unet()).eval(), torch.zeros(1, 1, 16, 16, 16))
+        torch.jit.save(traced, path, _extra_files=dict(extra or {}))
 
 
 @pytest.fixture
@@ -335,13 +338,59 @@ def test_a_class_that_only_the_checkpoint_names_is_checked(forks: Server, place:
         assert "the checkpoint names synthetic.Over50" in text
 
 
-def test_members_of_an_ensemble_must_have_equal_settings(forks: Server, place: Path) -> None:
-    """Members that differ are named."""
+def test_settings_of_an_ensemble_that_contradict_each_other_are_named(forks: Server, place: Path) -> None:
+    """By their keys, with both values, unless the user chose them; other networks have a way of their own."""
     checkpoint(place / "b.ckpt", SETTINGS)
     checkpoint(place / "c.ckpt", SETTINGS | {"preprocess": {**SETTINGS["preprocess"], "spacing": 2}})
     predict(forks, place, "ckpt_path=[best.ckpt,b.ckpt]")
     text = predict(forks, place, "ckpt_path=[best.ckpt,c.ckpt]", wanted=2)
-    assert "best.ckpt and c.ckpt carry different settings (preprocess)" in text
+    assert "best.ckpt and c.ckpt are not an ensemble, since their settings contradict each other:" in text
+    assert "\n  preprocess.spacing is null and 2\n  Set preprocess.spacing yourself if" in text
+    predict(forks, place, "ckpt_path=[best.ckpt,c.ckpt]", "preprocess.spacing=1", "output_dir=chosen")
+    deep = {"channels": [4, 8, 8], "strides": [2, 2]}
+    settings = SETTINGS | {"model": {**SETTINGS["model"], "net": NET | deep}}
+    checkpoint(place / "d.ckpt", settings, unet(**deep))
+    text = predict(forks, place, "ckpt_path=[b.ckpt,d.ckpt]", wanted=2)
+    assert "\n  model.net.channels is [4, 8] and [4, 8, 8]\n  model.net.strides is [2] and [2, 2]\n  Models" in text
+    options = ["model=nnunet", "model.parts=[{ckpt_path: b.ckpt}, {ckpt_path: d.ckpt}]", "stitch.combine=mean"]
+    assert f"averaged by {options[0]} model.parts='{options[1].partition('=')[2]}' {options[2]}," in text
+    predict(forks, place, *options, "output_dir=parts")
+
+
+def test_an_ensemble_may_have_files_of_several_formats(forks: Server, place: Path) -> None:
+    """Also such as are networks by themselves, write [16, 16, 16] for 16, or carry no settings.
+
+    The output is the mean of what each file gives by itself, which differ.
+    """
+    script(place / "bare.ts", unet(seed=1))
+    settings = {**SETTINGS, "model": {"squeeze_axis": None, "activation": None}}
+    settings["data"] = {**SETTINGS["data"], "patch_size": [16, 16, 16]}
+    script(place / "own.ts", unet(seed=2), {KEY: json.dumps(settings)})
+    common = ("stitch.products=[logits]", "model.activation=none", "callbacks.writer.compress=false")
+    files = {"best.ckpt": (), "own.ts": (), "bare.ts": ("data.patch_size=16", "data.patch_overlap=8")}
+    singly = {}
+    for name, more in files.items():
+        more = (*more, "stitch.overlap_mode=hann", "preprocess.orientation=RAS", "stitch.class_names=[none,some]")
+        predict(forks, place, f"ckpt_path={name}", f"output_dir=out_{name}", *common, *more)
+        singly[name] = nib.load(place / f"out_{name}" / "a_logits.nii").get_fdata()
+    for names in (["best.ckpt", "own.ts"], ["own.ts", "best.ckpt"], ["bare.ts", "own.ts"], list(reversed(files))):
+        folder = "-".join(names)
+        text = predict(forks, place, f"ckpt_path=[{','.join(names)}]", f"output_dir={folder}", *common)
+        assert ("bare.ts carries no settings: it predicts with those of own.ts" in text) == ("bare.ts" in names)
+        made = nib.load(place / folder / "a_logits.nii").get_fdata()
+        wanted = np.mean([singly[name] for name in names], axis=0)
+        np.testing.assert_allclose(made, wanted, rtol=0, atol=1e-5)
+        assert np.abs(made - singly[names[0]]).max() > 0.01
+
+
+def test_a_network_of_the_users_is_for_the_files_that_bring_none(forks: Server, place: Path) -> None:
+    """Where all files bring theirs, it is refused."""
+    torch.save(unet(seed=1).state_dict(), place / "bare.pt")
+    script(place / "a.ts")
+    net = [f"model.net.{key}={value}".replace(" ", "") for key, value in NET.items()]
+    predict(forks, place, "ckpt_path=[a.ts,bare.pt]", "data.patch_size=16", *net)
+    text = predict(forks, place, "ckpt_path=[a.ts,a.ts]", "data.patch_size=16", "output_dir=b", *net, wanted=2)
+    assert "a.ts (torchscript) is a network by itself, beside which model.net has no use: leave it out." in text
 
 
 def test_the_error_on_weights_without_a_network_says_which_kind_they_are(forks: Server, place: Path) -> None:

@@ -140,6 +140,18 @@ def test_the_fixed_patch_of_an_onnx_file_is_the_default(place: Path, forks: Serv
         assert "exported for inputs of 1 x 16 x 16 x 16" in one_message(job.text)
 
 
+def test_onnx_files_of_an_ensemble_that_take_other_patches_are_refused(place: Path, forks: Server) -> None:
+    """By name, whether data.patch_size is missing or said."""
+    export(place / "larger.onnx", unet(), (2, 1, 24, 24, 24))
+    options = ("data.inputs=in", "ckpt_path=[two.onnx,larger.onnx]", "trainer=cpu", "output_dir=others")
+    job = forks.start(*options, cwd=place)
+    assert checked(job.wait()) == 2, job.text
+    assert "two.onnx was exported for patches of [16, 16, 16] voxels and larger.onnx for [24, 24, 24]" in job.text
+    job = forks.start(*options, "data.patch_size=16", cwd=place)
+    assert checked(job.wait()) == 2, job.text
+    assert "larger.onnx was exported for inputs of 1 x 24 x 24 x 24" in job.text
+
+
 def test_a_2d_onnx_file_predicts_slices_of_its_own_size(place: Path, forks: Server) -> None:
     """Its two axes and model.squeeze_axis make the patch size: a pooling of 3 x 3 voxels, exactly."""
     export(place / "flat.onnx", torch.nn.AvgPool2d(3, 1, 1, count_include_pad=False), (1, 1, 24, 20))

@@ -50,7 +50,7 @@ class Choice:
         ):
             self.named.update({full} if "_target_" in own else ())
             self.used[full] = OmegaConf.to_container(OmegaConf.merge(value, own))  # such as model.net.dropout=0
-        elif own != default or any(_covers(name, full) for name in self.typed if name != "model"):
+        elif is_users(full, own, default, self.typed):
             self.kept.extend([f"{full}={own}"] if own != value else [])
         else:
             self.used[full] = value
@@ -63,6 +63,18 @@ class Choice:
             # A class that the user names as well does not rest on the file alone.
             nodes.setdefault(section, {})[key] = {**value, "_target_": None} if full in self.named else value
         return nodes
+
+
+def is_users(full: str, own: Any, default: Any, typed: Sequence[str]) -> bool:
+    """Whether a value is the user's.
+
+    Args:
+        full: The full key.
+        own: The value in the composed configuration.
+        default: The value in conf/.
+        typed: Keys and groups of the command line.
+    """
+    return own != default or any(_covers(name, full) for name in typed if name != "model")
 
 
 def fill_section(

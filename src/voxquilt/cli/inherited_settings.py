@@ -9,19 +9,18 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from voxquilt.cli.bundle_folder import has_bundle, take_bundle
-from voxquilt.cli.chosen_settings import Choice, defaults_of, fill_section, log_choice
+from voxquilt.cli.chosen_settings import Choice, defaults_of, fill_section, is_users, log_choice, plain_of
+from voxquilt.cli.common_settings import common_patch, common_settings
 from voxquilt.cli.model_folder import NNUNET, has_model_folder, take_model_folder
 from voxquilt.data.discovery import SubjectFiles
 from voxquilt.errors import ConfigError
-from voxquilt.models.weights.detect import kind_of
-from voxquilt.models.weights.onnx_header import fixed_patch
-from voxquilt.models.weights.stored_settings import carried
 from voxquilt.old_names import NEW
 
 log = logging.getLogger("voxquilt")
 
 AUTO = "voxquilt.predictor_from_file"
 """The model of `model=auto`, which asks the file what it is."""
+_AUTO_DEFAULTS = ("_options", "auto")
 
 
 def inherit(cfg: DictConfig, overrides: Iterable[str], conf: Path) -> dict[str, Any]:
@@ -39,7 +38,7 @@ def inherit(cfg: DictConfig, overrides: Iterable[str], conf: Path) -> dict[str, 
         none. A class that the user names as well is left out.
 
     Raises:
-        ConfigError: checkpoints of an ensemble that carry different settings.
+        ConfigError: checkpoints of an ensemble whose settings contradict each other.
     """
     paths: list[Path] = []
     trusted = False
@@ -54,17 +53,16 @@ def inherit(cfg: DictConfig, overrides: Iterable[str], conf: Path) -> dict[str, 
         model_defaults = ("_options", "bundle")
     else:
         paths = _checkpoint_files(cfg)
-        settings = _common_settings(paths)
-        if not settings:
+        model_defaults = _AUTO_DEFAULTS
+        source, settings = common_settings(paths, lambda key: _is_chosen(cfg, key, _typed(overrides), conf))
+        if source is None or settings is None:
             _fill_fixed_patch(cfg, paths)
             return {}
-        source, model_defaults = paths[0], ("_options", "auto")
         # One takes the place of the other, where the user has chosen it.
         for own, other in (("step", "patch_overlap"), ("patch_overlap", "step")):
             if cfg.data.get(own):
                 settings["data"] = {key: value for key, value in settings["data"].items() if key != other}
-    typed = [text.lstrip("+~").partition("=")[0] for text in overrides]
-    choice = Choice(typed, {}, [], set())
+    choice = Choice(_typed(overrides), {}, [], set())
     OmegaConf.set_struct(cfg, False)
     for section in ("data", "preprocess", "model", "stitch"):
         target = cfg.model.get("_target_")
@@ -83,15 +81,31 @@ def inherit(cfg: DictConfig, overrides: Iterable[str], conf: Path) -> dict[str, 
 
 def _fill_fixed_patch(cfg: DictConfig, paths: Sequence[Path]) -> None:
     """Without data.patch_size, take the one that an ONNX file was exported for."""
-    if not OmegaConf.is_missing(cfg.data, "patch_size") or not paths or kind_of(paths[0]) != "onnx":
+    if not OmegaConf.is_missing(cfg.data, "patch_size"):
         return
-    sizes = fixed_patch(paths[0])
+    sizes = common_patch(paths)
     axis = cfg.model.get("squeeze_axis")
     if sizes is not None and len(sizes) == 2 and axis in (0, 1, 2):
         sizes = (*sizes[:axis], 1, *sizes[axis:])
     if sizes is not None and len(sizes) == 3:
         cfg.data.patch_size = list(sizes)
         log.info("from %s: data.patch_size=%s", paths[0].name, list(sizes))
+
+
+def _typed(overrides: Iterable[str]) -> list[str]:
+    """Keys and groups of the command line."""
+    return [text.lstrip("+~").partition("=")[0] for text in overrides]
+
+
+def _is_chosen(cfg: DictConfig, full: str, typed: Sequence[str], conf: Path) -> bool:
+    """Whether the user has chosen the value of a full key, by the rule of `Choice`."""
+    section, _, rest = full.partition(".")
+    if full.startswith("model.net."):  # what the user says of it is merged with what the files say
+        return is_users(full, None, None, typed)
+    name = rest.partition(".")[0]
+    defaults = defaults_of(conf, section, _AUTO_DEFAULTS if section == "model" else ("default",)) if name else {}
+    own = plain_of(cfg.get(section)).get(name)
+    return bool(name) and is_users(f"{section}.{name}", own, defaults.get(name), typed)
 
 
 def check_images(wanted: Sequence[str], cases: Iterable[SubjectFiles]) -> None:
@@ -122,22 +136,3 @@ def _checkpoint_files(cfg: DictConfig) -> list[Path]:
         return []  # ??? or an interpolation that leads nowhere, which the check of the configuration reports
     paths = [Path(str(path)).expanduser() for path in (value if isinstance(value, ListConfig) else [value]) if path]
     return paths if all(path.is_file() for path in paths) else []
-
-
-def _common_settings(paths: Sequence[Path]) -> dict[str, Any]:
-    """The settings of all files; empty if they carry none.
-
-    Raises:
-        ConfigError: they differ.
-    """
-    first, *others = [carried(path) for path in paths] or [None]
-    if first is None:
-        return {}
-    for path, settings in zip(paths[1:], others, strict=True):
-        if settings != first:
-            keys = [key for key in first if (settings or {}).get(key) != first[key]]
-            raise ConfigError(
-                f"{paths[0]} and {path} carry different settings ({', '.join(keys)}): they are not an ensemble. "
-                f"Predict with each by itself, or choose model=state_dict and set the keys yourself."
-            )
-    return first

@@ -67,7 +67,7 @@ class OnnxNetwork(nn.Module):
         Raises:
             OutputError: the file was exported for patches of another size, or with other channels.
         """
-        check_sizes("the ONNX file", self.sizes, patches.shape)
+        check_sizes(self.path.name, self.sizes, patches.shape)
         run = self._allocate if patches.is_meta or isinstance(patches, FakeTensor) else self._compute
         batch = self.sizes[0]
         outputs = in_chunks(run, patches, most=batch or 2**31, least=batch)

@@ -4,6 +4,7 @@ Nothing that is pickled in a file is run, unless the user trusts it.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,22 @@ Paths = str | Path | Sequence[str | Path]
 def read_by_format(ckpt_path: Paths | None, options: ReadOptions) -> list[nn.Module]:
     """Networks from files that say which format they have; without a file, the network as it is built.
 
+    In an ensemble, some files may be networks by themselves, and others need `options.net`.
+
     Raises:
-        ConfigError: weights without a network, a network for a file that is one by itself, or a file that cannot be
-            read.
+        ConfigError: weights without a network, a network for files that all are one by themselves, or a file that
+            cannot be read.
     """
     if ckpt_path is None and options.net is not None:
         return [options.net]
     files = to_files(ckpt_path)
     if options.net is None:
         check_has_network(files)
-    return [_read(kind_of(file), file, options) for file in files]
+    kinds = [kind_of(file) for file in files]
+    needs = [WEIGHTS.load(kind)().needs_network for kind in kinds]
+    # In an ensemble, a network is for the files that bring none.
+    alone = replace(options, net=None) if any(needs) else options
+    return [_read(kind, file, options if need else alone) for kind, file, need in zip(kinds, files, needs, strict=True)]
 
 
 def read_torchscript(ckpt_path: Paths) -> list[nn.Module]:

@@ -93,6 +93,14 @@ def carried(path: Path) -> dict[str, Any] | None:
     return {section: {} for section in _SECTIONS} | with_new_targets(dict(settings))
 
 
+def with_meant(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with the values that a file without the key means, so that they can be compared with others."""
+    return {
+        section: {**_MEANT.get(section, {}), **value} if section in _SECTIONS else value
+        for section, value in settings.items()
+    }
+
+
 def pickled(path: Path) -> Any:
     """What torch.save put into a file, tensors and objects left out; None for anything else."""
     try:
