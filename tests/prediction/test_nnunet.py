@@ -368,6 +368,48 @@ def renamed(folder: Path, name: str) -> None:
 
 
 @pytest.mark.timeout(180)
+def test_a_subject_that_a_stage_before_failed_on_says_which_and_why(tmp_path: Path, forks: Server) -> None:
+    """In its row of the last stage, whether or not labels of an earlier run are there, which are not taken."""
+    low = make_model(tmp_path / "low", LOWRES, ONE, fill=balanced)
+    renamed(low, "3d_lowres")
+    renamed(make_model(tmp_path / "full", CASCADE, ONE, fill=balanced), "3d_cascade_fullres")
+    for n in range(2):
+        write_case(tmp_path / "in", f"s{n}", (8, 9, 7), OBLIQUE, seed=n)
+    good = (tmp_path / "in/s1_0000.nii.gz").read_bytes()
+    image = read(tmp_path / "in/s1_0000.nii.gz").astype(np.float32)
+    image[3, 3, 3] = np.nan
+    save(tmp_path / "in/s1_0000.nii.gz", image, OBLIQUE)
+    cascade = command("model.folder=[low,full]")
+    done = run("predict.py", *cascade, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    first, last = rows(tmp_path / "outputs/3d_lowres"), rows(tmp_path / "outputs")
+    wanted = "the run in outputs/3d_lowres, which was to write s1_labels.nii.gz, failed on it: "
+    assert first["s1"]["error"].startswith("image 'CT' (in/s1_0000.nii.gz) has 1 voxels that are NaN")
+    assert last["s1"]["error"] == wanted + first["s1"]["error"]
+    assert last["s0"]["status"] == "done"
+
+    (tmp_path / "in/s1_0000.nii.gz").write_bytes(good)
+    assert run("predict.py", *cascade, cwd=tmp_path).returncode == 0
+    for file in (tmp_path / "low").glob("fold_*/*.pth"):
+        content = torch.load(file, weights_only=False)
+        for weight in content["network_weights"].values():
+            weight.fill_(torch.nan)
+        torch.save(content, file)
+    done = run("predict.py", *cascade, "run.overwrite=true", cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    last = rows(tmp_path / "outputs")
+    assert {row["status"] for row in last.values()} == {"failed"}
+    assert last["s1"]["error"].startswith(wanted)
+    assert last["s1"]["error"].endswith("The file that is there is older.")
+
+    within = ("data.within={folder: low}", "model.folder=low", "output_dir=boxes")
+    done = forks.run(*command(*within), cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    wanted = "the run in boxes/within, which was to write s0_labels.nii.gz, failed on it: "
+    assert rows(tmp_path / "boxes")["s0"]["error"].startswith(wanted)
+
+
+@pytest.mark.timeout(180)
 def test_a_cascade_is_predicted_by_one_command_or_by_two(tmp_path: Path, forks: Server) -> None:
     """Both stages are those of the reference; the first writes a folder of its own."""
     low = make_model(tmp_path / "low", LOWRES, ONE, fill=balanced, inference_allowed_mirroring_axes=(0, 2))

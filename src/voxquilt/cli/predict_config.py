@@ -18,6 +18,7 @@ from voxquilt.data.discovery import SubjectFiles, find_cases, label_files
 from voxquilt.distributed.environment import is_external, is_first
 from voxquilt.errors import ConfigError
 from voxquilt.models.weights.detect import check_has_network
+from voxquilt.prediction.runs_before import failures_before
 from voxquilt.stitching.products.registry import PRODUCTS
 from voxquilt.vocabulary import SLAB, SUBJECT
 
@@ -96,7 +97,11 @@ def find_subjects(plain: Mapping[str, Any]) -> list[SubjectFiles] | None:
         )
     for key in ("skip", "within"):
         mask = data.get(key)
-        if isinstance(mask, str) and not any(os.path.isfile(mask.replace("{subject}", case.subject)) for case in cases):
+        if (
+            isinstance(mask, str)
+            and not any(os.path.isfile(mask.replace("{subject}", case.subject)) for case in cases)
+            and not failures_before(cases, [mask])  # of which each subject's row says why it has none
+        ):
             raise ConfigError(f"data.{key}={mask}: no subject has such a mask (relative to {Path.cwd()}).")
     if data.get("labels") is not None:
         _check_labels(data["labels"], plain["stitch"].get("products"), cases)

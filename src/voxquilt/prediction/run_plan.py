@@ -23,6 +23,7 @@ from voxquilt.errors import ConfigError
 from voxquilt.geometry.padding import pads_border
 from voxquilt.prediction.fingerprint import digest
 from voxquilt.prediction.resume import Resume, Todo
+from voxquilt.prediction.runs_before import failures_before
 from voxquilt.reporting.manifest import Row
 from voxquilt.vocabulary import CHANNELS
 
@@ -101,6 +102,7 @@ class RunPlanner:
         self._tasks: list[SubjectTask] = []
         # Costs from headers that were read for all shards, and are needed again for this shard's subjects.
         self._known: dict[str, SubjectCost] = {}
+        self._failed_before: dict[str, str] = {}
 
     def plan(self, cases: list[SubjectFiles], *, detailed: bool = False) -> RunPlan:
         """The plan of a run; called by all processes.
@@ -113,17 +115,21 @@ class RunPlanner:
             ConfigError: outputs were made with other settings and may not be overwritten.
         """
         group, resume = self._group, self._resume
+        masks = {mask for grids in self._models for mask in (grids.within, grids.skip) if isinstance(mask, str)}
+        self._failed_before = group.first(lambda: failures_before(cases, masks))
         ours = group.first(lambda: self.select_shard(cases))
         todo = group.first(lambda: resume.todo(ours) if resume else Todo([""] * len(ours)))
         tasks = [SubjectTask(*parts) for parts in zip(ours, todo.fingerprints, range(len(ours)), strict=True)]
-        self._tasks = [task for task in tasks if task.case.subject not in todo.done]
+        # What is done of a subject was made of a file that should have been written anew.
+        kept = {subject: row for subject, row in todo.done.items() if subject not in self._failed_before}
+        self._tasks = [task for task in tasks if task.case.subject not in kept]
         # Each header is read once, by one process; sizes are sent only if they will be shown.
         costs = self._costs_of_stride()
         sent = costs if detailed else [replace(cost, size=None) for cost in costs]
         gathered = group.gather((sent, run_size(cost.size for cost in costs)))
         # From one list per rank to one for all.
         all_costs = [gathered[n % group.size][0][n // group.size] for n in range(len(self._tasks))]
-        done = [todo.done[task.case.subject] for task in tasks if task.case.subject in todo.done]
+        done = [kept[task.case.subject] for task in tasks if task.case.subject in kept]
         settings = {resume.settings_digest: resume.settings} if resume and group.rank == 0 else {}
         plan = RunPlan(group, [], cases, [task.case.subject for task in self._tasks], done, settings, all_costs)
         return assign(plan, self._tasks, combined(size for _, size in gathered), self._distribute)
@@ -183,6 +189,8 @@ class RunPlanner:
         return costs
 
     def _cost(self, case: SubjectFiles, ranks: int) -> SubjectCost:
+        if case.subject in self._failed_before:
+            return SubjectCost(1, problem=self._failed_before[case.subject])
         known = self._known.get(case.subject) if ranks == 1 else None
         return known or largest_of([grids.cost(case, ranks) for grids in self._models])
 
