@@ -28,6 +28,7 @@ FOLDERS = [
     ["report", "selfcheck", "doctor"],
     ["cli"],
     ["export"],
+    ["commands"],
 ]
 LEVEL = {folder: level for level, line in enumerate(FOLDERS) for folder in line}
 CORE = ("geometry", "stitching")

@@ -32,7 +32,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(installed: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the console script as pip installs it, away from the checkout."""
-    code = f"import sys; sys.argv[0] = 'voxquilt-{script}'; from voxquilt.cli.main import {script}; {script}()"
+    start = f"from voxquilt.commands.entry_points import {script}; {script}()"
+    code = f"import sys; sys.argv[0] = 'voxquilt-{script}'; {start}"
     environment = os.environ | {"PYTHONPATH": str(installed)}
     command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=installed, check=False)
@@ -67,10 +68,10 @@ def test_the_wheel_names_its_console_scripts(installed: Path) -> None:
     """entry_points.txt refers to functions that exist."""
     (points,) = installed.glob("voxquilt-*.dist-info/entry_points.txt")
     text = points.read_text()
-    assert "voxquilt-export = voxquilt.export.command:main" in text
-    assert "voxquilt-predict = voxquilt.cli.main:predict" in text
-    assert "voxquilt-report = voxquilt.report.command:main" in text
-    assert "voxquilt-train = voxquilt.cli.main:train" in text
+    assert "voxquilt-export = voxquilt.commands.entry_points:export" in text
+    assert "voxquilt-predict = voxquilt.commands.entry_points:predict" in text
+    assert "voxquilt-report = voxquilt.commands.entry_points:report" in text
+    assert "voxquilt-train = voxquilt.commands.entry_points:train" in text
 
 
 def test_the_wheel_holds_the_report_and_its_viewer_with_their_licences(installed: Path) -> None:

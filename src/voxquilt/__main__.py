@@ -1,6 +1,6 @@
 """Runs `python -m voxquilt doctor`."""
 
-from voxquilt.doctor.command import main
+from voxquilt.commands.entry_points import doctor
 
 if __name__ == "__main__":
-    main()
+    doctor()

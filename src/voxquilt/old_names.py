@@ -4,7 +4,6 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -64,14 +63,22 @@ def with_new_targets(node: Any) -> Any:
     return [with_new_targets(value) for value in node] if isinstance(node, list) else node
 
 
-class _OldModules(MetaPathFinder, Loader):
-    """Finds the modules of earlier versions, as modules that look their names up where these are now."""
+class _OldModules:
+    """Finds the modules of earlier versions, as modules that look their names up where these are now.
+
+    It has no class of importlib.abc, whose import would be half of the time until a command listens to Ctrl-C.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         old = fullname.removeprefix(_PREFIX)
-        return ModuleSpec(fullname, self) if fullname.startswith(_PREFIX) and old in _MODULES else None
+        if not fullname.startswith(_PREFIX) or old not in _MODULES:
+            return None
+        return ModuleSpec(fullname, self)  # type: ignore[arg-type]
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """Have Python make the module."""
 
     def exec_module(self, module: ModuleType) -> None:
         new = f"{_PREFIX}{_MODULES[module.__name__.removeprefix(_PREFIX)]}"

@@ -22,7 +22,9 @@ def path(tmp_path: Path) -> str:
     """PATH with both console scripts, as pip installs them."""
     for name in ("predict", "train"):
         script = tmp_path / f"voxquilt-{name}"
-        script.write_text(f"#!{sys.executable}\nimport sys\nfrom voxquilt.cli.main import {name}\nsys.exit({name}())\n")
+        script.write_text(
+            f"#!{sys.executable}\nimport sys\nfrom voxquilt.commands.entry_points import {name}\nsys.exit({name}())\n"
+        )
         script.chmod(0o755)
     return f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
 

@@ -47,7 +47,7 @@ from voxquilt.cli.train_config import check_train
 from voxquilt.cli.training_plans import has_plans, take_plans
 from voxquilt.data.discovery import find_cases
 from voxquilt.distributed.environment import end_with_parent, is_first
-from voxquilt.distributed.signals import ended_by
+from voxquilt.distributed.signals import ended_at_once, ended_by
 from voxquilt.errors import VoxquiltError
 from voxquilt.filesystem import conf_dir
 from voxquilt.text import escape_streams, leave_stdout
@@ -63,7 +63,8 @@ def predict() -> None:
 
 def train() -> None:
     """`voxquilt-train` and `python train.py`: exits 0 if training ended, 2 if it did not begin."""
-    _main("train", run_train)
+    with ended_by(signal.SIGINT):
+        _main("train", run_train)
 
 
 def run_predict(cfg: DictConfig) -> int:
@@ -91,7 +92,7 @@ def run_predict(cfg: DictConfig) -> int:
             )  # fmt: skip
         return print_status(cases, folder, plain["shard"]["count"])
     with first_subject_read_ahead(cases, plain):
-        with quick_imports():
+        with ended_at_once(), quick_imports():
             from voxquilt.cli.predict_run import run  # imports torch
 
         return max(before, run(plain, inherited, cases))
@@ -107,7 +108,7 @@ def run_train(cfg: DictConfig) -> int:
     typed = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
     weights = take_plans(cfg, typed, conf_dir()) if has_plans(cfg) else None
     plain = check_train(cfg)
-    with quick_imports():
+    with ended_at_once(), quick_imports():
         from voxquilt.cli.train_run import fit  # imports torch
 
     return fit(plain, weights)

@@ -19,6 +19,7 @@ from voxquilt.cli.train_callbacks import EpochLines, RemoveCheckpoints
 from voxquilt.data.subject import ScalarImage
 from voxquilt.distributed.child_processes import SpawnedLogging, attended, quiet
 from voxquilt.distributed.environment import is_first
+from voxquilt.distributed.signals import interrupts_raised
 from voxquilt.errors import ConfigError, InputError, RunError, VoxquiltError
 from voxquilt.geometry.frame import to_triple
 from voxquilt.models.nnunet.checkpoint import load_weights
@@ -122,14 +123,14 @@ def _train(trainer: Trainer, model: LightningModule, data: Any, ckpt_path: str |
         ConfigError: nothing was trained.
     """
     try:
-        with open_loggers(trainer, is_first=is_first()), attended(trainer):
+        with open_loggers(trainer, is_first=is_first()), attended(trainer), interrupts_raised():
             trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     except VoxquiltError as error:
         if isinstance(error, ConfigError | InputError) and not trainer.global_step:
             raise ConfigError(str(error)) from error
         print(f"voxquilt: {error}", file=sys.stderr)
         return FAILED, isinstance(error, RunError)
-    except SystemExit:  # Lightning's, after Ctrl-C or SIGTERM
+    except (SystemExit, KeyboardInterrupt):  # Lightning's, after Ctrl-C or SIGTERM, or of Ctrl-C before it listens
         return 143 if trainer.received_sigterm else 130, True
     return 143 if trainer.received_sigterm else DONE, True
 

@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from time import monotonic
 from types import FrameType
 from typing import Any
@@ -71,8 +71,50 @@ def ended_by(*numbers: signal.Signals) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def interrupts_raised() -> Iterator[None]:
+    """Have Ctrl-C raise KeyboardInterrupt in a block that handles it, where `ended_by` would end the process."""
+    with _in_place_of_end(signal.default_int_handler):
+        yield
+
+
+@contextmanager
+def ended_at_once() -> Iterator[None]:
+    """Have Ctrl-C end the process at once in a block that imports, where `ended_by` would end it in order.
+
+    Modules being imported may catch any exception, and go on or fail otherwise; and nothing is to be put in order yet.
+    """
+    with _in_place_of_end(_end_at_once):
+        yield
+
+
+@contextmanager
+def _in_place_of_end(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    is_replaced = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is _end
+    if is_replaced:
+        signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        # Lightning ignores further ones once it has got one.
+        if is_replaced and signal.getsignal(signal.SIGINT) is handler:
+            signal.signal(signal.SIGINT, _end)
+
+
 def _end(number: int, frame: FrameType | None) -> None:
     signal.signal(number, signal.SIG_DFL)  # once more means at once
+    _say_stopped(number)
+    raise SystemExit(128 + number)
+
+
+def _end_at_once(number: int, frame: FrameType | None) -> None:
+    _say_stopped(number)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with suppress(OSError):  # nobody reads on
+            stream.flush()
+    os._exit(128 + number)
+
+
+def _say_stopped(number: int) -> None:
     if is_first():
         print(f"voxquilt: stopped by {signal.Signals(number).name}", file=sys.stderr)
-    raise SystemExit(128 + number)

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from voxquilt.distributed.signals import ended_at_once
 from voxquilt.text import escape_streams
 
 # Topics are as wide as the longest.
@@ -19,7 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     typed = _parser().parse_args(arguments)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of libraries that are imported; what matters has a line
-        from voxquilt.doctor.examination import examine  # imports torch
+        with ended_at_once():
+            from voxquilt.doctor.examination import examine  # imports torch
 
         lines = examine()
     problems = sum(line.state == "problem" for line in lines)

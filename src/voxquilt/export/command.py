@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from voxquilt.distributed.signals import ended_at_once
 from voxquilt.errors import ConfigError, VoxquiltError
 from voxquilt.geometry.frame import to_triple
 from voxquilt.text import escape_streams
@@ -24,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _check_files(source, target, overwrite=typed.overwrite)
         patch_size = None if typed.patch_size is None else _to_patch(typed.patch_size)
         sys.path.append(str(Path.cwd()))  # classes of the user's, as predict.py finds them
-        from voxquilt.export.exporting import export  # imports torch
+        with ended_at_once():
+            from voxquilt.export.exporting import export  # imports torch
 
         print(export(source, target, patch_size, typed.batch_size, typed.allow))
     except (VoxquiltError, OSError) as error:  # such as a folder that may not be written, or a full disk

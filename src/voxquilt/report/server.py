@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit
 
+from voxquilt.distributed.signals import interrupts_raised
 from voxquilt.errors import ConfigError
 from voxquilt.report.page import REPORT
 from voxquilt.report.served_files import Answer, ServedFiles
@@ -75,7 +76,8 @@ class ReportServer:
     def run(self) -> None:
         """Serve until Ctrl-C, or until another thread calls `stop`."""
         try:
-            self._server.serve_forever(poll_interval=0.1)
+            with interrupts_raised():
+                self._server.serve_forever(poll_interval=0.1)
         except KeyboardInterrupt:
             return
 
