@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,27 @@ class StopAfter(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask the trainer to stop."""
         trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
+
+
+def has_tmpfs(folder: Path, size: str) -> bool:
+    """Mount a small file system; False if this may not be done here."""
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
+    return done.returncode == 0
+
+
+class FillDisk(Callback):
+    """Fills the file system of a folder as the second epoch of a training begins."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write until there is no room."""
+        if trainer.current_epoch == 1:
+            with suppress(OSError), open(f"{self.folder}/fill", "wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(2**12))
 
 
 def unpacked(path: Path) -> bytes:

@@ -20,7 +20,7 @@ import numpy as np
 import psutil
 import pytest
 from forks import MARK, ROOT, Run, Server, alive
-from synthetic import noise, read, save
+from synthetic import has_tmpfs, noise, read, save
 
 SUBJECTS = [f"s{n:02}" for n in range(10)]
 JOB = (
@@ -314,12 +314,6 @@ def test_a_run_killed_at_any_moment_is_completed_by_the_next(place: Place, forks
 
 
 # Disks
-
-
-def has_tmpfs(folder: Path, size: str) -> bool:
-    folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
-    return done.returncode == 0
 
 
 def test_a_full_disk_fails_only_the_subjects_that_do_not_fit(place: Place, forks: Server) -> None:

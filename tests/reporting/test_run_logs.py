@@ -6,24 +6,30 @@ import json
 import pickle
 import posixpath
 import re
+import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
 import logged_runs
 import numpy as np
 import pytest
+import torch
 import yaml
 from forks import Server, checked
 from hypothesis import given
 from hypothesis import strategies as st
 from logged_runs import save_labelled
 from PIL import Image
+from synthetic import has_tmpfs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from voxquilt.cli.exit_status import ExitStatus
 from voxquilt.cli.loggers import build_loggers, check_loggers
 from voxquilt.errors import ConfigError
 from voxquilt.prediction.run_events import _statistics
+from voxquilt.prediction.tensorboard import EventFile
 from voxquilt.reporting.manifest import Row
 from voxquilt.reporting.run_logs import _mlflow_name, loggable
 
@@ -50,6 +56,50 @@ def run(forks: Server, place: Path, *arguments: str, ranks: int = 1, script: str
     assert checked(job.wait(120)) == status, job.text
     assert "Traceback" not in job.text
     return job.text
+
+
+def test_a_full_disk_ends_a_training_with_one_message_and_keeps_its_last_checkpoint(forks: Server, place: Path) -> None:
+    """Neither TensorBoard's thread nor the checkpoint that does not fit shows a traceback; with room, it goes on."""
+    if not has_tmpfs(place / "outputs", "4m"):
+        pytest.skip("may not mount a file system")
+    try:
+        fill = ("+callbacks.fault._target_=synthetic.FillDisk", f"+callbacks.fault.folder={place}/outputs")
+        text = run(forks, place, *TRAIN, "trainer.max_epochs=3", *fill, script="train", status=1)
+        last = place / "outputs/checkpoints/last.ckpt"
+        told = [line for line in text.splitlines() if line.startswith("voxquilt:")]
+        assert re.fullmatch(r"voxquilt: \S+\.ckpt: writing failed: No space left on device\. No partial .*", told[0])
+        assert told[1:] == [f"voxquilt: stopped; the same command with ckpt_path={last} goes on."]
+        assert text.count("Errno 28") <= 1  # of TensorBoard, if it was writing then
+        assert not [path for path in last.parent.iterdir() if path.name.startswith(".")]
+        assert torch.load(last, weights_only=True)["epoch"] == 0
+        (place / "outputs/fill").unlink()
+        run(forks, place, *TRAIN, "trainer.max_epochs=3", f"ckpt_path={last}", script="train")
+        assert torch.load(last, weights_only=True)["epoch"] == 2
+    finally:
+        subprocess.run(["umount", str(place / "outputs")], check=True)
+
+
+def test_errors_of_tensorboards_thread_are_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where it fails at the last numbers; errors of other threads are shown as ever."""
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    shown: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: shown.append(args.exc_value))
+    events = EventFile(tmp_path)
+    events.numbers({"a": 1.0}, 0)
+    monkeypatch.setattr(RecordWriter, "write", fail)
+    events.numbers({"a": 2.0}, 1)
+    events.end([])
+    assert caplog.messages == ["nothing more is written for TensorBoard: OSError: [Errno 28] No space left on device"]
+    assert (shown, capfd.readouterr().err) == ([], "")
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join()
+    assert [str(error) for error in shown] == ["[Errno 28] No space left on device"]
 
 
 def csv_rows(path: Path) -> list[dict[str, float]]:

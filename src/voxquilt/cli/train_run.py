@@ -27,6 +27,7 @@ from voxquilt.models.weights.stored_settings import to_carry
 from voxquilt.planning.network_check import check_network, try_zeros
 from voxquilt.reporting.run_logs import open_loggers
 from voxquilt.text import of_subjects
+from voxquilt.training.checkpoint_files import write_complete_checkpoints
 from voxquilt.vocabulary import BEST
 
 log = logging.getLogger("voxquilt")
@@ -54,6 +55,7 @@ def fit(plain: Mapping[str, Any], weights: Mapping[str, Any] | None = None) -> E
         data = _build_data(plain)
         model = _build_model(plain, checked)
         trainer = _build_trainer(plain, checked["replaced"])
+    write_complete_checkpoints(trainer)
     if weights is not None:
         load_weights(weights["path"], model.net, trust=weights["trust"], other_heads=True)
     _check_network(plain, data, model)
@@ -129,7 +131,8 @@ def _train(trainer: Trainer, model: LightningModule, data: Any, ckpt_path: str |
         if isinstance(error, ConfigError | InputError) and not trainer.global_step:
             raise ConfigError(str(error)) from error
         print(f"voxquilt: {error}", file=sys.stderr)
-        return FAILED, isinstance(error, RunError)
+        is_of_disk = isinstance(error.__cause__, OSError)
+        return FAILED, is_of_disk or isinstance(error, RunError)
     except (SystemExit, KeyboardInterrupt):  # Lightning's, after Ctrl-C or SIGTERM, or of Ctrl-C before it listens
         return 143 if trainer.received_sigterm else 130, True
     return 143 if trainer.received_sigterm else DONE, True

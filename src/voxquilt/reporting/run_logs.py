@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 
+from voxquilt.reporting.event_threads import leave_errors_to_writers
 from voxquilt.text import digest, escaped, first_line
 from voxquilt.vocabulary import flattened
 
@@ -76,6 +77,7 @@ class Guard:
         """Call a function, unless there was an error before."""
         if self._failed:
             return
+        leave_errors_to_writers()  # here, since a process of ddp_spawn begins with a guard that was pickled
         try:
             write()
         except Exception as error:
@@ -159,6 +161,7 @@ def open_loggers(trainer: Trainer, *, is_first: bool) -> Iterator[None]:
         is_first: Whether this process is rank 0; others leave their loggers as they are.
     """
     if is_first:
+        leave_errors_to_writers()
         trainer.loggers = [_opened(logger) for logger in trainer.loggers]
     status = 1
     try:
