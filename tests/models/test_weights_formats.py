@@ -140,6 +140,37 @@ def test_the_fixed_patch_of_an_onnx_file_is_the_default(place: Path, forks: Serv
         assert "exported for inputs of 1 x 16 x 16 x 16" in one_message(job.text)
 
 
+@pytest.mark.parametrize("options", [(), ("data.patch_size=8",)])
+@pytest.mark.parametrize("suffix", ["onnx", "ts", "pt2"])
+def test_a_network_of_two_inputs_is_refused_as_such(
+    suffix: str, options: tuple[str, ...], tmp_path: Path, forks: Server
+) -> None:
+    """Before a patch size is asked for, where the file can be read without torch."""
+    save(tmp_path / "in/a.nii", noise((16, 16, 16)))
+    pair = (torch.zeros(1, 1, 8, 8, 8), torch.zeros(1, 1, 8, 8, 8))
+    file, shape = tmp_path / f"two.{suffix}", [1, 1, "i", "j", "k"]
+    if suffix == "onnx":
+        graph(file, [("Add", ["x", "y"], ["z"])], inputs={"x": shape, "y": shape}, outputs={"z": shape})
+    elif suffix == "ts":
+        torch.jit.save(torch.jit.trace(Sum(), pair), file)
+    else:
+        torch.export.save(torch.export.export(Sum(), pair), file)
+    job = forks.start("data.inputs=in", "trainer=cpu", f"ckpt_path={file.name}", *options, cwd=tmp_path)
+    assert checked(job.wait()) == 2, job.text
+    text = one_message(job.text)
+    if options or suffix == "onnx":
+        assert f"{file.name} cannot be used" in text
+        assert "wanted is one, the patches." in text
+        assert "patch_size" not in text
+
+
+class Sum(torch.nn.Module):
+    """A network of two inputs."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x + y
+
+
 def test_onnx_files_of_an_ensemble_that_take_other_patches_are_refused(place: Path, forks: Server) -> None:
     """By name, whether data.patch_size is missing or said."""
     export(place / "larger.onnx", unet(), (2, 1, 24, 24, 24))

@@ -8,7 +8,8 @@ from typing import Any
 
 from voxquilt.errors import ConfigError
 from voxquilt.models.weights.detect import kind_of
-from voxquilt.models.weights.onnx_header import fixed_patch
+from voxquilt.models.weights.onnx_check import check_header
+from voxquilt.models.weights.onnx_header import fixed_patch, read_header
 from voxquilt.models.weights.registry import WEIGHTS
 from voxquilt.models.weights.stored_settings import carried, with_meant
 from voxquilt.old_names import NEW
@@ -50,6 +51,17 @@ def common_settings(
     if builds:
         settings["model"] = {**settings["model"], **_only_net(stored[builds[0]])}
     return first, settings
+
+
+def check_usable(paths: Sequence[Path]) -> None:
+    """Refuse files that no settings can make usable, before settings are asked for.
+
+    Raises:
+        ConfigError: an ONNX file takes several inputs, say; what other formats hold is known once torch has loaded.
+    """
+    for path in paths:
+        if kind_of(path) == "onnx":
+            check_header(path, read_header(path))
 
 
 def common_patch(paths: Sequence[Path]) -> tuple[int, ...] | None:

@@ -10,7 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from voxquilt.cli.bundle_folder import has_bundle, take_bundle
 from voxquilt.cli.chosen_settings import Choice, defaults_of, fill_section, is_users, log_choice, plain_of
-from voxquilt.cli.common_settings import common_patch, common_settings
+from voxquilt.cli.common_settings import check_usable, common_patch, common_settings
 from voxquilt.cli.model_folder import NNUNET, has_model_folder, take_model_folder
 from voxquilt.data.discovery import SubjectFiles
 from voxquilt.errors import ConfigError
@@ -53,6 +53,7 @@ def inherit(cfg: DictConfig, overrides: Iterable[str], conf: Path) -> dict[str, 
         model_defaults = ("_options", "bundle")
     else:
         paths = _checkpoint_files(cfg)
+        check_usable(paths)
         model_defaults = _AUTO_DEFAULTS
         source, settings = common_settings(paths, lambda key: _is_chosen(cfg, key, _typed(overrides), conf))
         if source is None or settings is None:

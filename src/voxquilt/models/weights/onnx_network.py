@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from voxquilt.errors import ConfigError
 from voxquilt.models.chunking import check_sizes, in_chunks
 from voxquilt.models.weights.onnx_allocation import allocate
-from voxquilt.models.weights.onnx_header import Value, read_header
+from voxquilt.models.weights.onnx_check import check_header
+from voxquilt.models.weights.onnx_header import read_header
 from voxquilt.models.weights.onnx_session import UNKNOWN, Form, Session, infer_forms
 
 _FLOATS = (torch.float16, torch.float32, torch.float64)
@@ -41,16 +42,10 @@ class OnnxNetwork(nn.Module):
         super().__init__()
         self.path = Path(os.path.abspath(path))
         header = read_header(path)
-        self._patches = _check_input(path, header.inputs)
-        external = _check_external(path, header.external)
+        self._patches, external = check_header(path, header)
         self.weight_bytes = sum(file.stat().st_size for file in (path, *external))
         self._operators = header.operators
         self._outputs = [output.name for output in header.outputs]
-        if not self._outputs:
-            raise ConfigError(f"{path} has no outputs.")
-        for output in header.outputs:
-            if output.type == 0:
-                raise ConfigError(f"{path} cannot be used: its output {output.name} is not a tensor.")
         forms = infer_forms(path, self._patches.sizes)
         self._type = _check_types(path, self._patches.name, forms)
         self._forms: dict[tuple[int, ...], dict[str, Form]] = {}
@@ -120,23 +115,6 @@ class OnnxNetwork(nn.Module):
         return dict(zip(names, tensors, strict=True))
 
 
-def _check_input(path: Path, inputs: Sequence[Value]) -> Value:
-    """The only input.
-
-    Raises:
-        ConfigError: there are several, or none, or it has no (B, C, I, J, K) or (B, C, I, J).
-    """
-    if len(inputs) != 1:
-        names = ", ".join(value.name for value in inputs) or "none"
-        raise ConfigError(f"{path} cannot be used: its inputs are {names}; wanted is one, the patches.")
-    if len(inputs[0].sizes) not in (4, 5):
-        raise ConfigError(
-            f"{path} cannot be used: its input {inputs[0].name} has {len(inputs[0].sizes)} axes; wanted are 5, (B, C, "
-            f"I, J, K), or 4 of a 2-D network."
-        )
-    return inputs[0]
-
-
 def _check_types(path: Path, patches: str, forms: Mapping[str, Form]) -> torch.dtype:
     """The type of the input.
 
@@ -147,24 +125,3 @@ def _check_types(path: Path, patches: str, forms: Mapping[str, Form]) -> torch.d
     if found not in _FLOATS:
         raise ConfigError(f"{path} cannot be used: its input {patches} is {found}; wanted are floating-point numbers.")
     return found
-
-
-def _check_external(path: Path, external: Mapping[str, int]) -> list[Path]:
-    """Files beside the file that have its weights.
-
-    Raises:
-        ConfigError: one of them is outside the file's folder, is missing, or is too small.
-    """
-    folder = path.parent.resolve()
-    files = [path.parent / name for name in external]
-    for name, file in zip(external, files, strict=True):
-        if not name or os.path.isabs(name) or ".." in Path(name).parts or not file.resolve().is_relative_to(folder):
-            raise ConfigError(
-                f"{path} was not loaded, since it reads weights from {name!r}, outside its own folder. If you know "
-                f"where it comes from, export the network again, with its weights in the file or beside it."
-            )
-        if not file.is_file():
-            raise ConfigError(f"{path} has its weights in {name}, which must be beside it, and is not there.")
-        if file.stat().st_size < external[name]:
-            raise ConfigError(f"{path} has its weights in {name}, which is too small: copying it was broken off.")
-    return files

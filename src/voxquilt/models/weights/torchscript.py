@@ -27,7 +27,7 @@ class TorchScript:
         """The program, in eval mode.
 
         Raises:
-            ConfigError: the file is not such an archive.
+            ConfigError: the file is not such an archive, or its program takes several inputs.
         """
         import torch
 
@@ -35,12 +35,26 @@ class TorchScript:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # torch.export cannot read what jit saved
-                return torch.jit.load(path, map_location="cpu").eval()
+                program = torch.jit.load(path, map_location="cpu").eval()
         except (RuntimeError, ValueError) as error:
             raise ConfigError(
                 f"{path} is not a TorchScript archive ({first_line(error)}); use model=state_dict or model=lightning "
                 f"for other weights."
             ) from error
+        _check_inputs(path, program)
+        return program
+
+
+def _check_inputs(path: Path, program: Any) -> None:
+    """Raises ConfigError of a program that is not called with patches alone."""
+    try:
+        arguments = program.forward.schema.arguments[1:]
+    except (AttributeError, RuntimeError):  # no forward, which the check of the network says
+        return
+    needed = [argument.name for argument in arguments if not argument.has_default_value()]
+    if not arguments or len(needed) > 1:
+        names = ", ".join(needed) or "none"
+        raise ConfigError(f"{path} cannot be used: its inputs are {names}; wanted is one, the patches.")
 
 
 def _let_it_be_pickled() -> None:
