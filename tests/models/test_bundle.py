@@ -238,7 +238,13 @@ def test_labels_that_get_other_numbers_have_no_names(tmp_path: Path) -> None:
         ("network_def.act", "@network_def#act", "references lead in a circle"),
         ("network_def.act", ["@network_def#act"], "refers to itself"),
         ("network_def.act", "${oc.env:HOME}", "it is not a plain text"),
-        ("network_def.act", "???", "it is not a plain text"),
+        ("network_def.act", "???", "network_def#act is '???': its value is missing, and is to be filled in"),
+        ("network_def.in_channels", "???", "network_def#in_channels is '???': its value is missing"),
+        ("network_def.act", ["relu", "???"], "network_def#act#1 is '???': its value is missing"),
+        ("network_def", "???", "network_def is '???': its value is missing"),
+        ("inferer.roi_size", "???", "inferer#roi_size is '???': its value is missing"),
+        ("inferer.roi_size", [16, "???", 16], "inferer#roi_size#1 is '???': its value is missing"),
+        ("preprocessing", "???", "preprocessing is '???': its value is missing"),
         ("network_def", MISSING, "has no network_def"),
     ],
 )
@@ -247,6 +253,17 @@ def test_networks_and_inferers_that_are_not_read_are_refused_by_name(
 ) -> None:
     """With the key and what it says."""
     assert message in refusal(tmp_path / "b", {path: value})
+
+
+def test_a_value_that_is_to_be_filled_in_may_be_written_into_a_copy(tmp_path: Path) -> None:
+    """As the message says, with the file and the key."""
+    text = refusal(tmp_path / "b", {"network_def.act": "???"})
+    assert text.startswith(f"{tmp_path}/b/configs/inference.json: network_def#act is '???': its value is missing")
+    assert text.endswith("Write it there, or into a copy of this file beside it, and name the copy by model.config.")
+    file = tmp_path / "b/configs/inference.json"
+    file.with_name("mine.json").write_text(file.read_text().replace("???", "relu"))
+    net = read_bundle(tmp_path / "b", config="mine.json").settings["model"]["net"]
+    assert net["act"] == "relu"
 
 
 def test_joint_statistics_of_several_channels_are_refused(tmp_path: Path) -> None:

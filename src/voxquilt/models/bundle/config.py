@@ -16,6 +16,9 @@ from voxquilt.text import first_line
 SEPARATOR = "#"
 MOST_BYTES, _MOST_VALUES, _MOST_DEEP = 16 * 2**20, 100_000, 40
 _REFERENCE = re.compile(r"@((?:#|::)*\w+(?:(?:#|::)\w+)*)")
+# What templates of bundles have in the place of such values.
+_MISSING = "???"
+_FILL_IN = "Write it there, or into a copy of this file beside it, and name the copy by model.config."
 TRUST = "If you trust the bundle's code, set model.trust_bundle=true."
 
 
@@ -54,7 +57,7 @@ class BundleConfig:
         """What stands at an id, references followed: the id where it stands, and the value as it is written.
 
         Raises:
-            ConfigError: there is nothing, or references lead in a circle.
+            ConfigError: there is nothing, or a value that is to be filled in, or references lead in a circle.
         """
         seen: list[str] = []
         key, value = self._walk(key)
@@ -63,6 +66,8 @@ class BundleConfig:
                 raise ConfigError(f"{self.file}: references lead in a circle: {' -> '.join([*seen, key])}.")
             seen.append(key)
             key, value = self._walk(absolute(key, target[1]))
+        if isinstance(value, str) and value.strip() == _MISSING:
+            raise self.refusal(key, "its value is missing, and is to be filled in by who uses the bundle.", _FILL_IN)
         return key, value
 
     def value(self, key: str) -> Any:
@@ -120,7 +125,7 @@ class BundleConfig:
             raise self.refusal(key, "it is an expression, which voxquilt does not evaluate.")
         if stripped.startswith("%"):
             raise self.refusal(key, "it is a macro, a text of another place or file.", "Put that text there.")
-        if "${" in text or text == "???":
+        if "${" in text:
             raise self.refusal(key, "it is not a plain text.", "")
         return text
 
