@@ -26,12 +26,15 @@ import voxquilt.prediction.class_files as class_files
 import voxquilt.prediction.output_files as output_files
 from voxquilt.cli.main import _prepare_arguments, conf_dir, run_predict
 from voxquilt.cli.resolvers import register_resolvers
+from voxquilt.data import grid_loader
+from voxquilt.data.foreground import box_of_mask
 from voxquilt.models.ensemble import Ensemble
 from voxquilt.prediction.open_subjects import OpenSubjects
 from voxquilt.selfcheck.findings import Finding, Findings
 from voxquilt.stitching import accumulator
 from voxquilt.stitching.accumulator import Accumulator
 from voxquilt.stitching.combination import Combination, MeanProbabilities, OrderedLabels
+from voxquilt.stitching.products.entropy import Entropy
 from voxquilt.stitching.sum_type import SumType
 
 pytestmark = [
@@ -342,6 +345,51 @@ def test_half_precision_hides_no_fault_that_is_larger_than_its_rounding(
     assert set(wanted) <= set(off(check(*settings, "trainer.precision=bf16-mixed")))
 
 
+WITHIN = ("data.inputs=in/a.nii.gz", "data.within='in/{subject}_mask.nii'", "data.margin=3.5")
+
+
+@pytest.fixture
+def masked(check: Check, tmp_path: Path) -> Check:
+    """Runs the check with a mask of the subject."""
+    mask = np.zeros((30, 19, 26), np.uint8)
+    mask[8:20, 5:9, 12:14] = 1
+    save(tmp_path / "in/a_mask.nii", mask, AFFINE)
+    return lambda *overrides: check(*WITHIN, *overrides)
+
+
+@pytest.mark.parametrize(
+    "settings", [(), (*RESAMPLED, *ALL), ("data.margin=0",), ("data.margin=500", "stitch.overlap_mode=crop")]
+)
+def test_the_box_of_a_mask_is_checked(masked: Check, settings: tuple[str, ...]) -> None:
+    """Its voxels, and what comes back in it and beside it."""
+    findings = masked(*settings)
+    assert off(findings) == [], findings.found
+    assert named(findings, "what data.within leaves").ok
+    assert not [line for line in findings.unchecked if "within" in line]
+
+
+def test_the_box_of_a_mask_is_left_to_crop_where_both_are_set(masked: Check) -> None:
+    """And this is said."""
+    findings = masked("preprocess.crop=nonzero")
+    assert off(findings) == []
+    assert named(findings, "what preprocess.crop leaves").ok
+    assert [line for line in findings.unchecked if line.startswith("data.within: ")]
+
+
+@pytest.mark.parametrize("fault", ["twice the margin", "one voxel less", "another axis"])
+def test_a_fault_in_the_box_of_a_mask_is_found(masked: Check, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    """By the voxels that are left."""
+
+    def wrong(mask: Any, subject: Any, margin: float = 0.0) -> Any:
+        if fault == "twice the margin":
+            return box_of_mask(mask, subject, 2 * margin)
+        i, j, k = box_of_mask(mask, subject, margin)
+        return ((i[0], i[1] - 1), j, k) if fault == "one voxel less" else ((i[0] + 1, i[1] + 1), j, k)
+
+    monkeypatch.setattr(grid_loader, "box_of_mask", wrong)
+    assert "what data.within leaves" in off(masked())
+
+
 PARTS = (
     "model.parts=[{ckpt_path: in/two.ckpt, labels: {1: 5}}, {ckpt_path: in/four.ckpt, labels: {1: 9, 2: 0, 3: 2}}, "
     "{ckpt_path: in/three.ckpt, labels: {1: 7, 2: 300}}]",
@@ -375,15 +423,22 @@ def several(check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ch
 
 @pytest.mark.parametrize(
     "settings",
-    [(*PARTS, *RESAMPLED, "stitch.classes=[7,9]"), (*MEAN, *RESAMPLED, "stitch.dtype=uint8")],
-    ids=["ordered", "mean"],
+    [
+        (*PARTS, *RESAMPLED, "stitch.classes=[7,9]"),
+        (*MEAN, *RESAMPLED, "stitch.dtype=uint8"),
+        (*MEAN, "stitch.products=[labels,entropy,probabilities]"),
+        (*MEAN, "model.activation=sigmoid", "stitch.products=[labels,entropy]", "stitch.dtype=float16"),
+    ],
+    ids=["ordered", "mean", "entropy", "entropy of masks"],
 )
 def test_several_models_pass_together(several: Check, settings: tuple[str, ...]) -> None:
     """Their labels one after the other, or the mean of their probabilities."""
     findings = several(*settings)
     assert off(findings) == [], findings.found
     assert named(findings, "the models together: their labels").ok
-    assert not [line for line in findings.unchecked if "combine" in line]
+    assert not [line for line in findings.unchecked if "combine" in line or "several models" in line]
+    if "entropy" in str(settings):
+        assert 0 < named(findings, "the models together: their entropy").allowed < 0.05
 
 
 def reversed_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -421,6 +476,12 @@ def divided_by_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MeanProbabilities, "finish", fewer)
 
 
+def in_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The entropy is that of other units."""
+    entropy = Entropy.__call__
+    monkeypatch.setattr(Entropy, "__call__", lambda self, scores: entropy(self, scores) * 1.4427)
+
+
 def without_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last model is left out."""
     add = MeanProbabilities.add
@@ -434,6 +495,7 @@ def without_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
         (another_models_numbers, PARTS, "their labels"),
         (divided_by_the_others, MEAN, "mean probabilities"),
         (without_the_last, MEAN, "their labels"),
+        (in_bits, (*MEAN, "stitch.products=[labels,entropy]"), "their entropy"),
     ],
 )
 def test_a_fault_of_putting_models_together_is_found(

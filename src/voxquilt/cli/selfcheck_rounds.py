@@ -24,6 +24,7 @@ from voxquilt.prediction.writer_callback import VolumeWriter
 from voxquilt.reporting.manifest import Row
 from voxquilt.selfcheck.combined_round import CombinedRound, divided_span
 from voxquilt.selfcheck.images import CLASSES, CONSTANT, NOISE, RAMPS
+from voxquilt.selfcheck.masks import MASK
 from voxquilt.selfcheck.networks import GiveBack, MakeClasses
 from voxquilt.selfcheck.preparation import Prepared
 from voxquilt.selfcheck.results import Round
@@ -228,6 +229,9 @@ def _synthetic(
     images = [SubjectFiles(name, own.files[name]) for name in subjects]
     node = {key: value for key, value in sections["data"].items() if key not in _OF_SUBJECTS}
     node |= {"time": "channels"} if "time" in node else {}
+    if sections["data"].get("within") is not None and not sections["preprocess"].get("crop"):
+        masks = own.folder / "in" / "{subject}" / MASK
+        node |= {"within": str(masks), "margin": sections["data"].get("margin", 0)}
     return make_datamodule(
         {"data": {**node, "inputs": None}}, plain, _build_preprocess(sections), images, folder, **more
     )  # fmt: skip

@@ -129,7 +129,8 @@ def _unchecked(plain: Mapping[str, Any], models: Sequence[ModelSections]) -> lis
         ),
         "preprocess.one_hot: labels of an earlier stage are left out": any(node.get("one_hot") for node in preprocess),
         "data.skip: no patch is left out": data.get("skip") is not None,
-        "data.within: whole volumes are predicted": data.get("within") is not None,
+        "data.within: what preprocess.crop leaves is predicted": data.get("within") is not None
+        and any(node.get("crop") for node in preprocess),
         "data.labels: nothing is evaluated": data.get("labels") is not None,
         "data.time: one volume is predicted in place of a series": data.get("time", "channels") != "channels",
         "stitch.postprocess: left out, since it changes labels": any(

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 
@@ -73,7 +74,7 @@ def judge_combined(findings: Findings, combined: CombinedRound, prepared: Sequen
     voxels = scores[0].voxels
     if stitch.combine == MEAN:
         findings.found += _compare_mean(combined.ended, wanted, voxels)
-        left = [name for name in _products_of(stitch) if name not in (LABELS, "probabilities")]
+        left = [name for name in _products_of(stitch) if name not in (LABELS, "probabilities", "entropy")]
         findings.unchecked += [f"{name} of the mean of several models" for name in left]
     else:
         stitches = [one.stitch for one in combined.rounds]
@@ -141,12 +142,52 @@ def _compare_mean(ended: Round, wanted: Sequence[list[np.ndarray]], voxels: np.n
             Finding(f"{_CHECK}: mean probabilities", float(error[worst]), float(limit[worst]), "", voxel, where)
         )
     activation = ended.stitch.activation or default_activation(len(middle))
+    if paths := ended.files_of(CLASSES, "entropy"):
+        each = len(middle) == 1 or activation == "sigmoid"
+        found.append(_compare_entropy(ended, paths, middle, allowed, voxels, each=each))
     if activation == "softmax" and not ended.stitch.regions and ended.files_of(CLASSES, LABELS):
         ordered = np.sort(middle, 0)
         certain = ordered[-1] - ordered[-2] > 2 * allowed.max(0)
         labels = numbered(middle.argmax(0)[None], ended.stitch)[0].astype(np.int64)
         found.append(_labels_finding(ended, labels, certain, voxels))
     return found
+
+
+def _compare_entropy(
+    ended: Round, paths: Sequence[Path], middle: np.ndarray, allowed: np.ndarray, voxels: np.ndarray, *, each: bool
+) -> Finding:
+    """The entropy of mean probabilities, between the least and the most that these leave.
+
+    Args:
+        ended: The run.
+        paths: The files.
+        middle, allowed: (c, p) probabilities, and how far they may be off.
+        voxels: (p, 3) where.
+        each: Whether each channel is a label of its own.
+    """
+    terms = [_entropy_terms(np.clip(p, 0, 1), each=each) for p in (middle - allowed, middle, middle + allowed)]
+    least, most = np.minimum(terms[0], terms[2]), np.maximum(terms[0], terms[2])
+    peak = 0.5 if each else np.exp(-1)
+    most = np.where(np.abs(middle - peak) < allowed, _entropy_terms(np.full(1, peak), each=each), most)
+    wanted = terms[1] if each else terms[1].sum(0)[None]
+    least, most = (one if each else one.sum(0)[None] for one in (least, most))
+    limit = np.maximum(most - wanted, wanted - least)
+    limit = limit + np.log(2 if each else len(middle)) * (0.51 / 255 if ended.stitch.dtype == "uint8" else 2.0**-11)
+    read = [read_output(path) for path in paths]
+    given = np.concatenate([values for values, *_ in read])[:, voxels[:, 0], voxels[:, 1], voxels[:, 2]]
+    error = np.nan_to_num(np.abs(given - wanted), nan=np.inf)
+    worst = np.unravel_index((error / limit).argmax(), error.shape)
+    voxel = tuple(int(n) for n in voxels[worst[1]])
+    where = world(read[0][1], voxel)
+    return Finding(f"{_CHECK}: their entropy", float(error[worst]), float(limit[worst]), "", voxel, where)
+
+
+def _entropy_terms(p: np.ndarray, *, each: bool) -> np.ndarray:
+    """What probabilities add to the entropy in nats; with `each`, the entropy of their yes or no."""
+    logs = np.log(p, where=p > 0, out=np.zeros_like(p))
+    if not each:
+        return -p * logs
+    return -p * logs - (1 - p) * np.log(1 - p, where=p < 1, out=np.zeros_like(p))
 
 
 def _labels_finding(ended: Round, wanted: np.ndarray, certain: np.ndarray, voxels: np.ndarray) -> Finding:

@@ -154,9 +154,9 @@ def inside_of(way: Way, ways: Sequence[AxisWay]) -> list[np.ndarray]:
     return inside
 
 
-def compare_box(way: Way, box: Box | None) -> Finding:
-    """Whether `crop` has left what is not 0."""
-    check = "what preprocess.crop leaves"
+def compare_box(way: Way, box: Box, key: str) -> Finding:
+    """Whether a setting has left the voxels that it has to leave."""
+    check = f"what {key} leaves"
     found, wanted = (one or tuple((0, n) for n in way.shape) for one in (way.box, box))
     problem = "" if tuple(map(tuple, found)) == tuple(map(tuple, wanted)) else f"{found} in place of {wanted}"
     return Finding(check, problem=problem)

@@ -38,6 +38,7 @@ from voxquilt.selfcheck.images import (
     with_margin,
     write_subject,
 )
+from voxquilt.selfcheck.masks import masked, write_mask
 from voxquilt.selfcheck.networks import OutputForm
 from voxquilt.selfcheck.trial import Trial, outputs_on_host
 from voxquilt.text import reason_of
@@ -56,7 +57,7 @@ class Prepared:
         trial: A patch, and what the network gives for it.
         description: What was sent through.
         where: Where the trial's patch lies.
-        box: The voxels that `preprocess.crop` has to leave; None where it crops nothing.
+        box: The voxels that `preprocess.crop`, or else `data.within`, has to leave; None where neither crops.
     """
 
     folder: Path
@@ -136,14 +137,18 @@ def prepare(
     shape = native.shape  # whose patches line up with an output of larger voxels
     if form.factor == (1, 1, 1):
         shape = reduced_shape(shape, *_along_native(grids, space), has_splines=has_splines)
-    box = None
+    box = mask = None
     if grids.preprocess.crop:  # of which 0 in the file has to be 0 as an intensity
         forms = [replace(one, scaling=(1.0, 0.0)) for one in forms]
         shape, box = with_margin(shape)
+    elif grids.within is not None:
+        shape, mask, box = masked(shape, native.spacing, grids.margin)
     files, noise = {}, []
     for kind in (*RAMPS, CONSTANT, NOISE, CLASSES):
-        subject, written = write_subject(folder / "in" / kind, kind, forms, shape, box)
+        subject, written = write_subject(folder / "in" / kind, kind, forms, shape, None if mask else box)
         files[kind] = dict(subject.images)
+        if mask is not None:
+            write_mask(next(iter(subject.images.values())), mask)
         noise += written
     torch.save([torch.from_numpy(values.astype("float64")) for values in noise], folder / "noise.pt")
     written_frame = open_image(next(iter(files[RAMPS[0]].values()))).frame

@@ -130,8 +130,9 @@ def judge_images(findings: Findings, ended: Round, own: Prepared, model: str) ->
         headers.append(compare_headers(source, output))
         way = ended.way(kind)
         spaces += compare_model_space(way, ended.preprocess)
-        if ended.preprocess.get("crop") and kind in (CONSTANT, NOISE):  # a ramp along a flat axis is 0
-            boxes.append(compare_box(way, own.box))
+        is_cropped = bool(ended.preprocess.get("crop"))
+        if own.box is not None and (not is_cropped or kind in (CONSTANT, NOISE)):  # a ramp along a flat axis is 0
+            boxes.append(compare_box(way, own.box, "preprocess.crop" if is_cropped else "data.within"))
         if kind == NOISE:
             written = [values.numpy() for values in torch.load(own.folder / "noise.pt", weights_only=True)]
             compared = compare_returned(kind, output, way, rounding, written=written)
