@@ -39,6 +39,31 @@ def of_mlflow(place: Path, query: str) -> list[tuple[object, ...]]:
         return list(database.execute(query))
 
 
+def test_shards_that_begin_together_log_into_one_database_of_mlflow(place: Path, forks: Server) -> None:
+    """Each a run of its own, in one experiment, although none finds the database there."""
+    pytest.importorskip("mlflow")
+    pytest.importorskip("sqlalchemy")
+    jobs = [
+        forks.start(*JOB, "logger=mlflow", "shard.count=3", f"shard.index={n}", cwd=place, env=OFFLINE)
+        for n in range(3)
+    ]
+    for job in jobs:
+        assert checked(job.wait(240)) == 0, job.text
+        assert "nothing is logged" not in job.text
+    found = of_mlflow(place, "SELECT name, status FROM runs ORDER BY name")
+    assert found == [(f"out_{n}_of_3", "FINISHED") for n in range(3)]
+    assert of_mlflow(place, "SELECT COUNT(*) FROM experiments WHERE name = 'voxquilt'") == [(1,)]
+
+
+def test_a_database_that_cannot_be_opened_is_a_warning(place: Path, forks: Server) -> None:
+    """As everything of loggers is."""
+    pytest.importorskip("mlflow")
+    pytest.importorskip("sqlalchemy")
+    (place / "mlflow.db").write_bytes(b"something else" * 100)
+    text = run(forks, place, *JOB, "logger=mlflow")
+    assert "nothing is logged by logger.mlflow: " in text
+
+
 def test_mlflow_keeps_numbers_pictures_settings_and_tables(place: Path, forks: Server) -> None:
     """In a local database; a run that goes on by its id keeps what it had, with a warning that settings differ."""
     pytest.importorskip("mlflow")

@@ -30,6 +30,7 @@ from voxquilt.cli.loggers import build_loggers, check_loggers
 from voxquilt.errors import ConfigError
 from voxquilt.prediction.run_events import _statistics
 from voxquilt.prediction.tensorboard import EventFile
+from voxquilt.reporting.database_turns import turn
 from voxquilt.reporting.manifest import Row
 from voxquilt.reporting.run_logs import _mlflow_name, loggable
 
@@ -100,6 +101,26 @@ def test_errors_of_tensorboards_thread_are_one_warning(
     thread.start()
     thread.join()
     assert [str(error) for error in shown] == ["[Errno 28] No space left on device"]
+
+
+def test_one_process_at_a_time_opens_a_database(tmp_path: Path) -> None:
+    """Another waits until the first has left; databases of other folders, and servers, do not."""
+    entered = threading.Event()
+
+    def enter() -> None:
+        with turn(f"sqlite:///{tmp_path}/mlflow.db"):
+            entered.set()
+
+    with turn(f"sqlite:///{tmp_path}/mlflow.db"):
+        other = threading.Thread(target=enter, daemon=True)
+        other.start()
+        for uri in ("http://127.0.0.1:5000", f"sqlite:///{tmp_path.parent}/mlflow.db", "sqlite:////nowhere/a.db", None):
+            with turn(uri):
+                pass
+        assert not entered.wait(0.3)
+    assert entered.wait(10)
+    other.join()
+    assert list(tmp_path.iterdir()) == []
 
 
 def csv_rows(path: Path) -> list[dict[str, float]]:

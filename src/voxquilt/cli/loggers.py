@@ -8,13 +8,14 @@ from typing import Any
 from voxquilt.cli.instantiate import build
 from voxquilt.distributed.environment import is_first
 from voxquilt.errors import ConfigError
+from voxquilt.reporting.database_turns import turn
 
 log = logging.getLogger("voxquilt")
 
 # The options of the group.
 _NAMES = ("csv", "mlflow", "tensorboard", "wandb")
 # Packages whose errors are of a server or a database, not of a setting.
-_BACKENDS = ("mlflow", "sqlalchemy", "wandb", "requests")
+_BACKENDS = ("mlflow", "sqlalchemy", "sqlite3", "wandb", "requests")
 # The package that a logger of Lightning's needs, which is also the name of the extra that brings it.
 _PACKAGES = {"MLFlowLogger": "mlflow", "WandbLogger": "wandb"}
 
@@ -59,7 +60,8 @@ def _build(key: str, node: Mapping[str, Any]) -> Any:
     if not is_first() and str(node["_target_"]).startswith("lightning."):
         return DummyLogger()  # they log on rank 0 only, and MLflow's would make its database in each process
     try:
-        logger = build(node, key)
+        with turn(node.get("tracking_uri")):
+            logger = build(node, key)
     except ConfigError as error:
         cause = error.__cause__ and (error.__cause__.__cause__ or error.__cause__)
         if not isinstance(cause, OSError) and type(cause).__module__.partition(".")[0] not in _BACKENDS:

@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 
+from voxquilt.reporting.database_turns import turn
 from voxquilt.reporting.event_threads import leave_errors_to_writers
 from voxquilt.text import digest, escaped, first_line
 from voxquilt.vocabulary import flattened
@@ -177,7 +178,8 @@ def _opened(logger: Logger) -> Logger:
     try:
         if isinstance(logger, WandbLogger) and logger.save_dir:  # without the folder it would write elsewhere
             Path(logger.save_dir).mkdir(parents=True, exist_ok=True)
-        _ = getattr(logger, "experiment", None)
+        with turn(getattr(logger, "_tracking_uri", None)):  # MLflow's, which makes the experiment
+            _ = getattr(logger, "experiment", None)
     except Exception as error:
         name, kind = type(logger).__name__, type(error).__name__
         log.warning("nothing is logged by %s: %s: %s", name, kind, first_line(error))
