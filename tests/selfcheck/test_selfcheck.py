@@ -28,6 +28,7 @@ from voxquilt.cli.main import _prepare_arguments, conf_dir, run_predict
 from voxquilt.cli.resolvers import register_resolvers
 from voxquilt.data import grid_loader
 from voxquilt.data.foreground import box_of_mask
+from voxquilt.geometry import axis_map
 from voxquilt.models.ensemble import Ensemble
 from voxquilt.prediction.open_subjects import OpenSubjects
 from voxquilt.selfcheck.findings import Finding, Findings
@@ -343,6 +344,34 @@ def test_half_precision_hides_no_fault_that_is_larger_than_its_rounding(
     plant, settings, wanted = FAULTS[fault]
     plant(monkeypatch)
     assert set(wanted) <= set(off(check(*settings, "trainer.precision=bf16-mixed")))
+
+
+def linear_splines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linear interpolation where a cubic spline is asked for, of which ramps know nothing."""
+
+    def linear(x: Tensor, first: int, stop: int, size: int) -> Any:
+        below = x.floor().long().clamp(first, stop - 1)
+        share = x - below
+        weights = torch.zeros(len(x), size, dtype=torch.float64)
+        weights.scatter_add_(1, below[:, None], 1 - share[:, None].double())
+        weights.scatter_add_(1, (below + 1).clamp(max=stop - 1)[:, None], share[:, None].double())
+        return spline(x, first, stop, size)._replace(weights=weights)
+
+    spline = axis_map._spline
+    monkeypatch.setattr(axis_map, "_spline", linear)
+
+
+@pytest.mark.parametrize("settings", [("preprocess.interpolation=3",), ("stitch.order=3",)])
+def test_noise_comes_back_through_cubic_splines(
+    check: Check, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...]
+) -> None:
+    """As a reference of matrices has it; other interpolation in their place is off."""
+    findings = check(*RESAMPLED, *settings)
+    assert off(findings) == []
+    found = named(findings, "noise comes back")
+    assert 100 * found.error < found.allowed < 1  # of about 1000
+    linear_splines(monkeypatch)
+    assert off(check(*RESAMPLED, *settings)) == ["noise comes back"]
 
 
 WITHIN = ("data.inputs=in/a.nii.gz", "data.within='in/{subject}_mask.nii'", "data.margin=3.5")

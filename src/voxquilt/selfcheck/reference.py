@@ -57,6 +57,7 @@ class AxisWay:
     Args:
         axis: The model axis along it.
         seen: (m,) the native position that each model voxel sees.
+        at: (n,) the position among model voxels that each native voxel takes its value from.
         to_model: (m, n) weights of native voxels in model voxels.
         outputs: (q, m) weights of model voxels in the voxels of the network's output that lie within the volume.
         to_native: (n, q) weights of the output's voxels in native voxels.
@@ -66,6 +67,7 @@ class AxisWay:
 
     axis: int
     seen: np.ndarray
+    at: np.ndarray
     to_model: np.ndarray
     outputs: np.ndarray
     to_native: np.ndarray
@@ -115,7 +117,8 @@ def axis_ways(way: Way) -> list[AxisWay]:
         slack = 0.0
         if resampled:
             slack = 0.5 * (orders[0] == 0) + 0.5 * abs(scale) * (orders[1] == 0)
-        ways.append(AxisWay(axis, seen, to_model, outputs, back, is_exact, slack))
+        among = at.clip(0, way.model_shape[axis] - 1)
+        ways.append(AxisWay(axis, seen, among, to_model, outputs, back, is_exact, slack))
     return ways
 
 

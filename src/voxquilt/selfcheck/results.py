@@ -147,7 +147,7 @@ def judge_images(findings: Findings, ended: Round, own: Prepared, model: str) ->
                 found.append(Finding(check, seen.error, seen.allowed, "mm", voxel, mm))
             compared = compare_returned(kind, output, way, rounding, channels=own.channels[kind])
         if compared is None:
-            reason = "only linear interpolation has a plain reference for it"
+            reason = "only linear interpolation and cubic splines have a plain reference for it"
             findings.unchecked.append(
                 f"{model}{kind}: {reason if kind == NOISE else 'no voxel is far enough from the borders of splines'}"
             )
