@@ -64,7 +64,8 @@ def _by_magic(start: bytes) -> str:
                 "in it: if you trust it, torch.load it with weights_only=False, and torch.save its state dict"
             )
         return "a tar archive: unpack it"
-    if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and not is_old_format(start):
+    is_pickle = start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and start[2:3] != b"\0"
+    if is_pickle and not is_old_format(start):
         return "a pickle that torch.save did not write: load it where it was made, and torch.save its state dict"
     return ""
 
