@@ -1,8 +1,10 @@
 """Tests that Ctrl-C ends a command with one line, also while its libraries are being imported."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -78,3 +80,38 @@ def test_ctrl_c_ends_the_other_commands_so_too(command: list[str], module: str, 
     """As modules; their console scripts are the same functions."""
     (place / "a.ckpt").write_bytes(b"weights")
     assert interrupted(module, MODULE, command, place) == (130, ["voxquilt: stopped by SIGINT"])
+
+
+STAGE = """
+import signal, sys, time
+from pathlib import Path
+def end(*_):
+    time.sleep(1)  # writes what is complete
+    Path("ended").touch()
+    sys.exit(130)
+signal.signal(signal.SIGINT, end)
+Path("begun").touch()
+signal.pause()
+"""
+COMMAND = """
+import signal, sys
+from omegaconf import OmegaConf
+from voxquilt.cli import stages
+from voxquilt.distributed.signals import ended_by
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.argv[0] = "stage.py"
+with ended_by(signal.SIGINT):
+    stages._predict_stage(OmegaConf.create(), [], {}, "rough")
+"""
+
+
+def test_ctrl_c_waits_for_the_stage_of_a_cascade_to_end_in_order(tmp_path: Path) -> None:
+    """The prompt does not come back while it still writes files; a terminal sends the signal to both."""
+    (tmp_path / "stage.py").write_text(STAGE)
+    command = subprocess.Popen([sys.executable, "-c", COMMAND], cwd=tmp_path, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "begun").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(command.pid, signal.SIGINT)
+    assert command.wait(60) == 130
+    assert (tmp_path / "ended").exists()

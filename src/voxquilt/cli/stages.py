@@ -143,7 +143,7 @@ def _predict_stage(cfg: DictConfig, overrides: Sequence[str], own: Mapping[str, 
     process = subprocess.Popen([sys.executable, sys.argv[0], *kept, *(f"{key}={value}" for key, value in own.items())])
     try:
         status = process.wait()
-    except KeyboardInterrupt as error:  # which the other process got too, and ends in order
+    except (KeyboardInterrupt, SystemExit) as error:  # of Ctrl-C, which the other process got too, and ends in order
         process.wait()
         raise SystemExit(128 + signal.SIGINT) from error
     if status == NOT_STARTED:
