@@ -1,5 +1,6 @@
 """Finds subjects on which an earlier run failed that was to write one of their files, such as a stage of a cascade."""
 
+import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from datetime import UTC, datetime
@@ -30,6 +31,7 @@ def failures_before(cases: Sequence[SubjectFiles], masks: Collection[str] = ()) 
         for file in reversed(files)  # the first that failed is what is left
         if (row := failed.get(file.parent, {}).get(subject)) is not None
         and file.name.startswith(f"{subject}_")
+        and not _is_input(file, row)
         and not _is_newer(file, row)
     }
 
@@ -45,6 +47,11 @@ def _failed_in(folder: Path) -> dict[str, Row]:
     except OSError:  # what cannot be read is reported with the files in there
         return {}
     return {subject: row for subject, row in rows.items() if row.status == "failed"}
+
+
+def _is_input(file: Path, row: Row) -> bool:
+    """Whether the run was to read a file, which lies where it writes others."""
+    return os.path.realpath(file) in map(os.path.realpath, row.inputs.values())
 
 
 def _is_newer(file: Path, row: Row) -> bool:
