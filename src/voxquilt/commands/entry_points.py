@@ -1,50 +1,28 @@
 """Starts each command: Ctrl-C ends it with one line from here on, while its own code is still being imported."""
 
-from signal import SIGINT
-
-from voxquilt.distributed.signals import ended_at_once, ended_by
+from voxquilt.distributed.signals import start
 
 
 def predict() -> None:
     """`voxquilt-predict`, `python predict.py`."""
-    with ended_by(SIGINT):
-        with ended_at_once():
-            from voxquilt.cli.main import predict
-
-        predict()
+    start("voxquilt.cli.main", "predict")
 
 
 def train() -> None:
     """`voxquilt-train`, `python train.py`."""
-    with ended_by(SIGINT):
-        with ended_at_once():
-            from voxquilt.cli.main import train
-
-        train()
+    start("voxquilt.cli.main", "train")
 
 
 def export() -> None:
     """`voxquilt-export`."""
-    with ended_by(SIGINT):
-        with ended_at_once():
-            from voxquilt.export.command import main
-
-        main()
+    start("voxquilt.export.command")
 
 
 def report() -> None:
     """`voxquilt-report`."""
-    with ended_by(SIGINT):
-        with ended_at_once():
-            from voxquilt.report.command import main
-
-        main()
+    start("voxquilt.report.command")
 
 
 def doctor() -> None:
     """`voxquilt doctor`."""
-    with ended_by(SIGINT):
-        with ended_at_once():
-            from voxquilt.doctor.command import main
-
-        main()
+    start("voxquilt.doctor.command")

@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from time import monotonic
 from types import FrameType
 from typing import Any
@@ -86,6 +87,18 @@ def ended_at_once() -> Iterator[None]:
     """
     with _in_place_of_end(_end_at_once):
         yield
+
+
+def start(module: str, function: str = "main") -> None:
+    """Import a command and run it; Ctrl-C ends it with one line from here on.
+
+    Args:
+        module, function: Where the command is; nothing of it is imported before.
+    """
+    with ended_by(signal.SIGINT):
+        with ended_at_once():
+            command = getattr(import_module(module), function)
+        command()
 
 
 @contextmanager
