@@ -257,12 +257,12 @@ def stitching(device: Device, sizes: Sizes) -> Iterator[Row]:
     speed, volume = device.copied_per_second(), torch.zeros(1, 1, *shape, device=device.type)
     subject = Subject(t1=ScalarImage(tensor=torch.zeros(1, *shape)))
     sampler, space, buffers = GridSampler(subject, patch, patch // 2), Preprocess().space(subject), BufferPool()
-    order = sampler.grid.streaming_order.tolist()
+    order, stitch = sampler.grid.streaming_order.tolist(), Stitch()
     for classes in sizes.classes:
         outputs = torch.randn(4, classes, patch, patch, patch, device=device.type, dtype=torch.bfloat16)
 
         def ours(outputs: Tensor = outputs) -> np.ndarray:
-            stitcher = SubjectStitcher(Stitch(), sampler, space, memory=Memory(device.type, buffers))
+            stitcher = SubjectStitcher(stitch, sampler, space, memory=Memory(device.type, buffers))
             for first in range(0, len(order), 4):
                 numbers = order[first : first + 4]
                 stitcher.add({"": outputs[: len(numbers)]}, numbers)

@@ -29,6 +29,7 @@ from voxquilt.data.preprocess import Preprocess
 from voxquilt.data.subject import ScalarImage, Subject
 from voxquilt.errors import OutputError
 from voxquilt.geometry.grid import Grid, make_grid
+from voxquilt.geometry.neighbour_tables import NeighbourTables
 from voxquilt.geometry.resample import resample
 from voxquilt.geometry.slab_split import Part, split_rows
 from voxquilt.geometry.space import AxisMap, AxisMaps, Space
@@ -38,6 +39,7 @@ from voxquilt.stitching.blend_registry import BLENDS
 from voxquilt.stitching.execution import Execution
 from voxquilt.stitching.kernels import loading
 from voxquilt.stitching.kernels.label_rule import ABOVE, ARG_MAX, LabelRule, label_rule
+from voxquilt.stitching.kernels.launcher import Launcher
 from voxquilt.stitching.output_rings import Memory
 from voxquilt.stitching.output_volumes import Scratch
 from voxquilt.stitching.products.base import ACTIVATIONS, NOT_FINITE
@@ -171,9 +173,9 @@ def test_the_patches_of_a_row_take_one_launch_per_batch(monkeypatch: pytest.Monk
     """Two where a patch between them is skipped; and a batch may span rows."""
     from voxquilt.stitching.kernels.blend_add import BlendAdd
 
-    launched: list[list[int]] = []
-    monkeypatch.setattr(BlendAdd, "_launch", lambda _, __, numbers: launched.append(list(numbers)))
     grid = make_grid((9, 4, 4), (5, 2, 2), 0)
+    places, launched = grid.order_along(grid.streaming_axis).tolist(), list[list[int]]()
+    monkeypatch.setattr(BlendAdd, "_launch", lambda _, batch, n: launched.append(places[n : n + len(batch)]))
     space = Preprocess().space(Subject(t1=ScalarImage(tensor=torch.zeros(1, *grid.shape))))
     quilt = SubjectStitcher(
         Stitch("hann", ["logits"], fill=0), Placed(grid), space, memory=Memory(execution=KERNELS), skipped=[6]
@@ -191,7 +193,7 @@ def test_the_patches_of_a_row_take_one_launch_per_batch(monkeypatch: pytest.Monk
 
 def restored(rule: LabelRule, maps: AxisMaps, scores: Tensor, labels: Tensor, mark: Tensor | None = None) -> Tensor:
     """Labels of a whole volume by the kernel."""
-    neighbours = [m.neighbours(scores.shape[m.axis + 1]) for m in maps]
+    neighbours = NeighbourTables([m.neighbours(scores.shape[m.axis + 1]) for m in maps])
     kernel = loading.load_restore_labels(rule, maps, neighbours, torch.zeros(1) if mark is None else mark)
     assert kernel.takes(scores)
     kernel(scores, (0, 0, 0), [slice(0, m.size) for m in maps], labels)
@@ -242,7 +244,7 @@ def test_the_kernel_makes_the_labels_of_torch(
     two = torch.cat([expected, torch.full_like(expected[:1], -torch.inf)]).topk(2, 0).values
     sure = two[0] - two[1] > 1e-6
     restorer = Restorer(maps, axis, (shape[0], shape[1], shape[2]))
-    kernel = loading.load_restore_labels(LabelRule(ARG_MAX), maps, restorer.neighbours, torch.zeros(1))
+    kernel = loading.load_restore_labels(LabelRule(ARG_MAX), maps, restorer.tables, torch.zeros(1))
     for start in range(0, shape[axis], step):
         for slab in restorer.slabs(start, scores.narrow(axis + 1, start, min(step, shape[axis] - start))):
             offsets = [slab.start if n == axis else 0 for n in range(3)]
@@ -310,7 +312,8 @@ def test_scores_may_lie_further_apart_than_32_bits_count(order: tuple[int, int, 
     first = 2**27
     scores = torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(0))
     maps = [AxisMap(axis, scores.shape[axis + 1], 1.0, first if axis == 0 else 0) for axis in order]
-    neighbours = [m.neighbours(first + 4 if m.axis == 0 else scores.shape[m.axis + 1]) for m in maps]
+    sizes = [first + 4 if m.axis == 0 else scores.shape[m.axis + 1] for m in maps]
+    neighbours = NeighbourTables([m.neighbours(size) for m, size in zip(maps, sizes, strict=True)])
     kernel = loading.load_restore_labels(LabelRule(ARG_MAX), (maps[0], maps[1], maps[2]), neighbours, torch.zeros(1))
     labels = torch.empty(1, *(m.size for m in maps), dtype=torch.uint8)
     kernel(scores, (first, 0, 0), [slice(0, m.size) for m in maps], labels)
@@ -674,3 +677,38 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     result = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, check=False)
     wanted = ["_add", "True"] * 2 + ["_restore", "True"] * 3 + ["_write_one", "True"]
     assert result.stdout.split() == wanted, result.stderr
+
+
+# Launching.
+
+
+def test_a_kernel_is_compiled_once_for_launches_of_a_kind() -> None:
+    """What Triton gives back for the first launch runs the others of its kind, with all their own arguments."""
+    launches: list[tuple[object, ...]] = []
+
+    class Compiled:
+        def __init__(self, kind: object) -> None:
+            self.kind = kind
+
+        def __getitem__(self, programs: object) -> object:
+            return lambda *arguments: launches.append(("compiled", self.kind, programs, *arguments))
+
+    class Kernel:
+        def __getitem__(self, programs: object) -> object:
+            def run(*arguments: object, **options: object) -> Compiled:
+                launches.append(("kernel", options, programs, *arguments))
+                return Compiled(arguments[0])
+
+            return run
+
+    launcher = Launcher(Kernel())
+    for kind, argument in (("a", 1), ("a", 2), ("b", 3), ("a", 4), ("b", 5)):
+        launcher(kind, (argument, 1, 1), kind, argument)
+    options = {"enable_fp_fusion": False}
+    assert launches == [
+        ("kernel", options, (1, 1, 1), "a", 1),
+        ("compiled", "a", (2, 1, 1), "a", 2),
+        ("kernel", options, (3, 1, 1), "b", 3),
+        ("compiled", "a", (4, 1, 1), "a", 4),
+        ("compiled", "b", (5, 1, 1), "b", 5),
+    ]

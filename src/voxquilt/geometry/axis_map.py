@@ -1,6 +1,7 @@
 """Maps the voxels of an axis of a volume to those of another, and gives the weights of their interpolation."""
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -75,8 +76,12 @@ class AxisMap:
     def neighbours(self, source_size: int) -> Neighbours:
         """The source voxels around each target voxel, and their weights.
 
-        Beyond the centres of the outermost voxels that may be read, their values are repeated.
+        Beyond the centres of the outermost voxels that may be read, their values are repeated. The tensors are shared
+        by all who ask, and must not be changed.
         """
+        return _neighbours(self, source_size)
+
+    def _find_neighbours(self, source_size: int) -> Neighbours:
         first, stop = self.within or (0, source_size)
         x = self._positions(first, stop)
         # Positions that are integers up to rounding must copy, not interpolate.
@@ -137,6 +142,13 @@ class AxisMap:
 
 
 AxisMaps = tuple[AxisMap, AxisMap, AxisMap]
+
+
+# The volumes of a cohort are often alike. Few, since a cubic spline's weights take megabytes.
+@lru_cache(maxsize=16)
+def _neighbours(axis_map: AxisMap, source_size: int) -> Neighbours:
+    with torch.inference_mode(False):  # whoever is first to ask, others may ask outside of it
+        return axis_map._find_neighbours(source_size)
 
 
 def _spline(x: Tensor, first: int, stop: int, source_size: int) -> Neighbours:

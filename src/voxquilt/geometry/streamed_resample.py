@@ -3,6 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from voxquilt.geometry.axis_map import AxisMaps, Neighbours
 from voxquilt.geometry.frame import Triple
+from voxquilt.geometry.neighbour_tables import NeighbourTables
 from voxquilt.geometry.resample import interpolate
 from voxquilt.geometry.space import Where
 
@@ -85,13 +87,8 @@ class Restorer:
         self._across, self._along = sorted((n for n in range(3) if n != self.axis), key=lambda n: -maps[n].size)
         self._maps, self.source_axis, self._linear = maps, axis, linear
         self._voxels, self._tile = voxels, tile
-        self._neighbours = [(m if linear else m.without_spline()).neighbours(shape[m.axis]) for m in maps]
-        if tile is not None:
-            self._neighbours = [n.by_weights(shape[m.axis]) for n, m in zip(self._neighbours, maps, strict=True)]
-        along = self._neighbours[self.axis]
-        if maps[self.axis].order < 3 or along.weights is None:
-            # A plane that is copied need not wait for the plane above it.
-            self._neighbours[self.axis] = along._replace(above=torch.where(along.share > 0, along.above, along.below))
+        self.tables = _tables(maps, self.axis, shape, linear, tile is not None)
+        self._neighbours = self.tables.on_host
         # Native planes in the order in which their model planes come, and how many have been handed out.
         self._ascending = maps[self.axis].scale > 0
         # The first and last plane of the scores that each native plane needs, in the order in which these come.
@@ -105,12 +102,6 @@ class Restorer:
         # Planes that later native planes need too, and the first of them.
         self._kept: Tensor | None = None
         self._kept_from = 0
-        self._copies: dict[torch.device, list[Neighbours]] = {torch.device("cpu"): self._neighbours}
-
-    @property
-    def neighbours(self) -> list[Neighbours]:
-        """The scores' voxels around each native voxel along each native axis, of which planes are handed over."""
-        return self._neighbours
 
     def feed(self, start: int, planes: Shaped[Tensor, "c si sj sk"]) -> Iterator[Piece]:
         """Take planes from `start` on, which follow those of the last call; hand out complete native voxels."""
@@ -173,9 +164,6 @@ class Restorer:
         return Slab((where[0], where[1], where[2]), start, planes)
 
     def _piece(self, planes: Tensor, start: int, where: Where) -> Piece:
-        if planes.device not in self._copies:
-            # Once, and without waiting for the device.
-            self._copies[planes.device] = [along.to(planes.device) for along in self._neighbours]
         neighbours: list[Neighbours] = []
         on_device: list[Neighbours] = []
         for n, (m, w) in enumerate(zip(self._maps, where, strict=True)):
@@ -184,5 +172,20 @@ class Restorer:
             planes = planes.narrow(m.axis + 1, low - (start if n == self.axis else 0), high - low + 1)
             neighbours.append(along.part(w, low, high))
             if planes.device.type != "cpu":
-                on_device.append(self._copies[planes.device][n].part(w, low, high))
+                on_device.append(self.tables.on(planes.device)[n].part(w, low, high))
         return Piece(where, planes, self._maps, neighbours, on_device or neighbours, self._linear)
+
+
+# For the volumes of a cohort that are alike. Few, since the weights of splines and tiles take megabytes.
+@lru_cache(maxsize=4)
+def _tables(maps: AxisMaps, axis: int, shape: Triple, linear: bool, by_weights: bool) -> NeighbourTables:
+    """The neighbours that a Restorer needs, whose native planes come along `axis`."""
+    with torch.inference_mode(False):  # whoever is first to ask, others may ask outside of it
+        neighbours = [(m if linear else m.without_spline()).neighbours(shape[m.axis]) for m in maps]
+        if by_weights:
+            neighbours = [n.by_weights(shape[m.axis]) for n, m in zip(neighbours, maps, strict=True)]
+        along = neighbours[axis]
+        if maps[axis].order < 3 or along.weights is None:
+            # A plane that is copied need not wait for the plane above it.
+            neighbours[axis] = along._replace(above=torch.where(along.share > 0, along.above, along.below))
+    return NeighbourTables(neighbours)

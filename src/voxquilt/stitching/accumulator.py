@@ -11,11 +11,11 @@ from torch import Tensor
 
 from voxquilt.errors import BatchError, PatchShapeError
 from voxquilt.geometry.grid import Grid
-from voxquilt.stitching.blend import Blend, FlooredBlend, checked_weights
+from voxquilt.stitching.blend import Blend
 from voxquilt.stitching.buffer_pool import BufferPool
-from voxquilt.stitching.device_transfer import upload
 from voxquilt.stitching.execution import ON_HOST, Execution
 from voxquilt.stitching.kernels.loading import load_blend_add
+from voxquilt.stitching.patch_shares import patch_shares
 from voxquilt.stitching.sum_type import SumType
 
 
@@ -58,9 +58,7 @@ class Accumulator:
         self.grid, self.blend, self._axis, self._buffers = grid, blend, axis, buffers
         self._window = grid.shape[axis] if window is None else window
         voxels, self._fill = prod(grid.shape) // grid.shape[axis] * self._window, fill
-        weights, self._floor = _weights_of(blend, grid)
-        self._weights = [upload(w.to(types.sums), device) for w in weights] if blend.averages else []
-        self._owned = [] if blend.averages else [[_owned_interval(w) for w in along] for along in weights]
+        self._weights, self._floor, self._owned = patch_shares(blend, grid, types.sums, device)
         patch = grid.patch_size if blend.averages else (0,)
         with torch.inference_mode(False):
             self._product = torch.empty(patch, dtype=types.sums, device=device)
@@ -251,19 +249,6 @@ def _select_patch(planes: Tensor, axis: int, starts: list[int], patch: Tensor) -
         if n != axis:
             planes = planes.narrow(n + 1, starts[n], patch.shape[n + 1])
     return planes
-
-
-def _weights_of(blend: Blend, grid: Grid) -> tuple[list[Tensor], float | None]:
-    """The weights along each axis, and what a patch's weights are raised to, which then do not sum to 1."""
-    if isinstance(blend, FlooredBlend):
-        return [blend.window(grid.patch_size[n]).expand(grid.counts[n], -1) for n in range(3)], blend.floor
-    return [checked_weights(blend, grid, n) for n in range(3)], None
-
-
-def _owned_interval(weights: Shaped[Tensor, "p"]) -> tuple[int, int]:
-    """The first voxel that a window of zeros and ones owns, and how many it owns."""
-    owned = weights.nonzero()
-    return int(owned[0]), len(owned)
 
 
 def _round_if_near(values: Tensor) -> None:

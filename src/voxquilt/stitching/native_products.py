@@ -152,7 +152,7 @@ def _native_paths(
         rule = label_rule(product) if has_kernels else None
         if rule is not None:
             restorer, after = grid.make_restorer(), OfScores({name: product}, grid.channels, check)
-            kernel = load_restore_labels(rule, grid.maps, restorer.neighbours, check.mark)
+            kernel = load_restore_labels(rule, grid.maps, restorer.tables, check.mark)
             yield KernelPath(before, restorer, after, grid.make_volumes({name: product}, restorer), name, kernel)
     if has_kernels:
         products = {name: product for name, product in products.items() if label_rule(product) is None}

@@ -7,7 +7,8 @@ given. So there are no atomics, and sums depend neither on how patches are batch
 # Triton exists on Linux only, and its kernels are launched by an index.
 # pyright: reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import no_type_check
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from voxquilt.geometry.grid import Grid
 from voxquilt.stitching.device_transfer import on_device, upload
+from voxquilt.stitching.kernels.launcher import Launcher
 
 # Values per program, of these along k and, with channels last, along the channels: fastest on an H100, of 256 to 4096
 # values, 32 to 128 along k, 16 to 64 channels, with 4 warps or 8.
@@ -40,17 +42,12 @@ class BlendAdd:
     """
 
     def __init__(self, grid: Grid, axis: int, weights: Sequence[Tensor], planes: Sequence[Tensor]) -> None:
-        order = grid.order_along(axis)
-        positions = np.empty(len(grid), dtype=np.int64)
-        positions[order] = np.arange(len(grid))
-        # Lists, since batches have few patches: arrays would take longer than their kernels.
-        self._positions, self._locations = positions.tolist(), grid.locations.tolist()
-        places = np.stack(np.unravel_index(order, grid.counts), 1)
-        rows = np.hstack([grid.locations[order, :3], places])
         self._sums, self._covers = planes[0], planes[-1]
-        self._table = upload(torch.from_numpy(rows.astype(np.int32)), self._sums.device)
+        self._places = _places(grid, axis, self._sums.device)
         self._has_covers, self._weights = len(planes) > 1, weights
         self._axis = axis if self._sums.shape[axis + 1] < grid.shape[axis] else -1
+        self._launcher = Launcher(_add)
+        self._tiles: dict[Hashable, tuple[int, int, int]] = {}
 
     def takes(self, batch: Tensor) -> bool:
         """Whether the patches' and sums' types are supported and both are on one device."""
@@ -59,23 +56,61 @@ class BlendAdd:
     def __call__(self, batch: Shaped[Tensor, "b c pi pj pk"], numbers: Sequence[int]) -> None:
         """Add patches with these numbers in the grid; along a ring, all of one row."""
         with on_device(self._sums.device):
-            for first, stop in _runs([self._positions[number] for number in numbers]):
-                self._launch(batch[first:stop], numbers[first:stop])
+            for first, stop in _runs([self._places.positions[number] for number in numbers]):
+                self._launch(batch[first:stop], self._places.positions[numbers[first]])
 
-    def _launch(self, batch: Tensor, numbers: Sequence[int]) -> None:
-        along = list(zip(*(self._locations[number] for number in numbers), strict=True))
-        (i0, j0, k0), (i1, j1, k1) = map(min, along[:3]), map(max, along[3:])
-        channels, patch = batch.shape[1], batch.shape[2:]
-        block_c, block_j, block_k = _tile(batch)
+    def _launch(self, batch: Tensor, position: int) -> None:
+        count, channels, *patch = batch.shape
+        i0, j0, k0, i1, j1, k1 = self._places.box(position, count)
+        kind = batch.dtype, batch.stride()
+        if kind not in self._tiles:
+            self._tiles[kind] = _tile(batch)
+        block_c, block_j, block_k = self._tiles[kind]
         tiles_k = -(-(k1 - k0) // block_k)
         programs = -(-(j1 - j0) // block_j) * tiles_k, i1 - i0, -(-channels // block_c)
-        _add[programs](
-            batch, self._sums, self._covers, self._table, *self._weights,
+        self._launcher(
+            kind, programs,
+            batch, self._sums, self._covers, self._places.table, *self._weights,
             *batch.stride(), *self._sums.stride()[:3], *self._covers.stride()[1:3], *self._sums.shape[1:], *patch,
-            channels, self._positions[numbers[0]], len(numbers), i0, j0, j1, k0, k1, tiles_k,
-            AXIS=self._axis, HAS_COVERS=self._has_covers, BLOCK_C=block_c, BLOCK_J=block_j, BLOCK_K=block_k,
-            enable_fp_fusion=False,
+            channels, position, count, i0, j0, j1, k0, k1, tiles_k,
+            self._axis, self._has_covers, block_c, block_j, block_k,
         )  # fmt: skip
+
+
+class _Places:
+    """Where the patches of a grid lie.
+
+    Args:
+        grid: The grid.
+        axis: Axis along which patches come.
+        device: Where the kernel reads it.
+    """
+
+    def __init__(self, grid: Grid, axis: int, device: torch.device) -> None:
+        order = grid.order_along(axis)
+        positions = np.empty(len(grid), dtype=np.int64)
+        positions[order] = np.arange(len(grid))
+        # Lists, since batches have few patches: arrays would take longer than their kernels.
+        self.positions: list[int] = positions.tolist()
+        """The place of each patch in the order in which patches come."""
+        self._locations: list[list[int]] = grid.locations[order].tolist()
+        places = np.stack(np.unravel_index(order, grid.counts), 1)
+        rows = np.hstack([grid.locations[order, :3], places])
+        with torch.inference_mode(False):
+            self.table = upload(torch.from_numpy(rows.astype(np.int32)), device)
+        """The first voxel of each patch in that order, and its numbers along the axes."""
+        self._boxes: dict[tuple[int, int], list[int]] = {}
+
+    def box(self, first: int, count: int) -> list[int]:
+        """The first voxels, and those behind the last, of the box around some patches that follow each other."""
+        if (first, count) not in self._boxes:
+            along = list(zip(*self._locations[first : first + count], strict=True))
+            self._boxes[first, count] = [*map(min, along[:3]), *map(max, along[3:])]
+        return self._boxes[first, count]
+
+
+# For the volumes of a cohort that are alike.
+_places = lru_cache(maxsize=8)(_Places)
 
 
 def _tile(batch: Tensor) -> tuple[int, int, int]:

@@ -9,8 +9,9 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from voxquilt.geometry.axis_map import AxisMaps, Neighbours
+from voxquilt.geometry.axis_map import AxisMaps
 from voxquilt.geometry.grid import Grid
+from voxquilt.geometry.neighbour_tables import NeighbourTables
 from voxquilt.stitching.kernels.label_rule import LabelRule
 
 log = logging.getLogger("voxquilt")
@@ -61,7 +62,7 @@ def load_blend_add(grid: Grid, axis: int, weights: Sequence[Tensor], planes: Seq
 
 
 def load_restore_labels(
-    rule: LabelRule, maps: AxisMaps, neighbours: Sequence[Neighbours], not_finite: Tensor
+    rule: LabelRule, maps: AxisMaps, neighbours: NeighbourTables, not_finite: Tensor
 ) -> LabelKernel:
     """A kernel for the labels of a volume; see RestoreLabels."""
     from voxquilt.stitching.kernels.restore_labels import RestoreLabels

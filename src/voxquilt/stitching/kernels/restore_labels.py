@@ -16,9 +16,11 @@ import triton.language as tl
 from jaxtyping import Shaped
 from torch import Tensor
 
-from voxquilt.geometry.axis_map import AxisMaps, Neighbours
-from voxquilt.stitching.device_transfer import on_device, upload
+from voxquilt.geometry.axis_map import AxisMaps
+from voxquilt.geometry.neighbour_tables import NeighbourTables
+from voxquilt.stitching.device_transfer import on_device
 from voxquilt.stitching.kernels.label_rule import ARG_MAX, SIGMOID_ABOVE, LabelRule
+from voxquilt.stitching.kernels.launcher import Launcher
 
 # Native voxels of a program's tile: fastest on an H100, of 32 to 128 and 4 to 16.
 _WIDE, _HIGH = 32, 4
@@ -33,16 +35,15 @@ class RestoreLabels:
     Args:
         rule: What labels are made of.
         maps: Maps from native voxels to the scores.
-        neighbours: The scores' voxels around each native voxel along each native axis, on the host.
+        neighbours: The scores' voxels around each native voxel along each native axis.
         not_finite: A number on the device, which becomes NaN where scores are NaN or infinite.
     """
 
-    def __init__(self, rule: LabelRule, maps: AxisMaps, neighbours: Sequence[Neighbours], not_finite: Tensor) -> None:
+    def __init__(self, rule: LabelRule, maps: AxisMaps, neighbours: NeighbourTables, not_finite: Tensor) -> None:
         self._rule, self._not_finite, device = rule, not_finite, not_finite.device
         self._axes = [m.axis for m in maps]
-        self._pairs = [upload(torch.stack([along.below, along.above], 1).int(), device) for along in neighbours]
-        self._shares = [upload(along.share, device) for along in neighbours]
-        self._lerps = [not along.copies for along in neighbours]
+        self._pairs, self._shares = neighbours.pairs(device), [along.share for along in neighbours.on(device)]
+        self._lerps = [not along.copies for along in neighbours.on_host]
         # Programs read along the scores' last axis and write along the labels' first, as far as these differ.
         wide = self._axes.index(2)
         high = 0 if wide != 0 else 1
@@ -53,7 +54,8 @@ class RestoreLabels:
         # Blocks and types of offsets depend on whole extents: else they would be compiled again in mid-subject.
         self._wide = min(_WIDE, triton.next_power_of_2(maps[wide].size))
         self._high = min(_HIGH * _WIDE // self._wide, triton.next_power_of_2(maps[high].size))
-        self._last = {n: int(torch.maximum(*neighbours[n][:2]).max()) for n in (high, wide)}
+        self._last = {n: int(torch.maximum(*neighbours.on_host[n][:2]).max()) for n in (high, wide)}
+        self._launcher = Launcher(_restore)
 
     def takes(self, scores: Tensor) -> bool:
         """Whether the scores' type is supported, and they are on the device."""
@@ -79,8 +81,10 @@ class RestoreLabels:
         deep, high, wide = (where[n] for n in self._roles)
         counts = [s.stop - s.start for s in (deep, high, wide)]
         programs = -(-counts[2] // self._wide), -(-counts[1] // self._high), counts[0]
+        kind = scores.dtype, scores.stride(), labels.dtype, labels.stride(), last >= 2**31
         with on_device(scores.device):
-            _restore[programs](
+            self._launcher(
+                kind, programs,
                 scores, labels, self._not_finite,
                 *(table for n in self._roles for table in (self._pairs[n], self._shares[n])),
                 *(strides[n] for n in self._roles), scores.stride(0),
@@ -88,9 +92,7 @@ class RestoreLabels:
                 *(labels.stride(n + 1) for n in self._roles), labels.stride(0),
                 deep.start, high.start, wide.start, counts[1], counts[2], len(scores), self._rule.threshold,
                 *(self._lerps[n] for n in self._roles), *self._order,
-                MODE=self._rule.mode, FAR=last >= 2**31,
-                DOUBLE=scores.dtype == torch.float64, BLOCK_H=self._high, BLOCK_W=self._wide,
-                enable_fp_fusion=False,
+                self._rule.mode, last >= 2**31, scores.dtype == torch.float64, self._high, self._wide,
             )  # fmt: skip
 
 
