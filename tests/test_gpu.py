@@ -1,6 +1,8 @@
 """Tests that a CUDA device gives the same results as the host."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -45,6 +47,18 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
 ]
+
+
+@contextmanager
+def never_waiting() -> Iterator[None]:
+    """What waits for the device is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that it may not see all that waits
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("mode", [*BLENDS])
@@ -199,11 +213,8 @@ def test_nothing_waits_for_the_device_before_a_subject_is_finished(
     batches = [batch.cuda() for batch in batches_of(3, torch.bfloat16)]
     stitch = Stitch(mode, ["labels", "logits", "probabilities", "entropy", "disagreement"], compare=["average"])
     expected = stitched(stitch, sampler, space, batches, execution).volumes()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waiting():
         quilt = stitched(stitch, sampler, space, batches, execution)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     for name, volume in quilt.volumes().items():
         np.testing.assert_array_equal(volume, expected[name])
 
@@ -356,11 +367,8 @@ def test_batches_are_cut_on_the_device_without_waiting(tmp_path: Path) -> None:
         assert loaded.source.is_on_device == takes_volumes
         seen: list[torch.Tensor] = []
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with never_waiting():
             seen = [batch.to(DEVICE).data.clone() for batch in cut_batches([loaded], 3, feed)]
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         torch.testing.assert_close(torch.cat(seen).cpu(), wanted, rtol=1e-4, atol=1e-4)
 
 
