@@ -13,7 +13,7 @@ from voxquilt.reporting.components import most_runs
 from voxquilt.stitching.device_transfer import upload
 
 # Runs whose neighbours are looked for at a time: of noise each has a dozen.
-_RUNS = 2**19
+_RUNS = 2**18
 
 
 class DeviceRuns:
@@ -131,8 +131,6 @@ def _join(
         roots: The same before.
         a, b: Numbers.
     """
-    # Numbers may point at numbers that point on: each time round, these chains become half as long.
-    most_jumps = len(roots).bit_length()
     while True:
         a, b = roots[a], roots[b]
         apart = (a != b).nonzero().view(-1)
@@ -140,7 +138,8 @@ def _join(
             return roots
         a, b = a[apart], b[apart]
         # Every root that has a lower neighbour gets the lowest of them as its parent; then all point at their roots
-        # again. All jumps are made that any chain can need, since to ask the device after each takes longer.
+        # again. Chains have at most as many parents as there are pairs, and each jump makes them half as long: to ask
+        # the device after each whether it was the last takes longer.
         roots = roots.scatter_reduce(0, torch.maximum(a, b), torch.minimum(a, b), "amin")
-        for _ in range(most_jumps):
+        for _ in range(min(len(a), len(roots)).bit_length()):
             roots = roots[roots]
