@@ -2,7 +2,9 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +29,7 @@ from voxquilt.data.staging import Staging
 from voxquilt.data.subject import ScalarImage, Subject
 from voxquilt.data.subject_task import SubjectTask
 from voxquilt.errors import OutputError
+from voxquilt.geometry.frame import Frame
 from voxquilt.geometry.padding import to_padding
 from voxquilt.geometry.slab_split import Part, split_rows
 from voxquilt.geometry.space import Space
@@ -35,6 +38,11 @@ from voxquilt.planning.planner import Planner
 from voxquilt.predict import predict_volume
 from voxquilt.prediction.datamodule import GridDataModule
 from voxquilt.prediction.writer_callback import VolumeWriter
+from voxquilt.reporting import device_statistics, statistics_table
+from voxquilt.reporting import label_statistics as label_statistics_module
+from voxquilt.reporting.device_statistics import is_worthwhile
+from voxquilt.reporting.label_statistics import label_statistics
+from voxquilt.reporting.statistics_table import statistics_rows
 from voxquilt.stitching.blend_registry import BLENDS
 from voxquilt.stitching.device_transfer import Progress
 from voxquilt.stitching.execution import Execution
@@ -421,6 +429,77 @@ def test_predicted_device_memory_is_what_a_run_takes(on_device: bool, tmp_path: 
     required = Planner(trainer, predictor, data.run_size, writer.options.settings(data, predictor)).plan().requirements
     assert required.images_on_device == on_device
     assert sum(required.device.values()) == pytest.approx(peak, rel=0.15)
+
+
+def blobs(shape: tuple[int, int, int], labels: Sequence[int], dtype: str) -> np.ndarray:
+    """Smooth labels with some noise, which makes many small components."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(1, 1, 5, 6, 4, generator=generator)
+    fine = torch.nn.functional.interpolate(coarse, shape, mode="trilinear")[0, 0]
+    classes = ((fine + 1) * len(labels) / 2).clamp(0, len(labels)).round().long().numpy()
+    classes[np.random.default_rng(0).random(shape) < 0.01] = 1
+    return np.array([0, *labels], dtype)[classes]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    ("labels", "dtype"),
+    [
+        (range(1, 15), "u1"),
+        ([3, 700, 65535], "u2"),
+        ([1, 70000, 2**31 + 7], "u4"),
+        ([5, 9], "i8"),
+        (range(1, 200), "u1"),
+    ],
+)
+def test_numbers_of_labels_on_the_device_are_those_of_the_host(
+    labels: Sequence[int], dtype: str, strict: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of images that are not kept there, the same each time, without float atomics, and in any thread."""
+    shape = (130, 119, 101)
+    volume, random = blobs(shape, labels, dtype), np.random.default_rng(1)
+    noisy = random.normal(100, 300, shape)
+    images: dict[str, np.ndarray] = {kind: noisy.astype(kind) for kind in ("u1", "i2", "f2", "f4", "f8")}
+    images |= {"u2": (noisy + 3000).astype("u2"), "wide": (noisy * 1e6).astype("i4"), "?": noisy > 0}
+    images |= {"F": np.asfortranarray(images["i2"]), "flipped": images["i2"][::-1, :, ::-1]}
+    images["f4"][::7] = np.nan
+    frame, device = Frame(shape, np.diag([1.0, 2, 1.5, 1])), torch.device("cuda")
+    assert is_worthwhile(device, volume.size)
+    monkeypatch.setattr(device_statistics, "_VOXELS", 2**19)
+    monkeypatch.setattr(device_statistics, "_WHOLE", images["f2"].nbytes)
+    wanted = label_statistics(volume, frame, images)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.use_deterministic_algorithms(strict)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            found, again = (
+                pool.submit(label_statistics, volume, frame, images, device=device).result() for _ in range(2)
+            )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.cuda.memory_allocated() == before
+    assert torch.cuda.max_memory_allocated() - before < 5 * 2**27
+    assert found == again
+    assert list(found) == list(wanted)
+    for number, numbers in found.items():
+        of_images, others = numbers.intensities or {}, wanted[number].intensities or {}
+        assert replace(numbers, intensities=None) == replace(wanted[number], intensities=None)
+        assert list(of_images) == list(others)
+        for name, intensities in of_images.items():
+            assert intensities.percentiles == others[name].percentiles, name
+            assert (intensities.mean, intensities.sd) == pytest.approx((others[name].mean, others[name].sd), rel=1e-9)
+
+
+def test_rows_of_a_large_volume_come_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are the host's, to the last digit, and nothing made the host take over."""
+    labels = blobs((160, 150, 140), range(1, 15), "u1")[None]
+    image = np.random.default_rng(2).normal(100, 300, labels.shape).astype("f4")
+    call = ("a", "labels", labels, Frame((160, 150, 140), np.eye(4)), {"t1": image, "t2": image.astype("i2")}, {})
+    wanted = statistics_rows(*call)
+    monkeypatch.delattr(statistics_table, "_note")
+    monkeypatch.delattr(label_statistics_module, "_Volume")
+    assert statistics_rows(*call, device=torch.device("cuda", 0)) == wanted
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-true"])

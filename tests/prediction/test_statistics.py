@@ -22,6 +22,7 @@ from voxquilt.models.predictor import PatchPredictor
 from voxquilt.prediction.datamodule import GridDataModule
 from voxquilt.prediction.output_files import OutputFiles
 from voxquilt.prediction.writer_callback import VolumeWriter
+from voxquilt.reporting import statistics_table
 from voxquilt.reporting.manifest import read_rows
 from voxquilt.stitching.stitch import Stitch
 
@@ -99,6 +100,22 @@ def test_numbers_are_those_of_the_files(place: Path, forks: Server) -> None:
     for subject, row in read_rows([place / "out/manifest.csv"]).items():
         total = sum(float(found[subject, "labels", label]["ml"]) for label in "123")
         assert row.volume_ml == pytest.approx(total, abs=6e-4)
+
+
+def test_a_device_computes_the_same_table(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device of the network, here the host, on which torch takes NumPy's place."""
+    monkeypatch.delattr(statistics_table, "_note")  # so that the host does not take over
+    texts = []
+    for device in (None, torch.device("cpu")):
+        asked = []
+        monkeypatch.setattr(statistics_table, "is_worthwhile", lambda *call, d=device, a=asked: a.append(call) or d)
+        writer = VolumeWriter(place / f"{device}", log="plain")
+        trainer = Trainer(accelerator="cpu", devices=1, logger=False, callbacks=[writer], enable_progress_bar=False)
+        trainer.predict(PatchPredictor(Bands()), GridDataModule(place / "in", 8, 4), return_predictions=False)
+        assert {where for where, _ in asked} == {torch.device("cpu")}
+        assert sorted(voxels for _, voxels in asked) == sorted(np.prod(shape) for shape in SHAPES)
+        texts.append((place / f"{device}/statistics.csv").read_text("utf-8"))
+    assert texts[0] == texts[1]
 
 
 RELABEL = MapLabelValue(orig_labels=[1], target_labels=[9])

@@ -2,7 +2,6 @@
 
 import logging
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import torch
 from lightning.pytorch import LightningModule
 
 from voxquilt.data.discovery import SubjectFiles
@@ -21,6 +21,7 @@ from voxquilt.planning.preflight import AUTO, weights_on_device
 from voxquilt.planning.resource_estimate import RunSettings
 from voxquilt.prediction.class_files import parts_of
 from voxquilt.prediction.datamodule import GridDataModule
+from voxquilt.prediction.label_volumes import series_of_labels
 from voxquilt.reporting.label_tables import write_label_tables
 from voxquilt.reporting.manifest import Row
 from voxquilt.reporting.overlay import flat, overlay, save_png
@@ -28,7 +29,6 @@ from voxquilt.reporting.statistics_table import Cells, statistics_rows
 from voxquilt.reporting.thumbnails import maps_of, try_thumbnails
 from voxquilt.stitching.combination import Combination
 from voxquilt.stitching.finished_volume import FinishedVolume
-from voxquilt.stitching.label_values import count_labels
 from voxquilt.stitching.output_volumes import Scratch
 from voxquilt.stitching.stitch import Stitch
 from voxquilt.text import reason_of
@@ -116,12 +116,17 @@ class OutputFiles:
         options: What is written; the folder exists.
         cases: All subjects, whose images must not be overwritten.
         drawn: Takes pictures (H, W, 3) of the first subjects, by subject, for whoever logs them; None: nobody does.
+        device: Where the network is.
     """
 
     def __init__(
-        self, options: OutputOptions, cases: Iterable[SubjectFiles], drawn: dict[str, np.ndarray] | None = None
+        self,
+        options: OutputOptions,
+        cases: Iterable[SubjectFiles],
+        drawn: dict[str, np.ndarray] | None = None,
+        device: torch.device | None = None,
     ) -> None:
-        self.options, self._cases, self._drawn = options, cases, drawn
+        self.options, self._cases, self._drawn, self._device = options, cases, drawn, device
         self._left = 0 if drawn is None else PICTURES
         self._written: set[Path] = set()
         self._described: set[tuple[int, ...]] = set()
@@ -145,7 +150,7 @@ class OutputFiles:
                 write(path, array, native, header=work.file.header, label_names=names, slope=volume.slope)
                 outputs[path.name] = volume.kind
             self._describe(product, volume)
-        series = _series_of_labels(volumes)
+        series = series_of_labels(volumes)
         outputs |= self._draw(work, volumes, series[0] if series else None)
         return Row(
             subject,
@@ -157,21 +162,6 @@ class OutputFiles:
             kinds=tuple(outputs.values()),
             inputs=work.task.case.paths,
         )
-
-    def label_volumes(
-        self, work: SubjectWork, volumes: Mapping[str, FinishedVolume]
-    ) -> tuple[float | None, dict[str, float]]:
-        """The ml of all labels, None without labels, and those of each by its name; of a series the means."""
-        series = _series_of_labels(volumes)
-        if not series:
-            return None, {}
-        ml = abs(float(np.linalg.det(work.space.native.affine[:3, :3]))) / 1000 / len(series)  # of sheared voxels too
-        counted = [count_labels(volume) for volume in series]
-        counts = sum((Counter(counts) for _, counts in counted), Counter[int]())
-        names = self.options.stitch.names_of(len(series[0]))
-        # Several labels per voxel are channels, counted from 0; labels without names have their numbers.
-        of_classes = {str(names.get(n, n)): counts[n] * ml for n in sorted({n for _, own in counted for n in own})}
-        return sum(voxels for voxels, _ in counted) * ml, of_classes
 
     def _draw(
         self, work: SubjectWork, volumes: Mapping[str, FinishedVolume], labels: np.ndarray | None
@@ -237,7 +227,8 @@ class OutputFiles:
         for name, volume in labels.items():
             names = self.options.stitch.names_of(len(volume.array))
             known = self.options.stitch.label_numbers(volume.classes)
-            rows += statistics_rows(work.task.case.subject, name, volume.array, work.space.native, images, names, known)
+            subject, frame = work.task.case.subject, work.space.native
+            rows += statistics_rows(subject, name, volume.array, frame, images, names, known, self._device)
         return rows
 
     def _check_path(self, name: str) -> Path:
@@ -262,12 +253,6 @@ def _identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return stat.st_dev, stat.st_ino
-
-
-def _series_of_labels(volumes: Mapping[str, FinishedVolume]) -> list[np.ndarray]:
-    """The first product of labels, (C, I, J, K), as a list of one, or of the volumes of a series."""
-    labels = next((volume.array for volume in volumes.values() if volume.kind == LABELS), None)
-    return [] if labels is None else list(np.moveaxis(labels, 1, 0)) if labels.ndim == 5 else [labels]
 
 
 def _first_image(work: SubjectWork, volumes: Mapping[str, FinishedVolume]) -> np.ndarray:

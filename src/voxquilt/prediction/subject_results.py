@@ -7,6 +7,7 @@ from time import perf_counter
 import torch
 
 from voxquilt.data.subject_task import SubjectTask, SubjectWork
+from voxquilt.prediction.label_volumes import label_volumes
 from voxquilt.prediction.output_files import OutputFiles
 from voxquilt.prediction.series_results import SeriesResults
 from voxquilt.reporting.manifest import Row
@@ -78,7 +79,7 @@ class SubjectResults:
         @torch.inference_mode()
         def numbers() -> tuple[tuple[float | None, dict[str, float]], list[Cells]]:
             rows = files.statistics(work, volumes) if statistics is None else statistics
-            return files.label_volumes(work, volumes), rows
+            return label_volumes(volumes, files.options.stitch, work.space.native, rows), rows
 
         with ThreadPoolExecutor(1, thread_name_prefix="voxquilt-statistics") as pool:
             computed = pool.submit(numbers)

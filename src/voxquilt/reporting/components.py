@@ -15,6 +15,11 @@ _RUNS, _MOST_RUNS, _VOXELS = 2**18, 2**22, 16
 _AT_A_TIME = 2**19
 
 
+def most_runs(voxels: int) -> int:
+    """The number of runs from which on the labels of a volume are noise."""
+    return min(max(_RUNS, voxels // _VOXELS), _MOST_RUNS)
+
+
 class ComponentCounter:
     """Counts the components of labels; 26 neighbours are connected, those at corners too.
 
@@ -29,7 +34,7 @@ class ComponentCounter:
 
     def __init__(self, volume: Shaped[np.ndarray, "n lines length"], threads: int = 1) -> None:
         self._volume, self._threads = volume, threads
-        self._most = min(max(_RUNS, volume.size // _VOXELS), _MOST_RUNS)
+        self._most = most_runs(volume.size)
         self._labels: list[np.ndarray] = []
         self._links: list[np.ndarray] = []
         self._count = 0

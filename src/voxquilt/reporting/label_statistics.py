@@ -1,41 +1,27 @@
 """Computes numbers of each label of a volume: where it lies, how large it is, and which intensities it covers."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from jaxtyping import Shaped
 
 from voxquilt.data.spare_cores import map_in_threads, spare_threads
 from voxquilt.geometry.frame import Frame
 from voxquilt.reporting.components import ComponentCounter
+from voxquilt.reporting.device_statistics import DeviceVolume
+from voxquilt.reporting.label_intensities import Bins, Intensities, has_bin_for_each
 from voxquilt.reporting.label_runs import slowest_first
+from voxquilt.stitching.device_transfer import beside_the_network
 from voxquilt.stitching.label_values import count_values
 
-PERCENTILES = (5, 50, 95)
 # Voxels that are worked on at a time: few enough that what is computed of them stays in the cache.
 _VOXELS = 2**18
-# Bins per label of intensities, which is one for each of the numbers that 16 bits hold; and bins of all labels that
-# are counted at a time.
-_BINS, _TABLE = 2**16, 2**22
 # Runs whose places are counted at a time.
 _RUNS = 2**17
 # Voxels of a volume whose numbers are computed in threads; of smaller ones that takes no longer than to begin them.
 _LARGE = 2**22
-
-
-@dataclass(frozen=True)
-class Intensities:
-    """Intensities of an image where a label is.
-
-    Args:
-        mean, sd: Mean and standard deviation (of all voxels, not of a sample).
-        percentiles: Percentiles 5, 50 and 95, linear between voxels as numpy.percentile has them.
-    """
-
-    mean: float
-    sd: float
-    percentiles: tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -66,6 +52,7 @@ def label_statistics(
     frame: Frame,
     images: Mapping[str, Shaped[np.ndarray, "i j k"]],
     known: Sequence[int] = (),
+    device: torch.device | None = None,
 ) -> dict[int, LabelStatistics]:
     """The numbers of each label above 0, in the order of the labels.
 
@@ -83,8 +70,19 @@ def label_statistics(
         frame: Their geometry.
         images: Intensities on the same grid; what is not finite counts as 0, as the network sees it.
         known: Labels that are listed even if no voxel has them.
+        device: A device of torch's that computes them, the same numbers within the rounding of float64; None for
+            NumPy on the host.
+
+    Raises:
+        Exception: the device has too little memory, or cannot compute with a type or with such numbers.
     """
-    volume = _Volume(labels, images, sorted({*known, *count_values(labels)} - {0}))
+    if device is None:
+        return _assemble(_Volume(labels, images, sorted({*known, *count_values(labels)} - {0})), frame, images)
+    with beside_the_network(device):
+        return _assemble(DeviceVolume(labels, images, known, device), frame, images)
+
+
+def _assemble(volume: "_Volume | DeviceVolume", frame: Frame, images: Iterable[str]) -> dict[int, LabelStatistics]:
     ml = abs(float(np.linalg.det(frame.affine[:3, :3]))) / 1000  # of sheared voxels too
     intensities = {name: volume.intensities(n) for n, name in enumerate(images)}
     statistics: dict[int, LabelStatistics] = {}
@@ -103,7 +101,7 @@ def label_statistics(
             (*(first for first, _ in ends), *(stop for _, stop in ends)),
             {name: found for name, of_labels in intensities.items() if (found := of_labels[rank]) is not None},
             None if volume.components is None else volume.components[number],
-            any(n > 1 and (first == 0 or stop == n) for n, (first, stop) in zip(labels.shape, ends, strict=True)),
+            any(n > 1 and (first == 0 or stop == n) for n, (first, stop) in zip(map(len, alongs), ends, strict=True)),
         )
     return statistics
 
@@ -161,39 +159,31 @@ class _Volume:
     def intensities(self, image: int) -> list[Intensities | None]:
         """The intensities of one of the images, by rank; None for a rank without voxels."""
         voxels = self._images[image]
-        least, greatest = self._range(voxels)
-        exact = voxels.dtype.kind in "iub" and greatest - least < _BINS
-        bins = int(greatest - least) + 1 if exact else _BINS
-        width = 1.0 if exact else (greatest - least) / _BINS
+        bins = Bins.between(*self._range(voxels), integers=voxels.dtype.kind in "iub")
         found: list[Intensities | None] = []
-        step = max(1, _TABLE // bins)
-        for rank in range(0, len(self.numbers), step):
-            count = min(step, len(self.numbers) - rank)
-            table, sums, squares = np.zeros((count, bins), np.int64), np.zeros(count), np.zeros(count)
-            for ranks, values in self._values(voxels, least):
+        for rank in range(0, len(self.numbers), bins.labels_at_a_time):
+            count = min(bins.labels_at_a_time, len(self.numbers) - rank)
+            table, sums, squares = np.zeros((count, bins.count), np.int64), np.zeros(count), np.zeros(count)
+            for ranks, values in self._values(voxels, bins.least):
                 mine = (ranks >= rank) & (ranks < rank + count)
                 if not mine.all():
                     ranks, values = ranks[mine], values[mine]
                 ranks = ranks - rank if rank else ranks
-                places = values if exact else np.minimum((values / (width or 1)).astype(np.int64), bins - 1)
-                table.reshape(-1)[:] += np.bincount(ranks * bins + places, minlength=table.size)
-                if not exact:
+                if bins.exact:
+                    places = values
+                else:
+                    places = np.minimum((values / (bins.width or 1)).astype(np.int64), bins.count - 1)
                     sums += np.bincount(ranks, values, count)
                     squares += np.bincount(ranks, values * values, count)
-            if exact:
-                numbers = np.arange(bins, dtype=np.float64)
-                sums, squares = table @ numbers, table @ (numbers * numbers)
-            found += [
-                _intensities(counts, least, width, exact, total, square)
-                for counts, total, square in zip(table, sums, squares, strict=True)
-            ]
+                table.reshape(-1)[:] += np.bincount(ranks * bins.count + places, minlength=table.size)
+            found += bins.describe(table, sums, squares)
         return found
 
     def _range(self, image: np.ndarray) -> tuple[float | int, float | int]:
         """The lowest and highest intensity of labelled voxels; of all voxels, where each number has its own bin."""
         if image.dtype.kind in "iub":
             least, greatest = image.min().item(), image.max().item()
-            if greatest - least < _BINS:
+            if has_bin_for_each(least, greatest):
                 return least, greatest
         ends = [(values.min().item(), values.max().item()) for _, values in self._values(image, 0)]
         return min((low for low, _ in ends), default=0), max((high for _, high in ends), default=0)
@@ -218,22 +208,3 @@ class _Volume:
         for ranks, values in map_in_threads(look, range(start, stop, step), self._threads):
             if len(ranks):
                 yield ranks, values
-
-
-def _intensities(
-    counts: np.ndarray, least: float | int, width: float, exact: bool, total: float, squares: float
-) -> Intensities | None:
-    """Intensities of a histogram: of every intensity from the lowest, or of bins between the lowest and the highest."""
-    below = np.cumsum(counts)
-    voxels = int(below[-1])
-    if not voxels:
-        return None
-    mean = total / voxels
-    middle = 0 if exact else 0.5
-    percentiles = []
-    for percentile in PERCENTILES:
-        place = percentile / 100 * (voxels - 1)
-        low, high = np.searchsorted(below, [int(place), min(int(place) + 1, voxels - 1)], "right")
-        percentiles.append(float(least + width * (middle + low + (high - low) * (place - int(place)))))
-    sd = float(np.sqrt(max(squares / voxels - mean * mean, 0.0)))
-    return Intensities(float(least + mean), sd, (percentiles[0], percentiles[1], percentiles[2]))

@@ -3,18 +3,26 @@
 import contextlib
 import csv
 import io
+import logging
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
+import torch
 from jaxtyping import Shaped
 
 from voxquilt.errors import OutputError
 from voxquilt.filesystem import replacing
 from voxquilt.geometry.frame import Frame
-from voxquilt.reporting.label_statistics import PERCENTILES, Intensities, LabelStatistics, label_statistics
+from voxquilt.reporting.device_statistics import is_worthwhile
+from voxquilt.reporting.label_intensities import PERCENTILES, Intensities
+from voxquilt.reporting.label_statistics import LabelStatistics, label_statistics
 from voxquilt.reporting.manifest import csv_line, unescaped
+from voxquilt.text import reason_of
+
+log = logging.getLogger("voxquilt")
 
 Cells = Mapping[str, str]
 """A row of the table: texts by the names of columns."""
@@ -37,6 +45,7 @@ def statistics_rows(
     images: Mapping[str, Shaped[np.ndarray, "d i j k"]],
     names: Mapping[int, str],
     known: Sequence[int] = (),
+    device: torch.device | None = None,
 ) -> list[Cells]:
     """The rows of one label file.
 
@@ -49,6 +58,7 @@ def statistics_rows(
             several images, and with the channel's number where the image has several.
         names: Names by label.
         known: Labels that are listed even if no voxel has them.
+        device: Where the network is: a GPU computes the numbers of large volumes, if it has memory for it.
     """
     channels = {
         "_".join([*[name] * (len(images) > 1), *[str(n)] * (len(image) > 1)]): channel
@@ -56,16 +66,38 @@ def statistics_rows(
         for n, channel in enumerate(image)
     }
     if len(labels) == 1:
-        found = label_statistics(labels[0], frame, channels, known)
+        found = _statistics(labels[0], frame, channels, known, device)
     else:
         found = {
-            n: next(iter(label_statistics((mask > 0).view(np.uint8), frame, channels, [1]).values()))
+            n: next(iter(_statistics((mask > 0).view(np.uint8), frame, channels, [1], device).values()))
             for n, mask in enumerate(labels)
         }
     return [
         {"subject": subject, "output": output, "label": str(n), "name": names.get(n, ""), **_cells(values)}
         for n, values in found.items()
     ]
+
+
+def _statistics(
+    labels: np.ndarray,
+    frame: Frame,
+    images: Mapping[str, np.ndarray],
+    known: Sequence[int],
+    device: torch.device | None,
+) -> dict[int, LabelStatistics]:
+    if device is not None:
+        try:
+            if is_worthwhile(device, labels.size):
+                return label_statistics(labels, frame, images, known, device)
+        except Exception as error:  # memory that the network needed meanwhile, or a type that torch does not know
+            _note(f"numbers of labels are computed on the host, not on {device}: {reason_of(error)}")
+    return label_statistics(labels, frame, images, known)
+
+
+@cache
+def _note(message: str) -> None:
+    """Log it once for all subjects."""
+    log.debug(message)
 
 
 def _cells(values: LabelStatistics) -> dict[str, str]:

@@ -3,8 +3,8 @@
 This is the only module of stitching that knows streams, events and pinned memory.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 
 import numpy as np
@@ -18,6 +18,13 @@ _STAGE = 2**24
 def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Makes a CUDA device the one on which kernels are launched."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@contextmanager
+def beside_the_network(device: torch.device) -> Iterator[None]:
+    """Lets a thread compute what the network does not wait for, on a stream that it does not use."""
+    with on_device(device), torch.cuda.stream(_side_stream(device)) if device.type == "cuda" else nullcontext():
+        yield
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
@@ -82,6 +89,12 @@ class Progress:
 @cache
 def _download_stream(device: torch.device) -> torch.cuda.Stream:
     """One for all volumes: torch hands out its streams in a circle, and another could be the one for uploads."""
+    return torch.cuda.Stream(device)
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Likewise; and memory that torch keeps for it is used again for the next volume."""
     return torch.cuda.Stream(device)
 
 
