@@ -163,11 +163,10 @@ class VolumeWriter(Callback):
         channel, record = connect(self.output_dir, data, self._configuration, display, statistics=statistics)
         data.stop_when(lambda: channel.stop is not None)
         self._rows = record.rows if record else []
-        device = trainer.strategy.root_device
-        files = OutputFiles(self.options, plan.cases, display.events.drawn if display else None, device)
-        outcomes = SubjectOutcomes(channel, self._raise)
+        drawn, device = display.events.drawn if display else None, trainer.strategy.root_device
+        files = OutputFiles(self.options, plan.cases, drawn, device)
         # Here, since the first subjects are loaded before on_predict_start, and their failures must be reported.
-        subjects = OpenSubjects(data, files, outcomes, device)
+        subjects = OpenSubjects(data, files, SubjectOutcomes(channel, self._raise), device)
         signals = Signals(lambda name, status: channel.ask_stop(Stop(name, status)))
         self._session = RunSession(plan.group.rank, channel, record, subjects, signals, display)
         if display is not None:
