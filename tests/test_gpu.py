@@ -388,6 +388,7 @@ def test_one_volume_is_predicted_on_the_device() -> None:
     np.testing.assert_allclose(made, predict_volume(Plus(), image, 8, 4, **options)["image"], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")  # by torch's own compiler
 @pytest.mark.parametrize("members", [1, 2])
 def test_a_network_compiled_to_cuda_graphs_gives_the_same(members: int, tmp_path: Path) -> None:
     """Also an ensemble with flips, while other subjects are loaded."""
@@ -465,8 +466,7 @@ def test_numbers_of_labels_on_the_device_are_those_of_the_host(
     images["f4"][::7] = np.nan
     frame, device = Frame(shape, np.diag([1.0, 2, 1.5, 1])), torch.device("cuda")
     assert is_worthwhile(device, volume.size)
-    monkeypatch.setattr(device_statistics, "_VOXELS", 2**19)
-    monkeypatch.setattr(device_statistics, "_WHOLE", images["f2"].nbytes)
+    monkeypatch.setattr(device_statistics, "_PIECES", [device_statistics.Pieces(2**19, images["f2"].nbytes, 5 * 2**27)])
     wanted = label_statistics(volume, frame, images)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

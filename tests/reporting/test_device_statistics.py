@@ -59,8 +59,7 @@ def volumes(draw: st.DrawFn) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 def some_at_a_time(voxels: int) -> Iterator[None]:
     """As of large volumes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device_statistics, "_VOXELS", voxels)
-        patch.setattr(device_statistics, "_WHOLE", 8 * voxels)
+        patch.setattr(device_statistics, "_PIECES", [device_statistics.Pieces(voxels, 8 * voxels, 0)])
         patch.setattr(device_statistics, "_ROW", 5)
         patch.setattr(device_runs, "_RUNS", voxels // 4)
         patch.setattr(label_intensities, "_TABLE", 2**16 + voxels)
@@ -187,3 +186,14 @@ def test_small_volumes_and_other_devices_stay_on_the_host() -> None:
     assert not device_statistics.is_worthwhile(torch.device("cuda"), 2**20 - 1)
     assert not device_statistics.is_worthwhile(CPU, 2**30)
     assert not device_statistics.is_worthwhile(torch.device("meta"), 2**30)
+
+
+def test_pieces_follow_the_memory_that_nothing_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The larger ones, the smaller ones, or none, and then the host computes."""
+    large, small = device_statistics._PIECES
+    assert large.room > small.room
+    device = torch.device("cuda", 0)
+    for free, wanted in ((large.room, large), (large.room - 1, small), (small.room, small), (small.room - 1, None)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 2**40))
+        assert device_statistics._fitting(device) == wanted
+        assert device_statistics.is_worthwhile(device, 2**20) == (wanted is not None)

@@ -94,8 +94,9 @@ def _download_stream(device: torch.device) -> torch.cuda.Stream:
 
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Likewise; and memory that torch keeps for it is used again for the next volume."""
-    return torch.cuda.Stream(device)
+    """Likewise; and memory that torch keeps for it is used again for the next volume. Its many small kernels go before
+    those of the network, behind each of which they would wait."""
+    return torch.cuda.Stream(device, priority=-1)
 
 
 def _empty(target: Tensor, buffer: Tensor, filled: torch.cuda.Event) -> None:
