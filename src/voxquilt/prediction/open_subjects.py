@@ -21,6 +21,7 @@ from voxquilt.prediction.subject_results import SubjectResults
 from voxquilt.prediction.writer_thread import WriterThread
 from voxquilt.reporting.progress_counts import ProcessCounts
 from voxquilt.stitching.buffer_pool import BufferPool
+from voxquilt.stitching.execution import execution_on
 from voxquilt.stitching.output_rings import Memory
 from voxquilt.stitching.subject_stitcher import Outputs, SubjectStitcher
 
@@ -42,7 +43,7 @@ class OpenSubjects:
     ) -> None:
         plan = data.plan
         self._data, self._files, self._outcomes = data, files, outcomes
-        self._counts = ProcessCounts(plan.group.rank, device)
+        self._counts, self._device = ProcessCounts(plan.group.rank, device), device
         self._memory = Memory(None, BufferPool(), files.options.scratch)
         self._open: dict[SubjectWork, SubjectStitcher] = {}
         self._thread = WriterThread()
@@ -57,6 +58,7 @@ class OpenSubjects:
 
     def begin(self) -> None:
         """Prepare for the first batch."""
+        execution_on(self._device)  # Triton is imported and tried while the first subject is read
         self._counts.restart()
 
     def begin_batch(self) -> None:
