@@ -388,7 +388,9 @@ def test_one_volume_is_predicted_on_the_device() -> None:
     np.testing.assert_allclose(made, predict_volume(Plus(), image, 8, 4, **options)["image"], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")  # by torch's own compiler
+# Of torch's own compiler.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 @pytest.mark.parametrize("members", [1, 2])
 def test_a_network_compiled_to_cuda_graphs_gives_the_same(members: int, tmp_path: Path) -> None:
     """Also an ensemble with flips, while other subjects are loaded."""
