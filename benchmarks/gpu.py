@@ -154,7 +154,9 @@ class Device:
 
 
 class Clock(Callback):
-    """Measures a predict loop: when batches begin, how long forwards take on the device, reading and writing.
+    """Measures a predict loop: how long it takes, and its forwards on the device, and reading and writing.
+
+    The device's clock counts, since the host is up to two volumes ahead of it.
 
     Args:
         device: Where the network is.
@@ -166,7 +168,7 @@ class Clock(Callback):
     def __init__(self, device: Device, predictor: PatchPredictor, skip: int = 0, alone: Tensor | None = None) -> None:
         self._device, self._skip, self._alone = device, skip, alone
         self._forwards: list[tuple[Any, Any]] = []
-        self.batches: list[float] = []
+        self._batches = 0
         self.stages = {"load": 0.0, "write": 0.0}
         predictor.network.register_forward_pre_hook(lambda *_: self._forwards.append((self._mark(), None)))
         predictor.network.register_forward_hook(self._close)
@@ -182,13 +184,17 @@ class Clock(Callback):
         self._forwards[-1] = self._forwards[-1][0], self._mark()
 
     def on_predict_batch_start(self, *_: object) -> None:
-        self.batches.append(time.perf_counter())
+        self._batches += 1
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The writer, which comes before this callback, has written everything; the network is still on the device."""
-        self.end = time.perf_counter()
-        count = len(self.batches) - self._skip
-        self.forwards = self._sum(self._forwards[-count:])  # others came before, when the run was planned
+        end = self._mark()
+        self._device.wait()
+        count = self._batches - self._skip
+        marks = self._forwards[-count:]  # others came before, when the run was planned
+        self.loop = self._seconds(marks[0][0], end)
+        """Seconds from the first batch that counts to the last file."""
+        self.forwards = sum(self._seconds(*forward) for forward in marks)
         """Seconds in which the device computed the forwards of the batches that count."""
         if self._alone is not None:
             with torch.inference_mode(), trainer.precision_plugin.forward_context():
@@ -200,15 +206,8 @@ class Clock(Callback):
         for _ in range(count):
             network(self._alone)
 
-    def _sum(self, marks: list[tuple[Any, Any]]) -> float:
-        if self._device.cuda:
-            return sum(start.elapsed_time(end) for start, end in marks) / 1000
-        return sum(end - start for start, end in marks)
-
-    @property
-    def loop(self) -> float:
-        """Seconds from the first batch that counts to the last file."""
-        return self.end - self.batches[self._skip]
+    def _seconds(self, start: Any, end: Any) -> float:
+        return start.elapsed_time(end) / 1000 if self._device.cuda else end - start
 
     @contextlib.contextmanager
     def timing_stages(self) -> Iterator[None]:
