@@ -22,7 +22,7 @@ from torch import Tensor
 from voxquilt.geometry.device_queue import queue_on
 from voxquilt.geometry.grid import Grid
 from voxquilt.stitching.device_transfer import on_device, upload
-from voxquilt.stitching.kernels.launcher import Launcher
+from voxquilt.stitching.kernels.launcher import Launcher, kind_of
 
 # Values per program, of these along k and, with channels last, along the channels: fastest on an H100, of 256 to 4096
 # values, 32 to 128 along k, 16 to 64 channels, with 4 warps or 8.
@@ -63,7 +63,7 @@ class BlendAdd:
     def _launch(self, batch: Tensor, position: int) -> None:
         count, channels, *patch = batch.shape
         i0, j0, k0, i1, j1, k1 = self._places.box(position, count)
-        kind = batch.dtype, batch.stride()
+        kind = kind_of(batch)
         if kind not in self._tiles:
             self._tiles[kind] = _tile(batch)
         block_c, block_j, block_k = self._tiles[kind]
