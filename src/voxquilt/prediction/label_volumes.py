@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from voxquilt.geometry.frame import Frame
-from voxquilt.reporting.statistics_table import Cells
+from voxquilt.reporting.statistics_table import Cells, name_in_logs
 from voxquilt.stitching.finished_volume import FinishedVolume
 from voxquilt.stitching.label_values import count_labels
 from voxquilt.stitching.stitch import Stitch
@@ -38,15 +38,8 @@ def label_volumes(
     counts = sum((Counter(counts) for _, counts in counted), Counter[int]())
     names = stitch.names_of(len(series[0]))
     # Several labels per voxel are channels, counted from 0.
-    of_classes = {_name(n, names): counts[n] * ml for n in sorted({n for _, own in counted for n in own})}
+    of_classes = {name_in_logs(n, names): counts[n] * ml for n in sorted({n for _, own in counted for n in own})}
     return sum(voxels for voxels, _ in counted) * ml, of_classes
-
-
-def _name(label: int, names: Mapping[int, str]) -> str:
-    """The name of a label, or its number; both where another label is called the same."""
-    name = names.get(label, str(label))
-    is_shared = any(other != label and its == name for other, its in names.items())
-    return f"{name} {label}" if is_shared else name
 
 
 def series_of_labels(volumes: Mapping[str, FinishedVolume]) -> list[Shaped[np.ndarray, "c i j k"]]:
