@@ -133,6 +133,11 @@ def test_each_queue_of_a_device_has_its_own(monkeypatch: pytest.MonkeyPatch) -> 
         assert all(now is before for now, before in zip(own, made.setdefault(queue, own), strict=True))
     assert not any(a is b for a, b in zip(made["a"], made["b"], strict=True))
     assert tables.on(CPU) is tables.on_host
+    for queue in "cdefg":
+        monkeypatch.setattr(neighbour_tables, "queue_on", lambda _, queue=queue: queue)
+        assert tables.on(META) is tables.on(META)
+        assert tables.pairs(META) is tables.pairs(META)
+    assert len(tables._copies) == len(tables._pairs) == 2
 
 
 def test_places_of_patches_belong_to_a_queue_too(monkeypatch: pytest.MonkeyPatch) -> None:

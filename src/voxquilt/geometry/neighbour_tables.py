@@ -1,6 +1,7 @@
 """Keeps the neighbours of native voxels on the devices on which they are needed."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import TypeVar
 
 import torch
 from jaxtyping import Int32
@@ -8,6 +9,11 @@ from torch import Tensor
 
 from voxquilt.geometry.axis_map import Neighbours
 from voxquilt.geometry.device_queue import queue_on
+
+T = TypeVar("T")
+
+# Queues for which copies are kept: predicting uses one, and others may use one for each volume.
+_QUEUES = 2
 
 
 class NeighbourTables:
@@ -26,17 +32,21 @@ class NeighbourTables:
         """Copies on a device, which are made once for each of its queues, and without waiting for it."""
         if device.type == "cpu":
             return self.on_host
-        queue = queue_on(device)
-        if queue not in self._copies:
-            with torch.inference_mode(False):
-                self._copies[queue] = [along.to(device) for along in self.on_host]
-        return self._copies[queue]
+        return _kept(self._copies, device, lambda: [along.to(device) for along in self.on_host])
 
     def pairs(self, device: torch.device) -> list[Int32[Tensor, "t 2"]]:
         """The first and the last of each target voxel's neighbours side by side, as kernels read them, on a device."""
-        queue = queue_on(device)
-        if queue not in self._pairs:
-            with torch.inference_mode(False):
-                stacked = [torch.stack([along.below, along.above], 1).int() for along in self.on_host]
-                self._pairs[queue] = [pairs.to(device, non_blocking=True) for pairs in stacked]
-        return self._pairs[queue]
+        stacked = (torch.stack([along.below, along.above], 1).int() for along in self.on_host)
+        return _kept(self._pairs, device, lambda: [pairs.to(device, non_blocking=True) for pairs in stacked])
+
+
+def _kept(kept: dict[Hashable, T], device: torch.device, make: Callable[[], T]) -> T:
+    """What has been made for a device's current queue, or is made now in place of the oldest."""
+    queue = queue_on(device)
+    found = kept.get(queue)
+    if found is None:
+        if len(kept) >= _QUEUES:
+            kept.pop(next(iter(kept), None), None)
+        with torch.inference_mode(False):
+            found = kept[queue] = make()
+    return found
