@@ -18,6 +18,10 @@ class NeighbourTables:
 
     def __init__(self, on_host: Sequence[Neighbours]) -> None:
         self.on_host = list(on_host)
+        self.copies = [along.copies for along in on_host]
+        """Whether voxels are copied along each axis."""
+        self.last = [int(torch.maximum(along.below, along.above).max()) for along in on_host]
+        """The last voxel that is read along each axis."""
         self._copies: dict[torch.device, list[Neighbours]] = {torch.device("cpu"): self.on_host}
         self._pairs: dict[torch.device, list[Int32[Tensor, "t 2"]]] = {}
 
