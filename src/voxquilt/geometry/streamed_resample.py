@@ -88,7 +88,7 @@ class Restorer:
         self._maps, self.source_axis, self._linear = maps, axis, linear
         self._voxels, self._tile = voxels, tile
         self.tables = _tables(maps, self.axis, shape, linear, tile is not None)
-        self._neighbours = self.tables.neighbours
+        self._neighbours = self.tables.on_host
         # Native planes in the order in which their model planes come, and how many have been handed out.
         self._ascending = maps[self.axis].scale > 0
         # The first and last plane of the scores that each native plane needs, in the order in which these come.
@@ -102,7 +102,6 @@ class Restorer:
         # Planes that later native planes need too, and the first of them.
         self._kept: Tensor | None = None
         self._kept_from = 0
-        self._copies: dict[torch.device, list[Neighbours]] = {torch.device("cpu"): self._neighbours}
 
     def feed(self, start: int, planes: Shaped[Tensor, "c si sj sk"]) -> Iterator[Piece]:
         """Take planes from `start` on, which follow those of the last call; hand out complete native voxels."""
@@ -165,9 +164,6 @@ class Restorer:
         return Slab((where[0], where[1], where[2]), start, planes)
 
     def _piece(self, planes: Tensor, start: int, where: Where) -> Piece:
-        if planes.device not in self._copies:
-            # Once, and without waiting for the device.
-            self._copies[planes.device] = [along.to(planes.device) for along in self._neighbours]
         neighbours: list[Neighbours] = []
         on_device: list[Neighbours] = []
         for n, (m, w) in enumerate(zip(self._maps, where, strict=True)):
@@ -176,7 +172,7 @@ class Restorer:
             planes = planes.narrow(m.axis + 1, low - (start if n == self.axis else 0), high - low + 1)
             neighbours.append(along.part(w, low, high))
             if planes.device.type != "cpu":
-                on_device.append(self._copies[planes.device][n].part(w, low, high))
+                on_device.append(self.tables.on(planes.device)[n].part(w, low, high))
         return Piece(where, planes, self._maps, neighbours, on_device or neighbours, self._linear)
 
 

@@ -27,14 +27,6 @@ def beside_the_network(device: torch.device) -> Iterator[None]:
         yield
 
 
-def stream_of(device: torch.device) -> int:
-    """A number of this thread's current stream of a device; 0 on the host.
-
-    What is kept on a device to be used again is kept for each stream: on another one, it may not have arrived.
-    """
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
     """A small tensor of the host on the device, contiguous as kernels read it; the device's queue is not waited for."""
     # CUDA has taken the bytes of pageable memory when the call returns, so the tensor may be changed or released.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from voxquilt.geometry.grid import Grid
 from voxquilt.stitching.blend import Blend, FlooredBlend, checked_weights
-from voxquilt.stitching.device_transfer import stream_of, upload
+from voxquilt.stitching.device_transfer import upload
 
 
 class PatchShares(NamedTuple):
@@ -39,7 +39,7 @@ def patch_shares(blend: Blend, grid: Grid, dtype: torch.dtype, device: torch.dev
         ConfigError: what `checked_weights` raises.
     """
     find = _shares if _is_constant(blend) else _shares.__wrapped__
-    return find(blend, grid, dtype, device, stream_of(device))
+    return find(blend, grid, dtype, device)
 
 
 def _is_constant(blend: Blend) -> bool:
@@ -53,7 +53,7 @@ def _is_constant(blend: Blend) -> bool:
 
 # For the volumes of a cohort that are alike.
 @lru_cache(maxsize=8)
-def _shares(blend: Blend, grid: Grid, dtype: torch.dtype, device: torch.device, stream: int) -> PatchShares:
+def _shares(blend: Blend, grid: Grid, dtype: torch.dtype, device: torch.device) -> PatchShares:
     floor = blend.floor if isinstance(blend, FlooredBlend) else None
     with torch.inference_mode(False):  # whoever is first to ask, others may ask outside of it
         if isinstance(blend, FlooredBlend):

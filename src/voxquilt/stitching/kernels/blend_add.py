@@ -20,7 +20,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from voxquilt.geometry.grid import Grid
-from voxquilt.stitching.device_transfer import on_device, stream_of, upload
+from voxquilt.stitching.device_transfer import on_device, upload
 from voxquilt.stitching.kernels.launcher import Launcher
 
 # Values per program, of these along k and, with channels last, along the channels: fastest on an H100, of 256 to 4096
@@ -43,7 +43,7 @@ class BlendAdd:
 
     def __init__(self, grid: Grid, axis: int, weights: Sequence[Tensor], planes: Sequence[Tensor]) -> None:
         self._sums, self._covers = planes[0], planes[-1]
-        self._places = _places(grid, axis, self._sums.device, stream_of(self._sums.device))
+        self._places = _places(grid, axis, self._sums.device)
         self._has_covers, self._weights = len(planes) > 1, weights
         self._axis = axis if self._sums.shape[axis + 1] < grid.shape[axis] else -1
         self._launcher = Launcher(_add)
@@ -84,10 +84,9 @@ class _Places:
         grid: The grid.
         axis: Axis along which patches come.
         device: Where the kernel reads it.
-        stream: See `stream_of`.
     """
 
-    def __init__(self, grid: Grid, axis: int, device: torch.device, stream: int) -> None:
+    def __init__(self, grid: Grid, axis: int, device: torch.device) -> None:
         order = grid.order_along(axis)
         positions = np.empty(len(grid), dtype=np.int64)
         positions[order] = np.arange(len(grid))

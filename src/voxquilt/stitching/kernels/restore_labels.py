@@ -8,7 +8,6 @@ that no interpolated score is written to memory, whatever the number of classes.
 # pyright: reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import no_type_check
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from voxquilt.geometry.axis_map import AxisMaps
 from voxquilt.geometry.neighbour_tables import NeighbourTables
-from voxquilt.stitching.device_transfer import on_device, stream_of, upload
+from voxquilt.stitching.device_transfer import on_device
 from voxquilt.stitching.kernels.label_rule import ARG_MAX, SIGMOID_ABOVE, LabelRule
 from voxquilt.stitching.kernels.launcher import Launcher
 
@@ -43,7 +42,7 @@ class RestoreLabels:
     def __init__(self, rule: LabelRule, maps: AxisMaps, neighbours: NeighbourTables, not_finite: Tensor) -> None:
         self._rule, self._not_finite, device = rule, not_finite, not_finite.device
         self._axes = [m.axis for m in maps]
-        self._pairs, self._shares = _uploaded(neighbours, device, stream_of(device))
+        self._pairs, self._shares = neighbours.pairs(device), [along.share for along in neighbours.on(device)]
         self._lerps = [not copies for copies in neighbours.copies]
         # Programs read along the scores' last axis and write along the labels' first, as far as these differ.
         wide = self._axes.index(2)
@@ -95,16 +94,6 @@ class RestoreLabels:
                 *(self._lerps[n] for n in self._roles), *self._order,
                 self._rule.mode, last >= 2**31, scores.dtype == torch.float64, self._high, self._wide,
             )  # fmt: skip
-
-
-# For the volumes of a cohort that are alike.
-@lru_cache(maxsize=8)
-def _uploaded(neighbours: NeighbourTables, device: torch.device, stream: int) -> tuple[list[Tensor], list[Tensor]]:
-    """On a device, along each native axis, the first and the last neighbour side by side, and the last one's share."""
-    with torch.inference_mode(False):
-        pairs = [torch.stack([along.below, along.above], 1).int() for along in neighbours.neighbours]
-        shares = [along.share for along in neighbours.neighbours]
-        return [upload(table, device) for table in pairs], [upload(table, device) for table in shares]
 
 
 # What differs from launch to launch or from subject to subject must not lead to another compilation.
