@@ -50,6 +50,21 @@ def test_voxels_are_not_counted_again(shape: tuple[int, ...], monkeypatch: pytes
     assert label_volumes(volumes, STITCH, FRAME, rows) == wanted
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_labels_of_one_name_are_told_apart(channels: int) -> None:
+    """No volume takes the place of another's; nor does that of a label without a name."""
+    volumes, names = volumes_of(channels), ["ground", "9", "grey", "grey"]
+    labels = volumes["labels"].array
+    labels[0, 0, 0] = [3, 3, 9, 9]
+    for class_names in (names, names[:3]):
+        total, of_classes = label_volumes(volumes, Stitch(class_names=class_names), FRAME, [])
+        of_labels = [labels == n for n in (1, 2, 3, 9)] if channels == 1 else labels > 0
+        assert list(of_classes.values()) == pytest.approx([np.count_nonzero(mask) * 0.003 for mask in of_labels])
+        if channels == 1:
+            assert total == pytest.approx(sum(of_classes.values()))
+            assert list(of_classes) == ["9", *(["grey 2", "grey 3"] if len(class_names) == 4 else ["grey", "3"]), "9 9"]
+
+
 def without(rows: list[Cells], **cells: Any) -> list[Cells]:
     return [row for row in rows if any(row.get(name) != cell for name, cell in cells.items())]
 

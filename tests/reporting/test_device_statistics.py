@@ -181,6 +181,13 @@ def test_ranges_that_no_integer_holds_are_left_to_the_host() -> None:
             label_statistics(labels, Frame(labels.shape, AFFINE), {"t1": image}, device=CPU)
 
 
+def test_planes_that_32_bits_do_not_count_are_left_to_the_host() -> None:
+    """Runs would begin at wrong places."""
+    labels = np.broadcast_to(np.ones((), np.uint8), (2, 2**15, 2**15))
+    with pytest.raises(OverflowError, match=r"planes of \(32768, 32768\) voxels"):
+        label_statistics(labels, Frame(labels.shape, AFFINE), {}, device=CPU)
+
+
 def test_small_volumes_and_other_devices_stay_on_the_host() -> None:
     """A GPU would take longer to begin."""
     assert not device_statistics.is_worthwhile(torch.device("cuda"), 2**20 - 1)

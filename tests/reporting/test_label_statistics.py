@@ -137,6 +137,24 @@ def test_a_label_has_one_component_where_monai_has_kept_its_largest() -> None:
     assert count_components(largest) == {1: 1}
 
 
+@pytest.mark.parametrize("dtype", ["u4", "i4", "u8", "i8"])
+def test_integers_may_take_all_bits_of_their_type(dtype: str) -> None:
+    """All, the upper half, and few at the upper end, of which each has a bin: no type holds the squares of the first,
+    and some no differences."""
+    random, ends = np.random.default_rng(0), np.iinfo(dtype)
+    image = random.integers(ends.min, ends.max, (6, 7, 8), dtype, endpoint=True)
+    labels = random.integers(0, 3, image.shape).astype(np.uint8)
+    for low in (int(ends.min), int(ends.max) // 2, int(ends.max) - 300):
+        volume = image.clip(low)
+        for number, found in label_statistics(labels, Frame(labels.shape, AFFINE), {"t1": volume}).items():
+            values = [int(value) - low for value in volume[labels == number]]
+            ours = (found.intensities or {})["t1"]
+            assert ours.mean == pytest.approx(low + sum(values) / len(values), rel=1e-12, abs=1e-9 * max(values))
+            assert ours.sd == pytest.approx(float(np.std(np.array(values, np.float64))), rel=1e-9)
+            wanted = [low + value for value in np.percentile(np.array(values, np.float64), [5, 50, 95]).tolist()]
+            assert ours.percentiles == pytest.approx(wanted, rel=1e-15, abs=max(values) / 1e5)
+
+
 def test_a_winding_component_is_one() -> None:
     """A comb whose teeth meet in the last plane only, so that many runs are joined late."""
     labels = np.zeros((40, 9, 41), np.uint8)

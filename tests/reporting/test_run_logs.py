@@ -182,6 +182,24 @@ def test_cells_of_statistics_that_are_empty_are_not_logged() -> None:
     assert _statistics(row) == {"statistics/voxels/liver": 7, "statistics/ct_mean/liver": 2.5}
 
 
+def test_labels_of_one_name_are_logged_apart() -> None:
+    """Those of a series are still means of its volumes; a mean of two organs would be of none."""
+    names, named = ("kidney", "kidney", ""), [("labels", "0"), ("labels", "1"), ("other", "0")]
+    rows = [
+        {"output": output, "label": str(n), "name": name, "voxels": str(10 * n + int(frame)), "frame": frame}
+        for output, frame in named
+        for n, name in enumerate(names, 1)
+    ]
+    wanted = {"kidney 1": 10.5, "kidney 2": 20.5, "3": 30.5}
+    row = Row("a", "done", ("a_labels.nii.gz",), statistics=[cells for cells in rows if cells["output"] == "labels"])
+    assert _statistics(row) == {f"statistics/voxels/{name}": voxels for name, voxels in wanted.items()}
+    row = Row("a", "done", ("a_labels.nii.gz", "a_other_labels.nii.gz"), kinds=("labels", "labels"), statistics=rows)
+    found = {f"statistics/voxels/labels/{name}": voxels for name, voxels in wanted.items()}
+    assert _statistics(row) == found | {
+        f"statistics/voxels/other/{name}": voxels - 0.5 for name, voxels in wanted.items()
+    }
+
+
 def test_a_logger_works_without_tensorboard_and_without_pictures(place: Path, forks: Server) -> None:
     """A logger that takes no pictures has none drawn; one of TensorBoard's own gets them."""
     run(forks, place, *JOB, "logger=[csv,tensorboard]", "callbacks.writer.tensorboard=false")

@@ -39,7 +39,7 @@ from voxquilt.stitching.blend_registry import BLENDS
 from voxquilt.stitching.execution import Execution
 from voxquilt.stitching.kernels import loading
 from voxquilt.stitching.kernels.label_rule import ABOVE, ARG_MAX, LabelRule, label_rule
-from voxquilt.stitching.kernels.launcher import Launcher
+from voxquilt.stitching.kernels.launcher import Launcher, kind_of
 from voxquilt.stitching.output_rings import Memory
 from voxquilt.stitching.output_volumes import Scratch
 from voxquilt.stitching.products.base import ACTIVATIONS, NOT_FINITE
@@ -680,6 +680,16 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 # Launching.
+
+
+def test_kinds_of_tensors_are_those_that_triton_tells_apart() -> None:
+    """Types, strides, and on a GPU of AMD whether 32 bits count the memory: a first batch may be a single patch."""
+    batches = [torch.empty(n, 2, 512, 512, 512, dtype=torch.float16, device="meta") for n in (1, 2, 4)]
+    assert len({batch.stride() for batch in batches}) == 1
+    assert kind_of(batches[0]) == kind_of(batches[1][1:]) != kind_of(batches[2])
+    assert kind_of(batches[0]) == kind_of(batches[0].clone())
+    assert kind_of(batches[0]) != kind_of(batches[0].float())
+    assert kind_of(batches[0]) != kind_of(batches[0].to(memory_format=torch.channels_last_3d))
 
 
 def test_a_kernel_is_compiled_once_for_launches_of_a_kind() -> None:

@@ -11,6 +11,8 @@ from torch import Tensor
 # The pole of the filter that turns voxels into coefficients of a cubic spline, and how far the filter is followed: its
 # weights shrink by the pole from voxel to voxel, and those beyond are below 1e-9.
 _POLE, _REACH = 3**0.5 - 2, 16
+# Weights along an axis that are kept for volumes to come: 8 MiB of float64.
+_KEPT = 2**20
 
 
 class Neighbours(NamedTuple):
@@ -79,7 +81,12 @@ class AxisMap:
         Beyond the centres of the outermost voxels that may be read, their values are repeated. The tensors are shared
         by all who ask, and must not be changed.
         """
-        return _neighbours(self, source_size)
+        find = _neighbours if self.is_small(source_size) else _neighbours.__wrapped__
+        return find(self, source_size)
+
+    def is_small(self, source_size: int, *, by_weights: bool = False) -> bool:
+        """Whether the neighbours, perhaps with the weights of all source voxels, may be kept for volumes to come."""
+        return (self.order < 3 and not by_weights) or self.size * source_size <= _KEPT
 
     def _find_neighbours(self, source_size: int) -> Neighbours:
         first, stop = self.within or (0, source_size)
@@ -147,7 +154,8 @@ AxisMaps = tuple[AxisMap, AxisMap, AxisMap]
 # The volumes of a cohort are often alike. Few, since a cubic spline's weights take megabytes.
 @lru_cache(maxsize=16)
 def _neighbours(axis_map: AxisMap, source_size: int) -> Neighbours:
-    with torch.inference_mode(False):  # whoever is first to ask, others may ask outside of it
+    # Whoever is first to ask, others may ask outside of its modes.
+    with torch.inference_mode(False), torch.device("cpu"):
         return axis_map._find_neighbours(source_size)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from math import prod
+from operator import index
 
 import numpy as np
 
@@ -91,6 +92,12 @@ class Grid:
     patch_size: Triple
     patch_overlap: Triple
     starts: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+    def __post_init__(self) -> None:
+        # Whatever they were given as, since what is made of a grid is kept for volumes whose grids are equal.
+        for name in ("shape", "patch_size", "patch_overlap"):
+            object.__setattr__(self, name, tuple(map(index, getattr(self, name))))
+        object.__setattr__(self, "starts", tuple(tuple(map(index, along)) for along in self.starts))
 
     @cached_property
     def counts(self) -> Triple:

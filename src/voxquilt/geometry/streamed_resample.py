@@ -87,7 +87,9 @@ class Restorer:
         self._across, self._along = sorted((n for n in range(3) if n != self.axis), key=lambda n: -maps[n].size)
         self._maps, self.source_axis, self._linear = maps, axis, linear
         self._voxels, self._tile = voxels, tile
-        self.tables = _tables(maps, self.axis, shape, linear, tile is not None)
+        by_weights = tile is not None
+        are_small = all(m.is_small(shape[m.axis], by_weights=by_weights) for m in maps)
+        self.tables = (_tables if are_small else _tables.__wrapped__)(maps, self.axis, shape, linear, by_weights)
         self._neighbours = self.tables.on_host
         # Native planes in the order in which their model planes come, and how many have been handed out.
         self._ascending = maps[self.axis].scale > 0
@@ -180,7 +182,8 @@ class Restorer:
 @lru_cache(maxsize=4)
 def _tables(maps: AxisMaps, axis: int, shape: Triple, linear: bool, by_weights: bool) -> NeighbourTables:
     """The neighbours that a Restorer needs, whose native planes come along `axis`."""
-    with torch.inference_mode(False):  # whoever is first to ask, others may ask outside of it
+    # Whoever is first to ask, others may ask outside of its modes.
+    with torch.inference_mode(False), torch.device("cpu"):
         neighbours = [(m if linear else m.without_spline()).neighbours(shape[m.axis]) for m in maps]
         if by_weights:
             neighbours = [n.by_weights(shape[m.axis]) for n, m in zip(neighbours, maps, strict=True)]

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from voxquilt.geometry.frame import Frame
-from voxquilt.reporting.statistics_table import Cells
+from voxquilt.reporting.statistics_table import Cells, name_in_logs
 from voxquilt.stitching.finished_volume import FinishedVolume
 from voxquilt.stitching.label_values import count_labels
 from voxquilt.stitching.stitch import Stitch
@@ -37,8 +37,8 @@ def label_volumes(
     counted = before if is_known else [count_labels(volume) for volume in series]
     counts = sum((Counter(counts) for _, counts in counted), Counter[int]())
     names = stitch.names_of(len(series[0]))
-    # Several labels per voxel are channels, counted from 0; labels without names have their numbers.
-    of_classes = {str(names.get(n, n)): counts[n] * ml for n in sorted({n for _, own in counted for n in own})}
+    # Several labels per voxel are channels, counted from 0.
+    of_classes = {name_in_logs(n, names): counts[n] * ml for n in sorted({n for _, own in counted for n in own})}
     return sum(voxels for voxels, _ in counted) * ml, of_classes
 
 

@@ -22,6 +22,7 @@ from voxquilt.prediction.tensorboard import EventFile
 from voxquilt.reporting.manifest import Row, of_shard
 from voxquilt.reporting.overlay import flat, overlay
 from voxquilt.reporting.run_logs import RunLog, loggable, logs_of
+from voxquilt.reporting.statistics_table import name_in_logs
 from voxquilt.text import reason_of
 from voxquilt.vocabulary import VOLUMES
 
@@ -148,12 +149,15 @@ def _statistics(row: Row) -> dict[str, float]:
     """
     several = len(row.label_files) > 1
     found: defaultdict[str, list[float]] = defaultdict(list)
+    names: defaultdict[str, dict[int, str]] = defaultdict(dict)
+    for cells in row.statistics:
+        if cells.get("name"):
+            names[cells["output"]][int(cells["label"])] = cells["name"]
     for cells in row.statistics:
         prefix = [cells["output"]] if several else []
+        name = name_in_logs(int(cells["label"]), names[cells["output"]])
         for column, cell in cells.items():
             is_followed = column in ("voxels", "components", "touches_border") or re.search(r"(^|_)(mean|sd)$", column)
             if is_followed and cell:  # too many components are not counted
-                found["/".join(["statistics", column, *prefix, cells.get("name") or cells["label"]])].append(
-                    float(cell)
-                )
+                found["/".join(["statistics", column, *prefix, name])].append(float(cell))
     return {name: fmean(numbers) for name, numbers in found.items()}

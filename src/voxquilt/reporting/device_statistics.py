@@ -71,7 +71,8 @@ class DeviceVolume:
 
     Raises:
         TypeError: labels of a type that torch cannot compute with.
-        OverflowError: thousands of labels, which take more memory than there may be.
+        OverflowError: thousands of labels, which take more memory than there may be; planes of more voxels than 32 bits
+            count.
     """
 
     def __init__(
@@ -86,6 +87,9 @@ class DeviceVolume:
         self._labels = _Planes(labels.transpose(self._axes), device, self._pieces.whole)
         self._images = [image.transpose(self._axes) for image in images.values()]
         self._step = max(1, self._pieces.voxels // (self._labels.shape[1] * self._labels.shape[2]))
+        # Those that are worked on at a time, with the one before and the gaps between lines and planes: DeviceRuns.
+        if (self._step + 1) * (self._labels.shape[1] + 1) * (self._labels.shape[2] + 1) >= 2**31:
+            raise OverflowError(f"planes of {self._labels.shape[1:]} voxels")
         self.numbers: list[int] = sorted({*known, *self._values_of_voxels()} - {0})
         """Labels in ascending order; the place of a label among them is its rank."""
         if len(self.numbers) > _LABELS:

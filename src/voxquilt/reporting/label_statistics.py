@@ -112,6 +112,16 @@ def _add_counts(into: np.ndarray, ranks: np.ndarray, places: np.ndarray, voxels:
     into += counts.astype(np.int64).reshape(into.shape)
 
 
+def _above(values: np.ndarray, least: float | int) -> np.ndarray:
+    """Values less the lowest, in a type that holds the differences."""
+    if values.dtype.kind not in "iub":
+        return values - least
+    if values.dtype.itemsize < 8:
+        return values.astype(np.int64) - least
+    # Modulo 2^64, where the difference of any two numbers of 64 bits is right.
+    return values.astype(np.uint64) - np.array(least).astype(np.uint64)
+
+
 class _Volume:
     """Labels and images, of which only the labelled voxels are looked at, some planes at a time.
 
@@ -170,8 +180,10 @@ class _Volume:
                     ranks, values = ranks[mine], values[mine]
                 ranks = ranks - rank if rank else ranks
                 if bins.exact:
-                    places = values
+                    places = values.astype(np.int64, copy=False)
                 else:
+                    # Fractions from here on: no integer holds the square of what lies 32 bits above the lowest.
+                    values = values.astype(np.float64, copy=False)
                     places = np.minimum((values / (bins.width or 1)).astype(np.int64), bins.count - 1)
                     sums += np.bincount(ranks, values, count)
                     squares += np.bincount(ranks, values * values, count)
@@ -185,11 +197,11 @@ class _Volume:
             least, greatest = image.min().item(), image.max().item()
             if has_bin_for_each(least, greatest):
                 return least, greatest
-        ends = [(values.min().item(), values.max().item()) for _, values in self._values(image, 0)]
+        ends = [(values.min().item(), values.max().item()) for _, values in self._values(image)]
         return min((low for low, _ in ends), default=0), max((high for _, high in ends), default=0)
 
-    def _values(self, image: np.ndarray, least: float | int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Ranks and intensities of labelled voxels, less the lowest."""
+    def _values(self, image: np.ndarray, least: float | int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Ranks and intensities of labelled voxels, fractions as float64; less the lowest, where it is given."""
         along = self.profiles[self._axes[0]].sum(axis=0)
         places = np.flatnonzero(along)
         start, stop = (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 0)
@@ -202,8 +214,7 @@ class _Volume:
             values = np.ascontiguousarray(image[planes]).reshape(-1)[voxels]
             if values.dtype.kind == "f":
                 values = np.where(np.isfinite(values), values, 0).astype(np.float64)
-            kept = np.int64 if values.dtype.kind in "iub" else np.float64
-            return self._rank(flat[voxels]), values.astype(kept, copy=False) - least
+            return self._rank(flat[voxels]), values if least is None else _above(values, least)
 
         for ranks, values in map_in_threads(look, range(start, stop, step), self._threads):
             if len(ranks):

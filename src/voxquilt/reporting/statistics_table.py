@@ -78,6 +78,13 @@ def statistics_rows(
     ]
 
 
+def name_in_logs(label: int, names: Mapping[int, str]) -> str:
+    """The name of a label, or its number; both where another label is called the same."""
+    name = names.get(label, str(label))
+    is_shared = any(other != label and its == name for other, its in names.items())
+    return f"{name} {label}" if is_shared else name
+
+
 def _statistics(
     labels: np.ndarray,
     frame: Frame,

@@ -1,5 +1,6 @@
 """Tells how patches share voxels, as it is needed to accumulate them on a device."""
 
+from collections.abc import Hashable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -7,8 +8,20 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from voxquilt.geometry.device_queue import queue_on
 from voxquilt.geometry.grid import Grid
-from voxquilt.stitching.blend import Blend, FlooredBlend, checked_weights
+from voxquilt.stitching.blend import (
+    Blend,
+    Crop,
+    FlooredBlend,
+    MonaiGaussian,
+    Windowed,
+    average,
+    checked_weights,
+    gaussian,
+    hann,
+    nnunet,
+)
 from voxquilt.stitching.device_transfer import upload
 
 
@@ -39,21 +52,23 @@ def patch_shares(blend: Blend, grid: Grid, dtype: torch.dtype, device: torch.dev
         ConfigError: what `checked_weights` raises.
     """
     find = _shares if _is_constant(blend) else _shares.__wrapped__
-    return find(blend, grid, dtype, device)
+    return find(blend, grid, dtype, device, queue_on(device))
 
 
 def _is_constant(blend: Blend) -> bool:
-    """Whether a blend is known to give the same weights for good."""
-    parameters = getattr(blend, "__dataclass_params__", None)
-    try:
-        return parameters is not None and parameters.frozen and isinstance(hash(blend), int)
-    except TypeError:  # one of its fields can be changed
-        return False
+    """Whether a blend is known to give the same weights for good, and no other weights than its equals.
+
+    That is so of those of this package only: what the windows and blends of others read may change from volume to
+    volume, and how they compare is up to them.
+    """
+    if type(blend) is Windowed:
+        return any(blend.window is window for window in (average, hann, gaussian, nnunet))
+    return type(blend) is Crop or (type(blend) is MonaiGaussian and type(blend.sigma_scale) is float)
 
 
 # For the volumes of a cohort that are alike.
 @lru_cache(maxsize=8)
-def _shares(blend: Blend, grid: Grid, dtype: torch.dtype, device: torch.device) -> PatchShares:
+def _shares(blend: Blend, grid: Grid, dtype: torch.dtype, device: torch.device, _queue: Hashable) -> PatchShares:
     floor = blend.floor if isinstance(blend, FlooredBlend) else None
     with torch.inference_mode(False):  # whoever is first to ask, others may ask outside of it
         if isinstance(blend, FlooredBlend):

@@ -19,9 +19,10 @@ import triton.language as tl
 from jaxtyping import Shaped
 from torch import Tensor
 
+from voxquilt.geometry.device_queue import queue_on
 from voxquilt.geometry.grid import Grid
 from voxquilt.stitching.device_transfer import on_device, upload
-from voxquilt.stitching.kernels.launcher import Launcher
+from voxquilt.stitching.kernels.launcher import Launcher, kind_of
 
 # Values per program, of these along k and, with channels last, along the channels: fastest on an H100, of 256 to 4096
 # values, 32 to 128 along k, 16 to 64 channels, with 4 warps or 8.
@@ -43,7 +44,7 @@ class BlendAdd:
 
     def __init__(self, grid: Grid, axis: int, weights: Sequence[Tensor], planes: Sequence[Tensor]) -> None:
         self._sums, self._covers = planes[0], planes[-1]
-        self._places = _places(grid, axis, self._sums.device)
+        self._places = _places(grid, axis, self._sums.device, queue_on(self._sums.device))
         self._has_covers, self._weights = len(planes) > 1, weights
         self._axis = axis if self._sums.shape[axis + 1] < grid.shape[axis] else -1
         self._launcher = Launcher(_add)
@@ -62,7 +63,7 @@ class BlendAdd:
     def _launch(self, batch: Tensor, position: int) -> None:
         count, channels, *patch = batch.shape
         i0, j0, k0, i1, j1, k1 = self._places.box(position, count)
-        kind = batch.dtype, batch.stride()
+        kind = kind_of(batch)
         if kind not in self._tiles:
             self._tiles[kind] = _tile(batch)
         block_c, block_j, block_k = self._tiles[kind]
@@ -110,7 +111,9 @@ class _Places:
 
 
 # For the volumes of a cohort that are alike.
-_places = lru_cache(maxsize=8)(_Places)
+@lru_cache(maxsize=8)
+def _places(grid: Grid, axis: int, device: torch.device, _queue: Hashable) -> _Places:
+    return _Places(grid, axis, device)
 
 
 def _tile(batch: Tensor) -> tuple[int, int, int]:

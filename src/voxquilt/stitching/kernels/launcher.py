@@ -3,6 +3,16 @@
 from collections.abc import Hashable
 from typing import Any
 
+from torch import Tensor
+
+
+def kind_of(tensor: Tensor) -> Hashable:
+    """What of a tensor whose alignment is not specialised on can lead to another compiled kernel.
+
+    For a GPU of AMD, one for tensors whose memory 32 bits count is compiled in another way.
+    """
+    return tensor.dtype, tensor.stride(), tensor.untyped_storage().nbytes() < 2**31
+
 
 class Launcher:
     """Launches one kernel; what Triton has compiled for the first launch of a kind is used for all others of it.

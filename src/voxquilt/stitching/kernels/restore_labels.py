@@ -20,7 +20,7 @@ from voxquilt.geometry.axis_map import AxisMaps
 from voxquilt.geometry.neighbour_tables import NeighbourTables
 from voxquilt.stitching.device_transfer import on_device
 from voxquilt.stitching.kernels.label_rule import ARG_MAX, SIGMOID_ABOVE, LabelRule
-from voxquilt.stitching.kernels.launcher import Launcher
+from voxquilt.stitching.kernels.launcher import Launcher, kind_of
 
 # Native voxels of a program's tile: fastest on an H100, of 32 to 128 and 4 to 16.
 _WIDE, _HIGH = 32, 4
@@ -81,7 +81,7 @@ class RestoreLabels:
         deep, high, wide = (where[n] for n in self._roles)
         counts = [s.stop - s.start for s in (deep, high, wide)]
         programs = -(-counts[2] // self._wide), -(-counts[1] // self._high), counts[0]
-        kind = scores.dtype, scores.stride(), labels.dtype, labels.stride(), last >= 2**31
+        kind = kind_of(scores), kind_of(labels), last >= 2**31
         with on_device(scores.device):
             self._launcher(
                 kind, programs,
