@@ -25,6 +25,10 @@ class NeighbourTables:
 
     def __init__(self, on_host: Sequence[Neighbours]) -> None:
         self.on_host = list(on_host)
+        self.copies = [along.copies for along in on_host]
+        """Whether voxels are copied along each axis."""
+        self.last = [int(torch.maximum(along.below, along.above).max()) for along in on_host]
+        """The last voxel that is read along each axis."""
         self._copies: dict[Hashable, list[Neighbours]] = {}
         self._pairs: dict[Hashable, list[Int32[Tensor, "t 2"]]] = {}
 

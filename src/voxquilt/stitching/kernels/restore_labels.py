@@ -43,7 +43,7 @@ class RestoreLabels:
         self._rule, self._not_finite, device = rule, not_finite, not_finite.device
         self._axes = [m.axis for m in maps]
         self._pairs, self._shares = neighbours.pairs(device), [along.share for along in neighbours.on(device)]
-        self._lerps = [not along.copies for along in neighbours.on_host]
+        self._lerps = [not copies for copies in neighbours.copies]
         # Programs read along the scores' last axis and write along the labels' first, as far as these differ.
         wide = self._axes.index(2)
         high = 0 if wide != 0 else 1
@@ -54,7 +54,7 @@ class RestoreLabels:
         # Blocks and types of offsets depend on whole extents: else they would be compiled again in mid-subject.
         self._wide = min(_WIDE, triton.next_power_of_2(maps[wide].size))
         self._high = min(_HIGH * _WIDE // self._wide, triton.next_power_of_2(maps[high].size))
-        self._last = {n: int(torch.maximum(*neighbours.on_host[n][:2]).max()) for n in (high, wide)}
+        self._last = {n: neighbours.last[n] for n in (high, wide)}
         self._launcher = Launcher(_restore)
 
     def takes(self, scores: Tensor) -> bool:
