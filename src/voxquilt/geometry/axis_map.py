@@ -38,7 +38,7 @@ class Neighbours(NamedTuple):
         """The same with the weights of all source voxels, by which interpolating is a product of matrices."""
         if self.copies or self.weights is not None:
             return self
-        weights = torch.zeros(len(self.share), source_size)
+        weights = torch.zeros(len(self.share), source_size, device="cpu")
         weights.scatter_add_(1, self.below[:, None], 1 - self.share[:, None])
         weights.scatter_add_(1, self.above[:, None], self.share[:, None])
         return self._replace(weights=weights)
@@ -131,7 +131,7 @@ class AxisMap:
         They are counted from `first`, so that rounding is the same with any padding before it; or, if `counted_back`,
         from the last voxel back.
         """
-        x = torch.arange(self.size, dtype=torch.float64)
+        x = torch.arange(self.size, dtype=torch.float64, device="cpu")
         # Where the borders of the two volumes meet, in the order of operations of others (scipy, torch, nnU-Net), by
         # whose rounding it is decided which of two voxels at the same distance is the nearest.
         exact = (stop - first) / self.size
@@ -154,8 +154,9 @@ AxisMaps = tuple[AxisMap, AxisMap, AxisMap]
 # The volumes of a cohort are often alike. Few, since a cubic spline's weights take megabytes.
 @lru_cache(maxsize=16)
 def _neighbours(axis_map: AxisMap, source_size: int) -> Neighbours:
-    # Whoever is first to ask, others may ask outside of its modes.
-    with torch.inference_mode(False), torch.device("cpu"):
+    # Whoever is first to ask, others may ask outside of its mode. Nor is its default device asked, which is not changed
+    # here: torch would compile a network again that runs meanwhile, in any thread.
+    with torch.inference_mode(False):
         return axis_map._find_neighbours(source_size)
 
 
@@ -167,10 +168,10 @@ def _spline(x: Tensor, first: int, stop: int, source_size: int) -> Neighbours:
     voxel's weight is known in closed form. The result is that of scipy.ndimage.zoom(order=3, mode="nearest",
     grid_mode=True).
     """
-    reach = torch.arange(-_REACH, _REACH + 1)
+    reach = torch.arange(-_REACH, _REACH + 1, device="cpu")
     filtered = -6 * _POLE / (1 - _POLE**2) * _POLE ** reach.abs().double()
     base = x.floor()
-    weights = torch.zeros(len(x), source_size, dtype=torch.float64)
+    weights = torch.zeros(len(x), source_size, dtype=torch.float64, device="cpu")
     for step in range(-1, 3):  # the four pieces of the spline around a position
         distance = (x - base - step).abs()
         piece = torch.where(

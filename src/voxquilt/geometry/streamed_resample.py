@@ -182,8 +182,7 @@ class Restorer:
 @lru_cache(maxsize=4)
 def _tables(maps: AxisMaps, axis: int, shape: Triple, linear: bool, by_weights: bool) -> NeighbourTables:
     """The neighbours that a Restorer needs, whose native planes come along `axis`."""
-    # Whoever is first to ask, others may ask outside of its modes.
-    with torch.inference_mode(False), torch.device("cpu"):
+    with torch.inference_mode(False):  # whoever is first to ask, others may ask outside of it
         neighbours = [(m if linear else m.without_spline()).neighbours(shape[m.axis]) for m in maps]
         if by_weights:
             neighbours = [n.by_weights(shape[m.axis]) for n, m in zip(neighbours, maps, strict=True)]
