@@ -18,9 +18,10 @@ from voxquilt.data.subject import LabelMap, ScalarImage
 from voxquilt.filesystem import read_json
 from voxquilt.models.predictor import PatchPredictor
 from voxquilt.predict import predict_volume
-from voxquilt.prediction import output_files
+from voxquilt.prediction import open_subjects, output_files
 from voxquilt.prediction.datamodule import GridDataModule
 from voxquilt.prediction.dry_run import DryRun
+from voxquilt.prediction.open_subjects import OpenSubjects
 from voxquilt.prediction.output_files import OutputOptions
 from voxquilt.prediction.writer_callback import VolumeWriter
 from voxquilt.reporting.manifest import Row
@@ -219,3 +220,14 @@ def test_a_timed_plan_measures_with_images_on_the_device(
     assert plan["memory"]["host"]["images"] == 0
     assert plan["memory"]["device"]["images"] > 0
     assert len(seen.uploads) == 1
+
+
+def test_kernels_are_tried_before_the_first_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the first subject is read: to import Triton takes a second, for which a device would wait."""
+    events: list[object] = []
+    begin = OpenSubjects.begin_batch
+    monkeypatch.setattr(open_subjects, "execution_on", events.append)
+    monkeypatch.setattr(OpenSubjects, "begin_batch", lambda self: (events.append("batch"), begin(self)))
+    save(tmp_path / "scans/a_t1.nii", noise((9, 8, 8)), AFFINE)
+    predict(tmp_path / "out", tmp_path / "scans", Plus(), images={"t1": "{subject}_t1.nii"})
+    assert events[:2] == [torch.device("cpu"), "batch"]
