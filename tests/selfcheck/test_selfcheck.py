@@ -28,11 +28,11 @@ from voxquilt.cli.main import _prepare_arguments, conf_dir, run_predict
 from voxquilt.cli.resolvers import register_resolvers
 from voxquilt.data import grid_loader
 from voxquilt.data.foreground import box_of_mask
-from voxquilt.geometry import axis_map
+from voxquilt.geometry import axis_map, streamed_resample
 from voxquilt.models.ensemble import Ensemble
 from voxquilt.prediction.open_subjects import OpenSubjects
 from voxquilt.selfcheck.findings import Finding, Findings
-from voxquilt.stitching import accumulator
+from voxquilt.stitching import patch_shares
 from voxquilt.stitching.accumulator import Accumulator
 from voxquilt.stitching.combination import Combination, MeanProbabilities, OrderedLabels
 from voxquilt.stitching.products.entropy import Entropy
@@ -60,6 +60,12 @@ TWO_OUTPUTS = (
 Check = Callable[..., Findings]
 
 
+def forget_tables() -> None:
+    """What is kept for volumes that are alike is made anew: faults are planted in what makes it."""
+    for tables in (axis_map._neighbours, streamed_resample._tables, patch_shares._shares):
+        tables.cache_clear()
+
+
 @pytest.fixture
 def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
     """Runs predict.py with run.selfcheck=true in this process; gives what it printed, which fits its exit status."""
@@ -78,7 +84,11 @@ def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
         GlobalHydra.instance().clear()
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             cfg = compose("predict", typed)
-        status = run_predict(cfg)
+        forget_tables()
+        try:
+            status = run_predict(cfg)
+        finally:
+            forget_tables()
         findings = printed.pop()
         assert status == (0 if findings.ok else 1)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "net.pt", "tmp"]
@@ -145,7 +155,7 @@ def raw_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     def weights(blend: Any, grid: Any, axis: int) -> Tensor:
         return blend.window(grid.patch_size[axis]).expand(grid.counts[axis], -1)
 
-    monkeypatch.setattr(accumulator, "checked_weights", weights)
+    monkeypatch.setattr(patch_shares, "checked_weights", weights)
 
 
 def summed_in(dtype: torch.dtype) -> Callable[[pytest.MonkeyPatch], None]:
@@ -227,8 +237,8 @@ def weights_of_the_next_axis(monkeypatch: pytest.MonkeyPatch) -> None:
         right = original(blend, grid, axis)
         return other if other.shape == right.shape else right
 
-    original = accumulator.checked_weights
-    monkeypatch.setattr(accumulator, "checked_weights", weights)
+    original = patch_shares.checked_weights
+    monkeypatch.setattr(patch_shares, "checked_weights", weights)
 
 
 def slope_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
