@@ -99,7 +99,7 @@ class _Places:
         rows = np.hstack([grid.locations[order, :3], places])
         with torch.inference_mode(False):
             self.table = upload(torch.from_numpy(rows.astype(np.int32)), device)
-        """The first voxel of each patch in that order, and its numbers along the axes."""
+            """The first voxel of each patch in that order, and its numbers along the axes."""
         self._boxes: dict[tuple[int, int], list[int]] = {}
 
     def box(self, first: int, count: int) -> list[int]:

@@ -17,8 +17,8 @@ def kind_of(tensor: Tensor) -> Hashable:
 class Launcher:
     """Launches one kernel; what Triton has compiled for the first launch of a kind is used for all others of it.
 
-    Else Triton looks at every argument at every launch to tell which of its compiled kernels to take: 60 us for 40
-    arguments on the host of an H100, where the launch itself takes 15.
+    Else Triton looks at every argument at every launch to tell which of its compiled kernels to take. On the host of an
+    H100, with a profiler on, a launch with 40 arguments took 120 us so, and takes 47.
 
     Args:
         kernel: A function that `triton.jit` decorates.
