@@ -722,3 +722,18 @@ def test_a_kernel_is_compiled_once_for_launches_of_a_kind() -> None:
         ("compiled", "a", (4, 1, 1), "a", 4),
         ("compiled", "b", (5, 1, 1), "b", 5),
     ]
+
+
+@pytest.mark.parametrize(("stride", "is_far"), [(2**30, True), (2**30 - 2, True), (2**30 - 3, False), (20, False)])
+def test_the_kernel_is_told_of_scores_that_32_bits_do_not_count(stride: int, is_far: bool) -> None:
+    """By the last voxel that is read, here 2 * stride + 4 behind the first."""
+    from voxquilt.stitching.kernels.restore_labels import RestoreLabels
+
+    shape, meta, kinds = (3, 4, 5), torch.device("meta"), list[tuple[object, ...]]()
+    maps = (AxisMap(0, 3, 1, 0), AxisMap(1, 4, 1, 0), AxisMap(2, 5, 1, 0))
+    kernel = RestoreLabels(LabelRule(ARG_MAX), maps, Restorer(maps, 1, shape).tables, torch.zeros(1, device=meta))
+    kernel._launcher = lambda kind, *_: kinds.append(kind)  # type: ignore[assignment]
+    scores = torch.empty_strided((2, *shape), (1, stride, 5, 1), device=meta)
+    labels = torch.empty(1, *shape, dtype=torch.uint8, device=meta)
+    kernel(scores, (0, 0, 0), [slice(0, n) for n in shape], labels)
+    assert [kind[-1] for kind in kinds] == [is_far]
